@@ -1,0 +1,428 @@
+"""The flow environment: a velocity field of good latents, and how far a latent deviates from it.
+
+Notation (the same in every file):
+
+    N prompts, G samples a prompt, B = N*G episodes; S prompt+response positions, T response positions
+    L tapped layers, D hidden size, V vocabulary; C context modes, M target positions of a batch, P rows of the flow
+    x_1 (…, D)      a latent: what a tapped decoder layer outputs at one position (data, t = 1)
+    x_0 (…, D)      Gaussian noise (t = 0)
+    t (…)           time in [0, 1]
+    context (…, D)  latent of a neighbouring position at the same layer, the condition
+    depth (…)       tapped layer index / number of layers, in [0, 1)
+
+Equations, each with its function:
+
+    x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                                  interpolate
+    v(x_t, t, context, depth)                                                VelocityNet
+    delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                      velocity_error
+    offline loss = mean of delta(sigmoid(z)) over tokens, taps, draws        matching_loss
+    score = mean over T_r of t/(1-t) * delta(t), then over taps              deviation_score, score_and_learn
+
+Departures from the official code: every time has its own weight t/(1-t) (there, the last one's serves all); the context
+mode is stored with the flow; noise is keyed by (seed, step, episode), so an episode's score can be reproduced and does
+not depend on its batch; a checkpoint that does not fit stops the run. Official `flow_model.bin` files load unchanged.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FLOW_FILE, OFFICIAL_FILE = "flow.safetensors", "flow_model.bin"
+ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of the flow
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Context: which latent conditions the one at position p. A new mode is one line here, and everything else knows it.
+# A mode maps latents (B, S, D), mask (B, S) bool and a shift to context (B, S, D) and where it exists (B, S) bool.
+
+
+def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Return the latent at position p + offset for each p (B, S, D), and where both positions hold tokens (B, S)."""
+    size = mask.shape[1]
+    source = torch.arange(size, device=mask.device) + offset
+    inside = (source >= 0) & (source < size)
+    source = source.clamp(0, size - 1)
+    return latents[:, source], mask & mask[:, source] & inside
+
+
+CONTEXTS = {
+    "previous": lambda latents, mask, shift: neighbour(latents, mask, -shift),  # official `token_post`
+    "next": lambda latents, mask, shift: neighbour(latents, mask, shift),  # official `token_pre`
+    "self": lambda latents, mask, shift: neighbour(latents, mask, 0),  # official `identity`
+}
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """What a flow is and what it was trained on; saved inside its file."""
+
+    dim: int  # D, hidden size of the policy
+    n_blocks: int = 4
+    width: int | None = None  # of the network; None: dim
+    contexts: tuple[str, ...] = ("previous",)
+    shift: int = 1  # distance of the neighbour, in positions
+    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # where the policy is tapped, as fractions of its depth
+
+    def __post_init__(self):
+        for name in self.contexts:
+            if name not in CONTEXTS:
+                raise ValueError(f"context mode {name!r} is not known; choose from {', '.join(CONTEXTS)}")
+        for p in self.percentiles:
+            if not 0 <= p <= 1:
+                raise ValueError(
+                    f"tap percentile {p} is outside [0, 1]; give fractions of the depth, such as 0.25 0.5 0.75"
+                )
+        for name in ("contexts", "percentiles"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; the flow needs at least one")
+        if self.n_blocks < 1 or self.shift < 1:
+            raise ValueError(f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1")
+
+
+def check_times(times: Sequence[float]) -> None:
+    """Raise ValueError for times outside (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
+    if not times:
+        raise ValueError("no reward time given; expected one or more in (0, 1), such as 0.8")
+    for t in times:
+        if not 0 < t < 1:
+            raise ValueError(
+                f"reward time {t} is outside (0, 1): its weight t/(1-t) would be 0, negative or infinite; 0.8 is usual"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
+
+
+class ScalarEmbedding(nn.Module):
+    """Embed a scalar: 256 features, cosines then sines of s * 10000^(-k/128), then a two-layer SiLU MLP."""
+
+    def __init__(self, width: int, n_features: int = 256, max_period: float = 10_000.0):
+        super().__init__()
+        half = n_features // 2
+        self.register_buffer("freqs", torch.exp(-math.log(max_period) * torch.arange(half) / half)[None])
+        self.mlp = nn.Sequential(nn.Linear(n_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def features(self, scalar: Tensor) -> Tensor:
+        angle = scalar.float()[:, None] * self.freqs.float()  # (P, 128)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, scalar: Tensor) -> Tensor:
+        return self.mlp(self.features(scalar).to(self.mlp[0].weight.dtype))
+
+
+class Block(nn.Module):
+    """Residual block `h + gate * MLP(rms(h) * (1 + scale) + shift)`, modulated by y."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
+
+
+class FinalLayer(nn.Module):
+    """Adaptive RMS-norm and the linear map to a velocity."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.norm_final = nn.RMSNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(self.norm_final(h) * (1 + scale) + shift)
+
+
+class VelocityNet(nn.Module):
+    """v(x_t, t, context, depth): x_t (P, dim), t (P,), context (P, context_dim), depth (P,) -> velocity (P, dim)."""
+
+    def __init__(self, dim: int, context_dim: int, width: int, n_blocks: int):
+        super().__init__()
+        self.input_proj = nn.Linear(dim, width)
+        self.cond_embed = nn.Linear(context_dim, width)
+        self.time_embed = ScalarEmbedding(width)
+        self.layer_embed = ScalarEmbedding(width)
+        self.res_blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
+        self.final_layer = FinalLayer(width, dim)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Xavier for linear maps; modulations and the output start at zero, so that the first velocity is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.time_embed, self.layer_embed):
+            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
+        for module in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
+        dtype = self.input_proj.weight.dtype
+        h = self.input_proj(x_t.to(dtype))
+        y = self.cond_embed(context.to(dtype)) + self.time_embed(t) + self.layer_embed(depth)
+        for block in self.res_blocks:
+            h = block(h, y)
+        return self.final_layer(h, y)
+
+
+class Flow(nn.Module):
+    """A velocity network and the configuration it was trained with. Call it as `flow(x_t, t, context, depth)`."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        self.model = VelocityNet(config.dim, config.dim, config.width or config.dim, config.n_blocks)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
+        return self.model(x_t, t, context, depth)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From latents to rows of the flow, and back
+
+
+@dataclass
+class Pairs:
+    """Rows of the flow: a latent and its context, for each tap, context mode and target position that has both."""
+
+    x_1: Tensor  # (P, D)
+    context: Tensor  # (P, D)
+    depth: Tensor  # (P,)
+    exists: Tensor  # (L, C, M) bool: which rows there are, P trues
+
+    def per_target(self, values: Tensor) -> Tensor:
+        """Average rows (P,) over taps and context modes, (M,); a mode without a neighbour counts 0 (as official)."""
+        grid = torch.zeros(self.exists.shape, dtype=values.dtype, device=values.device)
+        grid[self.exists] = values
+        return grid.mean(dim=(0, 1))
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Broadcast values of targets (M,) to their rows (P,)."""
+        return values.expand(self.exists.shape)[self.exists]
+
+
+def pair(
+    config: FlowConfig, latents: Sequence[Tensor], depths: Sequence[float], mask: Tensor, targets: Tensor
+) -> Pairs:
+    """Pair target latents with their contexts.
+
+    Args:
+        latents: one (B, S, D) a tap.
+        depths: one a tap, in [0, 1).
+        mask: (B, S) bool, true for tokens (false for padding).
+        targets: (B, S) bool, the M positions to score or to learn from, in row-major order.
+    """
+    x_1, context, depth, exists = [], [], [], []
+    for layer, layer_depth in zip(latents, depths, strict=True):
+        for name in config.contexts:
+            neighbours, present = CONTEXTS[name](layer, mask, config.shift)
+            rows = present & targets
+            x_1.append(layer[rows])
+            context.append(neighbours[rows])
+            depth.append(torch.full((len(x_1[-1]),), layer_depth, device=layer.device))
+            exists.append(present[targets])
+    exists = torch.stack(exists).unflatten(0, (len(latents), len(config.contexts)))
+    return Pairs(torch.cat(x_1), torch.cat(context), torch.cat(depth), exists)
+
+
+def keyed_seed(*key: int | str) -> int:
+    """Derive a 63-bit seed from a key, such as ("noise", seed, step, episode); distinct keys give independent seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device: torch.device | str = "cpu"):
+    """Draw x_0 (L, C, M, D) and standard normal z (L, C, M) for episodes with `lengths` targets, each from its own key."""
+    noise, z = [], []
+    grid = (len(config.percentiles), len(config.contexts))
+    for key, length in zip(keys, lengths, strict=True):
+        generator = torch.Generator(device).manual_seed(keyed_seed(*key))
+        noise.append(torch.randn(*grid, length, config.dim, generator=generator, device=device))
+        z.append(torch.randn(*grid, length, generator=generator, device=device))
+    return torch.cat(noise, dim=2), torch.cat(z, dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses and scores
+
+
+def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x_t = t*x_1 + (1-t)*x_0 and the target velocity u = x_1 - x_0, both (P, D), for times t (P,)."""
+    t = t[:, None]
+    return t * x_1 + (1 - t) * x_0, x_1 - x_0
+
+
+def velocity_error(flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+    """Return delta(t) = mean_D (v - u)^2 of each row, (P,) float32, for times t (P,)."""
+    x_t, u = interpolate(x_1.float(), x_0, t)
+    return (flow(x_t, t, context, depth).float() - u).square().mean(dim=-1)
+
+
+def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Tensor:
+    """Return the flow-matching loss of the offline start, one value a target (M,), averaged over taps and contexts.
+
+    noise (L, C, M, D) and z (L, C, M) standard normal; the time is t = sigmoid(z).
+    """
+    t = z[pairs.exists].sigmoid()
+    return pairs.per_target(velocity_error(flow, pairs.x_1, pairs.context, pairs.depth, noise[pairs.exists], t))
+
+
+def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
+    """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P): the score-function error."""
+    weights = torch.tensor([t / (1 - t) for t in times], dtype=errors.dtype, device=errors.device)
+    return (weights[:, None] * errors).mean(dim=0)
+
+
+def score_and_learn(
+    flow: nn.Module,
+    pairs: Pairs,
+    noise: Tensor,
+    times: Sequence[float],
+    loss_weight: Tensor | None = None,
+    loss_z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score targets by velocity deviation and, in the same flow forward, add the online loss's gradient to the flow's.
+
+    Args:
+        noise: x_0 (L, C, M, D), shared by all times.
+        times: reward times T_r in (0, 1).
+        loss_weight: (M,) weight of each target's loss; the gradient is that of sum(loss_weight * loss). None: no gradient.
+        loss_z: (L, C, M) standard normal: learn at t = sigmoid(z), as the offline start does, instead of at `times`.
+    Returns:
+        score (M,) and loss (M,), detached: the deviation, and the error at the times that are learnt from.
+    """
+    n_rows = len(pairs.x_1)
+    noise = noise[pairs.exists]
+    weight = torch.zeros(n_rows, device=noise.device) if loss_weight is None else pairs.per_row(loss_weight)
+    weight = weight / (pairs.exists.shape[0] * pairs.exists.shape[1])  # a target's loss is the mean over taps and modes
+    random_t = None if loss_z is None else loss_z[pairs.exists].sigmoid()
+    score, loss = torch.zeros(n_rows, device=noise.device), torch.zeros(n_rows, device=noise.device)
+
+    learnt = weight != 0  # only these rows keep activations for a backward
+    for learn in (True, False):
+        for rows in (learnt == learn).nonzero().squeeze(1).split(ROWS_PER_CALL):
+            arguments = (flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows])
+            with torch.set_grad_enabled(learn and random_t is None):
+                errors = torch.stack([velocity_error(*arguments, torch.full_like(weight[rows], t)) for t in times])
+            with torch.set_grad_enabled(learn):
+                row_loss = errors.mean(dim=0) if random_t is None else velocity_error(*arguments, random_t[rows])
+            if learn:
+                (weight[rows] * row_loss).sum().backward()
+            score[rows] = deviation_score(errors.detach(), times)
+            loss[rows] = row_loss.detach()
+    return pairs.per_target(score), pairs.per_target(loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: safetensors with the configuration inside; official flow_model.bin is read
+
+
+def save_flow(flow: Flow, folder: str | Path) -> None:
+    """Write `flow.safetensors` into the folder, whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in flow.state_dict().items()}
+    temporary = folder / f"{FLOW_FILE}.writing"
+    save_file(state, temporary, metadata={"config": json.dumps(asdict(flow.config))})
+    os.replace(temporary, folder / FLOW_FILE)
+
+
+def load_flow(
+    path: str | Path,
+    dim: int,
+    n_blocks: int | None = None,
+    contexts: Sequence[str] | None = None,
+    percentiles: Sequence[float] | None = None,
+) -> Flow:
+    """Load a flow from a folder or file, native or official, and check that it fits.
+
+    Args:
+        path: a folder with `flow.safetensors` or `flow_model.bin`, or such a file.
+        dim: hidden size of the policy.
+        n_blocks, contexts, percentiles: expected values; None accepts what the file says. An official file does not
+            say its context mode or taps: contexts must then be given, percentiles default to 0.25, 0.5, 0.75.
+    Raises:
+        ValueError: no such file; another width, depth or context mode; missing or extra keys.
+    """
+    path = Path(path)
+    found = [p for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path]) if p.is_file()]
+    if not found:
+        raise ValueError(
+            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py --model …` first"
+        )
+    if found[0].suffix == ".bin":
+        state, config = read_official(found[0], contexts, percentiles)
+    else:
+        with safe_open(found[0], "pt") as file:
+            saved = json.loads((file.metadata() or {}).get("config", "null"))
+            if saved is None:
+                raise ValueError(f"{found[0]} holds no flow configuration; expected a file written by train_flow.py")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        config = FlowConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+    expected = {"dim": dim, "n_blocks": n_blocks, "contexts": contexts, "percentiles": percentiles}
+    for name, value in expected.items():
+        got = getattr(config, name)
+        value = tuple(value) if isinstance(value, list) else value
+        if value is not None and got != value:
+            raise ValueError(
+                f"the flow {found[0]} has {name}={got} (input {tuple(state['model.input_proj.weight'].shape)}, "
+                f"{config.n_blocks} blocks, context {'+'.join(config.contexts)}), expected {name}={value}: "
+                "train a flow for this model and these settings with train_flow.py"
+            )
+    flow = Flow(config)
+    check_state(found[0], state, flow.state_dict())
+    flow.load_state_dict(state)
+    return flow
+
+
+def read_official(path: Path, contexts: Sequence[str] | None, percentiles: Sequence[float] | None):
+    """Read an official `flow_model.bin`: its tensors, and the configuration that their shapes tell."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "model.input_proj.weight" not in state:
+        raise ValueError(
+            f"{path} is no official flow: key 'model.input_proj.weight' is missing; found {sorted(state)[:5]}"
+        )
+    if contexts is None:
+        raise ValueError(
+            f"{path} does not say which context it was trained with; name it with --contexts "
+            "(the official offline training conditions on the next token: --contexts next)"
+        )
+    width, dim = state["model.input_proj.weight"].shape
+    n_blocks = len({name.split(".")[2] for name in state if name.startswith("model.res_blocks.")})
+    taps = tuple(percentiles) if percentiles is not None else FlowConfig.percentiles
+    return state, FlowConfig(dim=dim, n_blocks=n_blocks, width=width, contexts=tuple(contexts), percentiles=taps)
+
+
+def check_state(path: Path, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError where the keys or shapes of a checkpoint are not those of the network."""
+    if missing := sorted(expected.keys() - got.keys()):
+        raise ValueError(
+            f"the flow {path} lacks {len(missing)} of {len(expected)} tensors, such as {missing[:3]}; it is cut or of another network"
+        )
+    if extra := sorted(got.keys() - expected.keys()):
+        raise ValueError(
+            f"the flow {path} has {len(extra)} tensors that the network does not know, such as {extra[:3]}; it is of another network"
+        )
+    for name, tensor in expected.items():
+        if got[name].shape != tensor.shape:
+            raise ValueError(
+                f"the flow {path} has {name} of shape {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+            )

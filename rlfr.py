@@ -1,0 +1,584 @@
+"""The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss; runs.
+
+Shapes as in flow.py. Equations, each with its function:
+
+    taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
+    log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
+    s' = (s - min)/(max - min) per response or group                         normalise
+    keep s' > threshold, keep top-k; flow reward = -coef * s'                flow_reward
+    A_outcome = (r - mean)/(std + eps), or rloo, dr_grpo, reinforce++        outcome_advantage
+    A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j                 token_returns
+    A_k + min(alpha*H_k, |A_k|/kappa)                                        entropy_advantage
+    -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                              policy_loss
+    k1, k2, k3 to a reference                                                kl_divergence
+    weights pi_train/pi_sampler, truncated or masked                         importance_weights
+    rejection sampling for the online flow update                            online_flow_weights
+
+Departures from the official code: masked minimum (there the second-smallest distinct value; full rows go negative and
+constant rows give NaN); a group of equal rewards has advantage 0 (there up to -0.83 from rounding); one denominator for
+a whole optimiser step (there a mean of micro-batch means); taps are return values (there hooks with lasting state).
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
+Normalisation = Literal["sequence", "token", "constant"]
+CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches: right-padded rows of prompt + response. Per-token results are (B, T), response token k in column k.
+
+
+@dataclass
+class Batch:
+    """Right-padded episodes. Example, prompt lengths 2 and 1, responses 2 and 3 (`.` is padding):
+
+    input_ids      p p r r      attention_mask 1 1 1 1      targets 0 0 1 1      response_mask 1 1 0
+                   p r r r                     1 1 1 1              0 1 1 1                    1 1 1
+    """
+
+    input_ids: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S) bool
+    targets: Tensor  # (B, S) bool, positions of response tokens
+    response_mask: Tensor  # (B, T) bool
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
+        out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
+        out[self.response_mask] = values
+        return out
+
+
+def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device="cpu") -> Batch:
+    """Make a batch of token ids; every prompt and response needs at least one token."""
+    lengths = [(len(p), len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+    assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
+    width = max(end for _, end in lengths)
+    ids = [[*p, *r] + [pad_id] * (width - len(p) - len(r)) for p, r in zip(prompts, responses, strict=True)]
+    start, end = torch.tensor(lengths, device=device).T[:, :, None]  # (B, 1) each
+    position = torch.arange(width, device=device)
+    return Batch(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=position < end,
+        targets=(position >= start) & (position < end),
+        response_mask=torch.arange(int((end - start).max()), device=device) < end - start,
+    )
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Group indices of rows so that rows * longest stays within the budget; rows of like length go together."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Policy
+
+
+def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
+    """Return layer indices round(p * n_layers), clamped to n_layers - 1 (paper: p = 0.25, 0.5, 0.75)."""
+    return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log pi(target) and entropy of each row from hidden states; logits live a chunk at a time, in both directions.
+
+    apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap | None) -> logp (M,), entropy (M,), float32.
+    Saves log-sum-exp and entropy only and recomputes each chunk's logits in the backward. With p the probabilities,
+    the gradient by the scaled logits is p*(-g_logp - g_H*(log p + H)), plus g_logp at the target.
+    """
+
+    @staticmethod
+    def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
+        logits = (hidden @ weight.T).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits / temperature
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap):
+        logp, entropy, lse = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, CHUNK_LOGITS // len(weight))):
+            z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
+            lse[rows] = z.logsumexp(dim=-1)
+            logp[rows] = z.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
+            entropy[rows] = lse[rows] - (z.softmax(dim=-1) * z).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.scaling = temperature, softcap
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        temperature, softcap = ctx.scaling
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, CHUNK_LOGITS // len(weight))):
+            z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
+            log_p = z - lse[rows, None]
+            d = log_p.exp() * (-g_logp[rows, None] - g_entropy[rows, None] * (log_p + entropy[rows, None]))
+            d.scatter_add_(1, targets[rows, None], g_logp[rows, None])
+            d /= temperature
+            if softcap is not None:
+                d *= 1 - (z * temperature / softcap).square()
+            d = d.to(hidden.dtype)
+            d_hidden[rows] = d @ weight
+            if d_weight is not None:
+                d_weight += d.T @ hidden[rows]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+class Scored(NamedTuple):
+    """What one forward of the policy gives."""
+
+    logp: Tensor | None  # (B, T) log-prob of each response token at the temperature
+    entropy: Tensor | None  # (B, T) entropy of the distribution that it was drawn from
+    latents: list[Tensor]  # one (B, S, D) a tap
+
+
+class LastTap(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends a forward pass whose layers above the last tap nobody needs."""
+
+
+class Policy(nn.Module):
+    """A Hugging Face decoder that returns log-probs, entropies and tapped latents of a batch of episodes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        text = model.config.get_text_config()
+        self.dim, self.n_layers = text.hidden_size, text.num_hidden_layers
+        self.softcap = getattr(text, "final_logit_softcapping", None)
+        unknown = [
+            n
+            for n in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+            if getattr(text, n, None) not in (None, 1)
+        ]
+        if unknown or getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} changes its logits by {unknown or 'a head bias'}; expected a plain linear head"
+            )
+
+    def forward(
+        self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False
+    ) -> Scored:
+        """Run a batch.
+
+        Args:
+            temperature: divides the logits, as it did when the response was sampled.
+            taps: layer indices whose outputs are returned (design: `hidden_states[index + 1]` of Hugging Face).
+            latents_only: stop after the last tap; neither the layers above nor the head run.
+        """
+        latents: dict[int, Tensor] = {}
+
+        def catch(index: int):
+            def hook(_module, _arguments, output):
+                latents[index] = (output[0] if isinstance(output, tuple) else output).detach()
+                if latents_only and index == max(taps):
+                    raise LastTap
+
+            return hook
+
+        layers = self.model.get_decoder().layers
+        hooks = [layers[index].register_forward_hook(catch(index)) for index in set(taps)]
+        try:
+            output = self.model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
+        except LastTap:
+            return Scored(None, None, [latents[index] for index in taps])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        before = batch.targets.roll(-1, dims=1)  # the position that predicts a token is the one before it
+        weight = self.model.get_output_embeddings().weight
+        hidden = output.last_hidden_state[before]  # (M, D)
+        logp, entropy = TokenLogProbs.apply(hidden, weight, batch.input_ids[batch.targets], temperature, self.softcap)
+        return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
+
+
+def load_policy(
+    path: str, device: torch.device | str = "cpu", trust_remote_code: bool = False, checkpointing: bool = False
+) -> Policy:
+    """Load a Hugging Face decoder in float32, without dropout: its scores must repeat."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(model.config.get_text_config(), name, 0):
+            raise ValueError(
+                f"{path} sets {name}; expected 0: log-probs under dropout do not repeat; set it to 0 in config.json"
+            )
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model.train().to(device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow reward (paper: flow reward shaping)
+
+
+def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
+    """Min-max normalise deviation scores over response tokens to [0, 1], or [-1, 1] if bilateral.
+
+    Args:
+        score, mask: (B, T); the minimum and maximum are over mask only.
+        power: exponent applied in [0, 1]; 1 leaves the score as it is.
+        group_size: rows that share a minimum and maximum: 1 for each response by itself (paper), G for the group.
+    Returns:
+        (B, T), zero outside mask; a row or group of equal scores is zero.
+    """
+    grouped = (len(score) // group_size, group_size * score.shape[1])
+    low = score.masked_fill(~mask, torch.inf).reshape(grouped).amin(dim=1).repeat_interleave(group_size)[:, None]
+    high = score.masked_fill(~mask, -torch.inf).reshape(grouped).amax(dim=1).repeat_interleave(group_size)[:, None]
+    spread = high - low
+    unit = ((score - low) / spread).pow(power)
+    unit = 2 * unit - 1 if bilateral else unit
+    return torch.where(mask & (spread > 0), unit, 0.0)
+
+
+def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilateral: bool = False) -> Tensor:
+    """Keep the tails of normalised scores (B, T): beyond the threshold, then the k largest; zero elsewhere.
+
+    A threshold of 0 and a top_k of None keep everything. Bilateral keeps scores beyond the threshold on both sides and
+    k//2 of each; as in the official code, only rows with at least k tokens left are cut to k.
+    """
+    if threshold > 0:
+        score = torch.where((score > threshold) | (bilateral & (score < -threshold)), score, 0.0)
+    if top_k is None or top_k >= score.shape[1]:
+        return score
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    if bilateral:
+        kept.scatter_(1, score.topk(top_k // 2, dim=1).indices, True)
+        kept.scatter_(1, score.topk(top_k // 2, dim=1, largest=False).indices, True)
+    else:
+        kept.scatter_(1, score.topk(top_k, dim=1).indices, True)
+    few = (score != 0).sum(dim=1, keepdim=True) < top_k
+    return torch.where(kept | few, score, 0.0)
+
+
+def flow_reward(
+    score: Tensor, mask: Tensor, coef: float = 0.01, threshold: float = 0.6, top_k: int | None = 15,
+    bilateral: bool = False, power: float = 1.0, group_size: int = 1,
+) -> Tensor:  # fmt: skip
+    """Return the flow reward of each response token, (B, T): -coef times the normalised, selected deviation score."""
+    return -coef * select(normalise(score, mask, bilateral, power, group_size), threshold, top_k, bilateral)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def varied_groups(reward: Tensor, group_size: int) -> Tensor:
+    """Return which groups (N,) of reward (B,) hold different rewards; the others have nothing to teach."""
+    groups = reward.view(-1, group_size)
+    return groups.amax(dim=1) > groups.amin(dim=1)
+
+
+def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline = "grpo", eps: float = 1e-9) -> Tensor:
+    """Return the outcome advantage (B,) of rewards (B,), G consecutive episodes a group.
+
+    grpo: (r - mean)/(std + eps), std with G - 1; rloo: r - mean of the others; dr_grpo, reinforce++: r - mean (the
+    latter is whitened over the batch after the token part is added); reinforce: r. Equal rewards give exactly 0.
+    """
+    if baseline == "reinforce":
+        return reward.clone()
+    groups = reward.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if baseline == "grpo":
+        centred = centred / (groups.std(dim=1, keepdim=True) + eps)
+    elif baseline == "rloo":
+        centred = centred * group_size / (group_size - 1)
+    return torch.where(varied_groups(reward, group_size)[:, None], centred, 0.0).flatten()
+
+
+def token_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Return sum_{j>=k} gamma^(j-k) * reward_j over response tokens, (B, T), from rewards (B, T)."""
+    reward = reward * mask
+    if gamma == 1.0:
+        return reward.flip(1).cumsum(dim=1).flip(1) * mask
+    returns, following = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    for k in reversed(range(reward.shape[1])):
+        following = returns[:, k] = reward[:, k] + gamma * following
+    return returns * mask
+
+
+def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+    """Return A_k + min(alpha * H_k, |A_k| / kappa), (B, T), no gradient through H: the entropy-shaping baseline."""
+    return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
+
+
+def whiten(advantage: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Return advantages (B, T) with mean 0 and standard deviation 1 over all response tokens (REINFORCE++-baseline)."""
+    values = advantage[mask]
+    return torch.where(mask, (advantage - values.mean()) / (values.std() + eps), 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def token_weights(
+    mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int
+) -> Tensor:
+    """Return the weight (B, T) of each token in the loss of a whole optimiser step.
+
+    sequence: mean over episodes of the mean over tokens; token: mean over all tokens; constant: sum over tokens divided
+    by episodes * max_tokens (Dr. GRPO). n_episodes and n_tokens count the step's mini-batch, over all micro-batches.
+    """
+    if normalisation == "sequence":
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_episodes
+    return mask / (n_tokens if normalisation == "token" else n_episodes * max_tokens)
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ratio_cap: float = 3.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the PPO-clip loss of each token (B, T) and where it was clipped (B, T) bool.
+
+    -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A) with rho = min(exp(logp - old_logp), ratio_cap); DAPO's
+    clip-higher is clip_high = 0.28. The cap (as official) bounds the loss of negative advantages.
+    """
+    ratio = (logp - old_logp).exp().clamp(max=ratio_cap)
+    plain, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return -torch.minimum(plain, clipped), clipped < plain
+
+
+def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+    """Return the per-token KL estimate (B, T): k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = logp - ref_logp."""
+    d = logp - ref_logp
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
+
+
+def importance_weights(
+    old_logp: Tensor,
+    sampled_logp: Tensor,
+    mask: Tensor,
+    mode: Literal["none", "token", "sequence", "mask"],
+    cap: float = 2.0,
+) -> tuple[Tensor, dict[str, float]]:
+    """Correct for a sampler whose probabilities differ from the trainer's.
+
+    Args:
+        old_logp, sampled_logp, mask: (B, T); NaN log-probs of the sampler count as ratio 1 and are reported.
+        mode: token: min(ratio, cap); sequence: the same on the response's product of ratios; mask: 0 beyond the cap.
+    Returns:
+        weights (B, T), and statistics of the token ratios before truncation.
+    """
+    broken = sampled_logp.isnan() & mask
+    difference = torch.where(mask & ~broken, old_logp - sampled_logp, 0.0)
+    ratio = difference.exp()
+    statistics = {
+        "mismatch/ratio_mean": ratio[mask].mean().item(),
+        "mismatch/ratio_max": ratio[mask].max().item(),
+        "mismatch/over_cap": (ratio[mask] > cap).float().mean().item(),
+        "mismatch/nan": broken.sum().item(),
+    }
+    if mode == "sequence":
+        ratio = difference.sum(dim=1, keepdim=True).exp().expand_as(ratio)
+    if mode == "none":
+        ratio = torch.ones_like(ratio)
+    return torch.where(ratio > cap, 0.0, ratio) if mode == "mask" else ratio.clamp(max=cap), statistics
+
+
+def online_flow_weights(
+    mask: Tensor, correct: Tensor | None, entropy: Tensor | None = None, quantile: float = 0.6, soft: float = 0.0,
+    quantile_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight tokens of the online flow loss by rejection sampling: sum_rows(b * sum(w*loss)/sum(w)) / sum(b).
+
+    Args:
+        mask: (B, T).
+        correct: (B,) bool, rows with b = 1, the others have b = soft; None accepts every row.
+        entropy: (B, T); tokens at or above their row's quantile have w = 1, the others w = soft; None: every token.
+        quantile_mask: (B, T) tokens that the quantile is over, mask by default (the official code includes padding).
+    Returns:
+        token weights w/sum(w), (B, T), and row weights b, (B,); the caller divides by the step's sum of b.
+    """
+    rows = torch.ones(len(mask), device=mask.device) if correct is None else torch.where(correct, 1.0, soft)
+    tokens = mask.float()
+    if entropy is not None:
+        seen = entropy.masked_fill(~(mask if quantile_mask is None else quantile_mask), torch.nan)
+        tokens = tokens * torch.where(entropy >= seen.nanquantile(quantile, dim=1, keepdim=True), 1.0, soft)
+    return tokens / tokens.sum(dim=1, keepdim=True), rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation and runs
+
+
+def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
+    """Return the rate of a step: linear warm-up over a fraction of the steps, then a cosine to floor * peak."""
+    n_warmup = math.ceil(warmup * total)
+    if step < n_warmup:
+        return peak * (step + 1) / n_warmup
+    progress = (step - n_warmup) / max(1, total - n_warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """Clip, step and clear; return the gradient norm. A norm that is not finite leaves the weights as they are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
+    temporary = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(
+            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room and go on with --resume"
+        ) from error
+    for file in temporary.rglob("*"):
+        with open(file, "rb") if file.is_file() else open(os.devnull) as handle:
+            if file.is_file():
+                os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, summary.json, checkpoints/step-N, and a tracker."""
+
+    FREE = ("resume", "keep", "track", "eval_every", "save_every")  # fields that may change at a resume
+
+    def __init__(self, config, default_name: str):
+        self.folder = Path(config.resume or config.folder or self.unused(Path("runs") / default_name))
+        self.keep = config.keep
+        stored = self.folder / "config.json"
+        wanted = json.loads(json.dumps(asdict(config)))
+        if config.resume:
+            self.check_same(wanted, self.stored_config(config.resume))
+        elif stored.exists():
+            raise ValueError(
+                f"{self.folder} holds a run already; go on with it by --resume {self.folder}, or name another --folder"
+            )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stored.write_text(json.dumps(wanted, indent=1))
+        self.tracker = open_tracker(config.track, self.folder, wanted)
+
+    @staticmethod
+    def unused(folder: Path) -> Path:
+        """Return the folder, or the first of folder-2, folder-3, … that no run has taken."""
+        number, candidate = 1, folder
+        while (candidate / "config.json").exists():
+            number, candidate = number + 1, folder.with_name(f"{folder.name}-{number + 1}")
+        return candidate
+
+    @staticmethod
+    def stored_config(folder: str) -> dict:
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
+        return json.loads(path.read_text())
+
+    def check_same(self, wanted: dict, stored: dict) -> None:
+        for name in wanted.keys() | stored.keys():
+            if name not in self.FREE + ("folder",) and wanted.get(name) != stored.get(name):
+                raise ValueError(
+                    f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for {wanted.get(name)!r}; "
+                    "give the same settings, or start a new run"
+                )
+
+    def checkpoints(self) -> list[Path]:
+        """Return whole checkpoints, oldest first."""
+        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def save(self, step: int, state: dict) -> None:
+        """Write checkpoints/step-N and drop all but the newest `keep`."""
+        with (
+            written_whole(self.folder / "checkpoints" / f"step-{step}") as folder,
+            open(folder / "state.pt", "wb") as file,
+        ):
+            torch.save({"step": step} | state, file)
+        for old in self.checkpoints()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def load(self) -> dict | None:
+        """Return the newest checkpoint's state, if any, and cut metrics.jsonl back to its step."""
+        found = self.checkpoints()
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+        step = state["step"] if state else 0
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        return state
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Append one line to metrics.jsonl and to the tracker."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.tracker(metrics, step)
+
+
+def open_tracker(kind: str, folder: Path, config: dict):
+    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
+    if kind == "none":
+        return lambda metrics, step: None
+    try:
+        if kind == "wandb":
+            import wandb
+
+            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=config, resume="allow")
+            return lambda metrics, step: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--track {kind} needs a package that is not installed ({error}); run `pip install {kind}`"
+        ) from error
+    writer = SummaryWriter(folder / "tensorboard")
+    return lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items() if not isinstance(v, str)]
+
+
+def parse_config(config_class, presets: dict[str, dict]):
+    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--model", default=None)
+    peek.add_argument("--resume", default=None)
+    known, _ = peek.parse_known_args()
+    if known.resume:
+        stored = Run.stored_config(known.resume)
+        names = {field.name for field in fields(config_class)}
+        default = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in names})
+    else:
+        default = config_class(**presets.get(known.model or config_class.model, {}))
+    return tyro.cli(config_class, default=default)
