@@ -1,0 +1,286 @@
+"""Outcome rewards: extract the boxed answer, normalise, compare, verify in worker processes.
+
+A verdict is (reward, correct). Reward sets: `binary` 1 for a right boxed answer, else 0; `official` the rule set of the
+official code, 0 / 0.5 / 1; or a Python file with `reward(problem, response) -> float`, correct from 1 on.
+
+Gold and prediction are both parsed as mathematics (the official code parses bare text: 51 of 500 MATH-500 answers then
+fail against themselves and `2` passes for `2\\pi`). math-verify runs in worker processes: its own timeouts are signals,
+which fail in threads, so the parent keeps the deadline, kills a worker that misses it and starts another.
+
+    python rewards.py '\\frac{1}{2}' '0.5'        prints whether the prediction equals the gold
+"""
+
+import atexit
+import importlib.util
+import json
+import math
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+MAX_ANSWER = 2_000  # characters of a boxed answer; a longer one is wrong
+MEMORY_LIMIT = 2 * 2**30  # bytes of address space of a worker
+
+
+class Verdict(NamedTuple):
+    """What an episode is worth."""
+
+    reward: float
+    correct: bool
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+
+def boxes(text: str) -> list[str]:
+    r"""Return the contents of every `\boxed{…}` with balanced braces, in order."""
+    found = []
+    for match in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            escaped = text[end - 1] == "\\" and text[end - 2] != "\\"
+            depth += 0 if escaped else {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                found.append(text[match.end() : end])
+                break
+    return found
+
+
+def degenerate(response: str) -> bool:
+    """Return whether a response is garbage by the official rules: a pattern five times in a row, or mostly odd characters."""
+    odd = sum(not (c.isascii() or "\u0370" <= c <= "\u03ff" or "\u2000" <= c <= "\u2bff") for c in response)
+    return re.search(r"(.{5,})\1{4,}", response) is not None or odd > 0.3 * len(response)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
+
+UNICODE = str.maketrans({"°": r"^\circ", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "−": "-", "–": "-", "∞": r"\infty "})
+REWRITES = [
+    (r"\\(?:displaystyle|textstyle|left|right|bigl|bigr|Bigl|Bigr|big|Big)(?![a-zA-Z])", ""),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:mathbf|mathrm|boldsymbol|bm|textbf|operatorname|mathit)\s*\{([^{}]*)\}", r"\1"),
+    (r"^\\text\s*\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}", ""),  # \text{the answer is} 5
+    (r"\\(?:[!,;:> ]|quad|qquad)", " "),
+    (r"~", " "),
+    (r"(?<=\d)(?:\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?)+\s*$", ""),  # a unit behind a number
+    (r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*$", ""),
+    (r"(?<=\d)\s*\\?%\s*$", ""),
+    (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
+    (r"(?<=\d),(?=\d{3}(?:\D|$))", ""),  # 1,000
+    (r"^\s*\$+|\$+\s*$", ""),
+    (r"\.\s*$", ""),
+    (r"\s+", " "),
+]
+NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?", re.IGNORECASE)
+FRACTION = re.compile(r"([+-]?)\s*\\frac\s*\{?\s*(\d{1,50})\s*\}?\s*\{?\s*(\d{1,50})\s*\}?|([+-]?)\s*(\d{1,50})\s*/\s*(\d{1,50})")
+
+
+def normalise(answer: str) -> str:
+    """Rewrite an answer so that spellings of the same thing become equal strings."""
+    answer = answer.strip().translate(UNICODE)
+    for pattern, replacement in REWRITES:
+        answer = re.sub(pattern, replacement, answer.strip())
+    return answer.strip()
+
+
+def number(text: str) -> Fraction | None:
+    """Return a plain number or fraction exactly, or None."""
+    text = text.strip("{} ")
+    if match := NUMBER.fullmatch(text):
+        sign, digits, exponent = match.groups()
+        if len(digits) > 400:
+            return None
+        return Fraction(digits) * (-1 if sign == "-" else 1) * Fraction(10) ** int(exponent or 0)
+    if match := FRACTION.fullmatch(text):
+        sign, top, bottom = match.groups()[:3] if match[2] else match.groups()[3:]
+        return None if int(bottom) == 0 else Fraction(int(top), int(bottom)) * (-1 if sign == "-" else 1)
+    return None
+
+
+def compare(gold: str, prediction: str) -> bool | None:
+    """Decide the cheap cases: equal strings and plain numbers; None where mathematics is needed."""
+    gold, prediction = normalise(gold), normalise(prediction)
+    if not gold or not prediction or len(prediction) > MAX_ANSWER:
+        return False
+    if gold.replace(" ", "") == prediction.replace(" ", ""):
+        return True
+    a, b = number(gold), number(prediction)
+    if a is None or b is None:
+        return None
+    if a.denominator == 1 and b.denominator == 1:
+        return a == b
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def verify(gold: str, prediction: str) -> bool:
+    """Compare with math-verify. Runs in a worker; the parent keeps the time."""
+    import math_verify
+
+    parsed = [math_verify.parse(f"${normalise(text)}$", parsing_timeout=None) for text in (gold, prediction)]
+    return bool(parsed[0] and parsed[1] and math_verify.verify(*parsed, timeout_seconds=None))
+
+
+def worker() -> None:
+    """Answer (gold, prediction) lines with 0 or 1 lines until the parent goes."""
+    import resource
+
+    import math_verify  # noqa: F401 (loaded before the first deadline starts)
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.alarm(600)  # ends a worker whose parent was killed while it was lost in an expression
+        gold, prediction = json.loads(line)
+        try:
+            verdict = verify(gold, prediction)
+        except Exception:  # noqa: BLE001 — whatever a parser makes of hostile text, the answer is not verified
+            verdict = False
+        print(int(verdict), flush=True)
+
+
+class Worker:
+    """A grading process, started when first asked and again after it was killed."""
+
+    def __init__(self):
+        self.process = None
+
+    def start(self) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if self.reply(deadline=120) != b"ready\n":
+            self.stop()
+            raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
+
+    def reply(self, deadline: float) -> bytes | None:
+        ready, _, _ = select.select([self.process.stdout], [], [], deadline)
+        return self.process.stdout.readline() if ready else None
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+    def ask(self, gold: str, prediction: str, deadline: float) -> bool | None:
+        """Return the verdict, or None if the deadline passed or the process died of the question."""
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self.start()
+        self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
+        self.process.stdin.flush()
+        reply = self.reply(deadline)
+        if not reply:
+            self.stop()
+            return None
+        return reply == b"1\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+class Grader:
+    """Rewards for episodes, in order, from worker processes; use it as a context manager or call close().
+
+    Args:
+        reward: `binary`, `official`, or the path of a Python file with `reward(problem, response) -> float`.
+        n_workers: grading processes; they start when the first answer needs mathematics.
+        deadline: seconds for one answer; one that takes longer is wrong and counted in `timeouts`.
+        grade_truncated: whether a response that ran out of room can score (the official code lets it).
+    """
+
+    def __init__(self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated: bool = False):
+        self.user = None if reward in ("binary", "official") else load_reward(reward)
+        self.kind, self.deadline, self.grade_truncated = reward, deadline, grade_truncated
+        self.timeouts = 0
+        n_workers = n_workers or min(8, os.cpu_count() or 1)
+        self.workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.all_workers = [Worker() for _ in range(n_workers)]
+        for each in self.all_workers:
+            self.workers.put(each)
+        self.threads = ThreadPoolExecutor(n_workers)
+        self.batches = ThreadPoolExecutor(1)
+        atexit.register(self.close)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.batches.shutdown()
+        self.threads.shutdown()
+        for each in self.all_workers:
+            each.stop()
+        atexit.unregister(self.close)
+
+    def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
+        """Return whether a prediction equals the gold, or any of a list of golds."""
+        if not isinstance(gold, str):
+            return any(self.equal(each, prediction) for each in gold)
+        decided = compare(gold, prediction)
+        if decided is not None:
+            return decided
+        each = self.workers.get()
+        try:
+            verdict = each.ask(gold, prediction, self.deadline)
+        finally:
+            self.workers.put(each)
+        self.timeouts += verdict is None
+        return bool(verdict)
+
+    def grade(self, problem: str, answer: str | Sequence[str] | None, response: str, finished: bool) -> Verdict:
+        """Return the verdict on one response; `finished` says that it ended by itself."""
+        finished = finished or self.grade_truncated
+        if self.user is not None:
+            value = float(self.user(problem, response))
+            return Verdict(value, value >= 1)
+        found = boxes(response)
+        # no box, no credit; five or more are a way of guessing (official rules)
+        candidate = finished and answer and 0 < len(found) < 5
+        if self.kind == "official" and candidate:
+            candidate = not degenerate(response)
+        correct = bool(candidate) and self.equal(answer, found[-1])
+        half = 0.5 if self.kind == "official" and candidate else 0.0
+        return Verdict(1.0 if correct else half, correct)
+
+    def submit(self, problems: Sequence[str], answers: Sequence, responses: Sequence[str], finished: Sequence[bool]) -> Future[list[Verdict]]:
+        """Grade a batch in the background; the result keeps the order."""
+        return self.batches.submit(lambda: list(self.threads.map(self.grade, problems, answers, responses, finished)))
+
+
+def load_reward(path: str) -> Callable[[str, str], float]:
+    """Load `reward(problem, response)` from a user's Python file."""
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise ValueError(f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)")
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "reward", None)):
+        raise ValueError(f"{path} defines no function reward(problem, response) -> float")
+    return module.reward
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--worker"]:
+        worker()
+    elif len(sys.argv) == 3:
+        with Grader(n_workers=1) as grader:
+            print(grader.equal(sys.argv[1], sys.argv[2]))
+    else:
+        sys.exit("usage: python rewards.py GOLD PREDICTION")

@@ -1,0 +1,338 @@
+"""Problems in, episodes out: data sets, prompt templates, model names, and the engine that samples.
+
+An engine has four methods: `generate`, `load_weights`, `sleep`, `wake`. The plain torch engine here runs a Hugging Face
+model in its own loop. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length"
+(the official code writes EOS over it, and it can then score as finished).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+TEMPLATES = {  # one a family, the same for the offline start, training and evaluation
+    "qwen": f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n",
+    "llama": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n{INSTRUCTION}\n<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n{problem}\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+    "none": "{problem}",
+}
+ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and problems
+
+
+def resolve_model(name: str) -> str:
+    """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
+    path = name
+    if not Path(name).is_dir() and "/" not in name:
+        path = next((f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)), name)
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r}: neither a folder with config.json nor a model that can be loaded as {path!r} ({str(error).splitlines()[0]}); "
+            "give a path, a hub id, a short name such as Qwen2.5-7B, or toy"
+        ) from error
+    return path
+
+
+class Problem(NamedTuple):
+    """One row of a data set, ready to be sampled."""
+
+    id: str
+    text: str
+    answer: str | list[str]  # any of a list
+    prompt_ids: list[int]
+
+
+def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict]:
+    """Read a JSONL or Parquet file, a `save_to_disk` folder, a folder of data files or a hub id; check its columns.
+
+    Raises:
+        ValueError: nothing there, no rows, a column missing, or a column with empty values.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = []
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source}, line {number}: not JSON ({error}); expected one object a line") from error
+    elif path.exists() or (source.count("/") == 1 and not path.suffix):
+        rows = load_with_datasets(source, path, split)
+    else:
+        raise ValueError(
+            f"no data at {source!r}; expected a JSONL or Parquet file, a folder, or a hub id such as owner/name"
+        )
+    if not rows:
+        raise ValueError(f"{source} holds no rows; expected at least one problem")
+    for column in columns:
+        if column not in rows[0]:
+            raise ValueError(
+                f"{source} has no column {column!r}, only {sorted(rows[0])}; name the right one with a --…-column flag"
+            )
+        empty = [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]
+        if empty:
+            raise ValueError(
+                f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, first in row {empty[0]}; fill or drop them"
+            )
+    return rows
+
+
+def load_with_datasets(source: str, path: Path, split: str) -> list[dict]:
+    """Read a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
+    import datasets
+
+    try:
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(source)
+        elif path.is_file():
+            data = datasets.load_dataset(
+                {".parquet": "parquet"}.get(path.suffix, "json"), data_files=source, split="train"
+            )
+        else:
+            data = datasets.load_dataset(source, split=split)
+    except Exception as error:  # `datasets` raises its readers' errors unwrapped
+        raise ValueError(
+            f"data {source!r} cannot be loaded ({type(error).__name__}: {error}); give a file, a folder or a hub id"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{source} has no split {split!r}, only {sorted(data)}; name one with --split")
+        data = data[split]
+    return data.to_list()
+
+
+def make_prompts(
+    texts: Sequence[str], tokenizer, template: str, max_tokens: int, model_type: str = ""
+) -> list[list[int]]:
+    """Put problems into the prompt template and tokenise them.
+
+    Args:
+        template: `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
+        max_tokens: longest prompt accepted; ValueError with count and example if any is longer.
+    """
+    if template == "auto":
+        family = next((name for name in TEMPLATES if model_type.startswith(name)), None)
+        template = family or ("chat" if tokenizer.chat_template else "none")
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise ValueError("template 'chat': this tokenizer has no chat template; choose qwen, llama, none or a file")
+        chats = [[{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}] for text in texts]
+        prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    else:
+        if template not in TEMPLATES and not Path(template).is_file():
+            raise ValueError(f"template {template!r}: neither {', '.join(TEMPLATES)}, chat, auto nor a file")
+        pattern = TEMPLATES.get(template) or Path(template).read_text()
+        if "{problem}" not in pattern:
+            raise ValueError(f"template {template!r} has no {{problem}} in it; put it where the problem goes")
+        prompts = [pattern.replace("{problem}", text) for text in texts]
+    ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
+    long = [i for i, row in enumerate(ids) if len(row) > max_tokens]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(ids)} prompts are longer than {max_tokens} tokens, such as row {long[0]} with {len(ids[long[0]])}: "
+            f"{texts[long[0]][:60]!r}…; raise --max-prompt-tokens or drop them"
+        )
+    return ids
+
+
+def load_problems(
+    source: str, tokenizer, template: str, max_prompt_tokens: int, model_type: str = "", split: str = "train",
+    problem_column: str = "problem", answer_column: str = "answer",
+) -> list[Problem]:  # fmt: skip
+    """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
+    rows = load_rows(source, (problem_column, answer_column), split)
+    prompts = make_prompts([row[problem_column] for row in rows], tokenizer, template, max_prompt_tokens, model_type)
+    answers = [a if isinstance(a, list) else str(a) for a in (row[answer_column] for row in rows)]
+    return [
+        Problem(str(row.get("id", i)), row[problem_column], answer, prompt)
+        for i, (row, answer, prompt) in enumerate(zip(rows, answers, prompts, strict=True))
+    ]
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False):
+    """Load a model's tokenizer; one without a padding token pads with EOS (padding is masked everywhere)."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    n: int = 1  # responses a prompt
+    temperature: float = 1.0  # 0 is greedy
+    max_tokens: int = 1024  # response tokens, EOS included
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps the whole vocabulary
+
+
+@dataclass
+class Episode:
+    """One sampled response."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # with EOS if it came
+    logp: list[float]  # the sampler's log-prob of each token, at the temperature
+    finish_reason: Literal["stop", "length"]
+    text: str  # the response without special tokens
+
+
+class Engine(Protocol):
+    """Samples responses with the policy's weights."""
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+        """Sample n responses a prompt, n consecutive episodes each; response i of a prompt has the seed of the prompt + i."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights by Hugging Face parameter name."""
+
+    def sleep(self) -> None:
+        """Free the accelerator."""
+
+    def wake(self) -> None:
+        """Be ready for load_weights and generate."""
+
+
+class TorchEngine:
+    """A Hugging Face model in a plain decoding loop on a KV cache. What it samples does not depend on the batch."""
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        max_sequences: int = 256,
+    ):
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
+        self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({e for e in [*ends, tokenizer.eos_token_id] if e is not None})
+        self.wake()
+
+    def sleep(self) -> None:
+        self.model.to("cpu")
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        own = self.model.state_dict()
+        loaded = set()
+        for name, tensor in weights:
+            if name not in own:
+                raise ValueError(
+                    f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names"
+                )
+            own[name].copy_(tensor)
+            loaded.add(name)
+        if missing := own.keys() - loaded:
+            raise ValueError(
+                f"{len(missing)} weights were not given, such as {sorted(missing)[:3]}; expected the whole state dict"
+            )
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+        size = max(1, self.max_sequences // sampling.n)
+        episodes: dict[int, list[Episode]] = {}
+        with tqdm(total=len(prompts) * sampling.n, desc="roll out", unit="seq", leave=False, delay=3) as bar:
+            for rows in (order[i : i + size] for i in range(0, len(order), size)):
+                sampled = self.sample([prompts[i] for i in rows], sampling, [seeds[i] for i in rows])
+                for place, i in enumerate(rows):
+                    episodes[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
+                bar.update(len(sampled))
+        return [episode for i in range(len(prompts)) for episode in episodes[i]]
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+        """Sample one batch: left-padded prompts, one prefill a prompt, rows leave the cache when they have finished."""
+        n, limit = sampling.n, sampling.max_tokens
+        width = max(len(p) for p in prompts)
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        # one uniform number a token, from the row's own seed: the batch has no say in what a row samples
+        generators = [torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)]
+        uniform = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(self.device)
+
+        cache = DynamicCache(config=self.model.config)
+        position = mask.cumsum(dim=1) - 1
+        output = self.model(
+            ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache, logits_to_keep=1
+        )
+        cache.batch_repeat_interleave(n)
+        logits, mask, position = (x.repeat_interleave(n, dim=0) for x in (output.logits[:, -1], mask, position[:, -1:]))
+
+        tokens = torch.zeros(len(generators), limit, dtype=torch.long, device=self.device)
+        logp = torch.zeros(len(generators), limit, device=self.device)
+        length = torch.full((len(generators),), limit, device=self.device)
+        stopped = torch.zeros(len(generators), dtype=torch.bool, device=self.device)
+        rows = torch.arange(len(generators), device=self.device)  # the rows still in the cache
+        ends = torch.tensor(self.ends, device=self.device)
+        for k in range(limit):
+            token, token_logp = choose(logits.float(), uniform[rows, k], sampling)
+            running = ~stopped[rows]
+            tokens[rows, k] = torch.where(running, token, 0)
+            logp[rows, k] = torch.where(running, token_logp, 0.0)
+            ended = running & torch.isin(token, ends)
+            stopped[rows[ended]] = True
+            length[rows[ended]] = k + 1
+            running = running & ~ended
+            if k + 1 == limit or not running.any():
+                break
+            if running.sum() <= 0.75 * len(rows):
+                kept = running.nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            position = position + 1
+            logits = self.model(
+                token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+            ).logits[:, -1]
+
+        tokens, logp, length, stopped = tokens.tolist(), logp.tolist(), length.tolist(), stopped.tolist()
+        responses = [row[:size] for row, size in zip(tokens, length, strict=True)]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [
+            Episode(prompts[i // n], responses[i], logp[i][: length[i]], "stop" if stopped[i] else "length", texts[i])
+            for i in range(len(responses))
+        ]
+
+
+def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row of logits (B, V) by inverting the CDF at uniform (B,); return tokens and log-probs (B,)."""
+    if sampling.temperature == 0:
+        token = logits.argmax(dim=-1)
+        return token, logits.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
+    logits = logits / sampling.temperature
+    if sampling.top_k > 0:
+        least = logits.topk(min(sampling.top_k, logits.shape[1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # mass of the likelier tokens
+        logits = logits.masked_fill((before >= sampling.top_p).gather(1, order.argsort(dim=-1)), -torch.inf)
+    logp = logits.log_softmax(dim=-1)
+    cdf = logp.double().exp().cumsum(dim=-1)
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return token.squeeze(1), logp.gather(1, token).squeeze(1)
