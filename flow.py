@@ -15,7 +15,7 @@ Equations, each with its function:
     x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                                  interpolate
     v(x_t, t, context, depth)                                                VelocityNet
     delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                      velocity_error
-    offline loss = mean of delta(sigmoid(z)) over tokens, taps, draws        matching_loss
+    offline loss = mean of delta(sigmoid(z)) over tokens, taps and draws     matching_loss
     score = mean over T_r of t/(1-t) * delta(t), then over taps              deviation_score, score_and_learn
 
 Departures from the official code: every time has its own weight t/(1-t) (there, the last one's serves all); the context
@@ -276,12 +276,12 @@ def velocity_error(flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor,
 
 
 def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Tensor:
-    """Return the flow-matching loss of the offline start, one value a target (M,), averaged over taps and contexts.
+    """Return the flow-matching loss of the offline start for each row, (P,): delta at t = sigmoid(z).
 
-    noise (L, C, M, D) and z (L, C, M) standard normal; the time is t = sigmoid(z).
+    noise (L, C, M, D) and z (L, C, M) are standard normal, as draw() gives them.
     """
     t = z[pairs.exists].sigmoid()
-    return pairs.per_target(velocity_error(flow, pairs.x_1, pairs.context, pairs.depth, noise[pairs.exists], t))
+    return velocity_error(flow, pairs.x_1, pairs.context, pairs.depth, noise[pairs.exists], t)
 
 
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
@@ -374,7 +374,7 @@ def load_flow(
             saved = json.loads((file.metadata() or {}).get("config", "null"))
             if saved is None:
                 raise ValueError(f"{found[0]} holds no flow configuration; expected a file written by train_flow.py")
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = FlowConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
     expected = {"dim": dim, "n_blocks": n_blocks, "contexts": contexts, "percentiles": percentiles}

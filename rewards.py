@@ -65,7 +65,9 @@ def degenerate(response: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
 
-UNICODE = str.maketrans({"°": r"^\circ", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "−": "-", "–": "-", "∞": r"\infty "})
+UNICODE = str.maketrans(
+    {"°": r"^\circ", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "−": "-", "–": "-", "∞": r"\infty "}
+)
 REWRITES = [
     (r"\\(?:displaystyle|textstyle|left|right|bigl|bigr|Bigl|Bigr|big|Big)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -83,7 +85,9 @@ REWRITES = [
     (r"\s+", " "),
 ]
 NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?", re.IGNORECASE)
-FRACTION = re.compile(r"([+-]?)\s*\\frac\s*\{?\s*(\d{1,50})\s*\}?\s*\{?\s*(\d{1,50})\s*\}?|([+-]?)\s*(\d{1,50})\s*/\s*(\d{1,50})")
+FRACTION = re.compile(
+    r"([+-]?)\s*\\frac\s*\{?\s*(\d{1,50})\s*\}?\s*\{?\s*(\d{1,50})\s*\}?|([+-]?)\s*(\d{1,50})\s*/\s*(\d{1,50})"
+)
 
 
 def normalise(answer: str) -> str:
@@ -157,10 +161,14 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         if self.reply(deadline=120) != b"ready\n":
             self.stop()
-            raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
+            raise RuntimeError(
+                f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)"
+            )
 
     def reply(self, deadline: float) -> bytes | None:
         ready, _, _ = select.select([self.process.stdout], [], [], deadline)
@@ -202,7 +210,9 @@ class Grader:
         grade_truncated: whether a response that ran out of room can score (the official code lets it).
     """
 
-    def __init__(self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated: bool = False):
+    def __init__(
+        self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated: bool = False
+    ):
         self.user = None if reward in ("binary", "official") else load_reward(reward)
         self.kind, self.deadline, self.grade_truncated = reward, deadline, grade_truncated
         self.timeouts = 0
@@ -259,7 +269,9 @@ class Grader:
         half = 0.5 if self.kind == "official" and candidate else 0.0
         return Verdict(1.0 if correct else half, correct)
 
-    def submit(self, problems: Sequence[str], answers: Sequence, responses: Sequence[str], finished: Sequence[bool]) -> Future[list[Verdict]]:
+    def submit(
+        self, problems: Sequence[str], answers: Sequence, responses: Sequence[str], finished: Sequence[bool]
+    ) -> Future[list[Verdict]]:
         """Grade a batch in the background; the result keeps the order."""
         return self.batches.submit(lambda: list(self.threads.map(self.grade, problems, answers, responses, finished)))
 
@@ -267,7 +279,9 @@ class Grader:
 def load_reward(path: str) -> Callable[[str, str], float]:
     """Load `reward(problem, response)` from a user's Python file."""
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise ValueError(f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)")
+        raise ValueError(
+            f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)"
+        )
     spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

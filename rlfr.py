@@ -26,14 +26,16 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flow import keyed_seed
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]
@@ -215,6 +217,28 @@ class Policy(nn.Module):
         hidden = output.last_hidden_state[before]  # (M, D)
         logp, entropy = TokenLogProbs.apply(hidden, weight, batch.input_ids[batch.targets], temperature, self.softcap)
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
+
+
+class ModelFacts(NamedTuple):
+    """What settings are derived from, known without loading a weight."""
+
+    model_type: str
+    dim: int
+    n_layers: int
+    n_parameters: int
+    max_positions: int
+
+
+def model_facts(path: str, trust_remote_code: bool = False) -> ModelFacts:
+    """Read a model's configuration and count its parameters."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return ModelFacts(
+        config.model_type, text.hidden_size, text.num_hidden_layers, n_parameters, text.max_position_embeddings
+    )
 
 
 def load_policy(
@@ -439,9 +463,10 @@ def learning_rate(peak: float, step: int, total: int, warmup: float, floor: floa
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
-    """Clip, step and clear; return the gradient norm. A norm that is not finite leaves the weights as they are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float, denominator: float = 1.0) -> float:
+    """Divide gradients by the denominator, clip, step and clear; return the norm. If it is not finite, nothing moves."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_div_([p.grad for p in parameters], denominator)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -449,6 +474,27 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def check_finite(step: int, metrics: dict[str, float], run: "Run") -> None:
+    """Stop the run where a figure is not finite; the last checkpoint stays."""
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        saved = run.checkpoints()
+        raise FloatingPointError(
+            f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
+            f"The last checkpoint is {saved[-1] if saved else 'none'}; lower the learning rate or look at the data, then --resume"
+        )
+
+
+def permutation(n: int, *key: int | str) -> list[int]:
+    """Return a random order of range(n) that depends on the key alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(keyed_seed(*key))).tolist()
+
+
+def pick_device() -> torch.device:
+    """Return the accelerator, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
@@ -567,6 +613,18 @@ def open_tracker(kind: str, folder: Path, config: dict):
         ) from error
     writer = SummaryWriter(folder / "tensorboard")
     return lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items() if not isinstance(v, str)]
+
+
+def with_defaults(config, **values):
+    """Return the configuration with each given field that is None filled in."""
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
+
+
+def check_positive(config, *names: str) -> None:
+    """Raise ValueError for a field that is zero or negative."""
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
 
 
 def parse_config(config_class, presets: dict[str, dict]):

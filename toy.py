@@ -156,10 +156,11 @@ def make(world: World = World()) -> World:
     making = folder.with_name(f"{folder.name}.making-{os.getpid()}")
     making.mkdir(parents=True, exist_ok=True)
     for name, part in {"train": train, "test": test, "expert": expert}.items():
-        rows = [dict(zip(("problem", "solution", "answer"), (problem, *solve(problem)))) for problem in part]
-        keep = ("problem", "solution", "answer") if name == "expert" else ("problem", "answer")
-        lines = [json.dumps({"id": f"{name}-{i}"} | {k: row[k] for k in keep}) for i, row in enumerate(rows)]
-        (making / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        with open(making / f"{name}.jsonl", "w") as file:
+            for i, problem in enumerate(part):
+                solution, answer = solve(problem)
+                row = {"id": f"{name}-{i}", "problem": problem, "answer": answer}
+                file.write(json.dumps(row | ({"solution": solution} if name == "expert" else {})) + "\n")
     with torch.random.fork_rng():
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer()

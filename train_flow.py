@@ -1,0 +1,185 @@
+"""Offline start: fit the flow to the latents of expert solutions under the frozen policy (paper: flow pre-training).
+
+    python train_flow.py --model Qwen2.5-7B --data expert.jsonl      columns `problem` and `solution`
+    python train_flow.py                                             the embedded world
+
+Each step: latents of the tapped layers at response tokens (the policy runs up to the last tap, no further), pairs of
+latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW. Writes `flow/flow.safetensors`.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+import flow as fl
+import rlfr
+import rollout
+import toy
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the offline start."""
+
+    model: str = "toy"
+    """Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy."""
+    data: str | None = None
+    """Expert solutions: JSONL or Parquet file, save_to_disk folder or hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    problem_column: str = "problem"
+    """Column with the problem's text."""
+    solution_column: str = "solution"
+    """Column with the solution's text."""
+    template: str = "auto"
+    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}; use the same one in training."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt accepted."""
+    cutoff: int = 8192
+    """Longest prompt + solution, in tokens; longer ones are cut."""
+    contexts: tuple[str, ...] = ("previous",)
+    """Context modes: previous, next, self."""
+    shift: int = 1
+    """Distance of the context's neighbour, in positions."""
+    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Tapped layers, as fractions of the depth."""
+    flow_blocks: int | None = None
+    """Residual blocks of the flow; by default 4 up to 3B parameters, 6 above."""
+    noise_repeats: int | None = None
+    """Draws of (t, x_0) a token; by default 4 up to 3B parameters, 2 above."""
+    epochs: int = 2
+    """Passes over the data."""
+    batch_size: int = 128
+    """Sequences a step."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Fraction of the steps over which the rate rises."""
+    weight_decay: float = 0.01
+    """AdamW weight decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    tokens_per_micro_batch: int = 16384
+    """Padded tokens of one forward."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 1
+    """Checkpoints kept."""
+    folder: str | None = None
+    """Run folder; by default runs/flow-MODEL."""
+    resume: str | None = None
+    """Run folder to go on with."""
+    track: str = "none"
+    """Also send figures to: none, tensorboard, wandb."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    seed: int = 0
+    """Seed of initialisation, order and noise."""
+
+
+def load_solutions(config: Config, tokenizer, model_type: str) -> list[tuple[list[int], list[int]]]:
+    """Return prompt and solution token ids of each row; a whole solution ends with EOS, a cut one does not."""
+    rows = rollout.load_rows(config.data, (config.problem_column, config.solution_column), config.split)
+    texts = [row[config.problem_column] for row in rows]
+    prompts = rollout.make_prompts(texts, tokenizer, config.template, config.max_prompt_tokens, model_type)
+    solutions = tokenizer([row[config.solution_column] for row in rows], add_special_tokens=False)["input_ids"]
+    pairs = zip(prompts, solutions, strict=True)
+    return [
+        (prompt, (solution + [tokenizer.eos_token_id])[: config.cutoff - len(prompt)]) for prompt, solution in pairs
+    ]
+
+
+def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
+    """Check the settings and fill in what follows from the model; return them, the model's path and its facts."""
+    rlfr.check_positive(
+        config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm"
+    )
+    if config.model == "toy":
+        world = toy.make()
+        path, config = world.path("model"), rlfr.with_defaults(config, data=world.path("expert.jsonl"))
+    else:
+        path = rollout.resolve_model(config.model)
+    if config.data is None:
+        raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
+    if config.cutoff <= config.max_prompt_tokens:
+        raise ValueError(
+            f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise --cutoff"
+        )
+    facts = rlfr.model_facts(path, config.trust_remote_code)
+    large = facts.n_parameters > 3.5e9
+    return rlfr.with_defaults(config, flow_blocks=6 if large else 4, noise_repeats=2 if large else 4), path, facts
+
+
+def main(config: Config) -> None:
+    """Fit a flow and write it to the run folder."""
+    # ---- What there is: solutions, policy, flow
+    config, path, facts = resolve(config)
+    flow_config = fl.FlowConfig(facts.dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
+    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    solutions = load_solutions(config, tokenizer, facts.model_type)
+    run = rlfr.Run(config, f"flow-{config.model.rstrip('/').split('/')[-1]}")
+    device = rlfr.pick_device()
+    policy = rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False)
+    taps = rlfr.tap_layers(facts.n_layers, config.percentiles)
+    depths = [tap / facts.n_layers for tap in taps]
+    torch.manual_seed(config.seed)
+    flow = fl.Flow(flow_config).to(device)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps_per_epoch = math.ceil(len(solutions) / config.batch_size)
+    total_steps, start = config.epochs * steps_per_epoch, 0
+    if state := run.load():
+        start = state["step"]
+        flow.load_state_dict(state["flow"])
+        optimizer.load_state_dict(state["optimizer"])
+    print(json.dumps(asdict(config)))
+    print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {facts.n_layers}, run folder {run.folder}")
+
+    bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="flow", unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        # ---- The step's solutions
+        epoch, place = divmod(step, steps_per_epoch)
+        order = rlfr.permutation(len(solutions), "flow order", config.seed, epoch)
+        batch_rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+
+        # ---- Latents, draws of (t, x_0), matching loss: summed here, divided by the number of rows below
+        loss_sum, n_rows = 0.0, 0
+        lengths = [len(solutions[i][0]) + len(solutions[i][1]) for i in batch_rows]
+        for group in rlfr.micro_batches(lengths, config.tokens_per_micro_batch):
+            rows = [batch_rows[i] for i in group]
+            prompts, responses = zip(*(solutions[i] for i in rows), strict=True)
+            batch = rlfr.collate(prompts, responses, tokenizer.pad_token_id, device)
+            with torch.no_grad():
+                latents = policy(batch, taps=taps, latents_only=True).latents
+            pairs = fl.pair(flow_config, latents, depths, batch.attention_mask, batch.targets)
+            for repeat in range(config.noise_repeats):
+                keys = [("flow noise", config.seed, epoch, i, repeat) for i in rows]
+                noise, z = fl.draw(flow_config, keys, [len(r) for r in responses], device)
+                loss = fl.matching_loss(flow, pairs, noise, z).sum()
+                loss.backward()
+                loss_sum, n_rows = loss_sum + loss.item(), n_rows + len(pairs.x_1)
+
+        # ---- Update
+        lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, floor=0.0)
+        grad_norm = rlfr.optimizer_step(optimizer, lr, config.clip_norm, denominator=n_rows)
+        metrics = {"loss": loss_sum / n_rows, "grad_norm": grad_norm, "lr": lr, "epoch": epoch, "rows": n_rows}
+        rlfr.check_finite(step + 1, metrics, run)
+        metrics["time/step"] = time.perf_counter() - began
+
+        # ---- Log and save
+        run.log(step + 1, metrics)
+        tqdm.write(
+            f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {metrics['time/step']:.2f} s"
+        )
+        if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
+            run.save(step + 1, {"flow": flow.state_dict(), "optimizer": optimizer.state_dict()})
+    fl.save_flow(flow, run.folder / "flow")
+    print(f"the flow is in {run.folder / 'flow'}")
+
+
+if __name__ == "__main__":
+    main(rlfr.parse_config(Config, {"toy": toy.TRAIN_FLOW}))
