@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -495,6 +496,26 @@ def permutation(n: int, *key: int | str) -> list[int]:
 def pick_device() -> torch.device:
     """Return the accelerator, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Clock:
+    """Times the phases of a step."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase; its time is what passed since the last one ended."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.phases[f"time/{phase}"], self.last = now - self.last, now
+
+    def times(self, tokens: float) -> dict[str, float]:
+        """Return seconds by phase and of the step, and response tokens a second."""
+        total = time.perf_counter() - self.began
+        return self.phases | {"time/step": total, "time/tokens_per_s": tokens / total}
 
 
 @contextmanager

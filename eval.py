@@ -1,0 +1,147 @@
+"""Accuracy of a model on a problem file, with 95 % intervals over problems.
+
+    python eval.py --model runs/rl-toy-flow/policy --data runs/toy/test.jsonl --template none
+    python eval.py --model Qwen2.5-Math-1.5B --data math500.jsonl --samples 4 --temperature 0.6
+
+pass@1 of a problem is the mean over its samples; the interval resamples problems. One line a sample goes to a JSONL file.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import rlfr
+import rollout
+from flow import keyed_seed
+from rewards import Grader
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of an evaluation."""
+
+    model: str
+    """Model: a path, a hub id or a short name."""
+    data: str
+    """Problems: JSONL or Parquet file, save_to_disk folder or hub id."""
+    split: str = "test"
+    """Split of a hub data set."""
+    problem_column: str = "problem"
+    """Column with the problem's text."""
+    answer_column: str = "answer"
+    """Column with the answer, or a list of accepted answers."""
+    template: str = "auto"
+    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}."""
+    reward: str = "binary"
+    """Reward: binary, official, or a Python file with reward(problem, response)."""
+    samples: int = 1
+    """Responses a problem."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus of the sampling."""
+    max_tokens: int = 1024
+    """Longest response."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt accepted."""
+    out: str | None = None
+    """Folder for samples.jsonl and summary.json; by default only the table is printed."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, n_resamples: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean, resampling values (one a problem)."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), (100, len(values)))].mean(axis=1) for _ in range(n_resamples // 100)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def evaluate(
+    engine: rollout.Engine,
+    problems: Sequence[rollout.Problem],
+    grader: Grader,
+    sampling: rollout.Sampling,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[dict]]:
+    """Sample and grade every problem.
+
+    Returns:
+        figures: mean accuracy (pass@1), its 95 % interval low and high, mean response length, share cut off; and one
+        record a sample.
+    """
+    seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
+    episodes = engine.generate([problem.prompt_ids for problem in problems], sampling, seeds)
+    asked = [problem for problem in problems for _ in range(sampling.n)]
+    verdicts = grader.submit(
+        [problem.text for problem in asked],
+        [problem.answer for problem in asked],
+        [episode.text for episode in episodes],
+        [episode.finish_reason == "stop" for episode in episodes],
+    ).result()
+    correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
+    low, high = bootstrap_interval(correct.mean(axis=1))
+    figures = {
+        "mean": float(correct.mean()),
+        "low": low,
+        "high": high,
+        "problems": len(problems),
+        "samples": sampling.n,
+        "length": float(np.mean([len(episode.response_ids) for episode in episodes])),
+        "truncated": float(np.mean([episode.finish_reason == "length" for episode in episodes])),
+    }
+    records = [
+        {"id": problem.id, "problem": problem.text, "answer": problem.answer, "response": episode.text}
+        | {
+            "correct": verdict.correct,
+            "reward": verdict.reward,
+            "finish_reason": episode.finish_reason,
+            "tokens": len(episode.response_ids),
+        }
+        for problem, episode, verdict in zip(asked, episodes, verdicts, strict=True)
+    ]
+    return figures, records
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Lay out figures of evaluate(), one row each, for the screen."""
+    lines = [f"{'':18}{'pass@1':>8}{'95 % interval':>18}{'problems':>10}{'samples':>9}{'length':>8}{'cut':>7}"]
+    for name, row in rows.items():
+        interval = f"{100 * row['low']:.1f} – {100 * row['high']:.1f}"
+        lines.append(
+            f"{name:18}{100 * row['mean']:>7.1f}%{interval:>18}{row['problems']:>10}{row['samples']:>9}{row['length']:>8.1f}{row['truncated']:>7.1%}"
+        )
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    """Evaluate a model and print the table."""
+    rlfr.check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
+    path = rollout.resolve_model(config.model)
+    facts = rlfr.model_facts(path, config.trust_remote_code)
+    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    problems = rollout.load_problems(
+        config.data, tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split,
+        config.problem_column, config.answer_column,
+    )  # fmt: skip
+    engine = rollout.TorchEngine(path, tokenizer, rlfr.pick_device(), config.trust_remote_code)
+    sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
+    with Grader(config.reward) as grader:
+        figures, records = evaluate(engine, problems, grader, sampling, config.seed)
+    print(table({Path(config.data).stem: figures}))
+    if config.out:
+        with rlfr.written_whole(Path(config.out)) as folder:
+            (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            (folder / "summary.json").write_text(json.dumps({"config": asdict(config)} | figures, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

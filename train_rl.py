@@ -1,0 +1,569 @@
+"""Reinforcement learning with verifiable rewards and the flow reward (GRPO, paper's algorithm), on one node.
+
+    python train_rl.py                                                    the embedded world, from nothing
+    python train_rl.py --model Qwen2.5-7B --data problems.jsonl           columns `problem` and `answer`
+    python train_rl.py --shaping none | entropy | flow                    the baselines differ in this flag alone
+    python train_rl.py --resume runs/rl-toy-flow                          go on from the last checkpoint
+
+One step, as main() has it: roll out, verify, score, shape and advantage, update the policy, update the flow, log and save.
+"""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flow as fl
+import rlfr
+import rollout
+import toy
+from eval import evaluate, table
+from rewards import Grader, Verdict
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a training run; None is filled in from the model."""
+
+    model: str = "toy"
+    """Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy."""
+    data: str | None = None
+    """Problems: JSONL or Parquet file, save_to_disk folder or hub id."""
+    eval_data: str | None = None
+    """Held-out problems, evaluated before and after training and every `eval_every` steps."""
+    split: str = "train"
+    """Split of a hub data set."""
+    problem_column: str = "problem"
+    """Column with the problem's text."""
+    answer_column: str = "answer"
+    """Column with the answer, or a list of accepted answers."""
+    template: str = "auto"
+    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt accepted."""
+    prompts: int = 128
+    """N, prompts a step."""
+    group_size: int = 8
+    """G, samples a prompt."""
+    train_batch: int = 128
+    """Episodes an optimiser step; prompts * group_size must be a multiple."""
+    epochs: int = 5
+    """Passes over the problems, unless `steps` is given."""
+    steps: int | None = None
+    """RL steps."""
+    max_tokens: int = 1024
+    """Longest response."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    dynamic_sampling: bool = False
+    """Drop groups of equal reward and sample others in their place."""
+    max_rounds: int = 4
+    """With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups."""
+    reward: str = "binary"
+    """Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)."""
+    grade_truncated: bool = False
+    """Let a response that ran out of room score."""
+    grader_deadline: float = 5.0
+    """Seconds for grading one answer."""
+    shaping: Literal["flow", "entropy", "none"] = "flow"
+    """Dense part of the advantage: flow reward (RLFR), entropy advantage, or none (RLVR)."""
+    baseline: rlfr.Baseline = "grpo"
+    """How the outcome reward becomes an advantage."""
+    gamma: float = 1.0
+    """Discount of the flow reward."""
+    flow: str | None = None
+    """Flow of the offline start: folder or file; by default runs/flow-MODEL/flow."""
+    flow_coef: float = 0.01
+    """Scale of the flow reward."""
+    reward_times: tuple[float, ...] = (0.8,)
+    """T_r, times at which the velocity deviation is taken, in (0, 1)."""
+    flow_threshold: float = 0.6
+    """Normalised scores below are dropped, in [0, 1]."""
+    flow_top_k: int | None = 15
+    """Tokens of a response that get a flow reward; None: all above the threshold."""
+    flow_bilateral: bool = False
+    """Normalise to [-1, 1] and keep both tails."""
+    flow_power: float = 1.0
+    """Exponent applied to normalised scores."""
+    flow_scope: Literal["response", "group"] = "response"
+    """Over what scores are normalised: each response (paper) or its group."""
+    contexts: tuple[str, ...] | None = None
+    """Expected context modes; by default those that the flow was trained with. An official checkpoint needs them."""
+    percentiles: tuple[float, ...] | None = None
+    """Expected taps; by default those that the flow was trained with."""
+    freeze_flow: bool = False
+    """No online flow update."""
+    flow_lr: float = 1e-4
+    """Learning rate of the online flow update."""
+    flow_accept: Literal["correct", "all"] = "correct"
+    """Rejection sampling: episodes that the flow learns from."""
+    flow_entropy_quantile: float | None = None
+    """The flow learns only from tokens whose entropy reaches this quantile of their response."""
+    flow_soft: float = 0.0
+    """Weight of episodes and tokens that are not accepted."""
+    flow_times: Literal["reward", "random"] = "reward"
+    """Times at which the flow learns: those of the reward (one forward for both), or random as in the offline start."""
+    entropy_alpha: float = 0.4
+    """Scale of the entropy advantage."""
+    entropy_kappa: float = 2.0
+    """The entropy advantage stays below |A| / kappa."""
+    lr: float = 1e-6
+    """Peak learning rate of the policy."""
+    warmup: float = 0.03
+    """Fraction of the steps over which the rate rises."""
+    lr_floor: float = 0.1
+    """Rate at the end of the cosine, as a fraction of the peak."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of the policy."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    clip_low: float = 0.2
+    """PPO clip below 1."""
+    clip_high: float = 0.2
+    """PPO clip above 1; 0.28 for DAPO's clip-higher."""
+    ratio_cap: float = 3.0
+    """Largest probability ratio."""
+    normalisation: rlfr.Normalisation = "sequence"
+    """Token weights of the loss: sequence (mean of means), token (global mean), constant (Dr. GRPO)."""
+    kl_coef: float = 0.0
+    """Scale of the KL to the initial policy."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    """KL estimator."""
+    mismatch: Literal["none", "token", "sequence", "mask"] = "token"
+    """Importance weights for sampler-trainer mismatch: truncated by token or sequence, or masked beyond the cap."""
+    mismatch_cap: float = 2.0
+    """Where importance weights are truncated or masked."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    tokens_per_micro_batch: int = 16384
+    """Padded tokens of one forward."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: only before and after."""
+    eval_samples: int = 4
+    """Responses a held-out problem in sampled evaluation."""
+    save_every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+    folder: str | None = None
+    """Run folder; by default runs/rl-MODEL-SHAPING."""
+    resume: str | None = None
+    """Run folder to go on with."""
+    track: str = "none"
+    """Also send figures to: none, tensorboard, wandb."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    seed: int = 0
+    """Seed of order, sampling and noise."""
+
+    @property
+    def episodes(self) -> int:
+        """B, episodes a step."""
+        return self.prompts * self.group_size
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for settings that cannot work."""
+    rlfr.check_positive(
+        config, "prompts", "group_size", "train_batch", "epochs", "steps", "max_tokens", "max_prompt_tokens", "temperature",
+        "max_rounds", "grader_deadline", "flow_top_k", "flow_power", "lr", "flow_lr", "clip_norm", "tokens_per_micro_batch",
+        "eval_samples", "save_every", "keep", "mismatch_cap",
+    )  # fmt: skip
+    if config.group_size == 1 and config.baseline != "reinforce":
+        raise ValueError(
+            f"group_size=1 with baseline {config.baseline!r}: a group of one has no baseline; use 2 or more, or --baseline reinforce"
+        )
+    if config.episodes % config.train_batch:
+        raise ValueError(
+            f"prompts * group_size = {config.prompts} * {config.group_size} = {config.episodes} is not a multiple of "
+            f"train_batch={config.train_batch}; choose a divisor of {config.episodes}"
+        )
+    fl.check_times(config.reward_times)
+    for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is outside [0, 1]")
+
+
+def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
+    """Check the settings and fill in what follows from the model; return them, the model's path and its facts."""
+    check(config)
+    flow_folder = f"runs/flow-{config.model.rstrip('/').split('/')[-1]}"
+    if config.model == "toy":
+        world = toy.make()
+        path = world.path("model")
+        config = rlfr.with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
+        if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow").exists():
+            begun = Path(flow_folder, "config.json").exists()
+            arguments = ["--resume", flow_folder] if begun else ["--model", "toy", "--folder", flow_folder]
+            subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True)
+    else:
+        path = rollout.resolve_model(config.model)
+    if config.data is None:
+        raise ValueError("no data given; expected --data with problems (columns problem and answer)")
+    facts = rlfr.model_facts(path, config.trust_remote_code)
+    if config.max_prompt_tokens + config.max_tokens > facts.max_positions:
+        raise ValueError(
+            f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens} is more than the model's "
+            f"{facts.max_positions} positions; lower one of them"
+        )
+    return rlfr.with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None), path, facts
+
+
+# ---- The phases of a step
+
+
+def roll_out(
+    engine, grader, problems, config: Config, cursor: int
+) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:
+    """Sample G responses for N problems from the cursor on and have them graded in the background.
+
+    With dynamic sampling, groups of equal reward are dropped and others sampled in their place. Returns the episodes, G
+    consecutive ones a problem, their verdicts to come, and the cursor after the last problem.
+    """
+    sampling = rollout.Sampling(config.group_size, config.temperature, config.max_tokens)
+
+    def sample(n: int) -> tuple[list[rollout.Episode], Future[list[Verdict]]]:
+        chosen = []
+        for place in range(cursor, cursor + n):
+            epoch, index = divmod(place, len(problems))
+            chosen.append(problems[rlfr.permutation(len(problems), "problem order", config.seed, epoch)[index]])
+        seeds = [fl.keyed_seed("roll out", config.seed, place) for place in range(cursor, cursor + n)]
+        episodes = engine.generate([problem.prompt_ids for problem in chosen], sampling, seeds)
+        asked = [problem for problem in chosen for _ in range(config.group_size)]
+        verdicts = grader.submit(
+            [problem.text for problem in asked],
+            [problem.answer for problem in asked],
+            [episode.text for episode in episodes],
+            [episode.finish_reason == "stop" for episode in episodes],
+        )
+        return episodes, verdicts
+
+    if not config.dynamic_sampling:
+        return *sample(config.prompts), cursor + config.prompts
+    kept, dropped, n_kept = [], [], 0
+    for _ in range(config.max_rounds):
+        episodes, verdicts = sample(missing := config.prompts - n_kept)
+        cursor += missing
+        pairs = list(zip(episodes, verdicts.result(), strict=True))
+        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), config.group_size).tolist()
+        for i, keep in enumerate(varied):
+            (kept if keep else dropped).extend(pairs[i * config.group_size : (i + 1) * config.group_size])
+        n_kept = len(kept) // config.group_size
+        if n_kept == config.prompts:
+            break
+    episodes, verdicts = zip(*(kept + dropped)[: config.episodes], strict=True)
+    done: Future[list[Verdict]] = Future()
+    done.set_result(list(verdicts))
+    return list(episodes), done, cursor
+
+
+class Scores(NamedTuple):
+    """What the scoring pass knows of a step's episodes, (B, T) each."""
+
+    mask: Tensor
+    sampled_logp: Tensor
+    old_logp: Tensor
+    entropy: Tensor
+    ref_logp: Tensor | None
+    flow_score: Tensor | None
+
+
+def score(
+    policy, reference, flow, episodes, verdicts: Future, config: Config, step: int, pad_id: int, device
+) -> tuple[Scores, dict]:
+    """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
+
+    In the same pass the flow's own loss on accepted episodes leaves its gradient on the flow (no gradient reaches the
+    policy). Latents never outlive their micro-batch.
+    """
+    shape = (len(episodes), max(len(episode.response_ids) for episode in episodes))
+    names = (
+        ["sampled_logp", "old_logp", "entropy"]
+        + ["ref_logp"] * (reference is not None)
+        + ["flow_score"] * (flow is not None)
+    )
+    out = {name: torch.zeros(shape, device=device) for name in names}
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow is not None else []
+    depths = [tap / policy.n_layers for tap in taps]
+    flow_loss = 0.0
+    lengths = [len(episode.prompt_ids) + len(episode.response_ids) for episode in episodes]
+    for rows in tqdm(rlfr.micro_batches(lengths, config.tokens_per_micro_batch), desc="score", leave=False, delay=3):
+        chosen = [episodes[i] for i in rows]
+        batch = rlfr.collate([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id, device)
+        columns = slice(batch.response_mask.shape[1])
+        mask[rows, columns] = batch.response_mask
+        sampled = torch.tensor([x for episode in chosen for x in episode.logp], device=device)
+        out["sampled_logp"][rows, columns] = batch.unflatten(sampled)
+        with torch.no_grad():
+            scored = policy(batch, config.temperature, taps)
+            out["old_logp"][rows, columns], out["entropy"][rows, columns] = scored.logp, scored.entropy
+            if reference is not None:
+                out["ref_logp"][rows, columns] = reference(batch, config.temperature).logp
+        if flow is None:
+            continue
+        keys = [("flow noise", config.seed, step, i) for i in rows]
+        noise, z = fl.draw(flow.config, keys, [len(episode.response_ids) for episode in chosen], device)
+        weight = None
+        if not config.freeze_flow:
+            correct = torch.tensor([verdict.correct for verdict in verdicts.result()], device=device)
+            accepted = correct if config.flow_accept == "correct" else torch.ones_like(correct)
+            quantile = config.flow_entropy_quantile
+            entropy = None if quantile is None else scored.entropy
+            token_weight, row_weight = rlfr.online_flow_weights(
+                batch.response_mask, accepted[rows], entropy, quantile, config.flow_soft
+            )
+            total = torch.where(accepted, 1.0, config.flow_soft).sum().clamp(min=1e-9)
+            weight = (token_weight * row_weight[:, None] / total)[batch.response_mask]
+        pairs = fl.pair(flow.config, scored.latents, depths, batch.attention_mask, batch.targets)
+        loss_z = z if config.flow_times == "random" else None
+        token_score, token_loss = fl.score_and_learn(flow, pairs, noise, config.reward_times, weight, loss_z)
+        out["flow_score"][rows, columns] = batch.unflatten(token_score)
+        flow_loss += 0.0 if weight is None else (weight * token_loss).sum().item()
+    scores = Scores(
+        mask, out["sampled_logp"], out["old_logp"], out["entropy"], out.get("ref_logp"), out.get("flow_score")
+    )
+    return scores, {} if flow is None or config.freeze_flow else {"flow/loss": flow_loss}
+
+
+def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Tensor, dict[str, float]]:
+    """Return the advantage of each token (B, T): outcome part, and the dense part that `shaping` chooses."""
+    mask, metrics = scores.mask, {}
+    advantage = rlfr.outcome_advantage(reward, config.group_size, config.baseline)[:, None] * mask
+    if config.shaping == "flow":
+        flow_reward = rlfr.flow_reward(
+            scores.flow_score, mask, config.flow_coef, config.flow_threshold, config.flow_top_k, config.flow_bilateral,
+            config.flow_power, config.group_size if config.flow_scope == "group" else 1,
+        )  # fmt: skip
+        advantage = advantage + rlfr.token_returns(flow_reward, mask, config.gamma)
+        metrics["flow/score"] = scores.flow_score[mask].mean().item()
+        metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
+        metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
+    if config.shaping == "entropy":
+        shaped = rlfr.entropy_advantage(advantage, scores.entropy, config.entropy_alpha, config.entropy_kappa) * mask
+        metrics["entropy_advantage"] = (shaped - advantage)[mask].mean().item()
+        advantage = shaped
+    if config.baseline == "reinforce++":
+        advantage = rlfr.whiten(advantage, mask)
+    return advantage, metrics
+
+
+def update_policy(
+    policy,
+    optimizer,
+    episodes,
+    scores: Scores,
+    advantage: Tensor,
+    weight: Tensor,
+    config: Config,
+    step: int,
+    lr,
+    pad_id,
+    device,
+):
+    """Take the optimiser steps of one RL step, mini-batch by mini-batch; return the figures summed over them."""
+    order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
+    totals = dict.fromkeys(("policy/loss", "policy/kl", "policy/clipped", "policy/grad_norm"), 0.0)
+    n_mini = len(order) // config.train_batch
+    for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3):
+        n_tokens = int(scores.mask[mini].sum())
+        lengths = [len(episodes[i].prompt_ids) + len(episodes[i].response_ids) for i in mini]
+        for group in rlfr.micro_batches(lengths, config.tokens_per_micro_batch):
+            rows = mini[group]
+            chosen = [episodes[i] for i in rows]
+            batch = rlfr.collate([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id, device)
+            mask, columns = batch.response_mask, slice(batch.response_mask.shape[1])
+            logp = policy(batch, config.temperature).logp
+            loss, clipped = rlfr.policy_loss(
+                logp,
+                scores.old_logp[rows, columns],
+                advantage[rows, columns],
+                config.clip_low,
+                config.clip_high,
+                config.ratio_cap,
+            )
+            loss = loss * weight[rows, columns]
+            kl = torch.zeros_like(logp)
+            if scores.ref_logp is not None:
+                kl = rlfr.kl_divergence(logp, scores.ref_logp[rows, columns], config.kl_kind)
+                loss = loss + config.kl_coef * kl
+            token_weight = rlfr.token_weights(mask, config.normalisation, len(mini), n_tokens, config.max_tokens)
+            loss = (loss * token_weight).sum()
+            loss.backward()
+            totals["policy/loss"] += loss.item() / n_mini
+            totals["policy/kl"] += (kl * token_weight).sum().item() / n_mini
+            totals["policy/clipped"] += (clipped & mask).sum().item() / n_tokens / n_mini
+        norm = rlfr.optimizer_step(optimizer, lr, config.clip_norm)
+        totals["policy/grad_norm"] += norm / n_mini
+    return totals
+
+
+def main(config: Config) -> None:
+    """Train a policy."""
+    # ---- What there is: problems, policy, flow, engine, grader
+    config, path, facts = resolve(config)
+    device = rlfr.pick_device()
+    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    columns = (config.problem_column, config.answer_column)
+    load = (tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split, *columns)
+    problems = rollout.load_problems(config.data, *load)
+    held_out = rollout.load_problems(config.eval_data, *load) if config.eval_data else []
+    learns_flow = config.shaping == "flow" and not config.freeze_flow
+    flow = None
+    if config.shaping == "flow":
+        flow = fl.load_flow(config.flow, facts.dim, contexts=config.contexts, percentiles=config.percentiles).to(device)
+    grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
+    run = rlfr.Run(config, f"rl-{config.model.rstrip('/').split('/')[-1]}-{config.shaping}")
+    policy = rlfr.load_policy(path, device, config.trust_remote_code, config.gradient_checkpointing)
+    reference = (
+        rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
+    )
+    engine = rollout.TorchEngine(path, tokenizer, device, config.trust_remote_code)
+    optimizers = {
+        "policy": torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+    }
+    modules = {"policy": policy}
+    if learns_flow:
+        optimizers["flow"] = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
+        modules["flow"] = flow
+    total_steps = config.steps or config.epochs * len(problems) // config.prompts
+    start, cursor = 0, 0
+    if state := run.load():
+        start, cursor = state["step"], state["cursor"]
+        for name in modules:
+            modules[name].load_state_dict(state[name])
+            optimizers[name].load_state_dict(state[f"{name}_optimizer"])
+    print(json.dumps(asdict(config)))
+    print(
+        f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes, on {device}, run folder {run.folder}"
+    )
+
+    def sync() -> None:
+        engine.wake()
+        engine.load_weights(policy.model.state_dict().items())
+
+    def assess() -> dict[str, dict]:
+        """Evaluate the engine's weights on the held-out problems, sampled and greedy."""
+        kinds = {"sampled": (config.eval_samples, config.temperature), "greedy": (1, 0.0)}
+        return {
+            kind: evaluate(engine, held_out, grader, rollout.Sampling(n, temperature, config.max_tokens))[0]
+            for kind, (n, temperature) in kinds.items()
+        }
+
+    summary_file = run.folder / "summary.json"
+    summary = json.loads(summary_file.read_text()) if start and summary_file.exists() else {}
+    if held_out and "before" not in summary:
+        summary["before"] = assess()
+        summary_file.write_text(json.dumps(summary, indent=1))
+
+    bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step")
+    for step in bar:
+        clock = rlfr.Clock()
+        # ---- 1. Roll out, 2. verify (in worker processes, while the scores are computed)
+        sync()
+        clock.lap("sync")
+        episodes, verdicts, cursor = roll_out(engine, grader, problems, config, cursor)
+        engine.sleep()
+        clock.lap("roll_out")
+
+        # ---- 3. Score
+        scores, flow_metrics = score(
+            policy, reference, flow, episodes, verdicts, config, step, tokenizer.pad_token_id, device
+        )
+        clock.lap("score")
+        reward = torch.tensor([verdict.reward for verdict in verdicts.result()], device=device)
+        correct = torch.tensor([verdict.correct for verdict in verdicts.result()], device=device)
+        clock.lap("verify")
+
+        # ---- 4. Shape and advantage
+        advantage, shaping_metrics = shape_advantage(scores, reward, config)
+        weight, mismatch = rlfr.importance_weights(
+            scores.old_logp, scores.sampled_logp, scores.mask, config.mismatch, config.mismatch_cap
+        )
+
+        # ---- 5. Update the policy
+        lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
+        policy_metrics = update_policy(
+            policy,
+            optimizers["policy"],
+            episodes,
+            scores,
+            advantage,
+            weight,
+            config,
+            step,
+            lr,
+            tokenizer.pad_token_id,
+            device,
+        )
+
+        # ---- 6. Update the flow
+        if learns_flow:
+            flow_metrics["flow/grad_norm"] = rlfr.optimizer_step(optimizers["flow"], config.flow_lr, config.clip_norm)
+        clock.lap("update")
+
+        # ---- 7. Log, evaluate, save
+        length = scores.mask.sum(dim=1).float()
+        metrics = {
+            "reward": reward.mean().item(),
+            "correct": correct.float().mean().item(),
+            "varied_groups": rlfr.varied_groups(reward, config.group_size).float().mean().item(),
+            "length": length.mean().item(),
+            "truncated": sum(episode.finish_reason == "length" for episode in episodes) / len(episodes),
+            "entropy": scores.entropy[scores.mask].mean().item(),
+            "advantage_abs": advantage[scores.mask].abs().mean().item(),
+            "lr": lr,
+            "cursor": cursor,
+            "grader_timeouts": grader.timeouts,
+            **policy_metrics, **shaping_metrics, **flow_metrics, **mismatch,
+        }  # fmt: skip
+        rlfr.check_finite(step + 1, metrics, run)
+        if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
+            sync()
+            metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}
+        metrics |= clock.times(tokens=length.sum().item())
+        run.log(step + 1, metrics)
+        tqdm.write(
+            f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  entropy {metrics['entropy']:.3f}  "
+            f"flow {metrics.get('flow/score', 0):.3f}  loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  "
+            f"{metrics['time/step']:.1f} s"
+        )
+        if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
+            state = {"cursor": cursor}
+            for name in modules:
+                state |= {name: modules[name].state_dict(), f"{name}_optimizer": optimizers[name].state_dict()}
+            run.save(step + 1, state)
+
+    # ---- What came of it
+    with rlfr.written_whole(run.folder / "policy") as folder:
+        policy.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if flow is not None:
+        fl.save_flow(flow, run.folder / "flow")
+    if held_out:
+        sync()
+        summary["after"] = assess()
+        summary_file.write_text(json.dumps(summary, indent=1))
+        print(
+            table(
+                {
+                    f"{when} {kind}": summary[when][kind]
+                    for when in ("before", "after")
+                    for kind in ("sampled", "greedy")
+                }
+            )
+        )
+    grader.close()
+    print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+
+
+if __name__ == "__main__":
+    main(rlfr.parse_config(Config, {"toy": toy.TRAIN_RL}))
