@@ -1,0 +1,44 @@
+"""Fixtures: a tiny embedded world, and tiny random models of several families."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import flow as fl  # noqa: E402
+import rlfr  # noqa: E402
+import toy  # noqa: E402
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> toy.World:
+    """The embedded world in small: a base model that has seen little, few problems."""
+    folder = tmp_path_factory.mktemp("world") / "toy"
+    return toy.make(toy.World(str(folder), steps=30, batch_size=32, hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48))
+
+
+@pytest.fixture(scope="session")
+def flow_folder(world, tmp_path_factory) -> str:
+    """A flow for the small world, with random weights in every tensor, so that each matters."""
+    torch.manual_seed(1)
+    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=2))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path_factory.mktemp("flow")
+    fl.save_flow(flow, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def policy(world) -> rlfr.Policy:
+    return rlfr.load_policy(world.path("model"))
+
+
+def read_lines(path) -> list[dict]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
