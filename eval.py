@@ -24,36 +24,21 @@ from rewards import Grader
 class Config:
     """Settings of an evaluation."""
 
-    model: str
-    """Model: a path, a hub id or a short name."""
-    data: str
-    """Problems: JSONL or Parquet file, save_to_disk folder or hub id."""
-    split: str = "test"
-    """Split of a hub data set."""
-    problem_column: str = "problem"
-    """Column with the problem's text."""
-    answer_column: str = "answer"
-    """Column with the answer, or a list of accepted answers."""
-    template: str = "auto"
-    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}."""
-    reward: str = "binary"
-    """Reward: binary, official, or a Python file with reward(problem, response)."""
-    samples: int = 1
-    """Responses a problem."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus of the sampling."""
-    max_tokens: int = 1024
-    """Longest response."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt accepted."""
-    out: str | None = None
-    """Folder for samples.jsonl and summary.json; by default only the table is printed."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    seed: int = 0
-    """Seed of the sampling."""
+    model: str  # Model: a path, a hub id or a short name
+    data: str  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
+    split: str = "test"  # Split of a hub data set
+    problem_column: str = "problem"  # Column with the problem's text
+    answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
+    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
+    reward: str = "binary"  # Reward: binary, official, or a Python file with reward(problem, response)
+    samples: int = 1  # Responses a problem
+    temperature: float = 0.0  # Sampling temperature; 0 is greedy
+    top_p: float = 1.0  # Nucleus of the sampling
+    max_tokens: int = 1024  # Longest response
+    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    out: str | None = None  # Folder for samples.jsonl and summary.json; by default only the table is printed
+    trust_remote_code: bool = False  # Run code that comes with the model
+    seed: int = 0  # Seed of the sampling
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0, n_resamples: int = 10_000) -> tuple[float, float]:

@@ -40,9 +40,7 @@ FLOW_FILE, OFFICIAL_FILE = "flow.safetensors", "flow_model.bin"
 ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of the flow
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Context: which latent conditions the one at position p. A new mode is one line here, and everything else knows it.
-# A mode maps latents (B, S, D), mask (B, S) bool and a shift to context (B, S, D) and where it exists (B, S) bool.
+# ---- Context: the latent that conditions the one at position p. A new mode is one entry of CONTEXTS, and nothing else.
 
 
 def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +52,7 @@ def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tenso
     return latents[:, source], mask & mask[:, source] & inside
 
 
-CONTEXTS = {
+CONTEXTS = {  # name: (latents (B, S, D), mask (B, S) bool, shift) -> context (B, S, D), where it exists (B, S) bool
     "previous": lambda latents, mask, shift: neighbour(latents, mask, -shift),  # official `token_post`
     "next": lambda latents, mask, shift: neighbour(latents, mask, shift),  # official `token_pre`
     "self": lambda latents, mask, shift: neighbour(latents, mask, 0),  # official `identity`
@@ -73,34 +71,25 @@ class FlowConfig:
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # where the policy is tapped, as fractions of its depth
 
     def __post_init__(self):
-        for name in self.contexts:
-            if name not in CONTEXTS:
-                raise ValueError(f"context mode {name!r} is not known; choose from {', '.join(CONTEXTS)}")
-        for p in self.percentiles:
-            if not 0 <= p <= 1:
-                raise ValueError(
-                    f"tap percentile {p} is outside [0, 1]; give fractions of the depth, such as 0.25 0.5 0.75"
-                )
-        for name in ("contexts", "percentiles"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; the flow needs at least one")
+        if not self.contexts or not set(self.contexts) <= CONTEXTS.keys():
+            raise ValueError(f"contexts={self.contexts}: expected one or more of {', '.join(CONTEXTS)}")
+        if not self.percentiles or not all(0 <= p <= 1 for p in self.percentiles):
+            raise ValueError(
+                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75"
+            )
         if self.n_blocks < 1 or self.shift < 1:
             raise ValueError(f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1")
 
 
 def check_times(times: Sequence[float]) -> None:
-    """Raise ValueError for times outside (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
-    if not times:
-        raise ValueError("no reward time given; expected one or more in (0, 1), such as 0.8")
-    for t in times:
-        if not 0 < t < 1:
-            raise ValueError(
-                f"reward time {t} is outside (0, 1): its weight t/(1-t) would be 0, negative or infinite; 0.8 is usual"
-            )
+    """Raise ValueError unless all times are in (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
+    if not times or not all(0 < t < 1 for t in times):
+        raise ValueError(
+            f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite"
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
+# ---- Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
 
 
 class ScalarEmbedding(nn.Module):
@@ -195,8 +184,7 @@ class Flow(nn.Module):
         return self.model(x_t, t, context, depth)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From latents to rows of the flow, and back
+# ---- From latents to rows of the flow, and back
 
 
 @dataclass
@@ -259,8 +247,7 @@ def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], devi
     return torch.cat(noise, dim=2), torch.cat(z, dim=2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses and scores
+# ---- Losses and scores
 
 
 def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,30 +278,22 @@ def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def score_and_learn(
-    flow: nn.Module,
-    pairs: Pairs,
-    noise: Tensor,
-    times: Sequence[float],
-    loss_weight: Tensor | None = None,
-    loss_z: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    flow: nn.Module, pairs: Pairs, noise: Tensor, times: Sequence[float], weight: Tensor | None = None, z: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Score targets by velocity deviation and, in the same flow forward, add the online loss's gradient to the flow's.
 
     Args:
-        noise: x_0 (L, C, M, D), shared by all times.
-        times: reward times T_r in (0, 1).
-        loss_weight: (M,) weight of each target's loss; the gradient is that of sum(loss_weight * loss). None: no gradient.
-        loss_z: (L, C, M) standard normal: learn at t = sigmoid(z), as the offline start does, instead of at `times`.
+        noise: x_0 (L, C, M, D), shared by all times T_r, which are in (0, 1).
+        weight: (M,) weight of each target's loss; the gradient is that of sum(weight * loss). None: no gradient.
+        z: (L, C, M) standard normal: learn at t = sigmoid(z), as the offline start does, instead of at `times`.
     Returns:
         score (M,) and loss (M,), detached: the deviation, and the error at the times that are learnt from.
     """
-    n_rows = len(pairs.x_1)
-    noise = noise[pairs.exists]
-    weight = torch.zeros(n_rows, device=noise.device) if loss_weight is None else pairs.per_row(loss_weight)
-    weight = weight / (pairs.exists.shape[0] * pairs.exists.shape[1])  # a target's loss is the mean over taps and modes
-    random_t = None if loss_z is None else loss_z[pairs.exists].sigmoid()
-    score, loss = torch.zeros(n_rows, device=noise.device), torch.zeros(n_rows, device=noise.device)
-
+    noise, n_layers, n_contexts = noise[pairs.exists], *pairs.exists.shape[:2]
+    score, loss, zeros = (torch.zeros(len(noise), device=noise.device) for _ in range(3))
+    # a target's loss is the mean over taps and modes
+    weight = zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)
+    random_t = None if z is None else z[pairs.exists].sigmoid()
     learnt = weight != 0  # only these rows keep activations for a backward
     for learn in (True, False):
         for rows in (learnt == learn).nonzero().squeeze(1).split(ROWS_PER_CALL):
@@ -330,8 +309,7 @@ def score_and_learn(
     return pairs.per_target(score), pairs.per_target(loss)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files: safetensors with the configuration inside; official flow_model.bin is read
+# ---- Files: safetensors with the configuration inside; official flow_model.bin is read
 
 
 def save_flow(flow: Flow, folder: str | Path) -> None:
@@ -344,20 +322,14 @@ def save_flow(flow: Flow, folder: str | Path) -> None:
     os.replace(temporary, folder / FLOW_FILE)
 
 
-def load_flow(
-    path: str | Path,
-    dim: int,
-    n_blocks: int | None = None,
-    contexts: Sequence[str] | None = None,
-    percentiles: Sequence[float] | None = None,
-) -> Flow:
-    """Load a flow from a folder or file, native or official, and check that it fits.
+def load_flow(path: str | Path, dim: int, **expected) -> Flow:
+    """Load a flow, native or official, and check that it fits.
 
     Args:
-        path: a folder with `flow.safetensors` or `flow_model.bin`, or such a file.
+        path: `flow.safetensors` or `flow_model.bin`, or a folder with one of them.
         dim: hidden size of the policy.
-        n_blocks, contexts, percentiles: expected values; None accepts what the file says. An official file does not
-            say its context mode or taps: contexts must then be given, percentiles default to 0.25, 0.5, 0.75.
+        expected: fields of FlowConfig with the values they must have; None accepts what the file says. An official file
+            does not say its contexts, which must then be given, nor its taps, which are the default if not given.
     Raises:
         ValueError: no such file; another width, depth or context mode; missing or extra keys.
     """
@@ -365,64 +337,53 @@ def load_flow(
     found = [p for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path]) if p.is_file()]
     if not found:
         raise ValueError(
-            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py --model …` first"
+            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first"
         )
-    if found[0].suffix == ".bin":
-        state, config = read_official(found[0], contexts, percentiles)
-    else:
-        with safe_open(found[0], "pt") as file:
-            saved = json.loads((file.metadata() or {}).get("config", "null"))
-            if saved is None:
-                raise ValueError(f"{found[0]} holds no flow configuration; expected a file written by train_flow.py")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = FlowConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-
-    expected = {"dim": dim, "n_blocks": n_blocks, "contexts": contexts, "percentiles": percentiles}
-    for name, value in expected.items():
-        got = getattr(config, name)
-        value = tuple(value) if isinstance(value, list) else value
-        if value is not None and got != value:
-            raise ValueError(
-                f"the flow {found[0]} has {name}={got} (input {tuple(state['model.input_proj.weight'].shape)}, "
-                f"{config.n_blocks} blocks, context {'+'.join(config.contexts)}), expected {name}={value}: "
-                "train a flow for this model and these settings with train_flow.py"
-            )
+    expected = {"dim": dim} | {k: tuple(v) if isinstance(v, list) else v for k, v in expected.items() if v is not None}
+    state, config = (read_official if found[0].suffix == ".bin" else read_native)(found[0], expected)
     flow = Flow(config)
-    check_state(found[0], state, flow.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    where = f"the flow {found[0]}"
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{where} has {name}={getattr(config, name)} (input {got['model.input_proj.weight']}, {config.n_blocks} blocks, "
+                f"contexts {config.contexts}), expected {name}={value}: train one that fits with train_flow.py"
+            )
+    if missing := sorted(shapes.keys() - got.keys()):
+        raise ValueError(
+            f"{where} lacks {len(missing)} of {len(shapes)} tensors, as {missing[:3]}: cut, or of another network"
+        )
+    if extra := sorted(got.keys() - shapes.keys()):
+        raise ValueError(f"{where} has {len(extra)} tensors too many, as {extra[:3]}: of another network")
+    if wrong := [name for name in shapes if shapes[name] != got[name]]:
+        raise ValueError(f"{where} has {wrong[0]} of shape {got[wrong[0]]}, expected {shapes[wrong[0]]}")
     flow.load_state_dict(state)
     return flow
 
 
-def read_official(path: Path, contexts: Sequence[str] | None, percentiles: Sequence[float] | None):
-    """Read an official `flow_model.bin`: its tensors, and the configuration that their shapes tell."""
+def read_native(path: Path, _expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:
+    """Read a `flow.safetensors`: its tensors and its configuration."""
+    with safe_open(path, "pt") as file:
+        saved = json.loads((file.metadata() or {}).get("config", "null"))
+        if saved is None:
+            raise ValueError(f"{path} holds no flow configuration; expected a file written by train_flow.py")
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return state, FlowConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:
+    """Read a `flow_model.bin`: its tensors, and the configuration that their shapes tell."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model.input_proj.weight" not in state:
-        raise ValueError(
-            f"{path} is no official flow: key 'model.input_proj.weight' is missing; found {sorted(state)[:5]}"
-        )
-    if contexts is None:
+        raise ValueError(f"{path} is no official flow: 'model.input_proj.weight' is missing; found {sorted(state)[:5]}")
+    if "contexts" not in expected:
         raise ValueError(
             f"{path} does not say which context it was trained with; name it with --contexts "
             "(the official offline training conditions on the next token: --contexts next)"
         )
     width, dim = state["model.input_proj.weight"].shape
     n_blocks = len({name.split(".")[2] for name in state if name.startswith("model.res_blocks.")})
-    taps = tuple(percentiles) if percentiles is not None else FlowConfig.percentiles
-    return state, FlowConfig(dim=dim, n_blocks=n_blocks, width=width, contexts=tuple(contexts), percentiles=taps)
-
-
-def check_state(path: Path, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError where the keys or shapes of a checkpoint are not those of the network."""
-    if missing := sorted(expected.keys() - got.keys()):
-        raise ValueError(
-            f"the flow {path} lacks {len(missing)} of {len(expected)} tensors, such as {missing[:3]}; it is cut or of another network"
-        )
-    if extra := sorted(got.keys() - expected.keys()):
-        raise ValueError(
-            f"the flow {path} has {len(extra)} tensors that the network does not know, such as {extra[:3]}; it is of another network"
-        )
-    for name, tensor in expected.items():
-        if got[name].shape != tensor.shape:
-            raise ValueError(
-                f"the flow {path} has {name} of shape {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
-            )
+    given = {k: expected[k] for k in ("contexts", "percentiles", "shift") if k in expected}
+    return state, FlowConfig(dim=dim, n_blocks=n_blocks, width=width, **given)

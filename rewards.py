@@ -38,8 +38,7 @@ class Verdict(NamedTuple):
     correct: bool
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Extraction
+# ---- Extraction
 
 
 def boxes(text: str) -> list[str]:
@@ -62,8 +61,7 @@ def degenerate(response: str) -> bool:
     return re.search(r"(.{5,})\1{4,}", response) is not None or odd > 0.3 * len(response)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
+# ---- Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
 
 UNICODE = str.maketrans(
     {"°": r"^\circ", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "−": "-", "–": "-", "∞": r"\infty "}
@@ -196,8 +194,7 @@ class Worker:
         return reply == b"1\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rewards
+# ---- Rewards
 
 
 class Grader:

@@ -24,10 +24,9 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,8 +42,7 @@ Normalisation = Literal["sequence", "token", "constant"]
 CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches: right-padded rows of prompt + response. Per-token results are (B, T), response token k in column k.
+# ---- Batches: right-padded rows of prompt + response. Per-token results are (B, T), response token k in column k.
 
 
 @dataclass
@@ -94,8 +92,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy
+# ---- Policy
 
 
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
@@ -257,8 +254,7 @@ def load_policy(
     return Policy(model.train().to(device))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Flow reward (paper: flow reward shaping)
+# ---- Flow reward (paper: flow reward shaping)
 
 
 def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
@@ -308,8 +304,7 @@ def flow_reward(
     return -coef * select(normalise(score, mask, bilateral, power, group_size), threshold, top_k, bilateral)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages
+# ---- Advantages
 
 
 def varied_groups(reward: Tensor, group_size: int) -> Tensor:
@@ -357,8 +352,7 @@ def whiten(advantage: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return torch.where(mask, (advantage - values.mean()) / (values.std() + eps), 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
+# ---- Losses
 
 
 def token_weights(
@@ -451,8 +445,7 @@ def online_flow_weights(
     return tokens / tokens.sum(dim=1, keepdim=True), rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimisation and runs
+# ---- Optimisation
 
 
 def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
@@ -477,17 +470,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float,
     return norm
 
 
-def check_finite(step: int, metrics: dict[str, float], run: "Run") -> None:
-    """Stop the run where a figure is not finite; the last checkpoint stays."""
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
-        saved = run.checkpoints()
-        raise FloatingPointError(
-            f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
-            f"The last checkpoint is {saved[-1] if saved else 'none'}; lower the learning rate or look at the data, then --resume"
-        )
-
-
 def permutation(n: int, *key: int | str) -> list[int]:
     """Return a random order of range(n) that depends on the key alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(keyed_seed(*key))).tolist()
@@ -498,142 +480,22 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Clock:
-    """Times the phases of a step."""
-
-    def __init__(self):
-        self.began = self.last = time.perf_counter()
-        self.phases: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """End a phase; its time is what passed since the last one ended."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.phases[f"time/{phase}"], self.last = now - self.last, now
-
-    def times(self, tokens: float) -> dict[str, float]:
-        """Return seconds by phase and of the step, and response tokens a second."""
-        total = time.perf_counter() - self.began
-        return self.phases | {"time/step": total, "time/tokens_per_s": tokens / total}
+# ---- Settings and runs
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
-    temporary = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise OSError(
-            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room and go on with --resume"
-        ) from error
-    for file in temporary.rglob("*"):
-        with open(file, "rb") if file.is_file() else open(os.devnull) as handle:
-            if file.is_file():
-                os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def parse_config(config_class, presets: dict[str, dict]):
+    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model", default=config_class.model)
+    peek.add_argument("--resume")
+    known, _ = peek.parse_known_args()
+    values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
+    return tyro.cli(config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()}))
 
 
-class Run:
-    """A run folder: config.json, metrics.jsonl, summary.json, checkpoints/step-N, and a tracker."""
-
-    FREE = ("resume", "keep", "track", "eval_every", "save_every")  # fields that may change at a resume
-
-    def __init__(self, config, default_name: str):
-        self.folder = Path(config.resume or config.folder or self.unused(Path("runs") / default_name))
-        self.keep = config.keep
-        stored = self.folder / "config.json"
-        wanted = json.loads(json.dumps(asdict(config)))
-        if config.resume:
-            self.check_same(wanted, self.stored_config(config.resume))
-        elif stored.exists():
-            raise ValueError(
-                f"{self.folder} holds a run already; go on with it by --resume {self.folder}, or name another --folder"
-            )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stored.write_text(json.dumps(wanted, indent=1))
-        self.tracker = open_tracker(config.track, self.folder, wanted)
-
-    @staticmethod
-    def unused(folder: Path) -> Path:
-        """Return the folder, or the first of folder-2, folder-3, … that no run has taken."""
-        number, candidate = 1, folder
-        while (candidate / "config.json").exists():
-            number, candidate = number + 1, folder.with_name(f"{folder.name}-{number + 1}")
-        return candidate
-
-    @staticmethod
-    def stored_config(folder: str) -> dict:
-        path = Path(folder) / "config.json"
-        if not path.exists():
-            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
-        return json.loads(path.read_text())
-
-    def check_same(self, wanted: dict, stored: dict) -> None:
-        for name in wanted.keys() | stored.keys():
-            if name not in self.FREE + ("folder",) and wanted.get(name) != stored.get(name):
-                raise ValueError(
-                    f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for {wanted.get(name)!r}; "
-                    "give the same settings, or start a new run"
-                )
-
-    def checkpoints(self) -> list[Path]:
-        """Return whole checkpoints, oldest first."""
-        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-    def save(self, step: int, state: dict) -> None:
-        """Write checkpoints/step-N and drop all but the newest `keep`."""
-        with (
-            written_whole(self.folder / "checkpoints" / f"step-{step}") as folder,
-            open(folder / "state.pt", "wb") as file,
-        ):
-            torch.save({"step": step} | state, file)
-        for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
-
-    def load(self) -> dict | None:
-        """Return the newest checkpoint's state, if any, and cut metrics.jsonl back to its step."""
-        found = self.checkpoints()
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
-        step = state["step"] if state else 0
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        return state
-
-    def log(self, step: int, metrics: dict) -> None:
-        """Append one line to metrics.jsonl and to the tracker."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.tracker(metrics, step)
-
-
-def open_tracker(kind: str, folder: Path, config: dict):
-    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
-    if kind == "none":
-        return lambda metrics, step: None
-    try:
-        if kind == "wandb":
-            import wandb
-
-            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=config, resume="allow")
-            return lambda metrics, step: wandb.log(metrics, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"--track {kind} needs a package that is not installed ({error}); run `pip install {kind}`"
-        ) from error
-    writer = SummaryWriter(folder / "tensorboard")
-    return lambda metrics, step: [writer.add_scalar(k, v, step) for k, v in metrics.items() if not isinstance(v, str)]
+def as_tuple(value):
+    """Return a list as the tuple that it was before JSON; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def with_defaults(config, **values):
@@ -648,16 +510,112 @@ def check_positive(config, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
 
 
-def parse_config(config_class, presets: dict[str, dict]):
-    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
-    peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--model", default=None)
-    peek.add_argument("--resume", default=None)
-    known, _ = peek.parse_known_args()
-    if known.resume:
-        stored = Run.stored_config(known.resume)
-        names = {field.name for field in fields(config_class)}
-        default = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in names})
-    else:
-        default = config_class(**presets.get(known.model or config_class.model, {}))
-    return tyro.cli(config_class, default=default)
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
+    temporary, old = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in (p for p in temporary.rglob("*") if p.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(
+            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room, then --resume"
+        ) from error
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, checkpoints/step-N. Nothing is written before begin()."""
+
+    FREE = ("resume", "folder", "keep", "track", "eval_every", "save_every")  # fields that may change at a resume
+
+    def __init__(self, config, default_name: str):
+        self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
+        self.folder = Path(config.resume or config.folder or f"runs/{default_name}")
+        number = 1
+        while not (config.resume or config.folder) and (self.folder / "config.json").exists():
+            self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
+        if config.resume:
+            stored = self.stored_config(config.resume)
+            for name in sorted(stored.keys() | self.settings.keys()):
+                if name not in self.FREE and stored.get(name) != self.settings.get(name):
+                    raise ValueError(
+                        f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
+                        f"{self.settings.get(name)!r}; give the same settings, or start a new run"
+                    )
+        elif (self.folder / "config.json").exists():
+            raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
+
+    @staticmethod
+    def stored_config(folder: str) -> dict:
+        """Return the settings that a run was started with."""
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
+        return json.loads(path.read_text())
+
+    def begin(self) -> dict | None:
+        """Make the folder, or go on in it: return the newest checkpoint, and cut metrics.jsonl back to its step."""
+        if not self.config.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.settings, indent=1))
+        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
+        found = self.checkpoints()
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if state and json.loads(line)["step"] <= state["step"]]
+            metrics.with_suffix(".writing").write_text("".join(kept))
+            metrics.with_suffix(".writing").replace(metrics)
+        return state
+
+    def checkpoints(self) -> list[Path]:
+        """Return whole checkpoints, oldest first."""
+        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def save(self, step: int, state: dict) -> None:
+        """Write checkpoints/step-N and drop all but the newest `keep`."""
+        with written_whole(self.folder / "checkpoints" / f"step-{step}") as folder:
+            torch.save({"step": step} | state, folder / "state.pt")
+        for old in self.checkpoints()[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl and to the tracker; a figure that is not finite ends the run instead."""
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(
+                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
+                f"{(self.checkpoints() or ['none'])[-1]}; lower the learning rate or look at the data, then --resume"
+            )
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.tracker(metrics, step)
+
+
+def open_tracker(kind: str, folder: Path, settings: dict):
+    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
+    if kind == "none":
+        return lambda metrics, step: None
+    try:
+        if kind == "wandb":
+            import wandb
+
+            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
+            return lambda metrics, step: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--track {kind}: {error}; run `pip install {kind}`") from error
+    writer = SummaryWriter(folder / "tensorboard")
+    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]

@@ -26,8 +26,7 @@ TEMPLATES = {  # one a family, the same for the offline start, training and eval
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models and problems
+# ---- Models and problems
 
 
 def resolve_model(name: str) -> str:
@@ -43,6 +42,11 @@ def resolve_model(name: str) -> str:
             "give a path, a hub id, a short name such as Qwen2.5-7B, or toy"
         ) from error
     return path
+
+
+def short_name(model: str) -> str:
+    """Return the last part of a path or hub id, which names run folders."""
+    return model.rstrip("/").split("/")[-1]
 
 
 class Problem(NamedTuple):
@@ -169,8 +173,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Engines
+# ---- Engines
 
 
 @dataclass(frozen=True)

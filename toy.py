@@ -37,26 +37,16 @@ TRAIN_FLOW = dict(model="toy", lr=2e-3, epochs=4, batch_size=32, noise_repeats=1
 class World:
     """What the world is made with; a folder made with other values is made anew."""
 
-    folder: str = "runs/toy"
-    """Where the world is kept."""
-    steps: int = 600
-    """Training steps of the base model."""
-    batch_size: int = 64
-    """Demonstrations a step."""
-    lr: float = 1e-3
-    """Peak learning rate of the base model."""
-    hidden_size: int = 128
-    """Width of the base model."""
-    n_layers: int = 4
-    """Decoder layers of the base model."""
-    n_train: int = 4000
-    """Training problems."""
-    n_test: int = 256
-    """Held-out problems: no chain among them is a training problem or a demonstration."""
-    n_expert: int = 2000
-    """Expert solutions for the offline start of the flow: careful, without a slip."""
-    seed: int = 0
-    """Seed of everything above."""
+    folder: str = "runs/toy"  # Where the world is kept
+    steps: int = 400  # Training steps of the base model
+    batch_size: int = 64  # Demonstrations a step
+    lr: float = 1e-3  # Peak learning rate of the base model
+    hidden_size: int = 128  # Width of the base model
+    n_layers: int = 4  # Decoder layers of the base model
+    n_train: int = 4000  # Training problems
+    n_test: int = 256  # Held-out problems: no chain among them is a training problem or a demonstration
+    n_expert: int = 2000  # Expert solutions for the offline start of the flow: careful, without a slip
+    seed: int = 0  # Seed of everything above
 
     def path(self, name: str) -> str:
         """Path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
@@ -109,7 +99,7 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=world.hidden_size * 11 // 4,
         num_hidden_layers=world.n_layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=512, tie_word_embeddings=True, use_cache=True,
+        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)

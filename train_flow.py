@@ -7,10 +7,9 @@ Each step: latents of the tapped layers at response tokens (the policy runs up t
 latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW. Writes `flow/flow.safetensors`.
 """
 
-import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -25,60 +24,35 @@ import toy
 class Config:
     """Settings of the offline start."""
 
-    model: str = "toy"
-    """Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy."""
-    data: str | None = None
-    """Expert solutions: JSONL or Parquet file, save_to_disk folder or hub id."""
-    split: str = "train"
-    """Split of a hub data set."""
-    problem_column: str = "problem"
-    """Column with the problem's text."""
-    solution_column: str = "solution"
-    """Column with the solution's text."""
-    template: str = "auto"
-    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}; use the same one in training."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt accepted."""
-    cutoff: int = 8192
-    """Longest prompt + solution, in tokens; longer ones are cut."""
-    contexts: tuple[str, ...] = ("previous",)
-    """Context modes: previous, next, self."""
-    shift: int = 1
-    """Distance of the context's neighbour, in positions."""
-    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Tapped layers, as fractions of the depth."""
-    flow_blocks: int | None = None
-    """Residual blocks of the flow; by default 4 up to 3B parameters, 6 above."""
-    noise_repeats: int | None = None
-    """Draws of (t, x_0) a token; by default 4 up to 3B parameters, 2 above."""
-    epochs: int = 2
-    """Passes over the data."""
-    batch_size: int = 128
-    """Sequences a step."""
-    lr: float = 1e-4
-    """Peak learning rate."""
-    warmup: float = 0.1
-    """Fraction of the steps over which the rate rises."""
-    weight_decay: float = 0.01
-    """AdamW weight decay."""
-    clip_norm: float = 1.0
-    """Largest gradient norm."""
-    tokens_per_micro_batch: int = 16384
-    """Padded tokens of one forward."""
-    save_every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 1
-    """Checkpoints kept."""
-    folder: str | None = None
-    """Run folder; by default runs/flow-MODEL."""
-    resume: str | None = None
-    """Run folder to go on with."""
-    track: str = "none"
-    """Also send figures to: none, tensorboard, wandb."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    seed: int = 0
-    """Seed of initialisation, order and noise."""
+    model: str = "toy"  # Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy
+    data: str | None = None  # Expert solutions: JSONL or Parquet file, save_to_disk folder or hub id
+    split: str = "train"  # Split of a hub data set
+    problem_column: str = "problem"  # Column with the problem's text
+    solution_column: str = "solution"  # Column with the solution's text
+    template: str = (
+        "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}; use the same one in training
+    )
+    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
+    contexts: tuple[str, ...] = ("previous",)  # Context modes: previous, next, self
+    shift: int = 1  # Distance of the context's neighbour, in positions
+    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # Tapped layers, as fractions of the depth
+    flow_blocks: int | None = None  # Residual blocks of the flow; by default 4 up to 3B parameters, 6 above
+    noise_repeats: int | None = None  # Draws of (t, x_0) a token; by default 4 up to 3B parameters, 2 above
+    epochs: int = 2  # Passes over the data
+    batch_size: int = 128  # Sequences a step
+    lr: float = 1e-4  # Peak learning rate
+    warmup: float = 0.1  # Fraction of the steps over which the rate rises
+    weight_decay: float = 0.01  # AdamW weight decay
+    clip_norm: float = 1.0  # Largest gradient norm
+    tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
+    save_every: int = 100  # Steps between checkpoints; the last step is always saved
+    keep: int = 1  # Checkpoints kept
+    folder: str | None = None  # Run folder; by default runs/flow-MODEL
+    resume: str | None = None  # Run folder to go on with
+    track: str = "none"  # Also send figures to: none, tensorboard, wandb
+    trust_remote_code: bool = False  # Run code that comes with the model
+    seed: int = 0  # Seed of initialisation, order and noise
 
 
 def load_solutions(config: Config, tokenizer, model_type: str) -> list[tuple[list[int], list[int]]]:
@@ -118,10 +92,10 @@ def main(config: Config) -> None:
     """Fit a flow and write it to the run folder."""
     # ---- What there is: solutions, policy, flow
     config, path, facts = resolve(config)
+    run = rlfr.Run(config, f"flow-{rollout.short_name(config.model)}")
     flow_config = fl.FlowConfig(facts.dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     solutions = load_solutions(config, tokenizer, facts.model_type)
-    run = rlfr.Run(config, f"flow-{config.model.rstrip('/').split('/')[-1]}")
     device = rlfr.pick_device()
     policy = rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False)
     taps = rlfr.tap_layers(facts.n_layers, config.percentiles)
@@ -131,11 +105,11 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(flow.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps_per_epoch = math.ceil(len(solutions) / config.batch_size)
     total_steps, start = config.epochs * steps_per_epoch, 0
-    if state := run.load():
+    if state := run.begin():
         start = state["step"]
         flow.load_state_dict(state["flow"])
         optimizer.load_state_dict(state["optimizer"])
-    print(json.dumps(asdict(config)))
+    print(config)
     print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {facts.n_layers}, run folder {run.folder}")
 
     bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="flow", unit="step")
@@ -167,7 +141,6 @@ def main(config: Config) -> None:
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, floor=0.0)
         grad_norm = rlfr.optimizer_step(optimizer, lr, config.clip_norm, denominator=n_rows)
         metrics = {"loss": loss_sum / n_rows, "grad_norm": grad_norm, "lr": lr, "epoch": epoch, "rows": n_rows}
-        rlfr.check_finite(step + 1, metrics, run)
         metrics["time/step"] = time.perf_counter() - began
 
         # ---- Log and save

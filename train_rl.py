@@ -11,8 +11,10 @@ One step, as main() has it: roll out, verify, score, shape and advantage, update
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,136 +34,89 @@ from rewards import Grader, Verdict
 class Config:
     """Settings of a training run; None is filled in from the model."""
 
-    model: str = "toy"
-    """Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy."""
-    data: str | None = None
-    """Problems: JSONL or Parquet file, save_to_disk folder or hub id."""
-    eval_data: str | None = None
-    """Held-out problems, evaluated before and after training and every `eval_every` steps."""
-    split: str = "train"
-    """Split of a hub data set."""
-    problem_column: str = "problem"
-    """Column with the problem's text."""
-    answer_column: str = "answer"
-    """Column with the answer, or a list of accepted answers."""
-    template: str = "auto"
-    """Prompt template: auto, qwen, llama, chat, none, or a file with {problem}."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt accepted."""
-    prompts: int = 128
-    """N, prompts a step."""
-    group_size: int = 8
-    """G, samples a prompt."""
-    train_batch: int = 128
-    """Episodes an optimiser step; prompts * group_size must be a multiple."""
-    epochs: int = 5
-    """Passes over the problems, unless `steps` is given."""
-    steps: int | None = None
-    """RL steps."""
-    max_tokens: int = 1024
-    """Longest response."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    dynamic_sampling: bool = False
-    """Drop groups of equal reward and sample others in their place."""
-    max_rounds: int = 4
-    """With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups."""
-    reward: str = "binary"
-    """Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)."""
-    grade_truncated: bool = False
-    """Let a response that ran out of room score."""
-    grader_deadline: float = 5.0
-    """Seconds for grading one answer."""
-    shaping: Literal["flow", "entropy", "none"] = "flow"
-    """Dense part of the advantage: flow reward (RLFR), entropy advantage, or none (RLVR)."""
-    baseline: rlfr.Baseline = "grpo"
-    """How the outcome reward becomes an advantage."""
-    gamma: float = 1.0
-    """Discount of the flow reward."""
-    flow: str | None = None
-    """Flow of the offline start: folder or file; by default runs/flow-MODEL/flow."""
-    flow_coef: float = 0.01
-    """Scale of the flow reward."""
-    reward_times: tuple[float, ...] = (0.8,)
-    """T_r, times at which the velocity deviation is taken, in (0, 1)."""
-    flow_threshold: float = 0.6
-    """Normalised scores below are dropped, in [0, 1]."""
-    flow_top_k: int | None = 15
-    """Tokens of a response that get a flow reward; None: all above the threshold."""
-    flow_bilateral: bool = False
-    """Normalise to [-1, 1] and keep both tails."""
-    flow_power: float = 1.0
-    """Exponent applied to normalised scores."""
-    flow_scope: Literal["response", "group"] = "response"
-    """Over what scores are normalised: each response (paper) or its group."""
-    contexts: tuple[str, ...] | None = None
-    """Expected context modes; by default those that the flow was trained with. An official checkpoint needs them."""
-    percentiles: tuple[float, ...] | None = None
-    """Expected taps; by default those that the flow was trained with."""
-    freeze_flow: bool = False
-    """No online flow update."""
-    flow_lr: float = 1e-4
-    """Learning rate of the online flow update."""
-    flow_accept: Literal["correct", "all"] = "correct"
-    """Rejection sampling: episodes that the flow learns from."""
-    flow_entropy_quantile: float | None = None
-    """The flow learns only from tokens whose entropy reaches this quantile of their response."""
-    flow_soft: float = 0.0
-    """Weight of episodes and tokens that are not accepted."""
-    flow_times: Literal["reward", "random"] = "reward"
-    """Times at which the flow learns: those of the reward (one forward for both), or random as in the offline start."""
-    entropy_alpha: float = 0.4
-    """Scale of the entropy advantage."""
-    entropy_kappa: float = 2.0
-    """The entropy advantage stays below |A| / kappa."""
-    lr: float = 1e-6
-    """Peak learning rate of the policy."""
-    warmup: float = 0.03
-    """Fraction of the steps over which the rate rises."""
-    lr_floor: float = 0.1
-    """Rate at the end of the cosine, as a fraction of the peak."""
-    weight_decay: float = 0.0
-    """AdamW weight decay of the policy."""
-    clip_norm: float = 1.0
-    """Largest gradient norm."""
-    clip_low: float = 0.2
-    """PPO clip below 1."""
-    clip_high: float = 0.2
-    """PPO clip above 1; 0.28 for DAPO's clip-higher."""
-    ratio_cap: float = 3.0
-    """Largest probability ratio."""
-    normalisation: rlfr.Normalisation = "sequence"
-    """Token weights of the loss: sequence (mean of means), token (global mean), constant (Dr. GRPO)."""
-    kl_coef: float = 0.0
-    """Scale of the KL to the initial policy."""
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    """KL estimator."""
-    mismatch: Literal["none", "token", "sequence", "mask"] = "token"
-    """Importance weights for sampler-trainer mismatch: truncated by token or sequence, or masked beyond the cap."""
-    mismatch_cap: float = 2.0
-    """Where importance weights are truncated or masked."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward."""
-    tokens_per_micro_batch: int = 16384
-    """Padded tokens of one forward."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: only before and after."""
-    eval_samples: int = 4
-    """Responses a held-out problem in sampled evaluation."""
-    save_every: int = 20
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Checkpoints kept."""
-    folder: str | None = None
-    """Run folder; by default runs/rl-MODEL-SHAPING."""
-    resume: str | None = None
-    """Run folder to go on with."""
-    track: str = "none"
-    """Also send figures to: none, tensorboard, wandb."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-    seed: int = 0
-    """Seed of order, sampling and noise."""
+    model: str = "toy"  # Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy
+    data: str | None = None  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
+    eval_data: str | None = None  # Held-out problems, evaluated before and after training and every `eval_every` steps
+    split: str = "train"  # Split of a hub data set
+    problem_column: str = "problem"  # Column with the problem's text
+    answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
+    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
+    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    prompts: int = 128  # N, prompts a step
+    group_size: int = 8  # G, samples a prompt
+    train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
+    epochs: int = 5  # Passes over the problems, unless `steps` is given
+    steps: int | None = None  # RL steps
+    max_tokens: int = 1024  # Longest response
+    temperature: float = 1.0  # Sampling temperature
+    dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
+    max_rounds: int = (
+        4  # With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups
+    )
+    reward: str = (
+        "binary"  # Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)
+    )
+    grade_truncated: bool = False  # Let a response that ran out of room score
+    grader_deadline: float = 5.0  # Seconds for grading one answer
+    shaping: Literal["flow", "entropy", "none"] = (
+        "flow"  # Dense part of the advantage: flow reward (RLFR), entropy advantage, or none (RLVR)
+    )
+    baseline: rlfr.Baseline = "grpo"  # How the outcome reward becomes an advantage
+    gamma: float = 1.0  # Discount of the flow reward
+    flow: str | None = None  # Flow of the offline start: folder or file; by default runs/flow-MODEL/flow
+    flow_coef: float = 0.01  # Scale of the flow reward
+    reward_times: tuple[float, ...] = (0.8,)  # T_r, times at which the velocity deviation is taken, in (0, 1)
+    flow_threshold: float = 0.6  # Normalised scores below are dropped, in [0, 1]
+    flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: all above the threshold
+    flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
+    flow_power: float = 1.0  # Exponent applied to normalised scores
+    flow_scope: Literal["response", "group"] = (
+        "response"  # Over what scores are normalised: each response (paper) or its group
+    )
+    contexts: tuple[str, ...] | None = (
+        None  # Expected context modes; by default those that the flow was trained with. An official checkpoint needs them
+    )
+    percentiles: tuple[float, ...] | None = None  # Expected taps; by default those that the flow was trained with
+    freeze_flow: bool = False  # No online flow update
+    flow_lr: float = 1e-4  # Learning rate of the online flow update
+    flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes that the flow learns from
+    flow_entropy_quantile: float | None = (
+        None  # The flow learns only from tokens whose entropy reaches this quantile of their response
+    )
+    flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
+    flow_times: Literal["reward", "random"] = (
+        "reward"  # Times at which the flow learns: those of the reward (one forward for both), or random as in the offline start
+    )
+    entropy_alpha: float = 0.4  # Scale of the entropy advantage
+    entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
+    lr: float = 1e-6  # Peak learning rate of the policy
+    warmup: float = 0.03  # Fraction of the steps over which the rate rises
+    lr_floor: float = 0.1  # Rate at the end of the cosine, as a fraction of the peak
+    weight_decay: float = 0.0  # AdamW weight decay of the policy
+    clip_norm: float = 1.0  # Largest gradient norm
+    clip_low: float = 0.2  # PPO clip below 1
+    clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
+    ratio_cap: float = 3.0  # Largest probability ratio
+    normalisation: rlfr.Normalisation = (
+        "sequence"  # Token weights of the loss: sequence (mean of means), token (global mean), constant (Dr. GRPO)
+    )
+    kl_coef: float = 0.0  # Scale of the KL to the initial policy
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator
+    mismatch: Literal["none", "token", "sequence", "mask"] = (
+        "token"  # Importance weights for sampler-trainer mismatch: truncated by token or sequence, or masked beyond the cap
+    )
+    mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
+    gradient_checkpointing: bool = False  # Recompute activations in the backward
+    tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
+    eval_every: int = 0  # Steps between evaluations; 0: only before and after
+    eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
+    save_every: int = 20  # Steps between checkpoints; the last step is always saved
+    keep: int = 2  # Checkpoints kept
+    folder: str | None = None  # Run folder; by default runs/rl-MODEL-SHAPING
+    resume: str | None = None  # Run folder to go on with
+    track: str = "none"  # Also send figures to: none, tensorboard, wandb
+    trust_remote_code: bool = False  # Run code that comes with the model
+    seed: int = 0  # Seed of order, sampling and noise
 
     @property
     def episodes(self) -> int:
@@ -195,7 +150,7 @@ def check(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
     """Check the settings and fill in what follows from the model; return them, the model's path and its facts."""
     check(config)
-    flow_folder = f"runs/flow-{config.model.rstrip('/').split('/')[-1]}"
+    flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
     if config.model == "toy":
         world = toy.make()
         path = world.path("model")
@@ -410,6 +365,7 @@ def main(config: Config) -> None:
     """Train a policy."""
     # ---- What there is: problems, policy, flow, engine, grader
     config, path, facts = resolve(config)
+    run = rlfr.Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
     device = rlfr.pick_device()
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     columns = (config.problem_column, config.answer_column)
@@ -421,7 +377,6 @@ def main(config: Config) -> None:
     if config.shaping == "flow":
         flow = fl.load_flow(config.flow, facts.dim, contexts=config.contexts, percentiles=config.percentiles).to(device)
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
-    run = rlfr.Run(config, f"rl-{config.model.rstrip('/').split('/')[-1]}-{config.shaping}")
     policy = rlfr.load_policy(path, device, config.trust_remote_code, config.gradient_checkpointing)
     reference = (
         rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
@@ -436,12 +391,12 @@ def main(config: Config) -> None:
         modules["flow"] = flow
     total_steps = config.steps or config.epochs * len(problems) // config.prompts
     start, cursor = 0, 0
-    if state := run.load():
+    if state := run.begin():
         start, cursor = state["step"], state["cursor"]
         for name in modules:
             modules[name].load_state_dict(state[name])
             optimizers[name].load_state_dict(state[f"{name}_optimizer"])
-    print(json.dumps(asdict(config)))
+    print(config)
     print(
         f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes, on {device}, run folder {run.folder}"
     )
@@ -466,22 +421,22 @@ def main(config: Config) -> None:
 
     bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step")
     for step in bar:
-        clock = rlfr.Clock()
+        laps = [time.perf_counter()]
         # ---- 1. Roll out, 2. verify (in worker processes, while the scores are computed)
         sync()
-        clock.lap("sync")
+        laps.append(time.perf_counter())
         episodes, verdicts, cursor = roll_out(engine, grader, problems, config, cursor)
         engine.sleep()
-        clock.lap("roll_out")
+        laps.append(time.perf_counter())
 
         # ---- 3. Score
         scores, flow_metrics = score(
             policy, reference, flow, episodes, verdicts, config, step, tokenizer.pad_token_id, device
         )
-        clock.lap("score")
+        laps.append(time.perf_counter())
         reward = torch.tensor([verdict.reward for verdict in verdicts.result()], device=device)
         correct = torch.tensor([verdict.correct for verdict in verdicts.result()], device=device)
-        clock.lap("verify")
+        laps.append(time.perf_counter())
 
         # ---- 4. Shape and advantage
         advantage, shaping_metrics = shape_advantage(scores, reward, config)
@@ -508,7 +463,7 @@ def main(config: Config) -> None:
         # ---- 6. Update the flow
         if learns_flow:
             flow_metrics["flow/grad_norm"] = rlfr.optimizer_step(optimizers["flow"], config.flow_lr, config.clip_norm)
-        clock.lap("update")
+        laps.append(time.perf_counter())
 
         # ---- 7. Log, evaluate, save
         length = scores.mask.sum(dim=1).float()
@@ -525,11 +480,12 @@ def main(config: Config) -> None:
             "grader_timeouts": grader.timeouts,
             **policy_metrics, **shaping_metrics, **flow_metrics, **mismatch,
         }  # fmt: skip
-        rlfr.check_finite(step + 1, metrics, run)
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
             sync()
             metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}
-        metrics |= clock.times(tokens=length.sum().item())
+        phases = ("time/sync", "time/roll_out", "time/score", "time/verify", "time/update")
+        metrics |= dict(zip(phases, (after - before for before, after in pairwise(laps)), strict=True))
+        metrics["time/step"] = time.perf_counter() - laps[0]
         run.log(step + 1, metrics)
         tqdm.write(
             f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  entropy {metrics['entropy']:.3f}  "

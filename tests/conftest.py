@@ -19,7 +19,9 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 def world(tmp_path_factory) -> toy.World:
     """The embedded world in small: a base model that has seen little, few problems."""
     folder = tmp_path_factory.mktemp("world") / "toy"
-    return toy.make(toy.World(str(folder), steps=30, batch_size=32, hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48))
+    return toy.make(
+        toy.World(str(folder), steps=30, batch_size=32, hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48)
+    )
 
 
 @pytest.fixture(scope="session")

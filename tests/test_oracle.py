@@ -35,7 +35,9 @@ def network(tensors: dict, **shape) -> fl.VelocityNet:
 @pytest.mark.parametrize("name", ["i_flow_net_d2", "i_flow_net_d4", "i_flow_net_rect"])
 def test_i_velocity_network(name):
     facts, x = fixture(name)
-    net = network(x, dim=facts["in_channels"], context_dim=facts["cond_channels"], width=facts["width"], n_blocks=facts["depth"])
+    net = network(
+        x, dim=facts["in_channels"], context_dim=facts["cond_channels"], width=facts["width"], n_blocks=facts["depth"]
+    )
     near(net.time_embed.features(x["in.t"]), x["mid.t_sin"])
     near(net.time_embed(x["in.t"]), x["mid.t_emb"])
     near(net.layer_embed(x["in.layer"]), x["mid.l_emb"])
@@ -109,7 +111,9 @@ def test_iii_offline_loss():
         config = fl.FlowConfig(dim, facts["depth"], None, (MODES[mode],), facts["shift"])
         layer_losses = []
         for layer, tap in enumerate(taps):
-            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[0, 0]  # where the fixture has draws
+            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[
+                0, 0
+            ]  # where the fixture has draws
             sums, count = 0.0, 0
             for repeat in range(repeats):
                 n = int(exists.sum())
@@ -141,7 +145,9 @@ def test_iv_normalise(side):
         near(got[padded], expected[padded])
         low = -1 if options.get("bilateral") else 0
         assert got.isfinite().all() and got.min() >= low and got.max() <= 1
-        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(got[~padded], expected[~padded], equal_nan=True)
+        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(
+            got[~padded], expected[~padded], equal_nan=True
+        )
 
 
 def test_iv_select():
@@ -149,7 +155,10 @@ def test_iv_select():
     for name, case in facts["cases"].items():
         if name.startswith("post"):
             got = rlfr.select(
-                x[case["input"]], case.get("flow_score_threshold", 0.0), case.get("flow_score_topk"), case.get("flow_score_bil", False)
+                x[case["input"]],
+                case.get("flow_score_threshold", 0.0),
+                case.get("flow_score_topk"),
+                case.get("flow_score_bil", False),
             )
             near(got, x[f"out.{name}"])
 
