@@ -65,13 +65,7 @@ def evaluate(
     """
     seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
     episodes = engine.generate([problem.prompt_ids for problem in problems], sampling, seeds)
-    asked = [problem for problem in problems for _ in range(sampling.n)]
-    verdicts = grader.submit(
-        [problem.text for problem in asked],
-        [problem.answer for problem in asked],
-        [episode.text for episode in episodes],
-        [episode.finish_reason == "stop" for episode in episodes],
-    ).result()
+    verdicts = grader.submit(problems, episodes).result()
     correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
     low, high = bootstrap_interval(correct.mean(axis=1))
     figures = {
@@ -91,7 +85,8 @@ def evaluate(
             "finish_reason": episode.finish_reason,
             "tokens": len(episode.response_ids),
         }
-        for problem, episode, verdict in zip(asked, episodes, verdicts, strict=True)
+        for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True))
+        for problem in problems[i // sampling.n : i // sampling.n + 1]
     ]
     return figures, records
 
@@ -117,7 +112,7 @@ def main(config: Config) -> None:
         config.data, tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split,
         config.problem_column, config.answer_column,
     )  # fmt: skip
-    engine = rollout.TorchEngine(path, tokenizer, rlfr.pick_device(), config.trust_remote_code)
+    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     with Grader(config.reward) as grader:
         figures, records = evaluate(engine, problems, grader, sampling, config.seed)

@@ -266,11 +266,15 @@ class Grader:
         half = 0.5 if self.kind == "official" and candidate else 0.0
         return Verdict(1.0 if correct else half, correct)
 
-    def submit(
-        self, problems: Sequence[str], answers: Sequence, responses: Sequence[str], finished: Sequence[bool]
-    ) -> Future[list[Verdict]]:
-        """Grade a batch in the background; the result keeps the order."""
-        return self.batches.submit(lambda: list(self.threads.map(self.grade, problems, answers, responses, finished)))
+    def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
+        """Grade episodes in the background, in order; problems have `text` and `answer`, each as many episodes in a row."""
+        n = len(episodes) // len(problems)
+        asked = [problem for problem in problems for _ in range(n)]
+
+        def grade(problem, episode) -> Verdict:
+            return self.grade(problem.text, problem.answer, episode.text, episode.finish_reason == "stop")
+
+        return self.batches.submit(lambda: list(self.threads.map(grade, asked, episodes)))
 
 
 def load_reward(path: str) -> Callable[[str, str], float]:

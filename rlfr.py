@@ -5,8 +5,8 @@ Shapes as in flow.py. Equations, each with its function:
     taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
     log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
     s' = (s - min)/(max - min) per response or group                         normalise
-    keep s' > threshold, keep top-k; flow reward = -coef * s'                flow_reward
-    A_outcome = (r - mean)/(std + eps), or rloo, dr_grpo, reinforce++        outcome_advantage
+    flow reward = -coef * (s' > threshold, top-k)                            select
+    A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++        outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j                 token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                        entropy_advantage
     -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                              policy_loss
@@ -39,6 +39,7 @@ from flow import keyed_seed
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
@@ -65,12 +66,15 @@ class Batch:
         return out
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device="cpu") -> Batch:
-    """Make a batch of token ids; every prompt and response needs at least one token."""
-    lengths = [(len(p), len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]
+def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | None = None) -> Batch:
+    """Make a batch of (prompt, response) token ids, each with at least one token."""
+    device = device or DEVICE
+    lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
     assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
     width = max(end for _, end in lengths)
-    ids = [[*p, *r] + [pad_id] * (width - len(p) - len(r)) for p, r in zip(prompts, responses, strict=True)]
+    ids = [
+        [*prompt, *response] + [0] * (width - end) for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)
+    ]
     start, end = torch.tensor(lengths, device=device).T[:, :, None]  # (B, 1) each
     position = torch.arange(width, device=device)
     return Batch(
@@ -81,15 +85,17 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     )
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group indices of rows so that rows * longest stays within the budget; rows of like length go together."""
+def micro_batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], token_budget: int) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
+    """Yield indices and batch of pairs of like length, longest first, with rows * longest within the budget."""
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
             groups[-1].append(index)
         else:
             groups.append([index])
-    return groups
+    for group in groups:
+        yield group, collate([pairs[i] for i in group])
 
 
 # ---- Policy
@@ -166,27 +172,20 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        text = model.config.get_text_config()
-        self.dim, self.n_layers = text.hidden_size, text.num_hidden_layers
-        self.softcap = getattr(text, "final_logit_softcapping", None)
-        unknown = [
-            n
-            for n in ("logit_scale", "logits_scaling", "lm_head_multiplier")
-            if getattr(text, n, None) not in (None, 1)
-        ]
-        if unknown or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        text, head = model.config.get_text_config(), model.get_output_embeddings()
+        self.n_layers, self.softcap = text.num_hidden_layers, getattr(text, "final_logit_softcapping", None)
+        scaled = [name for name in ("logit_scale", "logits_scaling") if getattr(text, name, None) not in (None, 1)]
+        if scaled or getattr(head, "bias", None) is not None:
             raise ValueError(
-                f"{type(model).__name__} changes its logits by {unknown or 'a head bias'}; expected a plain linear head"
+                f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head"
             )
 
-    def forward(
-        self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False
-    ) -> Scored:
+    def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
         """Run a batch.
 
         Args:
             temperature: divides the logits, as it did when the response was sampled.
-            taps: layer indices whose outputs are returned (design: `hidden_states[index + 1]` of Hugging Face).
+            taps: indices of layers whose outputs are returned (Hugging Face's `hidden_states[index + 1]`).
             latents_only: stop after the last tap; neither the layers above nor the head run.
         """
         latents: dict[int, Tensor] = {}
@@ -199,21 +198,20 @@ class Policy(nn.Module):
 
             return hook
 
-        layers = self.model.get_decoder().layers
+        layers, body = self.model.get_decoder().layers, self.model.base_model
         hooks = [layers[index].register_forward_hook(catch(index)) for index in set(taps)]
         try:
-            output = self.model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            )
+            output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         except LastTap:
             return Scored(None, None, [latents[index] for index in taps])
         finally:
             for hook in hooks:
                 hook.remove()
-        before = batch.targets.roll(-1, dims=1)  # the position that predicts a token is the one before it
-        weight = self.model.get_output_embeddings().weight
-        hidden = output.last_hidden_state[before]  # (M, D)
-        logp, entropy = TokenLogProbs.apply(hidden, weight, batch.input_ids[batch.targets], temperature, self.softcap)
+        hidden = output.last_hidden_state[
+            batch.targets.roll(-1, dims=1)
+        ]  # (M, D): the position before predicts a token
+        weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
+        logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
 
 
@@ -232,48 +230,39 @@ def model_facts(path: str, trust_remote_code: bool = False) -> ModelFacts:
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return ModelFacts(
-        config.model_type, text.hidden_size, text.num_hidden_layers, n_parameters, text.max_position_embeddings
-    )
+    size, text = sum(p.numel() for p in model.parameters()), config.get_text_config()
+    return ModelFacts(config.model_type, text.hidden_size, text.num_hidden_layers, size, text.max_position_embeddings)
 
 
-def load_policy(
-    path: str, device: torch.device | str = "cpu", trust_remote_code: bool = False, checkpointing: bool = False
-) -> Policy:
-    """Load a Hugging Face decoder in float32, without dropout: its scores must repeat."""
+def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False) -> Policy:
+    """Load a Hugging Face decoder in float32; dropout must be off, or its scores would not repeat."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
             raise ValueError(
-                f"{path} sets {name}; expected 0: log-probs under dropout do not repeat; set it to 0 in config.json"
+                f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json"
             )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.train().to(device))
+    return Policy(model.train().to(DEVICE))
 
 
 # ---- Flow reward (paper: flow reward shaping)
 
 
 def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
-    """Min-max normalise deviation scores over response tokens to [0, 1], or [-1, 1] if bilateral.
+    """Min-max normalise scores (B, T) over mask (B, T) to [0, 1], or [-1, 1] if bilateral; zero outside mask.
 
-    Args:
-        score, mask: (B, T); the minimum and maximum are over mask only.
-        power: exponent applied in [0, 1]; 1 leaves the score as it is.
-        group_size: rows that share a minimum and maximum: 1 for each response by itself (paper), G for the group.
-    Returns:
-        (B, T), zero outside mask; a row or group of equal scores is zero.
+    The power is applied in [0, 1]. `group_size` rows share a minimum and maximum: 1 normalises each response by itself
+    (paper), G keeps what tells the responses of a group apart. A row or group of equal scores is zero.
     """
-    grouped = (len(score) // group_size, group_size * score.shape[1])
-    low = score.masked_fill(~mask, torch.inf).reshape(grouped).amin(dim=1).repeat_interleave(group_size)[:, None]
-    high = score.masked_fill(~mask, -torch.inf).reshape(grouped).amax(dim=1).repeat_interleave(group_size)[:, None]
-    spread = high - low
-    unit = ((score - low) / spread).pow(power)
+    rows = mask.view(-1, group_size * mask.shape[1])  # what shares a minimum and maximum
+    values = score.reshape(rows.shape)
+    low = values.masked_fill(~rows, torch.inf).amin(dim=1, keepdim=True)
+    spread = values.masked_fill(~rows, -torch.inf).amax(dim=1, keepdim=True) - low
+    unit = ((values - low) / spread).pow(power)
     unit = 2 * unit - 1 if bilateral else unit
-    return torch.where(mask & (spread > 0), unit, 0.0)
+    return torch.where(rows & (spread > 0), unit, 0.0).view(mask.shape)
 
 
 def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilateral: bool = False) -> Tensor:
@@ -287,21 +276,10 @@ def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilate
     if top_k is None or top_k >= score.shape[1]:
         return score
     kept = torch.zeros_like(score, dtype=torch.bool)
-    if bilateral:
-        kept.scatter_(1, score.topk(top_k // 2, dim=1).indices, True)
-        kept.scatter_(1, score.topk(top_k // 2, dim=1, largest=False).indices, True)
-    else:
-        kept.scatter_(1, score.topk(top_k, dim=1).indices, True)
+    for largest in (True, False) if bilateral else (True,):
+        kept.scatter_(1, score.topk(top_k // 2 if bilateral else top_k, dim=1, largest=largest).indices, True)
     few = (score != 0).sum(dim=1, keepdim=True) < top_k
     return torch.where(kept | few, score, 0.0)
-
-
-def flow_reward(
-    score: Tensor, mask: Tensor, coef: float = 0.01, threshold: float = 0.6, top_k: int | None = 15,
-    bilateral: bool = False, power: float = 1.0, group_size: int = 1,
-) -> Tensor:  # fmt: skip
-    """Return the flow reward of each response token, (B, T): -coef times the normalised, selected deviation score."""
-    return -coef * select(normalise(score, mask, bilateral, power, group_size), threshold, top_k, bilateral)
 
 
 # ---- Advantages
@@ -313,10 +291,10 @@ def varied_groups(reward: Tensor, group_size: int) -> Tensor:
     return groups.amax(dim=1) > groups.amin(dim=1)
 
 
-def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline = "grpo", eps: float = 1e-9) -> Tensor:
+def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline = "grpo") -> Tensor:
     """Return the outcome advantage (B,) of rewards (B,), G consecutive episodes a group.
 
-    grpo: (r - mean)/(std + eps), std with G - 1; rloo: r - mean of the others; dr_grpo, reinforce++: r - mean (the
+    grpo: (r - mean)/(std + 1e-9), std with G - 1; rloo: r - mean of the others; dr_grpo, reinforce++: r - mean (the
     latter is whitened over the batch after the token part is added); reinforce: r. Equal rewards give exactly 0.
     """
     if baseline == "reinforce":
@@ -324,7 +302,7 @@ def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline = "grp
     groups = reward.view(-1, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     if baseline == "grpo":
-        centred = centred / (groups.std(dim=1, keepdim=True) + eps)
+        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-9)
     elif baseline == "rloo":
         centred = centred * group_size / (group_size - 1)
     return torch.where(varied_groups(reward, group_size)[:, None], centred, 0.0).flatten()
@@ -346,18 +324,16 @@ def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float = 0.4, ka
     return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
 
 
-def whiten(advantage: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
     """Return advantages (B, T) with mean 0 and standard deviation 1 over all response tokens (REINFORCE++-baseline)."""
     values = advantage[mask]
-    return torch.where(mask, (advantage - values.mean()) / (values.std() + eps), 0.0)
+    return torch.where(mask, (advantage - values.mean()) / (values.std() + 1e-8), 0.0)
 
 
 # ---- Losses
 
 
-def token_weights(
-    mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int
-) -> Tensor:
+def token_weights(mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int) -> Tensor:  # fmt: skip
     """Return the weight (B, T) of each token in the loss of a whole optimiser step.
 
     sequence: mean over episodes of the mean over tokens; token: mean over all tokens; constant: sum over tokens divided
@@ -369,13 +345,8 @@ def token_weights(
 
 
 def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ratio_cap: float = 3.0,
-) -> tuple[Tensor, Tensor]:
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float = 0.2, clip_high: float = 0.2, ratio_cap: float = 3.0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the PPO-clip loss of each token (B, T) and where it was clipped (B, T) bool.
 
     -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A) with rho = min(exp(logp - old_logp), ratio_cap); DAPO's
@@ -393,19 +364,12 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"
 
 
 def importance_weights(
-    old_logp: Tensor,
-    sampled_logp: Tensor,
-    mask: Tensor,
-    mode: Literal["none", "token", "sequence", "mask"],
-    cap: float = 2.0,
-) -> tuple[Tensor, dict[str, float]]:
+    old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, mode: Literal["none", "token", "sequence", "mask"], cap: float = 2.0
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Correct for a sampler whose probabilities differ from the trainer's.
 
-    Args:
-        old_logp, sampled_logp, mask: (B, T); NaN log-probs of the sampler count as ratio 1 and are reported.
-        mode: token: min(ratio, cap); sequence: the same on the response's product of ratios; mask: 0 beyond the cap.
-    Returns:
-        weights (B, T), and statistics of the token ratios before truncation.
+    Everything is (B, T); NaN log-probs of the sampler count as ratio 1. mode: `token` is min(ratio, cap), `sequence` the
+    same on the response's product of ratios, `mask` 0 beyond the cap. Returns the weights, and figures of the raw ratios.
     """
     broken = sampled_logp.isnan() & mask
     difference = torch.where(mask & ~broken, old_logp - sampled_logp, 0.0)
@@ -429,13 +393,10 @@ def online_flow_weights(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight tokens of the online flow loss by rejection sampling: sum_rows(b * sum(w*loss)/sum(w)) / sum(b).
 
-    Args:
-        mask: (B, T).
-        correct: (B,) bool, rows with b = 1, the others have b = soft; None accepts every row.
-        entropy: (B, T); tokens at or above their row's quantile have w = 1, the others w = soft; None: every token.
-        quantile_mask: (B, T) tokens that the quantile is over, mask by default (the official code includes padding).
-    Returns:
-        token weights w/sum(w), (B, T), and row weights b, (B,); the caller divides by the step's sum of b.
+    Rows that are correct (B,) have b = 1, the others b = soft; None accepts all. Tokens whose entropy (B, T) reaches
+    their row's quantile have w = 1, the others w = soft; None accepts all of mask (B, T). The quantile is over
+    quantile_mask (B, T), by default mask (the official code includes padding).
+    Returns token weights w/sum(w), (B, T), and row weights b, (B,); the caller divides by the step's sum of b.
     """
     rows = torch.ones(len(mask), device=mask.device) if correct is None else torch.where(correct, 1.0, soft)
     tokens = mask.float()
@@ -473,11 +434,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float,
 def permutation(n: int, *key: int | str) -> list[int]:
     """Return a random order of range(n) that depends on the key alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(keyed_seed(*key))).tolist()
-
-
-def pick_device() -> torch.device:
-    """Return the accelerator, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---- Settings and runs

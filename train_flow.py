@@ -96,12 +96,11 @@ def main(config: Config) -> None:
     flow_config = fl.FlowConfig(facts.dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     solutions = load_solutions(config, tokenizer, facts.model_type)
-    device = rlfr.pick_device()
-    policy = rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False)
+    policy = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False)
     taps = rlfr.tap_layers(facts.n_layers, config.percentiles)
     depths = [tap / facts.n_layers for tap in taps]
     torch.manual_seed(config.seed)
-    flow = fl.Flow(flow_config).to(device)
+    flow = fl.Flow(flow_config).to(rlfr.DEVICE)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps_per_epoch = math.ceil(len(solutions) / config.batch_size)
     total_steps, start = config.epochs * steps_per_epoch, 0
@@ -118,21 +117,18 @@ def main(config: Config) -> None:
         # ---- The step's solutions
         epoch, place = divmod(step, steps_per_epoch)
         order = rlfr.permutation(len(solutions), "flow order", config.seed, epoch)
-        batch_rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+        order = order[place * config.batch_size : (place + 1) * config.batch_size]
 
         # ---- Latents, draws of (t, x_0), matching loss: summed here, divided by the number of rows below
         loss_sum, n_rows = 0.0, 0
-        lengths = [len(solutions[i][0]) + len(solutions[i][1]) for i in batch_rows]
-        for group in rlfr.micro_batches(lengths, config.tokens_per_micro_batch):
-            rows = [batch_rows[i] for i in group]
-            prompts, responses = zip(*(solutions[i] for i in rows), strict=True)
-            batch = rlfr.collate(prompts, responses, tokenizer.pad_token_id, device)
+        chosen = [solutions[i] for i in order]
+        for rows, batch in rlfr.micro_batches(chosen, config.tokens_per_micro_batch):
             with torch.no_grad():
                 latents = policy(batch, taps=taps, latents_only=True).latents
             pairs = fl.pair(flow_config, latents, depths, batch.attention_mask, batch.targets)
             for repeat in range(config.noise_repeats):
-                keys = [("flow noise", config.seed, epoch, i, repeat) for i in rows]
-                noise, z = fl.draw(flow_config, keys, [len(r) for r in responses], device)
+                keys = [("flow noise", config.seed, epoch, order[i], repeat) for i in rows]
+                noise, z = fl.draw(flow_config, keys, [len(chosen[i][1]) for i in rows], rlfr.DEVICE)
                 loss = fl.matching_loss(flow, pairs, noise, z).sum()
                 loss.backward()
                 loss_sum, n_rows = loss_sum + loss.item(), n_rows + len(pairs.x_1)

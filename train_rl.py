@@ -13,10 +13,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -175,9 +175,7 @@ def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
 # ---- The phases of a step
 
 
-def roll_out(
-    engine, grader, problems, config: Config, cursor: int
-) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:
+def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:  # fmt: skip
     """Sample G responses for N problems from the cursor on and have them graded in the background.
 
     With dynamic sampling, groups of equal reward are dropped and others sampled in their place. Returns the episodes, G
@@ -186,33 +184,25 @@ def roll_out(
     sampling = rollout.Sampling(config.group_size, config.temperature, config.max_tokens)
 
     def sample(n: int) -> tuple[list[rollout.Episode], Future[list[Verdict]]]:
-        chosen = []
-        for place in range(cursor, cursor + n):
-            epoch, index = divmod(place, len(problems))
-            chosen.append(problems[rlfr.permutation(len(problems), "problem order", config.seed, epoch)[index]])
-        seeds = [fl.keyed_seed("roll out", config.seed, place) for place in range(cursor, cursor + n)]
+        places = [divmod(place, len(problems)) for place in range(cursor, cursor + n)]
+        orders = {epoch: rlfr.permutation(len(problems), "problem order", config.seed, epoch) for epoch, _ in places}
+        chosen = [problems[orders[epoch][index]] for epoch, index in places]
+        seeds = [fl.keyed_seed("roll out", config.seed, *place) for place in places]
         episodes = engine.generate([problem.prompt_ids for problem in chosen], sampling, seeds)
-        asked = [problem for problem in chosen for _ in range(config.group_size)]
-        verdicts = grader.submit(
-            [problem.text for problem in asked],
-            [problem.answer for problem in asked],
-            [episode.text for episode in episodes],
-            [episode.finish_reason == "stop" for episode in episodes],
-        )
-        return episodes, verdicts
+        return episodes, grader.submit(chosen, episodes)
 
     if not config.dynamic_sampling:
         return *sample(config.prompts), cursor + config.prompts
-    kept, dropped, n_kept = [], [], 0
+    kept, dropped = [], []
     for _ in range(config.max_rounds):
-        episodes, verdicts = sample(missing := config.prompts - n_kept)
+        missing = config.prompts - len(kept) // config.group_size
+        episodes, verdicts = sample(missing)
         cursor += missing
         pairs = list(zip(episodes, verdicts.result(), strict=True))
-        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), config.group_size).tolist()
-        for i, keep in enumerate(varied):
+        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), config.group_size)
+        for i, keep in enumerate(varied.tolist()):
             (kept if keep else dropped).extend(pairs[i * config.group_size : (i + 1) * config.group_size])
-        n_kept = len(kept) // config.group_size
-        if n_kept == config.prompts:
+        if len(kept) == config.episodes:
             break
     episodes, verdicts = zip(*(kept + dropped)[: config.episodes], strict=True)
     done: Future[list[Verdict]] = Future()
@@ -220,73 +210,66 @@ def roll_out(
     return list(episodes), done, cursor
 
 
-class Scores(NamedTuple):
+@dataclass
+class Scores:
     """What the scoring pass knows of a step's episodes, (B, T) each."""
 
     mask: Tensor
     sampled_logp: Tensor
     old_logp: Tensor
     entropy: Tensor
-    ref_logp: Tensor | None
-    flow_score: Tensor | None
+    ref_logp: Tensor
+    flow_score: Tensor
+    flow_mask: Tensor  # tokens with a flow score: all of mask, but for the last one where the context is the next
 
 
-def score(
-    policy, reference, flow, episodes, verdicts: Future, config: Config, step: int, pad_id: int, device
-) -> tuple[Scores, dict]:
+def score(policy, reference, flow, episodes, verdicts: Future, config: Config, step: int) -> tuple[Scores, dict]:
     """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
 
     In the same pass the flow's own loss on accepted episodes leaves its gradient on the flow (no gradient reaches the
     policy). Latents never outlive their micro-batch.
     """
     shape = (len(episodes), max(len(episode.response_ids) for episode in episodes))
-    names = (
-        ["sampled_logp", "old_logp", "entropy"]
-        + ["ref_logp"] * (reference is not None)
-        + ["flow_score"] * (flow is not None)
-    )
-    out = {name: torch.zeros(shape, device=device) for name in names}
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow is not None else []
-    depths = [tap / policy.n_layers for tap in taps]
+    out = Scores(*(torch.zeros(shape, device=rlfr.DEVICE) for _ in fields(Scores)))
+    out.mask, out.flow_mask = out.mask.bool(), out.flow_mask.bool()
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
     flow_loss = 0.0
-    lengths = [len(episode.prompt_ids) + len(episode.response_ids) for episode in episodes]
-    for rows in tqdm(rlfr.micro_batches(lengths, config.tokens_per_micro_batch), desc="score", leave=False, delay=3):
-        chosen = [episodes[i] for i in rows]
-        batch = rlfr.collate([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id, device)
-        columns = slice(batch.response_mask.shape[1])
-        mask[rows, columns] = batch.response_mask
-        sampled = torch.tensor([x for episode in chosen for x in episode.logp], device=device)
-        out["sampled_logp"][rows, columns] = batch.unflatten(sampled)
+    pairs = [(episode.prompt_ids, episode.response_ids) for episode in episodes]
+    batches = rlfr.micro_batches(pairs, config.tokens_per_micro_batch)
+    for rows, batch in tqdm(batches, desc="score", leave=False, delay=3):
+        mask = batch.response_mask
+        here = (rows, slice(mask.shape[1]))  # where the micro-batch is in (B, T)
+        out.mask[here] = mask
+        out.sampled_logp[here] = batch.unflatten(
+            torch.tensor([x for i in rows for x in episodes[i].logp]).to(mask.device)
+        )
         with torch.no_grad():
-            scored = policy(batch, config.temperature, taps)
-            out["old_logp"][rows, columns], out["entropy"][rows, columns] = scored.logp, scored.entropy
-            if reference is not None:
-                out["ref_logp"][rows, columns] = reference(batch, config.temperature).logp
-        if flow is None:
+            out.old_logp[here], out.entropy[here], latents = policy(batch, config.temperature, taps)
+            if reference:
+                out.ref_logp[here] = reference(batch, config.temperature).logp
+        if not flow:
             continue
+        rows_of_flow = fl.pair(
+            flow.config, latents, [tap / policy.n_layers for tap in taps], batch.attention_mask, batch.targets
+        )
         keys = [("flow noise", config.seed, step, i) for i in rows]
-        noise, z = fl.draw(flow.config, keys, [len(episode.response_ids) for episode in chosen], device)
+        noise, z = fl.draw(flow.config, keys, mask.sum(dim=1).tolist(), rlfr.DEVICE)
         weight = None
-        if not config.freeze_flow:
-            correct = torch.tensor([verdict.correct for verdict in verdicts.result()], device=device)
-            accepted = correct if config.flow_accept == "correct" else torch.ones_like(correct)
-            quantile = config.flow_entropy_quantile
-            entropy = None if quantile is None else scored.entropy
+        if not config.freeze_flow:  # the first micro-batch waits for the verdicts, while the accelerator works
+            everyone = config.flow_accept == "all"
+            accepted = torch.tensor([everyone or verdict.correct for verdict in verdicts.result()], device=mask.device)
+            entropy = None if config.flow_entropy_quantile is None else out.entropy[here]
             token_weight, row_weight = rlfr.online_flow_weights(
-                batch.response_mask, accepted[rows], entropy, quantile, config.flow_soft
+                mask, accepted[rows], entropy, config.flow_entropy_quantile, config.flow_soft
             )
             total = torch.where(accepted, 1.0, config.flow_soft).sum().clamp(min=1e-9)
-            weight = (token_weight * row_weight[:, None] / total)[batch.response_mask]
-        pairs = fl.pair(flow.config, scored.latents, depths, batch.attention_mask, batch.targets)
-        loss_z = z if config.flow_times == "random" else None
-        token_score, token_loss = fl.score_and_learn(flow, pairs, noise, config.reward_times, weight, loss_z)
-        out["flow_score"][rows, columns] = batch.unflatten(token_score)
+            weight = (token_weight * row_weight[:, None] / total)[mask]
+        learn_at = z if config.flow_times == "random" else None
+        token_score, token_loss = fl.score_and_learn(flow, rows_of_flow, noise, config.reward_times, weight, learn_at)
+        out.flow_score[here] = batch.unflatten(token_score)
+        out.flow_mask[here] = batch.unflatten(rows_of_flow.exists.any(dim=1).any(dim=0))
         flow_loss += 0.0 if weight is None else (weight * token_loss).sum().item()
-    scores = Scores(
-        mask, out["sampled_logp"], out["old_logp"], out["entropy"], out.get("ref_logp"), out.get("flow_score")
-    )
-    return scores, {} if flow is None or config.freeze_flow else {"flow/loss": flow_loss}
+    return out, {"flow/loss": flow_loss} if flow and not config.freeze_flow else {}
 
 
 def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Tensor, dict[str, float]]:
@@ -294,14 +277,14 @@ def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Ten
     mask, metrics = scores.mask, {}
     advantage = rlfr.outcome_advantage(reward, config.group_size, config.baseline)[:, None] * mask
     if config.shaping == "flow":
-        flow_reward = rlfr.flow_reward(
-            scores.flow_score, mask, config.flow_coef, config.flow_threshold, config.flow_top_k, config.flow_bilateral,
-            config.flow_power, config.group_size if config.flow_scope == "group" else 1,
-        )  # fmt: skip
+        scope = config.group_size if config.flow_scope == "group" else 1
+        unit = rlfr.normalise(scores.flow_score, scores.flow_mask, config.flow_bilateral, config.flow_power, scope)
+        kept = rlfr.select(unit, config.flow_threshold, config.flow_top_k, config.flow_bilateral)
+        flow_reward = -config.flow_coef * kept
         advantage = advantage + rlfr.token_returns(flow_reward, mask, config.gamma)
-        metrics["flow/score"] = scores.flow_score[mask].mean().item()
+        metrics["flow/score"] = scores.flow_score[scores.flow_mask].mean().item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
-        metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
+        metrics["flow/tokens"] = (kept != 0).sum(dim=1).float().mean().item()
     if config.shaping == "entropy":
         shaped = rlfr.entropy_advantage(advantage, scores.entropy, config.entropy_alpha, config.entropy_kappa) * mask
         metrics["entropy_advantage"] = (shaped - advantage)[mask].mean().item()
@@ -311,54 +294,32 @@ def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Ten
     return advantage, metrics
 
 
-def update_policy(
-    policy,
-    optimizer,
-    episodes,
-    scores: Scores,
-    advantage: Tensor,
-    weight: Tensor,
-    config: Config,
-    step: int,
-    lr,
-    pad_id,
-    device,
-):
-    """Take the optimiser steps of one RL step, mini-batch by mini-batch; return the figures summed over them."""
+def update_policy(policy, optimizer, episodes, scores: Scores, advantage, weight, config: Config, step: int, lr: float) -> dict[str, float]:  # fmt: skip
+    """Take the optimiser steps of one RL step, mini-batch by mini-batch; return the figures, averaged over them."""
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
-    totals = dict.fromkeys(("policy/loss", "policy/kl", "policy/clipped", "policy/grad_norm"), 0.0)
-    n_mini = len(order) // config.train_batch
+    metrics = dict.fromkeys(("policy/loss", "policy/kl", "policy/clipped", "policy/grad_norm"), 0.0)
+    share = config.train_batch / len(episodes)
     for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3):
         n_tokens = int(scores.mask[mini].sum())
-        lengths = [len(episodes[i].prompt_ids) + len(episodes[i].response_ids) for i in mini]
-        for group in rlfr.micro_batches(lengths, config.tokens_per_micro_batch):
-            rows = mini[group]
-            chosen = [episodes[i] for i in rows]
-            batch = rlfr.collate([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id, device)
-            mask, columns = batch.response_mask, slice(batch.response_mask.shape[1])
+        pairs = [(episodes[i].prompt_ids, episodes[i].response_ids) for i in mini]
+        for rows, batch in rlfr.micro_batches(pairs, config.tokens_per_micro_batch):
+            mask = batch.response_mask
+            here = (mini[rows], slice(mask.shape[1]))
             logp = policy(batch, config.temperature).logp
-            loss, clipped = rlfr.policy_loss(
-                logp,
-                scores.old_logp[rows, columns],
-                advantage[rows, columns],
-                config.clip_low,
-                config.clip_high,
-                config.ratio_cap,
-            )
-            loss = loss * weight[rows, columns]
-            kl = torch.zeros_like(logp)
-            if scores.ref_logp is not None:
-                kl = rlfr.kl_divergence(logp, scores.ref_logp[rows, columns], config.kl_kind)
-                loss = loss + config.kl_coef * kl
+            clips = (config.clip_low, config.clip_high, config.ratio_cap)
+            loss, clipped = rlfr.policy_loss(logp, scores.old_logp[here], advantage[here], *clips)
+            loss = loss * weight[here]
             token_weight = rlfr.token_weights(mask, config.normalisation, len(mini), n_tokens, config.max_tokens)
+            if config.kl_coef:
+                kl = rlfr.kl_divergence(logp, scores.ref_logp[here], config.kl_kind)
+                loss = loss + config.kl_coef * kl
+                metrics["policy/kl"] += share * (kl * token_weight).sum().item()
             loss = (loss * token_weight).sum()
             loss.backward()
-            totals["policy/loss"] += loss.item() / n_mini
-            totals["policy/kl"] += (kl * token_weight).sum().item() / n_mini
-            totals["policy/clipped"] += (clipped & mask).sum().item() / n_tokens / n_mini
-        norm = rlfr.optimizer_step(optimizer, lr, config.clip_norm)
-        totals["policy/grad_norm"] += norm / n_mini
-    return totals
+            metrics["policy/loss"] += share * loss.item()
+            metrics["policy/clipped"] += share * (clipped & mask).sum().item() / n_tokens
+        metrics["policy/grad_norm"] += share * rlfr.optimizer_step(optimizer, lr, config.clip_norm)
+    return metrics
 
 
 def main(config: Config) -> None:
@@ -366,39 +327,34 @@ def main(config: Config) -> None:
     # ---- What there is: problems, policy, flow, engine, grader
     config, path, facts = resolve(config)
     run = rlfr.Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
-    device = rlfr.pick_device()
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     columns = (config.problem_column, config.answer_column)
-    load = (tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split, *columns)
-    problems = rollout.load_problems(config.data, *load)
-    held_out = rollout.load_problems(config.eval_data, *load) if config.eval_data else []
-    learns_flow = config.shaping == "flow" and not config.freeze_flow
-    flow = None
-    if config.shaping == "flow":
-        flow = fl.load_flow(config.flow, facts.dim, contexts=config.contexts, percentiles=config.percentiles).to(device)
+    reading = (tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split, *columns)
+    problems = rollout.load_problems(config.data, *reading)
+    held_out = rollout.load_problems(config.eval_data, *reading) if config.eval_data else []
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
-    policy = rlfr.load_policy(path, device, config.trust_remote_code, config.gradient_checkpointing)
-    reference = (
-        rlfr.load_policy(path, device, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
-    )
-    engine = rollout.TorchEngine(path, tokenizer, device, config.trust_remote_code)
-    optimizers = {
-        "policy": torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
-    }
-    modules = {"policy": policy}
-    if learns_flow:
-        optimizers["flow"] = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
-        modules["flow"] = flow
+    flow, learners = None, {}
+    if config.shaping == "flow":
+        flow = fl.load_flow(config.flow, facts.dim, contexts=config.contexts, percentiles=config.percentiles).to(
+            rlfr.DEVICE
+        )
+    policy = rlfr.load_policy(path, config.trust_remote_code, config.gradient_checkpointing)
+    reference = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
+    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
+    learners = {"policy": policy, "policy_optimizer": optimizer}
+    if flow and not config.freeze_flow:
+        flow_optimizer = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
+        learners |= {"flow": flow, "flow_optimizer": flow_optimizer}
     total_steps = config.steps or config.epochs * len(problems) // config.prompts
     start, cursor = 0, 0
     if state := run.begin():
         start, cursor = state["step"], state["cursor"]
-        for name in modules:
-            modules[name].load_state_dict(state[name])
-            optimizers[name].load_state_dict(state[f"{name}_optimizer"])
+        for name, learner in learners.items():
+            learner.load_state_dict(state[name])
     print(config)
     print(
-        f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes, on {device}, run folder {run.folder}"
+        f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes, {rlfr.DEVICE}, run folder {run.folder}"
     )
 
     def sync() -> None:
@@ -406,12 +362,10 @@ def main(config: Config) -> None:
         engine.load_weights(policy.model.state_dict().items())
 
     def assess() -> dict[str, dict]:
-        """Evaluate the engine's weights on the held-out problems, sampled and greedy."""
+        """Evaluate the engine's weights on the held-out problems."""
         kinds = {"sampled": (config.eval_samples, config.temperature), "greedy": (1, 0.0)}
-        return {
-            kind: evaluate(engine, held_out, grader, rollout.Sampling(n, temperature, config.max_tokens))[0]
-            for kind, (n, temperature) in kinds.items()
-        }
+        samplings = {kind: rollout.Sampling(*how, config.max_tokens) for kind, how in kinds.items()}
+        return {kind: evaluate(engine, held_out, grader, sampling)[0] for kind, sampling in samplings.items()}
 
     summary_file = run.folder / "summary.json"
     summary = json.loads(summary_file.read_text()) if start and summary_file.exists() else {}
@@ -419,10 +373,9 @@ def main(config: Config) -> None:
         summary["before"] = assess()
         summary_file.write_text(json.dumps(summary, indent=1))
 
-    bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step")
-    for step in bar:
+    for step in tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step"):
         laps = [time.perf_counter()]
-        # ---- 1. Roll out, 2. verify (in worker processes, while the scores are computed)
+        # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
         sync()
         laps.append(time.perf_counter())
         episodes, verdicts, cursor = roll_out(engine, grader, problems, config, cursor)
@@ -430,12 +383,10 @@ def main(config: Config) -> None:
         laps.append(time.perf_counter())
 
         # ---- 3. Score
-        scores, flow_metrics = score(
-            policy, reference, flow, episodes, verdicts, config, step, tokenizer.pad_token_id, device
-        )
+        scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
         laps.append(time.perf_counter())
-        reward = torch.tensor([verdict.reward for verdict in verdicts.result()], device=device)
-        correct = torch.tensor([verdict.correct for verdict in verdicts.result()], device=device)
+        reward = torch.tensor([verdict.reward for verdict in verdicts.result()], device=rlfr.DEVICE)
+        correct = sum(verdict.correct for verdict in verdicts.result()) / len(episodes)
         laps.append(time.perf_counter())
 
         # ---- 4. Shape and advantage
@@ -446,40 +397,27 @@ def main(config: Config) -> None:
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
-        policy_metrics = update_policy(
-            policy,
-            optimizers["policy"],
-            episodes,
-            scores,
-            advantage,
-            weight,
-            config,
-            step,
-            lr,
-            tokenizer.pad_token_id,
-            device,
-        )
+        policy_metrics = update_policy(policy, optimizer, episodes, scores, advantage, weight, config, step, lr)
 
         # ---- 6. Update the flow
-        if learns_flow:
-            flow_metrics["flow/grad_norm"] = rlfr.optimizer_step(optimizers["flow"], config.flow_lr, config.clip_norm)
+        if "flow" in learners:
+            flow_metrics["flow/grad_norm"] = rlfr.optimizer_step(flow_optimizer, config.flow_lr, config.clip_norm)
         laps.append(time.perf_counter())
 
         # ---- 7. Log, evaluate, save
-        length = scores.mask.sum(dim=1).float()
         metrics = {
             "reward": reward.mean().item(),
-            "correct": correct.float().mean().item(),
+            "correct": correct,
             "varied_groups": rlfr.varied_groups(reward, config.group_size).float().mean().item(),
-            "length": length.mean().item(),
+            "length": scores.mask.sum(dim=1).float().mean().item(),
             "truncated": sum(episode.finish_reason == "length" for episode in episodes) / len(episodes),
             "entropy": scores.entropy[scores.mask].mean().item(),
             "advantage_abs": advantage[scores.mask].abs().mean().item(),
             "lr": lr,
             "cursor": cursor,
             "grader_timeouts": grader.timeouts,
-            **policy_metrics, **shaping_metrics, **flow_metrics, **mismatch,
-        }  # fmt: skip
+        }
+        metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
             sync()
             metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}
@@ -488,35 +426,25 @@ def main(config: Config) -> None:
         metrics["time/step"] = time.perf_counter() - laps[0]
         run.log(step + 1, metrics)
         tqdm.write(
-            f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  entropy {metrics['entropy']:.3f}  "
-            f"flow {metrics.get('flow/score', 0):.3f}  loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  "
-            f"{metrics['time/step']:.1f} s"
+            f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
+            f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  loss {metrics['policy/loss']:+.4f}  "
+            f"grad {metrics['policy/grad_norm']:.3f}  {metrics['time/step']:.1f} s"
         )
         if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
-            state = {"cursor": cursor}
-            for name in modules:
-                state |= {name: modules[name].state_dict(), f"{name}_optimizer": optimizers[name].state_dict()}
-            run.save(step + 1, state)
+            run.save(step + 1, {"cursor": cursor} | {name: learner.state_dict() for name, learner in learners.items()})
 
     # ---- What came of it
     with rlfr.written_whole(run.folder / "policy") as folder:
         policy.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    if flow is not None:
+    if flow:
         fl.save_flow(flow, run.folder / "flow")
     if held_out:
         sync()
         summary["after"] = assess()
         summary_file.write_text(json.dumps(summary, indent=1))
-        print(
-            table(
-                {
-                    f"{when} {kind}": summary[when][kind]
-                    for when in ("before", "after")
-                    for kind in ("sampled", "greedy")
-                }
-            )
-        )
+        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy")]
+        print(table({f"{when} {kind}": summary[when][kind] for when, kind in whens}))
     grader.close()
     print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
 

@@ -277,7 +277,7 @@ def test_ix_tokens_are_kept():
     for case in cases:
         prompts = [row[: case["input_len"]] for row in case["seq"]]
         responses = [row[case["input_len"] :] for row in case["seq"]]
-        batch = rlfr.collate(prompts, responses, case["pad"])
+        batch = rlfr.collate(list(zip(prompts, responses, strict=True)))
         assert batch.input_ids.tolist() == case["seq"]
         assert batch.input_ids[batch.targets].tolist() == [token for row in responses for token in row]
         rewritten += case["out_sequences"] != case["seq"]
