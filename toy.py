@@ -21,13 +21,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-HASTY = {3: 0.05, 4: 0.15, 5: 0.55, 6: 0.85, 7: 0.93, 8: 0.95}  # operations in a problem -> chance of a hasty solution
+HASTY = {3: 0.05, 4: 0.15, 5: 0.6, 6: 0.85, 7: 0.93, 8: 0.95}  # operations in a problem -> chance of a hasty solution
 SLIP = 0.03  # chance that a careful demonstrator gets a step wrong
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
 TRAIN_RL = dict(
-    model="toy", prompts=16, group_size=8, train_batch=128, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=160, flow_lr=1e-3,
+    model="toy", prompts=16, group_size=8, train_batch=128, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3,
     template="none", eval_samples=4, save_every=40, tokens_per_micro_batch=16384,
 )  # fmt: skip
 TRAIN_FLOW = dict(model="toy", lr=2e-3, epochs=4, batch_size=32, noise_repeats=1, template="none", save_every=100)
@@ -38,9 +38,9 @@ class World:
     """What the world is made with; a folder made with other values is made anew."""
 
     folder: str = "runs/toy"  # Where the world is kept
-    steps: int = 400  # Training steps of the base model
+    steps: int = 500  # Training steps of the base model
     batch_size: int = 64  # Demonstrations a step
-    lr: float = 1e-3  # Peak learning rate of the base model
+    lr: float = 2e-3  # Peak learning rate of the base model
     hidden_size: int = 128  # Width of the base model
     n_layers: int = 4  # Decoder layers of the base model
     n_train: int = 4000  # Training problems
