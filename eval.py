@@ -18,6 +18,7 @@ import rlfr
 import rollout
 from flow import keyed_seed
 from rewards import Grader
+from run import check_positive, written_whole
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main(config: Config) -> None:
     """Evaluate a model and print the table."""
-    rlfr.check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
+    check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
     path = rollout.resolve_model(config.model)
-    facts = rlfr.model_facts(path, config.trust_remote_code)
+    model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     problems = rollout.load_problems(
-        config.data, tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split,
+        config.data, tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split,
         config.problem_column, config.answer_column,
     )  # fmt: skip
     engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
@@ -118,7 +119,7 @@ def main(config: Config) -> None:
         figures, records = evaluate(engine, problems, grader, sampling, config.seed)
     print(table({Path(config.data).stem: figures}))
     if config.out:
-        with rlfr.written_whole(Path(config.out)) as folder:
+        with written_whole(Path(config.out)) as folder:
             (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             (folder / "summary.json").write_text(json.dumps({"config": asdict(config)} | figures, indent=1))
 

@@ -74,9 +74,7 @@ class FlowConfig:
         if not self.contexts or not set(self.contexts) <= CONTEXTS.keys():
             raise ValueError(f"contexts={self.contexts}: expected one or more of {', '.join(CONTEXTS)}")
         if not self.percentiles or not all(0 <= p <= 1 for p in self.percentiles):
-            raise ValueError(
-                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75"
-            )
+            raise ValueError(f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75")
         if self.n_blocks < 1 or self.shift < 1:
             raise ValueError(f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1")
 
@@ -84,22 +82,19 @@ class FlowConfig:
 def check_times(times: Sequence[float]) -> None:
     """Raise ValueError unless all times are in (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
     if not times or not all(0 < t < 1 for t in times):
-        raise ValueError(
-            f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite"
-        )
+        raise ValueError(f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite")
 
 
 # ---- Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
 
 
 class ScalarEmbedding(nn.Module):
-    """Embed a scalar: 256 features, cosines then sines of s * 10000^(-k/128), then a two-layer SiLU MLP."""
+    """Embed a scalar s: cosines, then sines, of s * 10000^(-k/128), k = 0 … 127, then a two-layer SiLU MLP."""
 
-    def __init__(self, width: int, n_features: int = 256, max_period: float = 10_000.0):
+    def __init__(self, width: int):
         super().__init__()
-        half = n_features // 2
-        self.register_buffer("freqs", torch.exp(-math.log(max_period) * torch.arange(half) / half)[None])
-        self.mlp = nn.Sequential(nn.Linear(n_features, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("freqs", torch.exp(-math.log(10_000) * torch.arange(128) / 128)[None])
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def features(self, scalar: Tensor) -> Tensor:
         angle = scalar.float()[:, None] * self.freqs.float()  # (P, 128)
@@ -148,18 +143,13 @@ class VelocityNet(nn.Module):
         self.layer_embed = ScalarEmbedding(width)
         self.res_blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.final_layer = FinalLayer(width, dim)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Xavier for linear maps; modulations and the output start at zero, so that the first velocity is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_embed, self.layer_embed):
-            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
-        for module in (*self.res_blocks, self.final_layer):
+        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2], self.layer_embed.mlp[0], self.layer_embed.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        for module in (*self.res_blocks, self.final_layer):  # modulations and output start at zero
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -207,28 +197,20 @@ class Pairs:
         return values.expand(self.exists.shape)[self.exists]
 
 
-def pair(
-    config: FlowConfig, latents: Sequence[Tensor], depths: Sequence[float], mask: Tensor, targets: Tensor
-) -> Pairs:
+def pair(config: FlowConfig, latents: Sequence[Tensor], depths: Sequence[float], mask: Tensor, targets: Tensor) -> Pairs:
     """Pair target latents with their contexts.
 
-    Args:
-        latents: one (B, S, D) a tap.
-        depths: one a tap, in [0, 1).
-        mask: (B, S) bool, true for tokens (false for padding).
-        targets: (B, S) bool, the M positions to score or to learn from, in row-major order.
+    A latent (B, S, D) and a depth in [0, 1) for each tap; mask (B, S) bool is false for padding; targets (B, S) bool
+    are the M positions to score or to learn from, in row-major order.
     """
-    x_1, context, depth, exists = [], [], [], []
-    for layer, layer_depth in zip(latents, depths, strict=True):
+    found = []
+    for layer, depth in zip(latents, depths, strict=True):
         for name in config.contexts:
             neighbours, present = CONTEXTS[name](layer, mask, config.shift)
             rows = present & targets
-            x_1.append(layer[rows])
-            context.append(neighbours[rows])
-            depth.append(torch.full((len(x_1[-1]),), layer_depth, device=layer.device))
-            exists.append(present[targets])
-    exists = torch.stack(exists).unflatten(0, (len(latents), len(config.contexts)))
-    return Pairs(torch.cat(x_1), torch.cat(context), torch.cat(depth), exists)
+            found.append((layer[rows], neighbours[rows], rows[rows] * depth, present[targets]))
+    x_1, context, depth, exists = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Pairs(x_1, context, depth, exists.view(len(latents), len(config.contexts), -1))
 
 
 def keyed_seed(*key: int | str) -> int:
@@ -263,12 +245,16 @@ def velocity_error(flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor,
 
 
 def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Tensor:
-    """Return the flow-matching loss of the offline start for each row, (P,): delta at t = sigmoid(z).
+    """Return the offline loss of each row, delta at t = sigmoid(z), (P,), and leave the gradient of its sum on the flow.
 
     noise (L, C, M, D) and z (L, C, M) are standard normal, as draw() gives them.
     """
-    t = z[pairs.exists].sigmoid()
-    return velocity_error(flow, pairs.x_1, pairs.context, pairs.depth, noise[pairs.exists], t)
+    noise, t, losses = noise[pairs.exists], z[pairs.exists].sigmoid(), []
+    for rows in torch.arange(len(t), device=t.device).split(ROWS_PER_CALL):
+        loss = velocity_error(flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows], t[rows])
+        loss.sum().backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
 
 
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
@@ -322,29 +308,27 @@ def save_flow(flow: Flow, folder: str | Path) -> None:
     os.replace(temporary, folder / FLOW_FILE)
 
 
-def load_flow(path: str | Path, dim: int, **expected) -> Flow:
-    """Load a flow, native or official, and check that it fits.
+def as_tuple(value):
+    """Return a list as the tuple that it was before JSON; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
-    Args:
-        path: `flow.safetensors` or `flow_model.bin`, or a folder with one of them.
-        dim: hidden size of the policy.
-        expected: fields of FlowConfig with the values they must have; None accepts what the file says. An official file
-            does not say its contexts, which must then be given, nor its taps, which are the default if not given.
-    Raises:
-        ValueError: no such file; another width, depth or context mode; missing or extra keys.
+
+def load_flow(path: str | Path, dim: int, **expected) -> Flow:
+    """Load a flow from a file or its folder, native or official, and check that it fits.
+
+    `dim` is the hidden size of the policy; `expected` are fields of FlowConfig and the values they must have, None for
+    any. An official file does not say its contexts, which must then be given, nor its taps, which are the default.
+    Raises ValueError: no such file; another width, depth or context mode; missing or extra keys.
     """
     path = Path(path)
     found = [p for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path]) if p.is_file()]
     if not found:
-        raise ValueError(
-            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first"
-        )
-    expected = {"dim": dim} | {k: tuple(v) if isinstance(v, list) else v for k, v in expected.items() if v is not None}
+        raise ValueError(f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first")
+    where = f"the flow {found[0]}"
+    expected = {"dim": dim} | {name: as_tuple(value) for name, value in expected.items() if value is not None}
     state, config = (read_official if found[0].suffix == ".bin" else read_native)(found[0], expected)
     flow = Flow(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    where = f"the flow {found[0]}"
+    shapes, got = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (flow.state_dict(), state))
     for name, value in expected.items():
         if getattr(config, name) != value:
             raise ValueError(
@@ -352,9 +336,7 @@ def load_flow(path: str | Path, dim: int, **expected) -> Flow:
                 f"contexts {config.contexts}), expected {name}={value}: train one that fits with train_flow.py"
             )
     if missing := sorted(shapes.keys() - got.keys()):
-        raise ValueError(
-            f"{where} lacks {len(missing)} of {len(shapes)} tensors, as {missing[:3]}: cut, or of another network"
-        )
+        raise ValueError(f"{where} lacks {len(missing)} of {len(shapes)} tensors, as {missing[:3]}: of another network")
     if extra := sorted(got.keys() - shapes.keys()):
         raise ValueError(f"{where} has {len(extra)} tensors too many, as {extra[:3]}: of another network")
     if wrong := [name for name in shapes if shapes[name] != got[name]]:
@@ -370,7 +352,7 @@ def read_native(path: Path, _expected: dict) -> tuple[dict[str, Tensor], FlowCon
         if saved is None:
             raise ValueError(f"{path} holds no flow configuration; expected a file written by train_flow.py")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return state, FlowConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    return state, FlowConfig(**{name: as_tuple(value) for name, value in saved.items()})
 
 
 def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:

@@ -159,14 +159,10 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.reply(deadline=120) != b"ready\n":
             self.stop()
-            raise RuntimeError(
-                f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)"
-            )
+            raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
 
     def reply(self, deadline: float) -> bytes | None:
         ready, _, _ = select.select([self.process.stdout], [], [], deadline)
@@ -280,9 +276,7 @@ class Grader:
 def load_reward(path: str) -> Callable[[str, str], float]:
     """Load `reward(problem, response)` from a user's Python file."""
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise ValueError(
-            f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)"
-        )
+        raise ValueError(f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)")
     spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

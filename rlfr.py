@@ -1,4 +1,4 @@
-"""The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss; runs.
+"""The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss.
 
 Shapes as in flow.py. Equations, each with its function:
 
@@ -19,21 +19,14 @@ constant rows give NaN); a group of equal rewards has advantage 0 (there up to -
 a whole optimiser step (there a mean of micro-batch means); taps are return values (there hooks with lasting state).
 """
 
-import argparse
-import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from flow import keyed_seed
 
@@ -72,9 +65,7 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.
     lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
     assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
     width = max(end for _, end in lengths)
-    ids = [
-        [*prompt, *response] + [0] * (width - end) for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)
-    ]
+    ids = [[*prompt, *response] + [0] * (width - end) for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)]
     start, end = torch.tensor(lengths, device=device).T[:, :, None]  # (B, 1) each
     position = torch.arange(width, device=device)
     return Batch(
@@ -176,9 +167,7 @@ class Policy(nn.Module):
         self.n_layers, self.softcap = text.num_hidden_layers, getattr(text, "final_logit_softcapping", None)
         scaled = [name for name in ("logit_scale", "logits_scaling") if getattr(text, name, None) not in (None, 1)]
         if scaled or getattr(head, "bias", None) is not None:
-            raise ValueError(
-                f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head"
-            )
+            raise ValueError(f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head")
 
     def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
         """Run a batch.
@@ -207,31 +196,18 @@ class Policy(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        hidden = output.last_hidden_state[
-            batch.targets.roll(-1, dims=1)
-        ]  # (M, D): the position before predicts a token
+        hidden = output.last_hidden_state[batch.targets.roll(-1, dims=1)]  # (M, D): the position before predicts a token
         weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
 
 
-class ModelFacts(NamedTuple):
-    """What settings are derived from, known without loading a weight."""
-
-    model_type: str
-    dim: int
-    n_layers: int
-    n_parameters: int
-    max_positions: int
-
-
-def model_facts(path: str, trust_remote_code: bool = False) -> ModelFacts:
-    """Read a model's configuration and count its parameters."""
+def model_facts(path: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, int]:
+    """Read a model's configuration and count its parameters, without loading a weight."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    size, text = sum(p.numel() for p in model.parameters()), config.get_text_config()
-    return ModelFacts(config.model_type, text.hidden_size, text.num_hidden_layers, size, text.max_position_embeddings)
+    return config, sum(p.numel() for p in model.parameters())
 
 
 def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False) -> Policy:
@@ -239,9 +215,7 @@ def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
-            raise ValueError(
-                f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json"
-            )
+            raise ValueError(f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(model.train().to(DEVICE))
@@ -434,144 +408,3 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float,
 def permutation(n: int, *key: int | str) -> list[int]:
     """Return a random order of range(n) that depends on the key alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(keyed_seed(*key))).tolist()
-
-
-# ---- Settings and runs
-
-
-def parse_config(config_class, presets: dict[str, dict]):
-    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=config_class.model)
-    peek.add_argument("--resume")
-    known, _ = peek.parse_known_args()
-    values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
-    return tyro.cli(config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()}))
-
-
-def as_tuple(value):
-    """Return a list as the tuple that it was before JSON; anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def with_defaults(config, **values):
-    """Return the configuration with each given field that is None filled in."""
-    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
-
-
-def check_positive(config, *names: str) -> None:
-    """Raise ValueError for a field that is zero or negative."""
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
-    temporary, old = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.old")
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in (p for p in temporary.rglob("*") if p.is_file()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise OSError(
-            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room, then --resume"
-        ) from error
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoints/step-N. Nothing is written before begin()."""
-
-    FREE = ("resume", "folder", "keep", "track", "eval_every", "save_every")  # fields that may change at a resume
-
-    def __init__(self, config, default_name: str):
-        self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
-        self.folder = Path(config.resume or config.folder or f"runs/{default_name}")
-        number = 1
-        while not (config.resume or config.folder) and (self.folder / "config.json").exists():
-            self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
-        if config.resume:
-            stored = self.stored_config(config.resume)
-            for name in sorted(stored.keys() | self.settings.keys()):
-                if name not in self.FREE and stored.get(name) != self.settings.get(name):
-                    raise ValueError(
-                        f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
-                        f"{self.settings.get(name)!r}; give the same settings, or start a new run"
-                    )
-        elif (self.folder / "config.json").exists():
-            raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
-
-    @staticmethod
-    def stored_config(folder: str) -> dict:
-        """Return the settings that a run was started with."""
-        path = Path(folder) / "config.json"
-        if not path.exists():
-            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
-        return json.loads(path.read_text())
-
-    def begin(self) -> dict | None:
-        """Make the folder, or go on in it: return the newest checkpoint, and cut metrics.jsonl back to its step."""
-        if not self.config.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.settings, indent=1))
-        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
-        found = self.checkpoints()
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if state and json.loads(line)["step"] <= state["step"]]
-            metrics.with_suffix(".writing").write_text("".join(kept))
-            metrics.with_suffix(".writing").replace(metrics)
-        return state
-
-    def checkpoints(self) -> list[Path]:
-        """Return whole checkpoints, oldest first."""
-        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-    def save(self, step: int, state: dict) -> None:
-        """Write checkpoints/step-N and drop all but the newest `keep`."""
-        with written_whole(self.folder / "checkpoints" / f"step-{step}") as folder:
-            torch.save({"step": step} | state, folder / "state.pt")
-        for old in self.checkpoints()[: -self.config.keep]:
-            shutil.rmtree(old)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl and to the tracker; a figure that is not finite ends the run instead."""
-        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
-                f"{(self.checkpoints() or ['none'])[-1]}; lower the learning rate or look at the data, then --resume"
-            )
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.tracker(metrics, step)
-
-
-def open_tracker(kind: str, folder: Path, settings: dict):
-    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
-    if kind == "none":
-        return lambda metrics, step: None
-    try:
-        if kind == "wandb":
-            import wandb
-
-            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
-            return lambda metrics, step: wandb.log(metrics, step=step)
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"--track {kind}: {error}; run `pip install {kind}`") from error
-    writer = SummaryWriter(folder / "tensorboard")
-    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]

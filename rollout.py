@@ -75,9 +75,7 @@ def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list
     elif path.exists() or (source.count("/") == 1 and not path.suffix):
         rows = load_with_datasets(source, path, split)
     else:
-        raise ValueError(
-            f"no data at {source!r}; expected a JSONL or Parquet file, a folder, or a hub id such as owner/name"
-        )
+        raise ValueError(f"no data at {source!r}; expected a JSONL or Parquet file, a folder, or a hub id such as owner/name")
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
     for column in columns:
@@ -101,9 +99,7 @@ def load_with_datasets(source: str, path: Path, split: str) -> list[dict]:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
         elif path.is_file():
-            data = datasets.load_dataset(
-                {".parquet": "parquet"}.get(path.suffix, "json"), data_files=source, split="train"
-            )
+            data = datasets.load_dataset({".parquet": "parquet"}.get(path.suffix, "json"), data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, split=split)
     except Exception as error:  # `datasets` raises its readers' errors unwrapped
@@ -117,9 +113,7 @@ def load_with_datasets(source: str, path: Path, split: str) -> list[dict]:
     return data.to_list()
 
 
-def make_prompts(
-    texts: Sequence[str], tokenizer, template: str, max_tokens: int, model_type: str = ""
-) -> list[list[int]]:
+def make_prompts(texts: Sequence[str], tokenizer, template: str, max_tokens: int, model_type: str = "") -> list[list[int]]:
     """Put problems into the prompt template and tokenise them.
 
     Args:
@@ -225,9 +219,7 @@ class TorchEngine:
         trust_remote_code: bool = False,
         max_sequences: int = 256,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
         self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -245,9 +237,7 @@ class TorchEngine:
         loaded = set()
         for name, tensor in weights:
             if name not in own:
-                raise ValueError(
-                    f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names"
-                )
+                raise ValueError(f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names")
             own[name].copy_(tensor)
             loaded.add(name)
         if missing := own.keys() - loaded:
@@ -309,9 +299,7 @@ class TorchEngine:
                 rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             position = position + 1
-            logits = self.model(
-                token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
-            ).logits[:, -1]
+            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
 
         tokens, logp, length, stopped = tokens.tolist(), logp.tolist(), length.tolist(), stopped.tolist()
         responses = [row[:size] for row, size in zip(tokens, length, strict=True)]

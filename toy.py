@@ -56,9 +56,7 @@ class World:
 def make_problem(rng: random.Random, n_operations: int | None = None) -> str:
     """A chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
     n_operations = n_operations or rng.choice(list(HASTY))
-    return (
-        f"{rng.randint(0, 9)}" + "".join(f" {rng.choice('+-*')}{rng.randint(2, 9)}" for _ in range(n_operations)) + ">"
-    )
+    return f"{rng.randint(0, 9)}" + "".join(f" {rng.choice('+-*')}{rng.randint(2, 9)}" for _ in range(n_operations)) + ">"
 
 
 def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -> tuple[str, str]:
@@ -137,9 +135,7 @@ def make(world: World = World()) -> World:
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
         raise ValueError(f"{folder} exists and is not an embedded world; name another folder or remove it")
     rng = random.Random(f"problems {world.seed}")
-    problems = list(
-        dict.fromkeys(make_problem(rng) for _ in range(2 * (world.n_train + world.n_test + world.n_expert)))
-    )
+    problems = list(dict.fromkeys(make_problem(rng) for _ in range(2 * (world.n_train + world.n_test + world.n_expert))))
     test, rest = problems[: world.n_test], problems[world.n_test :]
     train, expert = rest[: world.n_train], rest[world.n_train : world.n_train + world.n_expert]
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 import flow as fl
 import rlfr
 import rollout
 import toy
+from run import Run, check_positive, parse_config, with_defaults
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,15 @@ def load_solutions(config: Config, tokenizer, model_type: str) -> list[tuple[lis
     prompts = rollout.make_prompts(texts, tokenizer, config.template, config.max_prompt_tokens, model_type)
     solutions = tokenizer([row[config.solution_column] for row in rows], add_special_tokens=False)["input_ids"]
     pairs = zip(prompts, solutions, strict=True)
-    return [
-        (prompt, (solution + [tokenizer.eos_token_id])[: config.cutoff - len(prompt)]) for prompt, solution in pairs
-    ]
+    return [(prompt, (solution + [tokenizer.eos_token_id])[: config.cutoff - len(prompt)]) for prompt, solution in pairs]
 
 
-def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
-    """Check the settings and fill in what follows from the model; return them, the model's path and its facts."""
-    rlfr.check_positive(
-        config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm"
-    )
+def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
+    """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
+    check_positive(config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm")
     if config.model == "toy":
         world = toy.make()
-        path, config = world.path("model"), rlfr.with_defaults(config, data=world.path("expert.jsonl"))
+        path, config = world.path("model"), with_defaults(config, data=world.path("expert.jsonl"))
     else:
         path = rollout.resolve_model(config.model)
     if config.data is None:
@@ -83,22 +81,23 @@ def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
         raise ValueError(
             f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise --cutoff"
         )
-    facts = rlfr.model_facts(path, config.trust_remote_code)
-    large = facts.n_parameters > 3.5e9
-    return rlfr.with_defaults(config, flow_blocks=6 if large else 4, noise_repeats=2 if large else 4), path, facts
+    model_config, n_parameters = rlfr.model_facts(path, config.trust_remote_code)
+    large = n_parameters > 5e9
+    return with_defaults(config, flow_blocks=6 if large else 4, noise_repeats=2 if large else 4), path, model_config
 
 
 def main(config: Config) -> None:
     """Fit a flow and write it to the run folder."""
     # ---- What there is: solutions, policy, flow
-    config, path, facts = resolve(config)
-    run = rlfr.Run(config, f"flow-{rollout.short_name(config.model)}")
-    flow_config = fl.FlowConfig(facts.dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
+    config, path, model_config = resolve(config)
+    dim, n_layers = (getattr(model_config.get_text_config(), name) for name in ("hidden_size", "num_hidden_layers"))
+    run = Run(config, f"flow-{rollout.short_name(config.model)}")
+    flow_config = fl.FlowConfig(dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
-    solutions = load_solutions(config, tokenizer, facts.model_type)
+    solutions = load_solutions(config, tokenizer, model_config.model_type)
     policy = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False)
-    taps = rlfr.tap_layers(facts.n_layers, config.percentiles)
-    depths = [tap / facts.n_layers for tap in taps]
+    taps = rlfr.tap_layers(n_layers, config.percentiles)
+    depths = [tap / n_layers for tap in taps]
     torch.manual_seed(config.seed)
     flow = fl.Flow(flow_config).to(rlfr.DEVICE)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -109,7 +108,7 @@ def main(config: Config) -> None:
         flow.load_state_dict(state["flow"])
         optimizer.load_state_dict(state["optimizer"])
     print(config)
-    print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {facts.n_layers}, run folder {run.folder}")
+    print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, run folder {run.folder}")
 
     bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="flow", unit="step")
     for step in bar:
@@ -129,9 +128,8 @@ def main(config: Config) -> None:
             for repeat in range(config.noise_repeats):
                 keys = [("flow noise", config.seed, epoch, order[i], repeat) for i in rows]
                 noise, z = fl.draw(flow_config, keys, [len(chosen[i][1]) for i in rows], rlfr.DEVICE)
-                loss = fl.matching_loss(flow, pairs, noise, z).sum()
-                loss.backward()
-                loss_sum, n_rows = loss_sum + loss.item(), n_rows + len(pairs.x_1)
+                loss = fl.matching_loss(flow, pairs, noise, z)
+                loss_sum, n_rows = loss_sum + loss.sum().item(), n_rows + len(loss)
 
         # ---- Update
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, floor=0.0)
@@ -151,4 +149,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(rlfr.parse_config(Config, {"toy": toy.TRAIN_FLOW}))
+    main(parse_config(Config, {"toy": toy.TRAIN_FLOW}))

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 import flow as fl
 import rlfr
@@ -28,6 +29,7 @@ import rollout
 import toy
 from eval import evaluate, table
 from rewards import Grader, Verdict
+from run import Run, check_positive, parse_config, with_defaults, written_whole
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,8 @@ class Config:
     max_tokens: int = 1024  # Longest response
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
-    max_rounds: int = (
-        4  # With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups
-    )
-    reward: str = (
-        "binary"  # Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)
-    )
+    max_rounds: int = 4  # With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups
+    reward: str = "binary"  # Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)
     grade_truncated: bool = False  # Let a response that ran out of room score
     grader_deadline: float = 5.0  # Seconds for grading one answer
     shaping: Literal["flow", "entropy", "none"] = (
@@ -70,9 +68,7 @@ class Config:
     flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: all above the threshold
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
-    flow_scope: Literal["response", "group"] = (
-        "response"  # Over what scores are normalised: each response (paper) or its group
-    )
+    flow_scope: Literal["response", "group"] = "response"  # Over what scores are normalised: each response (paper) or its group
     contexts: tuple[str, ...] | None = (
         None  # Expected context modes; by default those that the flow was trained with. An official checkpoint needs them
     )
@@ -126,7 +122,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    rlfr.check_positive(
+    check_positive(
         config, "prompts", "group_size", "train_batch", "epochs", "steps", "max_tokens", "max_prompt_tokens", "temperature",
         "max_rounds", "grader_deadline", "flow_top_k", "flow_power", "lr", "flow_lr", "clip_norm", "tokens_per_micro_batch",
         "eval_samples", "save_every", "keep", "mismatch_cap",
@@ -147,14 +143,14 @@ def check(config: Config) -> None:
             raise ValueError(f"{name}={value} is outside [0, 1]")
 
 
-def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
-    """Check the settings and fill in what follows from the model; return them, the model's path and its facts."""
+def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
+    """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
     check(config)
     flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
     if config.model == "toy":
         world = toy.make()
         path = world.path("model")
-        config = rlfr.with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
+        config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
         if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow").exists():
             begun = Path(flow_folder, "config.json").exists()
             arguments = ["--resume", flow_folder] if begun else ["--model", "toy", "--folder", flow_folder]
@@ -163,13 +159,14 @@ def resolve(config: Config) -> tuple[Config, str, rlfr.ModelFacts]:
         path = rollout.resolve_model(config.model)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
-    facts = rlfr.model_facts(path, config.trust_remote_code)
-    if config.max_prompt_tokens + config.max_tokens > facts.max_positions:
+    model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
+    positions = model_config.get_text_config().max_position_embeddings
+    if config.max_prompt_tokens + config.max_tokens > positions:
         raise ValueError(
             f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens} is more than the model's "
-            f"{facts.max_positions} positions; lower one of them"
+            f"{positions} positions; lower one of them"
         )
-    return rlfr.with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None), path, facts
+    return with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None), path, model_config
 
 
 # ---- The phases of a step
@@ -240,9 +237,7 @@ def score(policy, reference, flow, episodes, verdicts: Future, config: Config, s
         mask = batch.response_mask
         here = (rows, slice(mask.shape[1]))  # where the micro-batch is in (B, T)
         out.mask[here] = mask
-        out.sampled_logp[here] = batch.unflatten(
-            torch.tensor([x for i in rows for x in episodes[i].logp]).to(mask.device)
-        )
+        out.sampled_logp[here] = batch.unflatten(torch.tensor([x for i in rows for x in episodes[i].logp]).to(mask.device))
         with torch.no_grad():
             out.old_logp[here], out.entropy[here], latents = policy(batch, config.temperature, taps)
             if reference:
@@ -325,19 +320,19 @@ def update_policy(policy, optimizer, episodes, scores: Scores, advantage, weight
 def main(config: Config) -> None:
     """Train a policy."""
     # ---- What there is: problems, policy, flow, engine, grader
-    config, path, facts = resolve(config)
-    run = rlfr.Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
+    config, path, model_config = resolve(config)
+    run = Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
     columns = (config.problem_column, config.answer_column)
-    reading = (tokenizer, config.template, config.max_prompt_tokens, facts.model_type, config.split, *columns)
+    reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
     problems = rollout.load_problems(config.data, *reading)
     held_out = rollout.load_problems(config.eval_data, *reading) if config.eval_data else []
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
     flow, learners = None, {}
     if config.shaping == "flow":
-        flow = fl.load_flow(config.flow, facts.dim, contexts=config.contexts, percentiles=config.percentiles).to(
-            rlfr.DEVICE
-        )
+        flow = fl.load_flow(
+            config.flow, model_config.get_text_config().hidden_size, contexts=config.contexts, percentiles=config.percentiles
+        ).to(rlfr.DEVICE)
     policy = rlfr.load_policy(path, config.trust_remote_code, config.gradient_checkpointing)
     reference = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
     engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
@@ -434,7 +429,7 @@ def main(config: Config) -> None:
             run.save(step + 1, {"cursor": cursor} | {name: learner.state_dict() for name, learner in learners.items()})
 
     # ---- What came of it
-    with rlfr.written_whole(run.folder / "policy") as folder:
+    with written_whole(run.folder / "policy") as folder:
         policy.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if flow:
@@ -450,4 +445,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(rlfr.parse_config(Config, {"toy": toy.TRAIN_RL}))
+    main(parse_config(Config, {"toy": toy.TRAIN_RL}))

@@ -111,9 +111,7 @@ def test_iii_offline_loss():
         config = fl.FlowConfig(dim, facts["depth"], None, (MODES[mode],), facts["shift"])
         layer_losses = []
         for layer, tap in enumerate(taps):
-            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[
-                0, 0
-            ]  # where the fixture has draws
+            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[0, 0]  # where the fixture has draws
             sums, count = 0.0, 0
             for repeat in range(repeats):
                 n = int(exists.sum())
@@ -145,9 +143,7 @@ def test_iv_normalise(side):
         near(got[padded], expected[padded])
         low = -1 if options.get("bilateral") else 0
         assert got.isfinite().all() and got.min() >= low and got.max() <= 1
-        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(
-            got[~padded], expected[~padded], equal_nan=True
-        )
+        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(got[~padded], expected[~padded], equal_nan=True)
 
 
 def test_iv_select():

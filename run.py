@@ -1,0 +1,151 @@
+"""A run's folder: settings from the command line, metrics, checkpoints that are whole or absent, and resuming.
+
+runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/state.pt  policy/  flow/
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from flow import as_tuple
+
+
+def parse_config(config_class, presets: dict[str, dict]):
+    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model", default=config_class.model)
+    peek.add_argument("--resume")
+    known, _ = peek.parse_known_args()
+    values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
+    return tyro.cli(config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()}))
+
+
+def with_defaults(config, **values):
+    """Return the configuration with each given field that is None filled in."""
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
+
+
+def check_positive(config, *names: str) -> None:
+    """Raise ValueError for a field that is zero or negative."""
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
+    temporary, old = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in (p for p in temporary.rglob("*") if p.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(
+            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room, then --resume"
+        ) from error
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Run:
+    """One run's folder. Nothing is written before begin()."""
+
+    FREE = ("resume", "folder", "keep", "track", "eval_every", "save_every")  # settings that may change at a resume
+
+    def __init__(self, config, default_name: str):
+        self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
+        self.folder, number = Path(config.resume or config.folder or f"runs/{default_name}"), 1
+        if config.resume:
+            stored = self.stored_config(config.resume)
+            differ = [k for k in sorted(stored | self.settings) if k not in self.FREE and stored.get(k) != self.settings.get(k)]
+            for name in differ:
+                raise ValueError(
+                    f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
+                    f"{self.settings.get(name)!r}; give the same settings, or start a new run"
+                )
+        elif config.folder and (self.folder / "config.json").exists():
+            raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
+        while not config.resume and (self.folder / "config.json").exists():
+            self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
+
+    @staticmethod
+    def stored_config(folder: str) -> dict:
+        """Return the settings that a run was started with."""
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
+        return json.loads(path.read_text())
+
+    def begin(self) -> dict | None:
+        """Make the folder, or go on in it: return the newest checkpoint, and cut metrics.jsonl back to its step."""
+        if not self.config.resume:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(self.settings, indent=1))
+        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
+        found = self.checkpoints()
+        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if state and json.loads(line)["step"] <= state["step"]]
+            metrics.with_suffix(".writing").write_text("".join(kept))
+            metrics.with_suffix(".writing").replace(metrics)
+        return state
+
+    def checkpoints(self) -> list[Path]:
+        """Return whole checkpoints, oldest first."""
+        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def save(self, step: int, state: dict) -> None:
+        """Write checkpoints/step-N and drop all but the newest `keep`."""
+        with written_whole(self.folder / "checkpoints" / f"step-{step}") as folder:
+            torch.save({"step": step} | state, folder / "state.pt")
+        for old in self.checkpoints()[: -self.config.keep]:
+            shutil.rmtree(old)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl and to the tracker; a figure that is not finite ends the run instead."""
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(
+                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
+                f"{(self.checkpoints() or ['none'])[-1]}; lower the learning rate or look at the data, then --resume"
+            )
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.tracker(metrics, step)
+
+
+def open_tracker(kind: str, folder: Path, settings: dict):
+    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
+    if kind == "none":
+        return lambda metrics, step: None
+    try:
+        if kind == "wandb":
+            import wandb
+
+            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
+            return lambda metrics, step: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--track {kind}: {error}; run `pip install {kind}`") from error
+    writer = SummaryWriter(folder / "tensorboard")
+    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
