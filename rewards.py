@@ -42,23 +42,22 @@ class Verdict(NamedTuple):
 
 
 def boxes(text: str) -> list[str]:
-    r"""Return the contents of every `\boxed{…}` with balanced braces, in order."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            escaped = text[end - 1] == "\\" and text[end - 2] != "\\"
-            depth += 0 if escaped else {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                found.append(text[match.end() : end])
-                break
-    return found
+    r"""Return the contents of every `\boxed{…}` with balanced braces, in order of their beginning."""
+    found, opened = [], []  # where a box began, or None for a brace that is no box's
+    for match in re.finditer(r"\\boxed\s*\{|\\[{}\\]|[{}]", text):
+        if match[0] in (r"\{", r"\}", r"\\"):
+            continue
+        if match[0] != "}":
+            opened.append(None if match[0] == "{" else match.end())
+        elif opened and (start := opened.pop()) is not None:
+            found.append((start, text[start : match.start()]))
+    return [content for _, content in sorted(found)]
 
 
 def degenerate(response: str) -> bool:
     """Return whether a response is garbage by the official rules: a pattern five times in a row, or mostly odd characters."""
     odd = sum(not (c.isascii() or "\u0370" <= c <= "\u03ff" or "\u2000" <= c <= "\u2bff") for c in response)
-    return re.search(r"(.{5,})\1{4,}", response) is not None or odd > 0.3 * len(response)
+    return re.search(r"(.{5,200}?)\1{4}", response) is not None or odd > 0.3 * len(response)
 
 
 # ---- Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
@@ -133,7 +132,7 @@ def verify(gold: str, prediction: str) -> bool:
     return bool(parsed[0] and parsed[1] and math_verify.verify(*parsed, timeout_seconds=None))
 
 
-def worker() -> None:
+def serve() -> None:
     """Answer (gold, prediction) lines with 0 or 1 lines until the parent goes."""
     import resource
 
@@ -154,12 +153,12 @@ def worker() -> None:
 class Worker:
     """A grading process, started when first asked and again after it was killed."""
 
-    def __init__(self):
-        self.process = None
+    process = None
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, **pipes)
         if self.reply(deadline=120) != b"ready\n":
             self.stop()
             raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
@@ -171,15 +170,12 @@ class Worker:
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            self.process.communicate()
             self.process = None
 
     def ask(self, gold: str, prediction: str, deadline: float) -> bool | None:
         """Return the verdict, or None if the deadline passed or the process died of the question."""
-        if self.process is None or self.process.poll() is not None:
-            self.stop()
+        if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
         self.process.stdin.flush()
@@ -203,19 +199,14 @@ class Grader:
         grade_truncated: whether a response that ran out of room can score (the official code lets it).
     """
 
-    def __init__(
-        self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated: bool = False
-    ):
+    def __init__(self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated=False):
         self.user = None if reward in ("binary", "official") else load_reward(reward)
-        self.kind, self.deadline, self.grade_truncated = reward, deadline, grade_truncated
-        self.timeouts = 0
+        self.kind, self.deadline, self.grade_truncated, self.timeouts = reward, deadline, grade_truncated, 0
         n_workers = n_workers or min(8, os.cpu_count() or 1)
-        self.workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.all_workers = [Worker() for _ in range(n_workers)]
-        for each in self.all_workers:
-            self.workers.put(each)
-        self.threads = ThreadPoolExecutor(n_workers)
-        self.batches = ThreadPoolExecutor(1)
+        self.workers, self.idle = [Worker() for _ in range(n_workers)], queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.threads, self.batches = ThreadPoolExecutor(n_workers), ThreadPoolExecutor(1)
         atexit.register(self.close)
 
     def __enter__(self):
@@ -228,8 +219,8 @@ class Grader:
         """End the worker processes."""
         self.batches.shutdown()
         self.threads.shutdown()
-        for each in self.all_workers:
-            each.stop()
+        for worker in self.workers:
+            worker.stop()
         atexit.unregister(self.close)
 
     def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
@@ -239,11 +230,11 @@ class Grader:
         decided = compare(gold, prediction)
         if decided is not None:
             return decided
-        each = self.workers.get()
+        worker = self.idle.get()
         try:
-            verdict = each.ask(gold, prediction, self.deadline)
+            verdict = worker.ask(gold, prediction, self.deadline)
         finally:
-            self.workers.put(each)
+            self.idle.put(worker)
         self.timeouts += verdict is None
         return bool(verdict)
 
@@ -287,7 +278,7 @@ def load_reward(path: str) -> Callable[[str, str], float]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
-        worker()
+        serve()
     elif len(sys.argv) == 3:
         with Grader(n_workers=1) as grader:
             print(grader.equal(sys.argv[1], sys.argv[2]))

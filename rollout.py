@@ -29,6 +29,11 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 # ---- Models and problems
 
 
+def short_name(model: str) -> str:
+    """Return the last part of a path or hub id, which names run folders."""
+    return model.rstrip("/").split("/")[-1]
+
+
 def resolve_model(name: str) -> str:
     """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
     path = name
@@ -38,15 +43,10 @@ def resolve_model(name: str) -> str:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model {name!r}: neither a folder with config.json nor a model that can be loaded as {path!r} ({str(error).splitlines()[0]}); "
-            "give a path, a hub id, a short name such as Qwen2.5-7B, or toy"
+            f"model {name!r}: {path!r} cannot be loaded ({str(error).splitlines()[0]}); expected a folder with config.json, "
+            "a hub id, a short name such as Qwen2.5-7B, or toy"
         ) from error
     return path
-
-
-def short_name(model: str) -> str:
-    """Return the last part of a path or hub id, which names run folders."""
-    return model.rstrip("/").split("/")[-1]
 
 
 class Problem(NamedTuple):
@@ -59,66 +59,58 @@ class Problem(NamedTuple):
 
 
 def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict]:
-    """Read a JSONL or Parquet file, a `save_to_disk` folder, a folder of data files or a hub id; check its columns.
+    """Read a JSONL or Parquet file, a folder (`save_to_disk` or data files) or a hub id.
 
-    Raises:
-        ValueError: nothing there, no rows, a column missing, or a column with empty values.
+    Raises ValueError: nothing there, no rows, a column missing, or a column with empty values.
     """
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        rows = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}, line {number}: not JSON ({error}); expected one object a line") from error
-    elif path.exists() or (source.count("/") == 1 and not path.suffix):
-        rows = load_with_datasets(source, path, split)
-    else:
-        raise ValueError(f"no data at {source!r}; expected a JSONL or Parquet file, a folder, or a hub id such as owner/name")
+    rows = read_jsonl(source) if source.endswith(".jsonl") and Path(source).is_file() else read_with_datasets(source, split)
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
     for column in columns:
         if column not in rows[0]:
-            raise ValueError(
-                f"{source} has no column {column!r}, only {sorted(rows[0])}; name the right one with a --…-column flag"
-            )
-        empty = [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]
-        if empty:
-            raise ValueError(
-                f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, first in row {empty[0]}; fill or drop them"
-            )
+            raise ValueError(f"{source} has no column {column!r}, only {sorted(rows[0])}; name it with a --…-column flag")
+        if empty := [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]:
+            where = f"{len(empty)} of {len(rows)} rows, first in row {empty[0]}"
+            raise ValueError(f"column {column!r} of {source} is empty in {where}; fill or drop them")
     return rows
 
 
-def load_with_datasets(source: str, path: Path, split: str) -> list[dict]:
+def read_jsonl(source: str) -> list[dict]:
+    """Read one object a line; values of a column may differ in type (an answer or a list of answers)."""
+    rows = []
+    for number, line in enumerate(Path(source).read_text().splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}, line {number}: not JSON ({error}); expected one object a line") from error
+    return rows
+
+
+def read_with_datasets(source: str, split: str) -> list[dict]:
     """Read a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
     import datasets
 
+    path = Path(source)
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
         elif path.is_file():
-            data = datasets.load_dataset({".parquet": "parquet"}.get(path.suffix, "json"), data_files=source, split="train")
+            data = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, split=split)
     except Exception as error:  # `datasets` raises its readers' errors unwrapped
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
-            f"data {source!r} cannot be loaded ({type(error).__name__}: {error}); give a file, a folder or a hub id"
+            f"no data at {source!r} with split {split!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id"
         ) from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(f"{source} has no split {split!r}, only {sorted(data)}; name one with --split")
-        data = data[split]
     return data.to_list()
 
 
 def make_prompts(texts: Sequence[str], tokenizer, template: str, max_tokens: int, model_type: str = "") -> list[list[int]]:
-    """Put problems into the prompt template and tokenise them.
+    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than max_tokens.
 
-    Args:
-        template: `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
-        max_tokens: longest prompt accepted; ValueError with count and example if any is longer.
+    template: `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
     """
     if template == "auto":
         family = next((name for name in TEMPLATES if model_type.startswith(name)), None)
@@ -136,11 +128,10 @@ def make_prompts(texts: Sequence[str], tokenizer, template: str, max_tokens: int
             raise ValueError(f"template {template!r} has no {{problem}} in it; put it where the problem goes")
         prompts = [pattern.replace("{problem}", text) for text in texts]
     ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
-    long = [i for i, row in enumerate(ids) if len(row) > max_tokens]
-    if long:
+    if long := [i for i, row in enumerate(ids) if len(row) > max_tokens]:
+        example = f"row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
         raise ValueError(
-            f"{len(long)} of {len(ids)} prompts are longer than {max_tokens} tokens, such as row {long[0]} with {len(ids[long[0]])}: "
-            f"{texts[long[0]][:60]!r}…; raise --max-prompt-tokens or drop them"
+            f"{len(long)} of {len(ids)} prompts are longer than {max_tokens} tokens, as {example}; raise --max-prompt-tokens or drop them"
         )
     return ids
 
@@ -152,11 +143,11 @@ def load_problems(
     """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
     rows = load_rows(source, (problem_column, answer_column), split)
     prompts = make_prompts([row[problem_column] for row in rows], tokenizer, template, max_prompt_tokens, model_type)
-    answers = [a if isinstance(a, list) else str(a) for a in (row[answer_column] for row in rows)]
-    return [
-        Problem(str(row.get("id", i)), row[problem_column], answer, prompt)
-        for i, (row, answer, prompt) in enumerate(zip(rows, answers, prompts, strict=True))
-    ]
+    problems = []
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        answer = row[answer_column] if isinstance(row[answer_column], list) else str(row[answer_column])
+        problems.append(Problem(str(row.get("id", i)), row[problem_column], answer, prompt))
+    return problems
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -211,19 +202,12 @@ class Engine(Protocol):
 class TorchEngine:
     """A Hugging Face model in a plain decoding loop on a KV cache. What it samples does not depend on the batch."""
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer,
-        device: torch.device | str = "cpu",
-        trust_remote_code: bool = False,
-        max_sequences: int = 256,
-    ):
+    def __init__(self, path: str, tokenizer, device: torch.device | str = "cpu", trust_remote_code=False, max_sequences=256):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
         self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
         ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({e for e in [*ends, tokenizer.eos_token_id] if e is not None})
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = torch.tensor(sorted(ends), device=self.device)
         self.wake()
 
     def sleep(self) -> None:
@@ -233,17 +217,14 @@ class TorchEngine:
         self.model.to(self.device)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own = self.model.state_dict()
-        loaded = set()
+        own, given = self.model.state_dict(), set()
         for name, tensor in weights:
             if name not in own:
                 raise ValueError(f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names")
             own[name].copy_(tensor)
-            loaded.add(name)
-        if missing := own.keys() - loaded:
-            raise ValueError(
-                f"{len(missing)} weights were not given, such as {sorted(missing)[:3]}; expected the whole state dict"
-            )
+            given.add(name)
+        if missing := sorted(own.keys() - given):
+            raise ValueError(f"{len(missing)} weights were not given, as {missing[:3]}; expected the whole state dict")
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
@@ -268,46 +249,37 @@ class TorchEngine:
         generators = [torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)]
         uniform = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(self.device)
 
-        cache = DynamicCache(config=self.model.config)
-        position = mask.cumsum(dim=1) - 1
-        output = self.model(
-            ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache, logits_to_keep=1
-        )
+        cache, position = DynamicCache(config=self.model.config), mask.cumsum(dim=1) - 1
+        state = {"attention_mask": mask, "position_ids": position.clamp(min=0), "past_key_values": cache}
+        logits = self.model(ids, **state, logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(n)
-        logits, mask, position = (x.repeat_interleave(n, dim=0) for x in (output.logits[:, -1], mask, position[:, -1:]))
+        logits, mask, position = (x.repeat_interleave(n, dim=0) for x in (logits, mask, position[:, -1:]))
 
-        tokens = torch.zeros(len(generators), limit, dtype=torch.long, device=self.device)
-        logp = torch.zeros(len(generators), limit, device=self.device)
-        length = torch.full((len(generators),), limit, device=self.device)
-        stopped = torch.zeros(len(generators), dtype=torch.bool, device=self.device)
-        rows = torch.arange(len(generators), device=self.device)  # the rows still in the cache
-        ends = torch.tensor(self.ends, device=self.device)
+        tokens = torch.zeros(len(uniform), limit, dtype=torch.long, device=self.device)
+        logp = torch.zeros(len(uniform), limit, device=self.device)
+        stopped = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
+        rows = torch.arange(len(uniform), device=self.device)  # the rows still in the cache
         for k in range(limit):
-            token, token_logp = choose(logits.float(), uniform[rows, k], sampling)
-            running = ~stopped[rows]
-            tokens[rows, k] = torch.where(running, token, 0)
-            logp[rows, k] = torch.where(running, token_logp, 0.0)
-            ended = running & torch.isin(token, ends)
-            stopped[rows[ended]] = True
-            length[rows[ended]] = k + 1
-            running = running & ~ended
-            if k + 1 == limit or not running.any():
+            token, logp[rows, k] = choose(logits.float(), uniform[rows, k], sampling)
+            tokens[rows, k] = token
+            stopped[rows] |= torch.isin(token, self.ends)
+            running = (~stopped[rows]).nonzero().squeeze(1)
+            if k + 1 == limit or not len(running):
                 break
-            if running.sum() <= 0.75 * len(rows):
-                kept = running.nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            position = position + 1
-            logits = self.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache).logits[:, -1]
+            if len(running) <= 0.75 * len(rows):
+                cache.batch_select_indices(running)
+                rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
+            mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), position + 1
+            state = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+            logits = self.model(token[:, None], **state).logits[:, -1]
 
-        tokens, logp, length, stopped = tokens.tolist(), logp.tolist(), length.tolist(), stopped.tolist()
-        responses = [row[:size] for row, size in zip(tokens, length, strict=True)]
+        ended = torch.isin(tokens, self.ends)
+        length = torch.where(stopped, ended.int().argmax(dim=1) + 1, limit).tolist()
+        responses = [row[:end] for row, end in zip(tokens.tolist(), length, strict=True)]
+        logps = [row[:end] for row, end in zip(logp.tolist(), length, strict=True)]
+        reasons = ["stop" if stop else "length" for stop in stopped.tolist()]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [
-            Episode(prompts[i // n], responses[i], logp[i][: length[i]], "stop" if stopped[i] else "length", texts[i])
-            for i in range(len(responses))
-        ]
+        return [Episode(prompts[i // n], *parts) for i, parts in enumerate(zip(responses, logps, reasons, texts, strict=True))]
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
