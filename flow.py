@@ -280,9 +280,9 @@ def score_and_learn(
     # a target's loss is the mean over taps and modes
     weight = zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)
     random_t = None if z is None else z[pairs.exists].sigmoid()
-    learnt = weight != 0  # only these rows keep activations for a backward
-    for learn in (True, False):
-        for rows in (learnt == learn).nonzero().squeeze(1).split(ROWS_PER_CALL):
+    for learn in (True, False):  # only rows that are learnt from keep activations for a backward
+        chosen = ((weight != 0) == learn).nonzero().squeeze(1)
+        for rows in chosen.split(ROWS_PER_CALL) if len(chosen) else ():
             arguments = (flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows])
             with torch.set_grad_enabled(learn and random_t is None):
                 errors = torch.stack([velocity_error(*arguments, torch.full_like(weight[rows], t)) for t in times])

@@ -21,8 +21,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-HASTY = {3: 0.05, 4: 0.15, 5: 0.6, 6: 0.85, 7: 0.93, 8: 0.95}  # operations in a problem -> chance of a hasty solution
-SLIP = 0.03  # chance that a careful demonstrator gets a step wrong
+HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}  # operations in a problem -> chance of a hasty solution
+SLIP = 0.02  # chance that a careful demonstrator gets a step wrong
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
@@ -38,7 +38,7 @@ class World:
     """What the world is made with; a folder made with other values is made anew."""
 
     folder: str = "runs/toy"  # Where the world is kept
-    steps: int = 500  # Training steps of the base model
+    steps: int = 600  # Training steps of the base model
     batch_size: int = 64  # Demonstrations a step
     lr: float = 2e-3  # Peak learning rate of the base model
     hidden_size: int = 128  # Width of the base model
@@ -129,7 +129,7 @@ def train_base(world: World, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer,
 def make(world: World = World()) -> World:
     """Make the world in its folder, or find it there; the folder appears only when it is whole."""
     folder = Path(world.folder)
-    settings = {k: v for k, v in asdict(world).items() if k != "folder"}
+    settings = json.loads(json.dumps(asdict(world) | {"folder": None, "hasty": HASTY, "slip": SLIP}))
     if (folder / "world.json").exists() and json.loads((folder / "world.json").read_text()) == settings:
         return world
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
