@@ -395,6 +395,8 @@ def learning_rate(peak: float, step: int, total: int, warmup: float, floor: floa
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float, denominator: float = 1.0) -> float:
     """Divide gradients by the denominator, clip, step and clear; return the norm. If it is not finite, nothing moves."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:  # no episode was accepted: there is nothing to learn
+        return 0.0
     torch._foreach_div_([p.grad for p in parameters], denominator)
     norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if math.isfinite(norm):

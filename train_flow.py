@@ -10,6 +10,7 @@ latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -52,7 +53,7 @@ class Config:
     keep: int = 1  # Checkpoints kept
     folder: str | None = None  # Run folder; by default runs/flow-MODEL
     resume: str | None = None  # Run folder to go on with
-    track: str = "none"  # Also send figures to: none, tensorboard, wandb
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
     trust_remote_code: bool = False  # Run code that comes with the model
     seed: int = 0  # Seed of initialisation, order and noise
 

@@ -110,7 +110,7 @@ class Config:
     keep: int = 2  # Checkpoints kept
     folder: str | None = None  # Run folder; by default runs/rl-MODEL-SHAPING
     resume: str | None = None  # Run folder to go on with
-    track: str = "none"  # Also send figures to: none, tensorboard, wandb
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
     trust_remote_code: bool = False  # Run code that comes with the model
     seed: int = 0  # Seed of order, sampling and noise
 
@@ -137,6 +137,7 @@ def check(config: Config) -> None:
             f"train_batch={config.train_batch}; choose a divisor of {config.episodes}"
         )
     fl.check_times(config.reward_times)
+    fl.FlowConfig(1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,))  # checks them
     for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:

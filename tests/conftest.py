@@ -1,11 +1,14 @@
 """Fixtures: a tiny embedded world, and tiny random models of several families."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the libraries are imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flow as fl  # noqa: E402

@@ -1,0 +1,192 @@
+"""Problems, templates, and the torch engine against Hugging Face's own generation."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+import rollout
+from rollout import Sampling
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return rollout.load_tokenizer(world.path("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(world, tokenizer):
+    return rollout.TorchEngine(world.path("model"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts(world, tokenizer):
+    return [problem.prompt_ids for problem in rollout.load_problems(world.path("test.jsonl"), tokenizer, "none", 64)]
+
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
+
+
+# ---- Problems
+
+
+def test_every_kind_of_data_gives_the_same_rows(tmp_path):
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = datasets.Dataset.from_list(ROWS)
+    data.to_parquet(tmp_path / "data.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / "folder" / "train.parquet")
+    for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
+        assert rollout.load_rows(str(tmp_path / name), ("problem", "answer")) == ROWS, name
+    assert rollout.load_rows(str(tmp_path / "dict"), (), "test") == ROWS[:1]
+
+
+def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"q": "a", "gold": ["1", "2"]}\n{"q": "b", "gold": 3}\n')
+    problems = rollout.load_problems(str(file), tokenizer, "none", 9, problem_column="q", answer_column="gold")
+    assert [problem.answer for problem in problems] == [["1", "2"], "3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no rows; expected at least one problem"),
+        ('{"problem": "a", "answer": "1"}\nnot json\n', "line 2: not JSON .* expected one object a line"),
+        (
+            '{"question": "a", "answer": "1"}\n',
+            r"no column 'problem', only \['answer', 'question'\]; name it with a --…-column",
+        ),
+        (
+            '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": ""}\n',
+            "'answer' of .* is empty in 1 of 2 rows, first in row 1",
+        ),
+        ('{"problem": "a", "answer": "1"}\n{"problem": "b"}\n', "'answer' of .* is empty in 1 of 2 rows"),
+    ],
+)
+def test_bad_data(tmp_path, content, words):
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        rollout.load_rows(str(file), ("problem", "answer"))
+
+
+def test_unknown_data_and_models():
+    for source in ("nowhere/at/all.jsonl", "nobody/nothing"):
+        with pytest.raises(ValueError, match=f"no data at '{source}'.*expected a JSONL or Parquet file, a folder or a hub id"):
+            rollout.load_rows(source, ())
+    for model, tried in {"Qwen9-1B": "Qwen/Qwen9-1B", "./missing": "./missing"}.items():
+        with pytest.raises(ValueError, match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B"):
+            rollout.resolve_model(model)
+
+
+def test_long_prompts_are_counted(tokenizer):
+    with pytest.raises(
+        ValueError, match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens"
+    ):
+        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, "none", 4)
+
+
+def test_templates(tokenizer, tmp_path):
+    def text(template, **options):
+        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, template, 400, **options)[0])
+
+    assert text("none") == "1+1?"
+    assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith("<|im_start|>assistant\n")
+    assert text("auto", model_type="qwen2_5") == text("qwen") and text("auto", model_type="llama") == text("llama")
+    assert text("auto", model_type="gemma") == "1+1?", "no family and no chat template"
+    own = tmp_path / "own.txt"
+    own.write_text("Q: {problem}\nA:")
+    assert text(str(own)) == "Q: 1+1?\nA:"
+    own.write_text("Q:")
+    for template, words in {
+        str(own): "no {problem} in it",
+        "vicuna": "neither qwen, llama, none",
+        "chat": "no chat template",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            text(template)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    try:
+        assert text("chat").endswith("[user]1+1?[assistant]") and text("auto", model_type="gemma") == text("chat")
+    finally:
+        tokenizer.chat_template = None
+
+
+# ---- Engine
+
+
+def test_greedy_is_what_hugging_face_generates(engine, prompts, tokenizer):
+    episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=24), [0] * len(prompts))
+    for prompt, episode in zip(prompts, episodes, strict=True):
+        expected = engine.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, use_cache=True)[
+            0, len(prompt) :
+        ]
+        assert episode.prompt_ids == prompt and episode.response_ids == expected.tolist()
+        assert (episode.finish_reason == "stop") == (episode.response_ids[-1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token not in episode.text
+
+
+def test_samples_do_not_depend_on_the_batch(engine, prompts):
+    sampling, seeds = Sampling(n=3, max_tokens=24), [100 * i for i in range(len(prompts))]
+    together = engine.generate(prompts, sampling, seeds)
+    alone = [
+        episode for prompt, seed in zip(prompts, seeds, strict=True) for episode in engine.generate([prompt], sampling, [seed])
+    ]
+    assert [episode.response_ids for episode in together] == [episode.response_ids for episode in alone]
+    assert len({tuple(episode.response_ids) for episode in together}) > len(prompts)
+    single = engine.generate(prompts[:1], Sampling(n=1, max_tokens=24), [2])[0]
+    assert single.response_ids == together[2].response_ids, "child i of a prompt has the seed + i"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_trainer(engine, prompts, policy, temperature):
+    import rlfr
+
+    episodes = engine.generate(
+        prompts, Sampling(n=2, temperature=temperature, max_tokens=24), list(range(0, 999, 9))[: len(prompts)]
+    )
+    logp = policy(rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature).logp
+    for row, episode in enumerate(episodes):
+        torch.testing.assert_close(torch.tensor(episode.logp), logp[row, : len(episode.logp)].detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([0.5, 2.0, 1.0, -1.0]).log_softmax(dim=0)
+    uniform = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def frequencies(**options):
+        token, logp = rollout.choose(logits.expand(len(uniform), 4), uniform, Sampling(**options))
+        p = token.bincount(minlength=4) / len(uniform)
+        torch.testing.assert_close(logp.exp().double().mean(), (p * p).double().sum(), rtol=0.05, atol=0.01)
+        return p
+
+    torch.testing.assert_close(frequencies(), logits.exp(), atol=0.01, rtol=0)
+    torch.testing.assert_close(frequencies(temperature=0.5), (logits / 0.5).softmax(dim=0), atol=0.01, rtol=0)
+    for options in ({"top_k": 2}, {"top_p": 0.7}):
+        p = frequencies(**options)
+        assert p[0] == p[3] == 0 and p[1] > p[2] > 0
+    assert frequencies(top_p=0.1)[1] == 1
+
+
+def test_length_finish_and_weights(engine, prompts, world, tokenizer):
+    episodes = engine.generate(prompts, Sampling(max_tokens=2), [0] * len(prompts))
+    assert all(
+        e.finish_reason == "length" and len(e.response_ids) == 2
+        for e in episodes
+        if e.response_ids[-1] != tokenizer.eos_token_id
+    )
+    other = rollout.TorchEngine(world.path("model"), tokenizer)
+    other.sleep()
+    other.wake()
+    state = {name: torch.zeros_like(tensor) for name, tensor in other.model.state_dict().items()}
+    other.load_weights(state.items())
+    assert all(tensor.abs().max() == 0 for tensor in other.model.state_dict().values())
+    with pytest.raises(ValueError, match="weight 'model.nonsense' is not one of the engine's model"):
+        other.load_weights([("model.nonsense", torch.zeros(1))])
+    with pytest.raises(ValueError, match="weights were not given, as .*expected the whole state dict"):
+        other.load_weights(list(state.items())[:3])

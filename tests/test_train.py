@@ -1,0 +1,464 @@
+"""The training scripts, end to end on the small world."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_lines
+
+import eval as evaluation
+import flow as fl
+import rlfr
+import rollout
+import run as runs
+import toy
+import train_flow
+import train_rl
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(world, flow_folder, tmp_path) -> train_rl.Config:
+    """Three small steps."""
+    return train_rl.Config(
+        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, save_every=1,
+        flow_accept="all", tokens_per_micro_batch=300, folder=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def flow_config(world, tmp_path) -> train_flow.Config:
+    return train_flow.Config(
+        model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=16, lr=1e-3, epochs=2,
+        flow_blocks=2, noise_repeats=2, max_prompt_tokens=64, save_every=2, folder=str(tmp_path / "flow-run"),
+    )  # fmt: skip
+
+
+def figures(folder) -> list[dict]:
+    """Metrics without times."""
+    lines = read_lines(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def last_state(folder) -> dict:
+    """Tensors and numbers of the newest checkpoint, flat."""
+    newest = max((Path(folder) / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(newest / "state.pt", weights_only=True))
+    return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def same_state(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+
+# ---- Offline start
+
+
+def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch):
+    asked, forward = [], rlfr.Policy.forward
+    monkeypatch.setattr(rlfr.Policy, "forward", lambda *a, **k: (asked.append(k["latents_only"]), forward(*a, **k))[1])
+    train_flow.main(replace(flow_config, epochs=8))
+    lines = read_lines(Path(flow_config.folder) / "metrics.jsonl")
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and all(asked)
+    flow = fl.load_flow(Path(flow_config.folder) / "flow", 32, n_blocks=2, contexts=("previous",))
+    assert flow.config.percentiles == (0.25, 0.5, 0.75)
+
+
+def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
+    for name, budget in (("a", 100_000), ("b", 200)):
+        train_flow.main(replace(flow_config, folder=flow_config.folder + name, tokens_per_micro_batch=budget))
+    a, b = (figures(flow_config.folder + name) for name in "ab")
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and one["rows"] == other["rows"]
+    assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=1e-5)
+
+
+# ---- D. One RL step
+
+
+def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(config, flow_folder, monkeypatch):
+    gradients, update = [], train_rl.update_policy
+
+    def spy(policy, *arguments):  # between the scoring pass, which runs the flow's backward, and the policy's own
+        gradients.append([p.grad for p in policy.parameters()])
+        return update(policy, *arguments)
+
+    monkeypatch.setattr(train_rl, "update_policy", spy)
+    train_rl.main(replace(config, steps=1))
+    assert len(gradients) == 1 and all(g is None for g in gradients[0])
+    before, after = (fl.load_flow(path, 32) for path in (flow_folder, Path(config.folder) / "flow"))
+    for name, parameter in before.named_parameters():
+        assert not torch.equal(parameter, after.get_parameter(name)), f"{name} did not move"
+    base, policy = (rlfr.load_policy(path) for path in (config.model, str(Path(config.folder) / "policy")))
+    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True))
+
+
+def test_a_frozen_flow_stays(config, flow_folder):
+    train_rl.main(replace(config, steps=2, freeze_flow=True))
+    before, after = (fl.load_flow(path, 32).state_dict() for path in (flow_folder, Path(config.folder) / "flow"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "flow/loss" not in figures(config.folder)[0] and "flow/score" in figures(config.folder)[0]
+
+
+def test_gradient_checkpointing_changes_nothing(config):
+    for name in ("off", "on"):
+        train_rl.main(replace(config, folder=config.folder + name, gradient_checkpointing=name == "on"))
+    for off, on in zip(figures(config.folder + "off"), figures(config.folder + "on"), strict=True):
+        assert off == pytest.approx(on, rel=1e-4, abs=1e-6)
+
+
+def test_micro_batches_change_nothing(config):
+    """Figures and gradients do not depend on how a step's episodes are batched (one denominator)."""
+    for name, budget in (("a", 100_000), ("b", 60)):
+        train_rl.main(
+            replace(config, folder=config.folder + name, tokens_per_micro_batch=budget, steps=1, flow_entropy_quantile=0.5)
+        )
+    a, b = (figures(config.folder + name)[0] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    states = [last_state(config.folder + name) for name in "ab"]
+    for key, value in states[0].items():
+        if key.startswith(("['policy']", "['flow']")):
+            torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-5)
+
+
+# ---- Options: each does something, and runs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"baseline": "rloo"}, {"baseline": "dr_grpo", "normalisation": "constant"}, {"baseline": "reinforce++"},
+        {"baseline": "reinforce"}, {"normalisation": "token"}, {"clip_high": 0.28, "train_batch": 4, "lr": 3e-2},
+        {"kl_coef": 0.1, "kl_kind": "k2"}, {"gamma": 0.5}, {"flow_coef": 1.0}, {"reward_times": (0.5, 0.8)},
+        {"flow_threshold": 0.0}, {"flow_top_k": 1}, {"flow_bilateral": True}, {"flow_power": 3.0}, {"flow_scope": "group"},
+        {"shaping": "entropy"}, {"shaping": "none"}, {"mismatch": "mask", "mismatch_cap": 0.5}, {"temperature": 0.7}, {"seed": 1},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)  # fmt: skip
+def test_every_option_changes_the_policy(config, options, world, tmp_path):
+    file = tmp_path / "reward.py"  # rewards that differ inside groups, and so does the length
+    file.write_text("def reward(problem, response):\n    return float(len(response) % 3)\n")
+    config = replace(config, reward=str(file), steps=2)
+    train_rl.main(replace(config, folder=config.folder + "-a"))
+    train_rl.main(replace(config, folder=config.folder + "-b", **options))
+    policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
+    assert any(not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"flow_accept": "correct"}, {"flow_soft": 0.5, "flow_entropy_quantile": 0.8}, {"flow_times": "random"}]
+)
+def test_every_option_changes_the_flow(config, options):
+    train_rl.main(replace(config, folder=config.folder + "-a", steps=1))
+    train_rl.main(replace(config, folder=config.folder + "-b", steps=1, **options))
+    flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
+    assert any(not torch.equal(a, b) for a, b in zip(*(f.parameters() for f in flows), strict=True))
+    first, second = (figures(f"{config.folder}-{name}")[0] for name in "ab")
+    assert first["flow/score"] == second["flow/score"], "scored with the flow before this step's update"
+
+
+def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
+    torch.manual_seed(0)
+    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=1, contexts=("next", "self"), percentiles=(0.1, 0.9), shift=2))
+    fl.save_flow(flow, tmp_path / "other")
+    train_rl.main(replace(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
+    assert figures(config.folder)[0]["flow/score"] > 0
+
+
+def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
+    file = tmp_path / "reward.py"  # half of the problems always give 0
+    file.write_text("def reward(problem, response):\n    return float(int(problem[0]) % 2 and len(response) % 3)\n")
+    config = replace(config, reward=str(file), steps=1)
+    train_rl.main(replace(config, folder=config.folder + "-a"))
+    train_rl.main(replace(config, folder=config.folder + "-b", dynamic_sampling=True, max_rounds=8))
+    without, with_it = (figures(f"{config.folder}-{name}")[0] for name in "ab")
+    assert without["varied_groups"] < 1 and without["cursor"] == 4
+    assert with_it["varied_groups"] == 1 and with_it["cursor"] > 4
+
+
+def test_shapings_differ_in_the_advantage_alone(config):
+    """G. The same first-step episodes and figures, apart from the advantage and what follows from it."""
+    first = {}
+    for shaping in ("none", "entropy", "flow"):
+        train_rl.main(replace(config, folder=config.folder + shaping, shaping=shaping, steps=1))
+        first[shaping] = figures(config.folder + shaping)[0]
+    depends = {"advantage_abs", "policy/loss", "policy/grad_norm", "entropy_advantage"}
+    for shaping, line in first.items():
+        kept = {k: v for k, v in line.items() if k not in depends and not k.startswith("flow/")}
+        assert kept == {k: v for k, v in first["none"].items() if k not in depends}, shaping
+    assert len({line["advantage_abs"] for line in first.values()}) == 3
+
+
+# ---- F. Repeating and resuming
+
+
+def test_one_seed_gives_one_run(config):
+    for name in "ab":
+        train_rl.main(replace(config, folder=config.folder + name))
+    assert figures(config.folder + "a") == figures(config.folder + "b") and len(figures(config.folder + "a")) == 3
+    assert same_state(last_state(config.folder + "a"), last_state(config.folder + "b"))
+
+
+DIE = """
+import os, signal, sys
+import torch
+point, count, script, *sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(script))
+calls = 0
+def dying(real, before):
+    def wrapped(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == int(count):
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return wrapped
+def half_a_file(state, path):
+    open(path, "wb").write(b"half")
+if point == "update":
+    torch.optim.AdamW.step = dying(torch.optim.AdamW.step, lambda *_: None)
+if point == "half a checkpoint":
+    torch.save = dying(torch.save, half_a_file)
+if point == "before the rename":
+    os.fsync = dying(os.fsync, lambda *_: None)
+if point == "between log and checkpoint":
+    import run
+    run.Run.save = dying(run.Run.save, lambda *_: None)
+sys.argv.insert(0, script)
+import runpy
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def flags(config) -> list[str]:
+    """A configuration as command-line flags."""
+    given = []
+    for name, value in vars(config).items():
+        default = type(config).__dataclass_fields__[name].default
+        if value != default and value is not None:
+            given += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return given
+
+
+def launch(script: str, arguments: list[str], point: str = "never", count: int = 1) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", DIE, point, str(count), str(ROOT / script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def never_killed(world, flow_folder, tmp_path_factory):
+    """One RL run from the command line that nobody kills."""
+    config = train_rl.Config(
+        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+        train_batch=8, max_tokens=12, max_prompt_tokens=64, steps=5, lr=1e-3, save_every=2, flow_accept="all",
+        folder=str(tmp_path_factory.mktemp("never") / "run"),
+    )  # fmt: skip
+    done = launch("train_rl.py", flags(config))
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [("update", 2), ("update", 8), ("half a checkpoint", 2), ("before the rename", 2), ("between log and checkpoint", 1)],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, tmp_path, point, count):
+    config = replace(never_killed, folder=str(tmp_path / "run"))
+    assert launch("train_rl.py", flags(config), point, count).returncode == -signal.SIGKILL
+    assert len(figures(config.folder)) < 5 if (tmp_path / "run" / "metrics.jsonl").exists() else True
+    done = launch("train_rl.py", ["--resume", config.folder])
+    assert done.returncode == 0, done.stderr
+    assert figures(config.folder) == figures(never_killed.folder)
+    assert same_state(last_state(config.folder), last_state(never_killed.folder))
+    assert not list(Path(config.folder).rglob("*.writing"))
+
+
+def test_a_killed_offline_start_goes_on(flow_config):
+    train_flow.main(replace(flow_config, folder=flow_config.folder + "-whole"))
+    assert launch("train_flow.py", flags(flow_config), "update", 4).returncode == -signal.SIGKILL
+    assert launch("train_flow.py", ["--resume", flow_config.folder]).returncode == 0
+    assert figures(flow_config.folder) == figures(flow_config.folder + "-whole")
+    assert same_state(last_state(flow_config.folder), last_state(flow_config.folder + "-whole"))
+
+
+def test_full_disk_leaves_the_last_checkpoint(config):
+    """The second save meets a limit on file size, which ends a write as a full disk does."""
+    script = (
+        "import resource, sys, torch, run, runpy\n"
+        "save = run.Run.save\n"
+        "def limited(self, step, state):\n"
+        "    if step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "    save(self, step, state)\n"
+        "run.Run.save = limited\n"
+        "runpy.run_path('train_rl.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert "could not write" in message and "step-2" in message and "MB free" in message and "--resume" in message
+    assert [p.name for p in (Path(config.folder) / "checkpoints").iterdir()] == ["step-1"]
+    assert last_state(config.folder)["['step']"] == 1
+    train_rl.main(replace(config, resume=config.folder))
+    assert [line["step"] for line in figures(config.folder)] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    with pytest.raises(FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*--resume"):
+        train_rl.main(replace(config, lr=1e30, warmup=0.9, shaping="none", reward=str(ROOT / "tests" / "length_reward.py")))
+    assert (Path(config.folder) / "checkpoints" / "step-1" / "state.pt").exists()
+    assert not any("nan" in json.dumps(line).lower() for line in figures(config.folder))
+
+
+# ---- What comes out
+
+
+def test_the_policy_is_exported_for_hugging_face(config, world):
+    train_rl.main(replace(config, eval_data=world.path("test.jsonl"), eval_every=2, eval_samples=2))
+    folder = Path(config.folder)
+    tokenizer = rollout.load_tokenizer(str(folder / "policy"))
+    problems = rollout.load_problems(world.path("test.jsonl"), tokenizer, "none", 64)
+    engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
+    state = torch.load(folder / "checkpoints" / "step-3" / "state.pt", weights_only=True)["policy"]
+    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in engine.model.state_dict().items())
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        for kind in ("sampled", "greedy"):
+            assert 0 <= summary[when][kind]["low"] <= summary[when][kind]["mean"] <= summary[when][kind]["high"] <= 1
+    with evaluation.Grader() as grader:
+        again, records = evaluation.evaluate(engine, problems, grader, rollout.Sampling(2, 1.0, 16))
+    assert again == summary["after"]["sampled"] and len(records) == 32
+    assert "eval/greedy" in read_lines(folder / "metrics.jsonl")[1]
+    evaluation.main(
+        evaluation.Config(
+            str(folder / "policy"), world.path("test.jsonl"), template="none", max_tokens=16, out=str(folder / "e")
+        )
+    )
+    assert len(read_lines(folder / "e" / "samples.jsonl")) == 16
+    assert json.loads((folder / "e" / "summary.json").read_text())["mean"] == summary["after"]["greedy"]["mean"]
+
+
+def test_evaluating_in_between_changes_nothing(config, world):
+    for name, every in (("a", 0), ("b", 1)):
+        train_rl.main(replace(config, folder=config.folder + name, eval_data=world.path("test.jsonl"), eval_every=every))
+    a, b = (figures(config.folder + name) for name in "ab")
+    assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
+
+
+def test_tensorboard(config):
+    train_rl.main(replace(config, steps=1, track="tensorboard"))
+    assert list((Path(config.folder) / "tensorboard").glob("events.*"))
+
+
+# ---- H. Bad input: one clear error, before anything slow
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reward_times": (0.8, 1.0)}, r"reward times \(0.8, 1.0\): expected one or more in \(0, 1\)"),
+        ({"flow_top_k": 0}, "flow_top_k=0: expected a positive value"),
+        ({"flow_top_k": -3}, "flow_top_k=-3: expected a positive value"),
+        ({"flow_threshold": 1.5}, r"flow_threshold=1.5 is outside \[0, 1\]"),
+        ({"flow_threshold": -0.1}, r"flow_threshold=-0.1 is outside \[0, 1\]"),
+        ({"percentiles": (0.5, 2.0)}, r"percentiles=\(0.5, 2.0\): expected fractions of the depth in \[0, 1\]"),
+        ({"contexts": ("middle",)}, r"contexts=\('middle',\): expected one or more of previous, next, self"),
+        ({"group_size": 1}, "group_size=1 with baseline 'grpo'.*use 2 or more, or --baseline reinforce"),
+        ({"train_batch": 7}, r"4 \* 4 = 16 is not a multiple of train_batch=7; choose a divisor of 16"),
+        ({"steps": 0}, "steps=0: expected a positive value"),
+        ({"max_tokens": 5000}, "5000 is more than the model's 512 positions; lower one of them"),
+        ({"data": None}, "no data given; expected --data"),
+        ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
+        ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
+        ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
+        ({"contexts": ("next",)}, r"contexts=\('previous',\).*expected contexts=\('next',\)"),
+        ({"percentiles": (0.5,)}, r"percentiles=\(0.25, 0.5, 0.75\).*expected percentiles=\(0.5,\)"),
+        ({"answer_column": "gold"}, "no column 'gold'"),
+        ({"max_prompt_tokens": 3}, "64 of 64 prompts are longer than 3 tokens"),
+        ({"reward": "bleu"}, "reward 'bleu': neither binary, official nor a Python file"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_bad_settings(config, options, words, monkeypatch):
+    def slow(*_, **__):
+        raise AssertionError("a model was loaded before the error")
+
+    monkeypatch.setattr(rlfr, "load_policy", slow)
+    with pytest.raises(ValueError, match=words):
+        train_rl.main(replace(config, **options))
+    assert not Path(config.folder).exists(), "a run that cannot start leaves nothing behind"
+
+
+def test_flow_of_another_width(config, tmp_path):
+    fl.save_flow(fl.Flow(fl.FlowConfig(dim=16)), tmp_path / "narrow")
+    with pytest.raises(ValueError, match=r"dim=16 \(input \(16, 16\), 4 blocks.*expected dim=32"):
+        train_rl.main(replace(config, flow=str(tmp_path / "narrow")))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": None}, "no data given; expected --data with expert solutions"),
+        ({"cutoff": 64}, "cutoff 64 leaves no room"),
+        ({"percentiles": (1.2,)}, r"percentiles=\(1.2,\)"),
+        ({"contexts": ("before",)}, "contexts=.*expected one or more of"),
+        ({"solution_column": "proof"}, "no column 'proof'"),
+        ({"batch_size": 0}, "batch_size=0: expected a positive value"),
+    ],
+)
+def test_bad_settings_of_the_offline_start(flow_config, options, words):
+    with pytest.raises(ValueError, match=words):
+        train_flow.main(replace(flow_config, **options))
+    assert not Path(flow_config.folder).exists()
+
+
+def test_resume_checks_the_settings(config):
+    with pytest.raises(ValueError, match="no config.json there; expected the folder of an earlier run"):
+        train_rl.main(replace(config, resume="nowhere"))
+    train_rl.main(replace(config, steps=1))
+    with pytest.raises(ValueError, match="holds a run; go on with --resume"):
+        train_rl.main(config)
+    with pytest.raises(ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"):
+        train_rl.main(replace(config, steps=1, lr=0.1, resume=config.folder))
+
+
+def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
+        return runs.parse_config(train_rl.Config, {"toy": toy.TRAIN_RL})
+
+    assert parse() == train_rl.Config(**toy.TRAIN_RL) and parse().lr == 3e-4
+    assert parse("--model", "Qwen2.5-7B").lr == 1e-6 and parse("--model=Qwen2.5-7B").prompts == 128
+    assert parse("--flow-top-k", "None", "--reward-times", "0.5", "0.8").reward_times == (0.5, 0.8)
+    stored = runs.Run(train_rl.Config(lr=5e-5, folder=str(tmp_path / "r")), "x")
+    stored.begin()
+    assert parse("--resume", stored.config.folder) == replace(stored.config, resume=stored.config.folder)
+
+
+def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(3):
+        run = runs.Run(train_rl.Config(), "rl-x")
+        run.begin()
+        folders.append(str(run.folder))
+    assert folders == ["runs/rl-x", "runs/rl-x-2", "runs/rl-x-3"]
+
+
+@pytest.mark.slow
+def test_the_default_run_learns(tmp_path):
+    """`python train_rl.py`, nothing else: base 30 to 60 %, trained at least 90 %, sampled and greedy."""
+    done = subprocess.run([sys.executable, str(ROOT / "train_rl.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "rl-toy-flow" / "summary.json").read_text())
+    for kind in ("sampled", "greedy"):
+        assert 0.3 <= summary["before"][kind]["mean"] <= 0.6 and summary["after"][kind]["mean"] >= 0.9
