@@ -1,0 +1,72 @@
+"""What the benchmarks share: one process a variant, medians, peak memory, a table and its JSON."""
+
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """Name the device and the software."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        processor = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip(" \t:")
+        device = f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{device}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def in_child(prepare: Callable, settings, variant: str, queue) -> None:
+    """Prepare a variant, run it, and put its median seconds and extra peak bytes into the queue."""
+    work = prepare(settings, variant)
+    cuda = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if cuda else resident()
+    seconds = []
+    for _ in range(settings.repeats + 1):  # the first is a warm-up
+        began = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    queue.put((statistics.median(seconds[1:]), peak - before))
+
+
+def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dict:
+    """Measure variants, each in a process of its own, print a table and write JSON; ratios are to the last variant.
+
+    prepare(settings, variant) returns a function without arguments; settings have `repeats` and `json`.
+    """
+    context, rows = multiprocessing.get_context("spawn"), []
+    for variant in variants:
+        queue = context.Queue()
+        child = context.Process(target=in_child, args=(prepare, settings, variant, queue))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise RuntimeError(f"variant {variant!r} ended with exit code {child.exitcode}")
+        seconds, peak = queue.get()
+        rows.append({"variant": variant, "seconds": seconds, "peak_mb": peak / 1e6})
+    base = rows[-1]
+    ratio = {f"{row['variant']} {key}": row[key] / base[key] for row in rows[:-1] for key in ("seconds", "peak_mb")}
+    print(f"{title}\n{machine()}\n{'':28}{'seconds':>10}{'extra peak MB':>16}")
+    for row in rows:
+        print(f"{row['variant']:28}{row['seconds']:>10.3f}{row['peak_mb']:>16.0f}")
+    for name, value in ratio.items():
+        print(f"{name + ' / ' + base['variant']:50}{value:.2f}")
+    result = {"machine": machine(), "settings": asdict(settings), "rows": rows, "ratio": ratio}
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=1))
+    return result

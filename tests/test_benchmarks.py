@@ -1,0 +1,43 @@
+"""Each benchmark runs in small and writes what it promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SMALL = {
+    "logprob": ["--tokens", "64", "--dim", "16", "--vocabulary", "500"],
+    "flow_start": [
+        "--sequences",
+        "2",
+        "--prompt",
+        "8",
+        "--response",
+        "8",
+        "--dim",
+        "32",
+        "--layers",
+        "4",
+        "--vocabulary",
+        "100",
+    ],
+}
+
+
+def test_every_benchmark_is_here():
+    assert {path.stem for path in FOLDER.glob("*.py")} - {"common"} == set(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmark(name, tmp_path):
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *SMALL[name], "--repeats", "1", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures.keys() == {"machine", "settings", "rows", "ratio"} and len(figures["rows"]) == 2
+    assert all(row["seconds"] > 0 for row in figures["rows"]) and all(value > 0 for value in figures["ratio"].values())
+    assert figures["machine"] in done.stdout
