@@ -51,44 +51,27 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, n_resamples: int 
     return float(low), float(high)
 
 
-def evaluate(
-    engine: rollout.Engine,
-    problems: Sequence[rollout.Problem],
-    grader: Grader,
-    sampling: rollout.Sampling,
-    seed: int = 0,
-) -> tuple[dict[str, float], list[dict]]:
+def evaluate(engine, problems: Sequence[rollout.Problem], grader: Grader, sampling: rollout.Sampling, seed: int = 0):
     """Sample and grade every problem.
 
-    Returns:
-        figures: mean accuracy (pass@1), its 95 % interval low and high, mean response length, share cut off; and one
-        record a sample.
+    Returns figures (mean accuracy, that is pass@1, its 95 % interval low and high, mean response length, share cut off)
+    and one record a sample.
     """
     seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
     episodes = engine.generate([problem.prompt_ids for problem in problems], sampling, seeds)
     verdicts = grader.submit(problems, episodes).result()
     correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
     low, high = bootstrap_interval(correct.mean(axis=1))
-    figures = {
-        "mean": float(correct.mean()),
-        "low": low,
-        "high": high,
-        "problems": len(problems),
-        "samples": sampling.n,
-        "length": float(np.mean([len(episode.response_ids) for episode in episodes])),
-        "truncated": float(np.mean([episode.finish_reason == "length" for episode in episodes])),
-    }
-    records = [
-        {"id": problem.id, "problem": problem.text, "answer": problem.answer, "response": episode.text}
-        | {
-            "correct": verdict.correct,
-            "reward": verdict.reward,
-            "finish_reason": episode.finish_reason,
-            "tokens": len(episode.response_ids),
-        }
-        for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True))
-        for problem in problems[i // sampling.n : i // sampling.n + 1]
-    ]
+    figures = {"mean": float(correct.mean()), "low": low, "high": high, "problems": len(problems), "samples": sampling.n}
+    figures["length"] = float(np.mean([len(episode.response_ids) for episode in episodes]))
+    figures["truncated"] = float(np.mean([episode.finish_reason == "length" for episode in episodes]))
+    records = []
+    for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True)):
+        problem = problems[i // sampling.n]
+        asked = {"id": problem.id, "problem": problem.text, "answer": problem.answer, "response": episode.text}
+        records.append(
+            asked | verdict._asdict() | {"finish_reason": episode.finish_reason, "tokens": len(episode.response_ids)}
+        )
     return figures, records
 
 
@@ -96,10 +79,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Lay out figures of evaluate(), one row each, for the screen."""
     lines = [f"{'':18}{'pass@1':>8}{'95 % interval':>18}{'problems':>10}{'samples':>9}{'length':>8}{'cut':>7}"]
     for name, row in rows.items():
-        interval = f"{100 * row['low']:.1f} – {100 * row['high']:.1f}"
-        lines.append(
-            f"{name:18}{100 * row['mean']:>7.1f}%{interval:>18}{row['problems']:>10}{row['samples']:>9}{row['length']:>8.1f}{row['truncated']:>7.1%}"
-        )
+        interval, counts = f"{100 * row['low']:.1f} – {100 * row['high']:.1f}", f"{row['problems']:>10}{row['samples']:>9}"
+        lines.append(f"{name:18}{row['mean']:>8.1%}{interval:>18}{counts}{row['length']:>8.1f}{row['truncated']:>7.1%}")
     return "\n".join(lines)
 
 
@@ -109,10 +90,9 @@ def main(config: Config) -> None:
     path = rollout.resolve_model(config.model)
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
     tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
-    problems = rollout.load_problems(
-        config.data, tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split,
-        config.problem_column, config.answer_column,
-    )  # fmt: skip
+    columns = (config.problem_column, config.answer_column)
+    reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
+    problems = rollout.load_problems(config.data, *reading)
     engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     with Grader(config.reward) as grader:

@@ -18,9 +18,9 @@ Equations, each with its function:
     offline loss = mean of delta(sigmoid(z)) over tokens, taps and draws     matching_loss
     score = mean over T_r of t/(1-t) * delta(t), then over taps              deviation_score, score_and_learn
 
-Departures from the official code: every time has its own weight t/(1-t) (there, the last one's serves all); the context
-mode is stored with the flow; noise is keyed by (seed, step, episode), so an episode's score can be reproduced and does
-not depend on its batch; a checkpoint that does not fit stops the run. Official `flow_model.bin` files load unchanged.
+Departures from the official code: each time has its own weight (there the last one's serves all); the context mode is
+stored with the flow; noise is keyed by (seed, step, episode), so that scores can be reproduced and do not depend on the
+batch; a checkpoint that does not fit stops the run. Official `flow_model.bin` files load unchanged.
 """
 
 import hashlib
@@ -184,7 +184,7 @@ class Pairs:
     x_1: Tensor  # (P, D)
     context: Tensor  # (P, D)
     depth: Tensor  # (P,)
-    exists: Tensor  # (L, C, M) bool: which rows there are, P trues
+    exists: Tensor  # (L, C, M) bool, P trues: which rows there are
 
     def per_target(self, values: Tensor) -> Tensor:
         """Average rows (P,) over taps and context modes, (M,); a mode without a neighbour counts 0 (as official)."""
@@ -218,10 +218,9 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device: torch.device | str = "cpu"):
+def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device="cpu") -> tuple[Tensor, Tensor]:
     """Draw x_0 (L, C, M, D) and standard normal z (L, C, M) for episodes with `lengths` targets, each from its own key."""
-    noise, z = [], []
-    grid = (len(config.percentiles), len(config.contexts))
+    grid, noise, z = (len(config.percentiles), len(config.contexts)), [], []
     for key, length in zip(keys, lengths, strict=True):
         generator = torch.Generator(device).manual_seed(keyed_seed(*key))
         noise.append(torch.randn(*grid, length, config.dim, generator=generator, device=device))
@@ -268,17 +267,13 @@ def score_and_learn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Score targets by velocity deviation and, in the same flow forward, add the online loss's gradient to the flow's.
 
-    Args:
-        noise: x_0 (L, C, M, D), shared by all times T_r, which are in (0, 1).
-        weight: (M,) weight of each target's loss; the gradient is that of sum(weight * loss). None: no gradient.
-        z: (L, C, M) standard normal: learn at t = sigmoid(z), as the offline start does, instead of at `times`.
-    Returns:
-        score (M,) and loss (M,), detached: the deviation, and the error at the times that are learnt from.
+    The noise x_0 (L, C, M, D) is shared by all times T_r. With a weight (M,), the gradient is that of sum(weight * loss).
+    With z (L, C, M), the flow learns at t = sigmoid(z), as in the offline start, instead of at T_r.
+    Returns score (M,) and loss (M,), detached: the deviation, and the error at the times that are learnt from.
     """
     noise, n_layers, n_contexts = noise[pairs.exists], *pairs.exists.shape[:2]
     score, loss, zeros = (torch.zeros(len(noise), device=noise.device) for _ in range(3))
-    # a target's loss is the mean over taps and modes
-    weight = zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)
+    weight = zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)  # a target's loss is a mean
     random_t = None if z is None else z[pairs.exists].sigmoid()
     for learn in (True, False):  # only rows that are learnt from keep activations for a backward
         chosen = ((weight != 0) == learn).nonzero().squeeze(1)
@@ -361,10 +356,8 @@ def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowCo
     if "model.input_proj.weight" not in state:
         raise ValueError(f"{path} is no official flow: 'model.input_proj.weight' is missing; found {sorted(state)[:5]}")
     if "contexts" not in expected:
-        raise ValueError(
-            f"{path} does not say which context it was trained with; name it with --contexts "
-            "(the official offline training conditions on the next token: --contexts next)"
-        )
+        hint = "the official offline training conditions on the next token: --contexts next"
+        raise ValueError(f"{path} does not say which context it was trained with; name it with --contexts ({hint})")
     width, dim = state["model.input_proj.weight"].shape
     n_blocks = len({name.split(".")[2] for name in state if name.startswith("model.res_blocks.")})
     given = {k: expected[k] for k in ("contexts", "percentiles", "shift") if k in expected}

@@ -108,7 +108,7 @@ def number(text: str) -> Fraction | None:
 
 def compare(gold: str, prediction: str) -> bool | None:
     """Decide the cheap cases: equal strings and plain numbers; None where mathematics is needed."""
-    gold, prediction = normalise(gold), normalise(prediction)
+    gold, prediction = normalise(gold), normalise(prediction[: MAX_ANSWER + 1])
     if not gold or not prediction or len(prediction) > MAX_ANSWER:
         return False
     if gold.replace(" ", "") == prediction.replace(" ", ""):
@@ -116,7 +116,7 @@ def compare(gold: str, prediction: str) -> bool | None:
     a, b = number(gold), number(prediction)
     if a is None or b is None:
         return None
-    if a.denominator == 1 and b.denominator == 1:
+    if a.denominator == b.denominator == 1:
         return a == b
     return abs(a - b) <= max(abs(a), abs(b)) / 1_000_000  # a ratio: tiny numbers are not equal because both are tiny
 
@@ -138,12 +138,13 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.alarm(600)  # ends a worker whose parent was killed while it was lost in an expression
+        signal.alarm(600)  # ends a worker that is lost in an expression after its parent was killed
         gold, prediction = json.loads(line)
         try:
             verdict = verify(gold, prediction)
         except Exception:  # noqa: BLE001 — whatever a parser makes of hostile text, the answer is not verified
             verdict = False
+        signal.alarm(0)
         print(int(verdict), flush=True)
 
 
@@ -172,7 +173,8 @@ class Worker:
 
     def ask(self, gold: str, prediction: str, deadline: float) -> bool | None:
         """Return the verdict, or None if the deadline passed or the process died of the question."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
             self.start()
         self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
         self.process.stdin.flush()
@@ -189,11 +191,9 @@ class Worker:
 class Grader:
     """Rewards for episodes, in order, from worker processes; use it as a context manager or call close().
 
-    Args:
-        reward: `binary`, `official`, or the path of a Python file with `reward(problem, response) -> float`.
-        n_workers: grading processes; they start when the first answer needs mathematics.
-        deadline: seconds for one answer; one that takes longer is wrong and counted in `timeouts`.
-        grade_truncated: whether a response that ran out of room can score (the official code lets it).
+    `reward` is binary, official, or a Python file with `reward(problem, response) -> float`. An answer that takes longer
+    than `deadline` seconds is wrong and counted in `timeouts`. A response that ran out of room scores only with
+    `grade_truncated` (the official code lets it). The `n_workers` processes start when an answer first needs them.
     """
 
     def __init__(self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated=False):

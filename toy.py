@@ -1,9 +1,9 @@
 """The embedded world: problems, a tokenizer, a small base model and expert solutions, made on a laptop in minutes.
 
 A problem is a chain of operations modulo 10, `7 +5 *3 -4>`. Careful solutions write every step,
-`7+5=2,2*3=6,6-4=2. \\boxed{2}`; hasty ones only the box. The base model is trained from scratch on demonstrations that
-are hasty where care is needed most, on long chains, so it knows how to reason and too seldom does: reinforcement
-learning finds out that it pays. A step is a table look-up; composing a chain in the head is beyond a small model.
+`7+5=2,2*3=6,6-4=2. \\boxed{2}`; hasty ones only the box. The base model learns from demonstrations that are hasty where
+care is needed most, on long chains: it knows how to reason and too seldom does, until reinforcement learning finds out
+that it pays. A step is a table look-up; composing a chain in the head is beyond a small model.
 
     python toy.py --folder runs/toy        (train_rl.py and train_flow.py make it by themselves for --model toy)
 """

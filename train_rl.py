@@ -52,13 +52,11 @@ class Config:
     max_tokens: int = 1024  # Longest response
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
-    max_rounds: int = 4  # With dynamic sampling, rounds of sampling a step; what is then missing is filled with dropped groups
-    reward: str = "binary"  # Outcome reward: binary, official (0 / 0.5 / 1), or a Python file with reward(problem, response)
+    max_rounds: int = 4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
+    reward: str = "binary"  # Outcome reward: binary, official, or a Python file with reward(problem, response)
     grade_truncated: bool = False  # Let a response that ran out of room score
     grader_deadline: float = 5.0  # Seconds for grading one answer
-    shaping: Literal["flow", "entropy", "none"] = (
-        "flow"  # Dense part of the advantage: flow reward (RLFR), entropy advantage, or none (RLVR)
-    )
+    shaping: Literal["flow", "entropy", "none"] = "flow"  # Dense part of the advantage; none is plain RLVR
     baseline: rlfr.Baseline = "grpo"  # How the outcome reward becomes an advantage
     gamma: float = 1.0  # Discount of the flow reward
     flow: str | None = None  # Flow of the offline start: folder or file; by default runs/flow-MODEL/flow
@@ -68,21 +66,15 @@ class Config:
     flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: all above the threshold
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
-    flow_scope: Literal["response", "group"] = "response"  # Over what scores are normalised: each response (paper) or its group
-    contexts: tuple[str, ...] | None = (
-        None  # Expected context modes; by default those that the flow was trained with. An official checkpoint needs them
-    )
-    percentiles: tuple[float, ...] | None = None  # Expected taps; by default those that the flow was trained with
+    flow_scope: Literal["response", "group"] = "response"  # What is normalised together; response as in the paper
+    contexts: tuple[str, ...] | None = None  # Expected context modes; None: the flow's. An official file needs them
+    percentiles: tuple[float, ...] | None = None  # Expected taps; None: the flow's
     freeze_flow: bool = False  # No online flow update
     flow_lr: float = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes that the flow learns from
-    flow_entropy_quantile: float | None = (
-        None  # The flow learns only from tokens whose entropy reaches this quantile of their response
-    )
+    flow_entropy_quantile: float | None = None  # Learn only from tokens at or above this quantile of entropy
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
-    flow_times: Literal["reward", "random"] = (
-        "reward"  # Times at which the flow learns: those of the reward (one forward for both), or random as in the offline start
-    )
+    flow_times: Literal["reward", "random"] = "reward"  # Times of the flow's learning; random as in the offline start
     entropy_alpha: float = 0.4  # Scale of the entropy advantage
     entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
     lr: float = 1e-6  # Peak learning rate of the policy
@@ -93,14 +85,10 @@ class Config:
     clip_low: float = 0.2  # PPO clip below 1
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
     ratio_cap: float = 3.0  # Largest probability ratio
-    normalisation: rlfr.Normalisation = (
-        "sequence"  # Token weights of the loss: sequence (mean of means), token (global mean), constant (Dr. GRPO)
-    )
+    normalisation: rlfr.Normalisation = "sequence"  # Loss: mean of means, token: global mean, constant: Dr. GRPO
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator
-    mismatch: Literal["none", "token", "sequence", "mask"] = (
-        "token"  # Importance weights for sampler-trainer mismatch: truncated by token or sequence, or masked beyond the cap
-    )
+    mismatch: Literal["none", "token", "sequence", "mask"] = "token"  # Sampler-trainer mismatch: truncate by, or mask
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     gradient_checkpointing: bool = False  # Recompute activations in the backward
     tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
@@ -128,20 +116,17 @@ def check(config: Config) -> None:
         "eval_samples", "save_every", "keep", "mismatch_cap",
     )  # fmt: skip
     if config.group_size == 1 and config.baseline != "reinforce":
-        raise ValueError(
-            f"group_size=1 with baseline {config.baseline!r}: a group of one has no baseline; use 2 or more, or --baseline reinforce"
-        )
+        raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
     if config.episodes % config.train_batch:
+        product = f"{config.prompts} * {config.group_size} = {config.episodes}"
         raise ValueError(
-            f"prompts * group_size = {config.prompts} * {config.group_size} = {config.episodes} is not a multiple of "
-            f"train_batch={config.train_batch}; choose a divisor of {config.episodes}"
+            f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of {config.episodes}"
         )
+    for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
+        if not 0 <= (getattr(config, name) or 0) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} is outside [0, 1]")
     fl.check_times(config.reward_times)
     fl.FlowConfig(1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,))  # checks them
-    for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is outside [0, 1]")
 
 
 def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
@@ -163,10 +148,8 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
     positions = model_config.get_text_config().max_position_embeddings
     if config.max_prompt_tokens + config.max_tokens > positions:
-        raise ValueError(
-            f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens} is more than the model's "
-            f"{positions} positions; lower one of them"
-        )
+        room = f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens}"
+        raise ValueError(f"{room} is more than the model's {positions} positions; lower one of them")
     return with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None), path, model_config
 
 
@@ -176,8 +159,8 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
 def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:  # fmt: skip
     """Sample G responses for N problems from the cursor on and have them graded in the background.
 
-    With dynamic sampling, groups of equal reward are dropped and others sampled in their place. Returns the episodes, G
-    consecutive ones a problem, their verdicts to come, and the cursor after the last problem.
+    Dynamic sampling drops groups of equal reward and samples others in their place. Returns the episodes, G consecutive
+    ones a problem, their verdicts to come, and the cursor after the last problem.
     """
     sampling = rollout.Sampling(config.group_size, config.temperature, config.max_tokens)
 
