@@ -41,8 +41,6 @@ ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of th
 
 
 # ---- Context: the latent that conditions the one at position p. A new mode is one entry of CONTEXTS, and nothing else.
-
-
 def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """Return the latent at position p + offset for each p (B, S, D), and where both positions hold tokens (B, S)."""
     size = mask.shape[1]
@@ -86,8 +84,6 @@ def check_times(times: Sequence[float]) -> None:
 
 
 # ---- Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
-
-
 class ScalarEmbedding(nn.Module):
     """Embed a scalar s: cosines, then sines, of s * 10000^(-k/128), k = 0 … 127, then a two-layer SiLU MLP."""
 
@@ -175,8 +171,6 @@ class Flow(nn.Module):
 
 
 # ---- From latents to rows of the flow, and back
-
-
 @dataclass
 class Pairs:
     """Rows of the flow: a latent and its context, for each tap, context mode and target position that has both."""
@@ -229,8 +223,6 @@ def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], devi
 
 
 # ---- Losses and scores
-
-
 def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return x_t = t*x_1 + (1-t)*x_0 and the target velocity u = x_1 - x_0, both (P, D), for times t (P,)."""
     t = t[:, None]
@@ -291,8 +283,6 @@ def score_and_learn(
 
 
 # ---- Files: safetensors with the configuration inside; official flow_model.bin is read
-
-
 def save_flow(flow: Flow, folder: str | Path) -> None:
     """Write `flow.safetensors` into the folder, whole or not at all."""
     folder = Path(folder)

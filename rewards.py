@@ -38,8 +38,6 @@ class Verdict(NamedTuple):
 
 
 # ---- Extraction
-
-
 def boxes(text: str) -> list[str]:
     r"""Return the contents of every `\boxed{…}` with balanced braces, in order of their beginning."""
     found, opened = [], []  # where a box began, or None for a brace that is no box's
@@ -186,8 +184,6 @@ class Worker:
 
 
 # ---- Rewards
-
-
 class Grader:
     """Rewards for episodes, in order, from worker processes; use it as a context manager or call close().
 

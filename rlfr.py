@@ -37,8 +37,6 @@ CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
 # ---- Batches: right-padded rows of prompt + response. Per-token results are (B, T), response token k in column k.
-
-
 @dataclass
 class Batch:
     """Right-padded episodes. Example, prompt lengths 2 and 1, responses 2 and 3 (`.` is padding):
@@ -59,39 +57,29 @@ class Batch:
         return out
 
 
-def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | None = None) -> Batch:
+def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     """Make a batch of (prompt, response) token ids, each with at least one token."""
-    device = device or DEVICE
     lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
     assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
     width = max(end for _, end in lengths)
     ids = [[*prompt, *response] + [0] * (width - end) for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)]
-    start, end = torch.tensor(lengths, device=device).T[:, :, None]  # (B, 1) each
-    position = torch.arange(width, device=device)
-    return Batch(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=position < end,
-        targets=(position >= start) & (position < end),
-        response_mask=torch.arange(int((end - start).max()), device=device) < end - start,
-    )
+    start, end = torch.tensor(lengths, device=DEVICE).T[:, :, None]  # (B, 1) each
+    position = torch.arange(width, device=DEVICE)
+    attention_mask, response_mask = position < end, position[: int((end - start).max())] < end - start
+    return Batch(torch.tensor(ids, device=DEVICE), attention_mask, attention_mask & (position >= start), response_mask)
 
 
 def micro_batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], token_budget: int) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
     """Yield indices and batch of pairs of like length, longest first, with rows * longest within the budget."""
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    groups: list[list[int]] = []
-    for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    for group in groups:
-        yield group, collate([pairs[i] for i in group])
+    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, token_budget // lengths[order[0]])
+        rows, order = order[:size], order[size:]
+        yield rows, collate([pairs[i] for i in rows])
 
 
 # ---- Policy
-
-
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
     """Return layer indices round(p * n_layers), clamped to n_layers - 1 (paper: p = 0.25, 0.5, 0.75)."""
     return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
@@ -101,8 +89,7 @@ class TokenLogProbs(torch.autograd.Function):
     """log pi(target) and entropy of each row from hidden states; logits live a chunk at a time, in both directions.
 
     apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap | None) -> logp (M,), entropy (M,), float32.
-    Saves log-sum-exp and entropy only and recomputes each chunk's logits in the backward. With p the probabilities,
-    the gradient by the scaled logits is p*(-g_logp - g_H*(log p + H)), plus g_logp at the target.
+    The backward recomputes each chunk: the gradient by scaled logits is p*(-g_logp - g_H*(log p + H)), + g_logp at the target.
     """
 
     @staticmethod
@@ -170,12 +157,9 @@ class Policy(nn.Module):
             raise ValueError(f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head")
 
     def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
-        """Run a batch.
+        """Run a batch at a temperature, which divides the logits; return what `taps`, indices of layers, output as well.
 
-        Args:
-            temperature: divides the logits, as it did when the response was sampled.
-            taps: indices of layers whose outputs are returned (Hugging Face's `hidden_states[index + 1]`).
-            latents_only: stop after the last tap; neither the layers above nor the head run.
+        latents_only stops after the last tap: neither the layers above nor the head run.
         """
         latents: dict[int, Tensor] = {}
 
@@ -222,8 +206,6 @@ def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool 
 
 
 # ---- Flow reward (paper: flow reward shaping)
-
-
 def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1], or [-1, 1] if bilateral; zero outside mask.
 
@@ -257,8 +239,6 @@ def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilate
 
 
 # ---- Advantages
-
-
 def varied_groups(reward: Tensor, group_size: int) -> Tensor:
     """Return which groups (N,) of reward (B,) hold different rewards; the others have nothing to teach."""
     groups = reward.view(-1, group_size)
@@ -305,8 +285,6 @@ def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---- Losses
-
-
 def token_weights(mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int) -> Tensor:  # fmt: skip
     """Return the weight (B, T) of each token in the loss of a whole optimiser step.
 
@@ -381,15 +359,12 @@ def online_flow_weights(
 
 
 # ---- Optimisation
-
-
 def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
     """Return the rate of a step: linear warm-up over a fraction of the steps, then a cosine to floor * peak."""
     n_warmup = math.ceil(warmup * total)
-    if step < n_warmup:
-        return peak * (step + 1) / n_warmup
     progress = (step - n_warmup) / max(1, total - n_warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * ((step + 1) / n_warmup if step < n_warmup else cosine)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float, denominator: float = 1.0) -> float:

@@ -27,8 +27,6 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 
 
 # ---- Models and problems
-
-
 def short_name(model: str) -> str:
     """Return the last part of a path or hub id, which names run folders."""
     return model.rstrip("/").split("/")[-1]
@@ -159,8 +157,6 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
 
 
 # ---- Engines
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How to sample."""

@@ -55,10 +55,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 1e6
-        raise OSError(
-            f"could not write {folder} ({free:.0f} MB free there): {error}. What was saved before is whole; make room, then --resume"
-        ) from error
+        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free there"
+        hint = "what was saved before is whole; make room, then --resume"
+        raise OSError(f"could not write {folder} ({room}): {error}; {hint}") from error
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -68,19 +67,19 @@ def written_whole(folder: Path) -> Iterator[Path]:
 class Run:
     """One run's folder. Nothing is written before begin()."""
 
-    FREE = ("resume", "folder", "keep", "track", "eval_every", "save_every")  # settings that may change at a resume
+    FREE = {"resume", "folder", "keep", "track", "eval_every", "save_every"}  # settings that may change at a resume
 
     def __init__(self, config, default_name: str):
         self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
         self.folder, number = Path(config.resume or config.folder or f"runs/{default_name}"), 1
         if config.resume:
             stored = self.stored_config(config.resume)
-            differ = [k for k in sorted(stored | self.settings) if k not in self.FREE and stored.get(k) != self.settings.get(k)]
-            for name in differ:
-                raise ValueError(
-                    f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
-                    f"{self.settings.get(name)!r}; give the same settings, or start a new run"
-                )
+            for name in sorted((stored | self.settings).keys() - self.FREE):
+                if stored.get(name) != self.settings.get(name):
+                    raise ValueError(
+                        f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
+                        f"{self.settings.get(name)!r}; give the same settings, or start a new run"
+                    )
         elif config.folder and (self.folder / "config.json").exists():
             raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
         while not config.resume and (self.folder / "config.json").exists():

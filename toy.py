@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import tyro
 from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -53,10 +54,10 @@ class World:
         return str(Path(self.folder) / name)
 
 
-def make_problem(rng: random.Random, n_operations: int | None = None) -> str:
+def make_problem(rng: random.Random) -> str:
     """A chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
-    n_operations = n_operations or rng.choice(list(HASTY))
-    return f"{rng.randint(0, 9)}" + "".join(f" {rng.choice('+-*')}{rng.randint(2, 9)}" for _ in range(n_operations)) + ">"
+    operations = [f" {rng.choice('+-*')}{rng.randint(2, 9)}" for _ in range(rng.choice(list(HASTY)))]
+    return f"{rng.randint(0, 9)}" + "".join(operations) + ">"
 
 
 def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -> tuple[str, str]:
@@ -76,9 +77,8 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
 
 def demonstrate(rng: random.Random, forbidden: set[str]) -> tuple[str, str]:
     """A problem outside `forbidden` and an imperfect solution of it."""
-    problem = make_problem(rng)
-    while problem in forbidden:
-        problem = make_problem(rng)
+    while (problem := make_problem(rng)) in forbidden:
+        pass
     return problem, solve(problem, rng, hasty=rng.random() < HASTY[problem.count(" ")])[0]
 
 
@@ -114,10 +114,10 @@ def train_base(world: World, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer,
     for _ in bar:
         pairs = [demonstrate(rng, forbidden) for _ in range(world.batch_size)]
         rows = [(tokenizer.encode(p), tokenizer.encode(s) + [tokenizer.eos_token_id]) for p, s in pairs]
-        width = max(len(p) + len(s) for p, s in rows)
-        ids = torch.tensor([p + s + [tokenizer.pad_token_id] * (width - len(p) - len(s)) for p, s in rows])
-        labels = torch.tensor([[-100] * len(p) + s + [-100] * (width - len(p) - len(s)) for p, s in rows])
-        loss = model(input_ids=ids, labels=labels).loss  # right-padded: causal attention never looks at the padding
+        # right-padded: causal attention never looks at the padding
+        ids = pad_sequence([torch.tensor(p + s) for p, s in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad_sequence([torch.tensor([-100] * len(p) + s) for p, s in rows], batch_first=True, padding_value=-100)
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

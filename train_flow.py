@@ -64,24 +64,20 @@ def load_solutions(config: Config, tokenizer, model_type: str) -> list[tuple[lis
     texts = [row[config.problem_column] for row in rows]
     prompts = rollout.make_prompts(texts, tokenizer, config.template, config.max_prompt_tokens, model_type)
     solutions = tokenizer([row[config.solution_column] for row in rows], add_special_tokens=False)["input_ids"]
-    pairs = zip(prompts, solutions, strict=True)
-    return [(prompt, (solution + [tokenizer.eos_token_id])[: config.cutoff - len(prompt)]) for prompt, solution in pairs]
+    solutions = [solution + [tokenizer.eos_token_id] for solution in solutions]
+    return [(prompt, solution[: config.cutoff - len(prompt)]) for prompt, solution in zip(prompts, solutions, strict=True)]
 
 
 def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
     check_positive(config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm")
     if config.model == "toy":
-        world = toy.make()
-        path, config = world.path("model"), with_defaults(config, data=world.path("expert.jsonl"))
-    else:
-        path = rollout.resolve_model(config.model)
+        config = with_defaults(config, data=toy.make().path("expert.jsonl"))
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
     if config.data is None:
         raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
     if config.cutoff <= config.max_prompt_tokens:
-        raise ValueError(
-            f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise --cutoff"
-        )
+        raise ValueError(f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise it")
     model_config, n_parameters = rlfr.model_facts(path, config.trust_remote_code)
     large = n_parameters > 5e9
     return with_defaults(config, flow_blocks=6 if large else 4, noise_repeats=2 if large else 4), path, model_config
@@ -111,8 +107,7 @@ def main(config: Config) -> None:
     print(config)
     print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, run folder {run.folder}")
 
-    bar = tqdm(range(start, total_steps), initial=start, total=total_steps, desc="flow", unit="step")
-    for step in bar:
+    for step in tqdm(range(start, total_steps), initial=start, total=total_steps, desc="flow", unit="step"):
         began = time.perf_counter()
         # ---- The step's solutions
         epoch, place = divmod(step, steps_per_epoch)
@@ -135,14 +130,13 @@ def main(config: Config) -> None:
         # ---- Update
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, floor=0.0)
         grad_norm = rlfr.optimizer_step(optimizer, lr, config.clip_norm, denominator=n_rows)
-        metrics = {"loss": loss_sum / n_rows, "grad_norm": grad_norm, "lr": lr, "epoch": epoch, "rows": n_rows}
-        metrics["time/step"] = time.perf_counter() - began
 
         # ---- Log and save
+        metrics = {"loss": loss_sum / n_rows, "grad_norm": grad_norm, "lr": lr, "epoch": epoch, "rows": n_rows}
+        metrics["time/step"] = time.perf_counter() - began
         run.log(step + 1, metrics)
-        tqdm.write(
-            f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {metrics['time/step']:.2f} s"
-        )
+        times = f"lr {lr:.2e}  {metrics['time/step']:.2f} s"
+        tqdm.write(f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  {times}")
         if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
             run.save(step + 1, {"flow": flow.state_dict(), "optimizer": optimizer.state_dict()})
     fl.save_flow(flow, run.folder / "flow")

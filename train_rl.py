@@ -110,18 +110,14 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    check_positive(
-        config, "prompts", "group_size", "train_batch", "epochs", "steps", "max_tokens", "max_prompt_tokens", "temperature",
-        "max_rounds", "grader_deadline", "flow_top_k", "flow_power", "lr", "flow_lr", "clip_norm", "tokens_per_micro_batch",
-        "eval_samples", "save_every", "keep", "mismatch_cap",
-    )  # fmt: skip
+    positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
+        flow_top_k flow_power lr flow_lr clip_norm tokens_per_micro_batch eval_samples save_every keep mismatch_cap"""
+    check_positive(config, *positive.split())
     if config.group_size == 1 and config.baseline != "reinforce":
         raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
     if config.episodes % config.train_batch:
-        product = f"{config.prompts} * {config.group_size} = {config.episodes}"
-        raise ValueError(
-            f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of {config.episodes}"
-        )
+        product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.episodes}"
+        raise ValueError(f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it")
     for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
         if not 0 <= (getattr(config, name) or 0) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} is outside [0, 1]")
@@ -135,14 +131,12 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
     if config.model == "toy":
         world = toy.make()
-        path = world.path("model")
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
         if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow").exists():
             begun = Path(flow_folder, "config.json").exists()
             arguments = ["--resume", flow_folder] if begun else ["--model", "toy", "--folder", flow_folder]
             subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True)
-    else:
-        path = rollout.resolve_model(config.model)
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
@@ -154,8 +148,6 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
 
 
 # ---- The phases of a step
-
-
 def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:  # fmt: skip
     """Sample G responses for N problems from the cursor on and have them graded in the background.
 
@@ -228,20 +220,18 @@ def score(policy, reference, flow, episodes, verdicts: Future, config: Config, s
                 out.ref_logp[here] = reference(batch, config.temperature).logp
         if not flow:
             continue
-        rows_of_flow = fl.pair(
-            flow.config, latents, [tap / policy.n_layers for tap in taps], batch.attention_mask, batch.targets
-        )
+        depths = [tap / policy.n_layers for tap in taps]
+        rows_of_flow = fl.pair(flow.config, latents, depths, batch.attention_mask, batch.targets)
         keys = [("flow noise", config.seed, step, i) for i in rows]
         noise, z = fl.draw(flow.config, keys, mask.sum(dim=1).tolist(), rlfr.DEVICE)
         weight = None
         if not config.freeze_flow:  # the first micro-batch waits for the verdicts, while the accelerator works
             everyone = config.flow_accept == "all"
             accepted = torch.tensor([everyone or verdict.correct for verdict in verdicts.result()], device=mask.device)
-            entropy = None if config.flow_entropy_quantile is None else out.entropy[here]
-            token_weight, row_weight = rlfr.online_flow_weights(
-                mask, accepted[rows], entropy, config.flow_entropy_quantile, config.flow_soft
-            )
-            total = torch.where(accepted, 1.0, config.flow_soft).sum().clamp(min=1e-9)
+            quantile, soft = config.flow_entropy_quantile, config.flow_soft
+            entropy = None if quantile is None else out.entropy[here]
+            token_weight, row_weight = rlfr.online_flow_weights(mask, accepted[rows], entropy, quantile, soft)
+            total = torch.where(accepted, 1.0, soft).sum().clamp(min=1e-9)
             weight = (token_weight * row_weight[:, None] / total)[mask]
         learn_at = z if config.flow_times == "random" else None
         token_score, token_loss = fl.score_and_learn(flow, rows_of_flow, noise, config.reward_times, weight, learn_at)
@@ -312,11 +302,9 @@ def main(config: Config) -> None:
     problems = rollout.load_problems(config.data, *reading)
     held_out = rollout.load_problems(config.eval_data, *reading) if config.eval_data else []
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
-    flow, learners = None, {}
+    flow, dim = None, model_config.get_text_config().hidden_size
     if config.shaping == "flow":
-        flow = fl.load_flow(
-            config.flow, model_config.get_text_config().hidden_size, contexts=config.contexts, percentiles=config.percentiles
-        ).to(rlfr.DEVICE)
+        flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles).to(rlfr.DEVICE)
     policy = rlfr.load_policy(path, config.trust_remote_code, config.gradient_checkpointing)
     reference = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
     engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
@@ -325,16 +313,18 @@ def main(config: Config) -> None:
     if flow and not config.freeze_flow:
         flow_optimizer = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
         learners |= {"flow": flow, "flow_optimizer": flow_optimizer}
-    total_steps = config.steps or config.epochs * len(problems) // config.prompts
+    if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
+        raise ValueError(
+            f"{len(problems)} problems in {config.epochs} epochs do not fill a step of {config.prompts}; lower --prompts"
+        )
     start, cursor = 0, 0
     if state := run.begin():
         start, cursor = state["step"], state["cursor"]
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
     print(config)
-    print(
-        f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes, {rlfr.DEVICE}, run folder {run.folder}"
-    )
+    sizes = f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes"
+    print(f"{sizes}, on {rlfr.DEVICE}, run folder {run.folder}")
 
     def sync() -> None:
         engine.wake()
@@ -370,9 +360,8 @@ def main(config: Config) -> None:
 
         # ---- 4. Shape and advantage
         advantage, shaping_metrics = shape_advantage(scores, reward, config)
-        weight, mismatch = rlfr.importance_weights(
-            scores.old_logp, scores.sampled_logp, scores.mask, config.mismatch, config.mismatch_cap
-        )
+        correction = (config.mismatch, config.mismatch_cap)
+        weight, mismatch = rlfr.importance_weights(scores.old_logp, scores.sampled_logp, scores.mask, *correction)
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
