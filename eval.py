@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from transformers import AutoTokenizer
 
 import rlfr
 import rollout
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
     check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
     path = rollout.resolve_model(config.model)
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
-    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     columns = (config.problem_column, config.answer_column)
     reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
     problems = rollout.load_problems(config.data, *reading)

@@ -311,33 +311,27 @@ def load_flow(path: str | Path, dim: int, **expected) -> Flow:
         raise ValueError(f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first")
     where = f"the flow {found[0]}"
     expected = {"dim": dim} | {name: as_tuple(value) for name, value in expected.items() if value is not None}
-    state, config = (read_official if found[0].suffix == ".bin" else read_native)(found[0], expected)
-    flow = Flow(config)
-    shapes, got = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (flow.state_dict(), state))
+    if found[0].suffix == ".bin":
+        state, config = read_official(found[0], expected)
+    else:
+        with safe_open(found[0], "pt") as file:
+            if not (saved := (file.metadata() or {}).get("config")):
+                raise ValueError(f"{where} holds no configuration; expected a file written by train_flow.py")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        config = FlowConfig(**{name: as_tuple(value) for name, value in json.loads(saved).items()})
     for name, value in expected.items():
         if getattr(config, name) != value:
+            shape, blocks = tuple(state["model.input_proj.weight"].shape), config.n_blocks
             raise ValueError(
-                f"{where} has {name}={getattr(config, name)} (input {got['model.input_proj.weight']}, {config.n_blocks} blocks, "
-                f"contexts {config.contexts}), expected {name}={value}: train one that fits with train_flow.py"
+                f"{where} has {name}={getattr(config, name)} (input {shape}, {blocks} blocks, contexts {config.contexts}), "
+                f"expected {name}={value}: train one that fits with train_flow.py"
             )
-    if missing := sorted(shapes.keys() - got.keys()):
-        raise ValueError(f"{where} lacks {len(missing)} of {len(shapes)} tensors, as {missing[:3]}: of another network")
-    if extra := sorted(got.keys() - shapes.keys()):
-        raise ValueError(f"{where} has {len(extra)} tensors too many, as {extra[:3]}: of another network")
-    if wrong := [name for name in shapes if shapes[name] != got[name]]:
-        raise ValueError(f"{where} has {wrong[0]} of shape {got[wrong[0]]}, expected {shapes[wrong[0]]}")
-    flow.load_state_dict(state)
+    flow = Flow(config)
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:  # names missing and extra keys, and both shapes where they differ
+        raise ValueError(f"{where} is cut, or of another network: {error}") from error
     return flow
-
-
-def read_native(path: Path, _expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:
-    """Read a `flow.safetensors`: its tensors and its configuration."""
-    with safe_open(path, "pt") as file:
-        saved = json.loads((file.metadata() or {}).get("config", "null"))
-        if saved is None:
-            raise ValueError(f"{path} holds no flow configuration; expected a file written by train_flow.py")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return state, FlowConfig(**{name: as_tuple(value) for name, value in saved.items()})
 
 
 def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:

@@ -10,7 +10,6 @@ which fail in threads, so the parent keeps the deadline, kills a worker that mis
     python rewards.py '\\frac{1}{2}' '0.5'        prints whether the prediction equals the gold
 """
 
-import atexit
 import importlib.util
 import json
 import os
@@ -22,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -184,7 +184,7 @@ class Worker:
 
 
 # ---- Rewards
-class Grader:
+class Grader(AbstractContextManager):
     """Rewards for episodes, in order, from worker processes; use it as a context manager or call close().
 
     `reward` is binary, official, or a Python file with `reward(problem, response) -> float`. An answer that takes longer
@@ -200,10 +200,6 @@ class Grader:
         for worker in self.workers:
             self.idle.put(worker)
         self.threads, self.batches = ThreadPoolExecutor(n_workers), ThreadPoolExecutor(1)
-        atexit.register(self.close)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -214,7 +210,6 @@ class Grader:
         self.threads.shutdown()
         for worker in self.workers:
             worker.stop()
-        atexit.unregister(self.close)
 
     def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
         """Return whether a prediction equals the gold, or any of a list of golds."""

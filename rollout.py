@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 TEMPLATES = {  # one a family, the same for the offline start, training and evaluation
@@ -27,11 +27,6 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 
 
 # ---- Models and problems
-def short_name(model: str) -> str:
-    """Return the last part of a path or hub id, which names run folders."""
-    return model.rstrip("/").split("/")[-1]
-
-
 def resolve_model(name: str) -> str:
     """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
     path = name
@@ -148,14 +143,6 @@ def load_problems(
     return problems
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """Load a model's tokenizer; one without a padding token pads with EOS (padding is masked everywhere)."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 # ---- Engines
 @dataclass(frozen=True)
 class Sampling:
@@ -239,7 +226,7 @@ class TorchEngine:
         """Sample one batch: left-padded prompts, one prefill a prompt, rows leave the cache when they have finished."""
         n, limit = sampling.n, sampling.max_tokens
         width = max(len(p) for p in prompts)
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         # one uniform number a token, from the row's own seed: the batch has no say in what a row samples
         generators = [torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)]

@@ -75,13 +75,6 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
     return (box if hasty else ",".join(steps) + ". " + box), str(value)
 
 
-def demonstrate(rng: random.Random, forbidden: set[str]) -> tuple[str, str]:
-    """A problem outside `forbidden` and an imperfect solution of it."""
-    while (problem := make_problem(rng)) in forbidden:
-        pass
-    return problem, solve(problem, rng, hasty=rng.random() < HASTY[problem.count(" ")])[0]
-
-
 def make_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE without merges: 256 bytes and the special tokens, in the Qwen2 format that every loader reads."""
     vocab = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
@@ -112,8 +105,9 @@ def train_base(world: World, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer,
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, world.lr, total_steps=world.steps, pct_start=0.1)
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for _ in bar:
-        pairs = [demonstrate(rng, forbidden) for _ in range(world.batch_size)]
-        rows = [(tokenizer.encode(p), tokenizer.encode(s) + [tokenizer.eos_token_id]) for p, s in pairs]
+        problems = [p for p in (make_problem(rng) for _ in range(2 * world.batch_size)) if p not in forbidden]
+        solutions = [solve(p, rng, hasty=rng.random() < HASTY[p.count(" ")])[0] + EOS for p in problems[: world.batch_size]]
+        rows = [(tokenizer.encode(p), tokenizer.encode(s)) for p, s in zip(problems, solutions, strict=False)]
         # right-padded: causal attention never looks at the padding
         ids = pad_sequence([torch.tensor(p + s) for p, s in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
         labels = pad_sequence([torch.tensor([-100] * len(p) + s) for p, s in rows], batch_first=True, padding_value=-100)

@@ -10,11 +10,12 @@ latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 import flow as fl
 import rlfr
@@ -32,9 +33,7 @@ class Config:
     split: str = "train"  # Split of a hub data set
     problem_column: str = "problem"  # Column with the problem's text
     solution_column: str = "solution"  # Column with the solution's text
-    template: str = (
-        "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}; use the same one in training
-    )
+    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
     max_prompt_tokens: int = 1024  # Longest prompt accepted
     cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
     contexts: tuple[str, ...] = ("previous",)  # Context modes: previous, next, self
@@ -88,9 +87,9 @@ def main(config: Config) -> None:
     # ---- What there is: solutions, policy, flow
     config, path, model_config = resolve(config)
     dim, n_layers = (getattr(model_config.get_text_config(), name) for name in ("hidden_size", "num_hidden_layers"))
-    run = Run(config, f"flow-{rollout.short_name(config.model)}")
+    run = Run(config, f"flow-{Path(config.model).name}")
     flow_config = fl.FlowConfig(dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
-    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     solutions = load_solutions(config, tokenizer, model_config.model_type)
     policy = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False)
     taps = rlfr.tap_layers(n_layers, config.percentiles)

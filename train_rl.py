@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 import flow as fl
 import rlfr
@@ -128,7 +128,7 @@ def check(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
     check(config)
-    flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
+    flow_folder = f"runs/flow-{Path(config.model).name}"
     if config.model == "toy":
         world = toy.make()
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
@@ -295,11 +295,15 @@ def main(config: Config) -> None:
     """Train a policy."""
     # ---- What there is: problems, policy, flow, engine, grader
     config, path, model_config = resolve(config)
-    run = Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
-    tokenizer = rollout.load_tokenizer(path, config.trust_remote_code)
+    run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     columns = (config.problem_column, config.answer_column)
     reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
     problems = rollout.load_problems(config.data, *reading)
+    if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
+        raise ValueError(
+            f"{len(problems)} problems in {config.epochs} epochs do not fill a step of {config.prompts}; lower --prompts"
+        )
     held_out = rollout.load_problems(config.eval_data, *reading) if config.eval_data else []
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
     flow, dim = None, model_config.get_text_config().hidden_size
@@ -313,10 +317,6 @@ def main(config: Config) -> None:
     if flow and not config.freeze_flow:
         flow_optimizer = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
         learners |= {"flow": flow, "flow_optimizer": flow_optimizer}
-    if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
-        raise ValueError(
-            f"{len(problems)} problems in {config.epochs} epochs do not fill a step of {config.prompts}; lower --prompts"
-        )
     start, cursor = 0, 0
     if state := run.begin():
         start, cursor = state["step"], state["cursor"]

@@ -185,13 +185,13 @@ def test_broken_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="--contexts"):
         fl.load_flow(file, 8)
     torch.save({k: v for k, v in state.items() if "time_embed.mlp.0" not in k}, file)
-    with pytest.raises(ValueError, match=r"lacks 2 of \d+ tensors, as \['model.time_embed.mlp.0.bias'"):
+    with pytest.raises(ValueError, match="(?s)cut, or of another network.*Missing key.*model.time_embed.mlp.0.bias"):
         fl.load_flow(file, 8, contexts=("next",))
     torch.save(state | {"model.gate.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="1 tensors too many, as .*gate"):
+    with pytest.raises(ValueError, match="(?s)Unexpected key.*model.gate.weight"):
         fl.load_flow(file, 8, contexts=("next",))
     torch.save(state | {"model.final_layer.linear.bias": torch.zeros(3)}, file)
-    with pytest.raises(ValueError, match=r"linear.bias of shape \(3,\), expected \(8,\)"):
+    with pytest.raises(ValueError, match=r"(?s)linear.bias.*\[3\].*\[8\]"):
         fl.load_flow(file, 8, contexts=("next",))
 
 

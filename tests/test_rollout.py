@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import rollout
 from rollout import Sampling
@@ -12,7 +13,7 @@ from rollout import Sampling
 
 @pytest.fixture(scope="module")
 def tokenizer(world):
-    return rollout.load_tokenizer(world.path("model"))
+    return AutoTokenizer.from_pretrained(world.path("model"))
 
 
 @pytest.fixture(scope="module")

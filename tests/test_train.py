@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_lines
+from transformers import AutoTokenizer
 
 import eval as evaluation
 import flow as fl
@@ -327,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 def test_the_policy_is_exported_for_hugging_face(config, world):
     train_rl.main(replace(config, eval_data=world.path("test.jsonl"), eval_every=2, eval_samples=2))
     folder = Path(config.folder)
-    tokenizer = rollout.load_tokenizer(str(folder / "policy"))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
     problems = rollout.load_problems(world.path("test.jsonl"), tokenizer, "none", 64)
     engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
     state = torch.load(folder / "checkpoints" / "step-3" / "state.pt", weights_only=True)["policy"]
