@@ -12,34 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from transformers import AutoTokenizer
 
 import rlfr
 import rollout
+import toy
 from flow import keyed_seed
 from rewards import Grader
-from run import check_positive, written_whole
+from run import check_positive, parse_config, with_defaults, written_whole
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(rollout.Source):
     """Settings of an evaluation."""
 
-    model: str  # Model: a path, a hub id or a short name
-    data: str  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
-    split: str = "test"  # Split of a hub data set
-    problem_column: str = "problem"  # Column with the problem's text
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
     reward: str = "binary"  # Reward: binary, official, or a Python file with reward(problem, response)
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     top_p: float = 1.0  # Nucleus of the sampling
     max_tokens: int = 1024  # Longest response
-    max_prompt_tokens: int = 1024  # Longest prompt accepted
     out: str | None = None  # Folder for samples.jsonl and summary.json; by default only the table is printed
-    trust_remote_code: bool = False  # Run code that comes with the model
     seed: int = 0  # Seed of the sampling
 
 
@@ -88,12 +81,14 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main(config: Config) -> None:
     """Evaluate a model and print the table."""
     check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
-    path = rollout.resolve_model(config.model)
+    if config.model == "toy":
+        config = with_defaults(config, data=toy.make().path("test.jsonl"))
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
+    if config.data is None:
+        raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    columns = (config.problem_column, config.answer_column)
-    reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
-    problems = rollout.load_problems(config.data, *reading)
+    problems = rollout.load_problems(config.data, config, tokenizer, model_config.model_type)
     engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     with Grader(config.reward) as grader:
@@ -106,4 +101,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse_config(Config, {"toy": toy.EVALUATE}))

@@ -166,8 +166,8 @@ class Flow(nn.Module):
         self.config = config
         self.model = VelocityNet(config.dim, config.dim, config.width or config.dim, config.n_blocks)
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
-        return self.model(x_t, t, context, depth)
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return self.model(*arguments)
 
 
 # ---- From latents to rows of the flow, and back

@@ -5,9 +5,8 @@ official code, 0 / 0.5 / 1; or a Python file with `reward(problem, response) -> 
 
 Gold and prediction are both parsed as mathematics (the official code parses bare text: 51 of 500 MATH-500 answers then
 fail against themselves and `2` passes for `2\\pi`). math-verify runs in worker processes: its own timeouts are signals,
-which fail in threads, so the parent keeps the deadline, kills a worker that misses it and starts another.
-
-    python rewards.py '\\frac{1}{2}' '0.5'        prints whether the prediction equals the gold
+which fail in threads, so the parent keeps the deadline, kills a worker that misses it and starts another. A worker is
+`python rewards.py`, which reads pairs of gold and prediction from its standard input, one JSON list a line.
 """
 
 import importlib.util
@@ -67,8 +66,7 @@ REWRITES = [
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\(?:mathbf|mathrm|boldsymbol|bm|textbf|operatorname|mathit)\s*\{([^{}]*)\}", r"\1"),
     (r"^\\text\s*\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}", ""),  # \text{the answer is} 5
-    (r"\\(?:[!,;:> ]|quad|qquad)", " "),
-    (r"~", " "),
+    (r"\\(?:[!,;:> ]|quad|qquad)|~", " "),
     (r"(?<=\d)(?:\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?)+\s*$", ""),  # a unit behind a number
     (r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*$", ""),
     (r"(?<=\d)\s*\\?%\s*$", ""),
@@ -119,27 +117,19 @@ def compare(gold: str, prediction: str) -> bool | None:
     return abs(a - b) <= max(abs(a), abs(b)) / 1_000_000  # a ratio: tiny numbers are not equal because both are tiny
 
 
-def verify(gold: str, prediction: str) -> bool:
-    """Compare with math-verify. Runs in a worker; the parent keeps the time."""
-    import math_verify
-
-    parsed = [math_verify.parse(f"${normalise(text)}$", parsing_timeout=None) for text in (gold, prediction)]
-    return bool(parsed[0] and parsed[1] and math_verify.verify(*parsed, timeout_seconds=None))
-
-
 def serve() -> None:
-    """Answer (gold, prediction) lines with 0 or 1 lines until the parent goes."""
+    """Answer lines of [gold, prediction] with 0 or 1 until the parent goes; the parent keeps the time."""
     import resource
 
-    import math_verify  # noqa: F401 (loaded before the first deadline starts)
+    import math_verify
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(600)  # ends a worker that is lost in an expression after its parent was killed
-        gold, prediction = json.loads(line)
         try:
-            verdict = verify(gold, prediction)
+            gold, prediction = (math_verify.parse(f"${normalise(text)}$", parsing_timeout=None) for text in json.loads(line))
+            verdict = bool(gold and prediction and math_verify.verify(gold, prediction, timeout_seconds=None))
         except Exception:  # noqa: BLE001 — whatever a parser makes of hostile text, the answer is not verified
             verdict = False
         signal.alarm(0)
@@ -152,7 +142,7 @@ class Worker:
     process = None
 
     def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+        command = [sys.executable, str(Path(__file__).resolve())]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, **pipes)
         if self.reply(deadline=120) != b"ready\n":
@@ -265,10 +255,4 @@ def load_reward(path: str) -> Callable[[str, str], float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        serve()
-    elif len(sys.argv) == 3:
-        with Grader(n_workers=1) as grader:
-            print(grader.equal(sys.argv[1], sys.argv[2]))
-    else:
-        sys.exit("usage: python rewards.py GOLD PREDICTION")
+    serve()

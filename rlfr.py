@@ -136,7 +136,7 @@ class Scored(NamedTuple):
     """What one forward of the policy gives."""
 
     logp: Tensor | None  # (B, T) log-prob of each response token at the temperature
-    entropy: Tensor | None  # (B, T) entropy of the distribution that it was drawn from
+    entropy: Tensor | None  # (B, T) of the distribution that it was drawn from
     latents: list[Tensor]  # one (B, S, D) a tap
 
 
@@ -345,10 +345,9 @@ def online_flow_weights(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight tokens of the online flow loss by rejection sampling: sum_rows(b * sum(w*loss)/sum(w)) / sum(b).
 
-    Rows that are correct (B,) have b = 1, the others b = soft; None accepts all. Tokens whose entropy (B, T) reaches
-    their row's quantile have w = 1, the others w = soft; None accepts all of mask (B, T). The quantile is over
-    quantile_mask (B, T), by default mask (the official code includes padding).
-    Returns token weights w/sum(w), (B, T), and row weights b, (B,); the caller divides by the step's sum of b.
+    Correct rows (B,) have b = 1, others b = soft. Tokens whose entropy (B, T) reaches their row's quantile over
+    quantile_mask (default mask; the official code includes padding) have w = 1, others w = soft. None accepts all.
+    Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """
     rows = torch.ones(len(mask), device=mask.device) if correct is None else torch.where(correct, 1.0, soft)
     tokens = mask.float()

@@ -27,6 +27,19 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 
 
 # ---- Models and problems
+@dataclass(frozen=True)
+class Source:
+    """Settings that every script has: which model, which problems, how they become prompts."""
+
+    model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
+    data: str | None = None  # JSONL or Parquet file, save_to_disk folder or hub id
+    split: str = "train"  # Split of a hub data set
+    problem_column: str = "problem"  # Column with the problem's text
+    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
+    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    trust_remote_code: bool = False  # Run code that comes with the model
+
+
 def resolve_model(name: str) -> str:
     """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
     path = name
@@ -35,10 +48,8 @@ def resolve_model(name: str) -> str:
     try:
         AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {name!r}: {path!r} cannot be loaded ({str(error).splitlines()[0]}); expected a folder with config.json, "
-            "a hub id, a short name such as Qwen2.5-7B, or toy"
-        ) from error
+        reason, kinds = str(error).splitlines()[0], "a folder, a hub id, a short name such as Qwen2.5-7B, or toy"
+        raise ValueError(f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}") from error
     return path
 
 
@@ -56,7 +67,14 @@ def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list
 
     Raises ValueError: nothing there, no rows, a column missing, or a column with empty values.
     """
-    rows = read_jsonl(source) if source.endswith(".jsonl") and Path(source).is_file() else read_with_datasets(source, split)
+    if source.endswith(".jsonl") and Path(source).is_file():  # values of a column may differ in type: "2", ["2", "two"]
+        lines = [line for line in Path(source).read_text().splitlines() if line.strip()]
+        try:
+            rows = [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: {error.doc[:60]!r} is not JSON ({error}); expected one object a line") from error
+    else:
+        rows = read_with_datasets(source, split)
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
     for column in columns:
@@ -65,17 +83,6 @@ def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list
         if empty := [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]:
             where = f"{len(empty)} of {len(rows)} rows, first in row {empty[0]}"
             raise ValueError(f"column {column!r} of {source} is empty in {where}; fill or drop them")
-    return rows
-
-
-def read_jsonl(source: str) -> list[dict]:
-    """Read one object a line; values of a column may differ in type (an answer or a list of answers)."""
-    rows = []
-    for number, line in enumerate(Path(source).read_text().splitlines(), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}, line {number}: not JSON ({error}); expected one object a line") from error
     return rows
 
 
@@ -93,18 +100,17 @@ def read_with_datasets(source: str, split: str) -> list[dict]:
         else:
             data = datasets.load_dataset(source, split=split)
     except Exception as error:  # `datasets` raises its readers' errors unwrapped
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(
-            f"no data at {source!r} with split {split!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id"
-        ) from error
+        reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id") from error
     return data.to_list()
 
 
-def make_prompts(texts: Sequence[str], tokenizer, template: str, max_tokens: int, model_type: str = "") -> list[list[int]]:
-    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than max_tokens.
+def make_prompts(texts: Sequence[str], tokenizer, source: Source, model_type: str) -> list[list[int]]:
+    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than the limit.
 
-    template: `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
+    The template is `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
     """
+    template, limit = source.template, source.max_prompt_tokens
     if template == "auto":
         family = next((name for name in TEMPLATES if model_type.startswith(name)), None)
         template = family or ("chat" if tokenizer.chat_template else "none")
@@ -121,26 +127,21 @@ def make_prompts(texts: Sequence[str], tokenizer, template: str, max_tokens: int
             raise ValueError(f"template {template!r} has no {{problem}} in it; put it where the problem goes")
         prompts = [pattern.replace("{problem}", text) for text in texts]
     ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
-    if long := [i for i, row in enumerate(ids) if len(row) > max_tokens]:
-        example = f"row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
-        raise ValueError(
-            f"{len(long)} of {len(ids)} prompts are longer than {max_tokens} tokens, as {example}; raise --max-prompt-tokens or drop them"
-        )
+    if long := [i for i, row in enumerate(ids) if len(row) > limit]:
+        example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
+        what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"
+        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens or drop them")
     return ids
 
 
-def load_problems(
-    source: str, tokenizer, template: str, max_prompt_tokens: int, model_type: str = "", split: str = "train",
-    problem_column: str = "problem", answer_column: str = "answer",
-) -> list[Problem]:  # fmt: skip
+def load_problems(data: str, source: Source, tokenizer, model_type: str = "") -> list[Problem]:
     """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
-    rows = load_rows(source, (problem_column, answer_column), split)
-    prompts = make_prompts([row[problem_column] for row in rows], tokenizer, template, max_prompt_tokens, model_type)
-    problems = []
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        answer = row[answer_column] if isinstance(row[answer_column], list) else str(row[answer_column])
-        problems.append(Problem(str(row.get("id", i)), row[problem_column], answer, prompt))
-    return problems
+    rows = load_rows(data, (source.problem_column, source.answer_column), source.split)
+    texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
+    answers = [answer if isinstance(answer, list) else str(answer) for answer in answers]
+    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
+    prompts = make_prompts(texts, tokenizer, source, model_type)
+    return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, strict=True)]
 
 
 # ---- Engines
@@ -167,19 +168,13 @@ class Episode:
 
 
 class Engine(Protocol):
-    """Samples responses with the policy's weights."""
+    """Samples with the policy's weights: `generate` gives n consecutive episodes a prompt, child i with the prompt's seed + i;
+    `load_weights` takes new weights by Hugging Face parameter name; `sleep` frees the accelerator, `wake` takes it again."""
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
-        """Sample n responses a prompt, n consecutive episodes each; response i of a prompt has the seed of the prompt + i."""
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights by Hugging Face parameter name."""
-
-    def sleep(self) -> None:
-        """Free the accelerator."""
-
-    def wake(self) -> None:
-        """Be ready for load_weights and generate."""
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]: ...
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
 
 
 class TorchEngine:

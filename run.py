@@ -10,13 +10,26 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from flow import as_tuple
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that both trainings have: where a run is kept, and how it is followed."""
+
+    folder: str | None = None  # Run folder; by default one in runs/, named after the model
+    resume: str | None = None  # Run folder to go on with
+    save_every: int = 20  # Steps between checkpoints; the last step is always saved
+    keep: int = 2  # Checkpoints kept
+    track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
+    seed: int = 0  # Seed of initialisation, order, sampling and noise
 
 
 def parse_config(config_class, presets: dict[str, dict]):

@@ -31,6 +31,7 @@ TRAIN_RL = dict(
     model="toy", prompts=16, group_size=8, train_batch=128, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=120, flow_lr=1e-3,
     template="none", eval_samples=4, save_every=40, tokens_per_micro_batch=16384,
 )  # fmt: skip
+EVALUATE = dict(model="toy", template="none", max_tokens=96, max_prompt_tokens=64)
 TRAIN_FLOW = dict(model="toy", lr=2e-3, epochs=4, batch_size=32, noise_repeats=1, template="none", save_every=100)
 
 

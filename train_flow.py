@@ -11,7 +11,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -21,20 +20,14 @@ import flow as fl
 import rlfr
 import rollout
 import toy
-from run import Run, check_positive, parse_config, with_defaults
+from run import Run, RunConfig, check_positive, parse_config, with_defaults
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig, rollout.Source):
     """Settings of the offline start."""
 
-    model: str = "toy"  # Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: str | None = None  # Expert solutions: JSONL or Parquet file, save_to_disk folder or hub id
-    split: str = "train"  # Split of a hub data set
-    problem_column: str = "problem"  # Column with the problem's text
     solution_column: str = "solution"  # Column with the solution's text
-    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
-    max_prompt_tokens: int = 1024  # Longest prompt accepted
     cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
     contexts: tuple[str, ...] = ("previous",)  # Context modes: previous, next, self
     shift: int = 1  # Distance of the context's neighbour, in positions
@@ -48,23 +41,6 @@ class Config:
     weight_decay: float = 0.01  # AdamW weight decay
     clip_norm: float = 1.0  # Largest gradient norm
     tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
-    save_every: int = 100  # Steps between checkpoints; the last step is always saved
-    keep: int = 1  # Checkpoints kept
-    folder: str | None = None  # Run folder; by default runs/flow-MODEL
-    resume: str | None = None  # Run folder to go on with
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
-    trust_remote_code: bool = False  # Run code that comes with the model
-    seed: int = 0  # Seed of initialisation, order and noise
-
-
-def load_solutions(config: Config, tokenizer, model_type: str) -> list[tuple[list[int], list[int]]]:
-    """Return prompt and solution token ids of each row; a whole solution ends with EOS, a cut one does not."""
-    rows = rollout.load_rows(config.data, (config.problem_column, config.solution_column), config.split)
-    texts = [row[config.problem_column] for row in rows]
-    prompts = rollout.make_prompts(texts, tokenizer, config.template, config.max_prompt_tokens, model_type)
-    solutions = tokenizer([row[config.solution_column] for row in rows], add_special_tokens=False)["input_ids"]
-    solutions = [solution + [tokenizer.eos_token_id] for solution in solutions]
-    return [(prompt, solution[: config.cutoff - len(prompt)]) for prompt, solution in zip(prompts, solutions, strict=True)]
 
 
 def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
@@ -90,7 +66,12 @@ def main(config: Config) -> None:
     run = Run(config, f"flow-{Path(config.model).name}")
     flow_config = fl.FlowConfig(dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    solutions = load_solutions(config, tokenizer, model_config.model_type)
+    rows = rollout.load_rows(config.data, (config.problem_column, config.solution_column), config.split)
+    texts, solutions = ([row[column] for row in rows] for column in (config.problem_column, config.solution_column))
+    prompts = rollout.make_prompts(texts, tokenizer, config, model_config.model_type)
+    ids = tokenizer(solutions, add_special_tokens=False)["input_ids"]  # a whole solution ends with EOS, a cut one does not
+    room = [config.cutoff - len(prompt) for prompt in prompts]
+    solutions = [(p, (s + [tokenizer.eos_token_id])[:n]) for p, s, n in zip(prompts, ids, room, strict=True)]
     policy = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False)
     taps = rlfr.tap_layers(n_layers, config.percentiles)
     depths = [tap / n_layers for tap in taps]

@@ -29,21 +29,15 @@ import rollout
 import toy
 from eval import evaluate, table
 from rewards import Grader, Verdict
-from run import Run, check_positive, parse_config, with_defaults, written_whole
+from run import Run, RunConfig, check_positive, parse_config, with_defaults, written_whole
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig, rollout.Source):
     """Settings of a training run; None is filled in from the model."""
 
-    model: str = "toy"  # Policy: a path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: str | None = None  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
-    eval_data: str | None = None  # Held-out problems, evaluated before and after training and every `eval_every` steps
-    split: str = "train"  # Split of a hub data set
-    problem_column: str = "problem"  # Column with the problem's text
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
-    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    eval_data: str | None = None  # Held-out problems, evaluated before and after training and every `eval_every` steps
     prompts: int = 128  # N, prompts a step
     group_size: int = 8  # G, samples a prompt
     train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
@@ -94,13 +88,6 @@ class Config:
     tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
     eval_every: int = 0  # Steps between evaluations; 0: only before and after
     eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
-    save_every: int = 20  # Steps between checkpoints; the last step is always saved
-    keep: int = 2  # Checkpoints kept
-    folder: str | None = None  # Run folder; by default runs/rl-MODEL-SHAPING
-    resume: str | None = None  # Run folder to go on with
-    track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
-    trust_remote_code: bool = False  # Run code that comes with the model
-    seed: int = 0  # Seed of order, sampling and noise
 
     @property
     def episodes(self) -> int:
@@ -297,14 +284,13 @@ def main(config: Config) -> None:
     config, path, model_config = resolve(config)
     run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    columns = (config.problem_column, config.answer_column)
-    reading = (tokenizer, config.template, config.max_prompt_tokens, model_config.model_type, config.split, *columns)
-    problems = rollout.load_problems(config.data, *reading)
+    problems = rollout.load_problems(config.data, config, tokenizer, model_config.model_type)
     if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
-        raise ValueError(
-            f"{len(problems)} problems in {config.epochs} epochs do not fill a step of {config.prompts}; lower --prompts"
-        )
-    held_out = rollout.load_problems(config.eval_data, *reading) if config.eval_data else []
+        few = f"{len(problems)} problems in {config.epochs} epochs"
+        raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
+    held_out = []
+    if config.eval_data:
+        held_out = rollout.load_problems(config.eval_data, config, tokenizer, model_config.model_type)
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
     flow, dim = None, model_config.get_text_config().hidden_size
     if config.shaping == "flow":
@@ -332,8 +318,8 @@ def main(config: Config) -> None:
 
     def assess() -> dict[str, dict]:
         """Evaluate the engine's weights on the held-out problems."""
-        kinds = {"sampled": (config.eval_samples, config.temperature), "greedy": (1, 0.0)}
-        samplings = {kind: rollout.Sampling(*how, config.max_tokens) for kind, how in kinds.items()}
+        samplings = [("sampled", config.eval_samples, config.temperature), ("greedy", 1, 0.0)]
+        samplings = {kind: rollout.Sampling(n, temperature, config.max_tokens) for kind, n, temperature in samplings}
         return {kind: evaluate(engine, held_out, grader, sampling)[0] for kind, sampling in samplings.items()}
 
     summary_file = run.folder / "summary.json"
@@ -343,7 +329,7 @@ def main(config: Config) -> None:
         summary_file.write_text(json.dumps(summary, indent=1))
 
     for step in tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step"):
-        laps = [time.perf_counter()]
+        laps, grader.timeouts = [time.perf_counter()], 0
         # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
         sync()
         laps.append(time.perf_counter())
@@ -373,19 +359,12 @@ def main(config: Config) -> None:
         laps.append(time.perf_counter())
 
         # ---- 7. Log, evaluate, save
-        metrics = {
-            "reward": reward.mean().item(),
-            "correct": correct,
-            "varied_groups": rlfr.varied_groups(reward, config.group_size).float().mean().item(),
-            "length": scores.mask.sum(dim=1).float().mean().item(),
-            "truncated": sum(episode.finish_reason == "length" for episode in episodes) / len(episodes),
-            "entropy": scores.entropy[scores.mask].mean().item(),
-            "advantage_abs": advantage[scores.mask].abs().mean().item(),
-            "lr": lr,
-            "cursor": cursor,
-            "grader_timeouts": grader.timeouts,
-        }
-        metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
+        mask, n_truncated = scores.mask, sum(episode.finish_reason == "length" for episode in episodes)
+        metrics = {"reward": reward.mean().item(), "correct": correct, "lr": lr, "cursor": cursor}
+        metrics["varied_groups"] = rlfr.varied_groups(reward, config.group_size).float().mean().item()
+        metrics |= {"length": mask.sum(dim=1).float().mean().item(), "truncated": n_truncated / len(episodes)}
+        metrics |= {"entropy": scores.entropy[mask].mean().item(), "advantage_abs": advantage[mask].abs().mean().item()}
+        metrics |= {"grader_timeouts": grader.timeouts} | policy_metrics | shaping_metrics | flow_metrics | mismatch
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
             sync()
             metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}

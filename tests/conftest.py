@@ -11,8 +11,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from transformers import AutoTokenizer  # noqa: E402
+
+import eval as evaluation  # noqa: E402
 import flow as fl  # noqa: E402
 import rlfr  # noqa: E402
+import rollout  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -47,3 +51,9 @@ def policy(world) -> rlfr.Policy:
 def read_lines(path) -> list[dict]:
     """Read a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def load_problems(file: str) -> list[rollout.Problem]:
+    """Load problems of the small world."""
+    config = evaluation.Config(template="none", max_prompt_tokens=64)
+    return rollout.load_problems(file, config, AutoTokenizer.from_pretrained(str(Path(file).with_name("model"))))

@@ -5,8 +5,10 @@ import json
 import datasets
 import pytest
 import torch
+from conftest import load_problems
 from transformers import AutoTokenizer
 
+import eval as evaluation
 import rollout
 from rollout import Sampling
 
@@ -23,7 +25,7 @@ def engine(world, tokenizer):
 
 @pytest.fixture(scope="module")
 def prompts(world, tokenizer):
-    return [problem.prompt_ids for problem in rollout.load_problems(world.path("test.jsonl"), tokenizer, "none", 64)]
+    return [problem.prompt_ids for problem in load_problems(world.path("test.jsonl"))]
 
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
@@ -49,7 +51,8 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
 def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     file = tmp_path / "data.jsonl"
     file.write_text('{"q": "a", "gold": ["1", "2"]}\n{"q": "b", "gold": 3}\n')
-    problems = rollout.load_problems(str(file), tokenizer, "none", 9, problem_column="q", answer_column="gold")
+    config = evaluation.Config(template="none", problem_column="q", answer_column="gold")
+    problems = rollout.load_problems(str(file), config, tokenizer)
     assert [problem.answer for problem in problems] == [["1", "2"], "3"]
 
 
@@ -57,7 +60,7 @@ def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     ("content", "words"),
     [
         ("", "holds no rows; expected at least one problem"),
-        ('{"problem": "a", "answer": "1"}\nnot json\n', "line 2: not JSON .* expected one object a line"),
+        ('{"problem": "a", "answer": "1"}\nnot json\n', "'not json' is not JSON .* expected one object a line"),
         (
             '{"question": "a", "answer": "1"}\n',
             r"no column 'problem', only \['answer', 'question'\]; name it with a --…-column",
@@ -89,12 +92,12 @@ def test_long_prompts_are_counted(tokenizer):
     with pytest.raises(
         ValueError, match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens"
     ):
-        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, "none", 4)
+        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, rollout.Source(template="none", max_prompt_tokens=4), "")
 
 
 def test_templates(tokenizer, tmp_path):
-    def text(template, **options):
-        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, template, 400, **options)[0])
+    def text(template, model_type=""):
+        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, rollout.Source(template=template), model_type)[0])
 
     assert text("none") == "1+1?"
     assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith("<|im_start|>assistant\n")

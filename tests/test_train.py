@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines
+from conftest import load_problems, read_lines
 from transformers import AutoTokenizer
 
 import eval as evaluation
@@ -329,7 +329,7 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
     train_rl.main(replace(config, eval_data=world.path("test.jsonl"), eval_every=2, eval_samples=2))
     folder = Path(config.folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
-    problems = rollout.load_problems(world.path("test.jsonl"), tokenizer, "none", 64)
+    problems = load_problems(world.path("test.jsonl"))
     engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
     state = torch.load(folder / "checkpoints" / "step-3" / "state.pt", weights_only=True)["policy"]
     assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in engine.model.state_dict().items())
@@ -343,7 +343,7 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
     assert "eval/greedy" in read_lines(folder / "metrics.jsonl")[1]
     evaluation.main(
         evaluation.Config(
-            str(folder / "policy"), world.path("test.jsonl"), template="none", max_tokens=16, out=str(folder / "e")
+            model=str(folder / "policy"), data=world.path("test.jsonl"), template="none", max_tokens=16, out=str(folder / "e")
         )
     )
     assert len(read_lines(folder / "e" / "samples.jsonl")) == 16
