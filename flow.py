@@ -19,8 +19,7 @@ Equations, each with its function:
     score = mean over T_r of t/(1-t) * delta(t), then over taps              deviation_score, score_and_learn
 
 Departures from the official code: each time has its own weight (there the last one's serves all); the context mode is
-stored with the flow; noise is keyed by (seed, step, episode), so that scores can be reproduced and do not depend on the
-batch; a checkpoint that does not fit stops the run. Official `flow_model.bin` files load unchanged.
+stored with the flow; noise is keyed by (seed, step, episode), so that scores repeat and do not depend on the batch.
 """
 
 import hashlib

@@ -4,9 +4,8 @@ A verdict is (reward, correct). Reward sets: `binary` 1 for a right boxed answer
 official code, 0 / 0.5 / 1; or a Python file with `reward(problem, response) -> float`, correct from 1 on.
 
 Gold and prediction are both parsed as mathematics (the official code parses bare text: 51 of 500 MATH-500 answers then
-fail against themselves and `2` passes for `2\\pi`). math-verify runs in worker processes: its own timeouts are signals,
-which fail in threads, so the parent keeps the deadline, kills a worker that misses it and starts another. A worker is
-`python rewards.py`, which reads pairs of gold and prediction from its standard input, one JSON list a line.
+fail against themselves and `2` passes for `2\\pi`). math-verify runs in worker processes, `python rewards.py`: its own
+timeouts are signals, which fail in threads, so the parent keeps the deadline, kills a worker that misses it, starts another.
 """
 
 import importlib.util

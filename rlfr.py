@@ -14,9 +14,8 @@ Shapes as in flow.py. Equations, each with its function:
     weights pi_train/pi_sampler, truncated or masked                         importance_weights
     rejection sampling for the online flow update                            online_flow_weights
 
-Departures from the official code: masked minimum (there the second-smallest distinct value; full rows go negative and
-constant rows give NaN); a group of equal rewards has advantage 0 (there up to -0.83 from rounding); one denominator for
-a whole optimiser step (there a mean of micro-batch means); taps are return values (there hooks with lasting state).
+Departures from the official code: masked minimum (there the second-smallest value, NaN for constant rows); equal rewards
+have advantage 0 (there -0.83 from rounding); one denominator an optimiser step (there a mean of micro-batch means).
 """
 
 import math

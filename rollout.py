@@ -115,8 +115,6 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, model_type: st
         family = next((name for name in TEMPLATES if model_type.startswith(name)), None)
         template = family or ("chat" if tokenizer.chat_template else "none")
     if template == "chat":
-        if not tokenizer.chat_template:
-            raise ValueError("template 'chat': this tokenizer has no chat template; choose qwen, llama, none or a file")
         chats = [[{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}] for text in texts]
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     else:
@@ -153,7 +151,6 @@ class Sampling:
     temperature: float = 1.0  # 0 is greedy
     max_tokens: int = 1024  # response tokens, EOS included
     top_p: float = 1.0
-    top_k: int = 0  # 0 keeps the whole vocabulary
 
 
 @dataclass
@@ -226,7 +223,6 @@ class TorchEngine:
         # one uniform number a token, from the row's own seed: the batch has no say in what a row samples
         generators = [torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)]
         uniform = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(self.device)
-
         cache, position = DynamicCache(config=self.model.config), mask.cumsum(dim=1) - 1
         state = {"attention_mask": mask, "position_ids": position.clamp(min=0), "past_key_values": cache}
         logits = self.model(ids, **state, logits_to_keep=1).logits[:, -1]
@@ -251,8 +247,7 @@ class TorchEngine:
             state = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
             logits = self.model(token[:, None], **state).logits[:, -1]
 
-        ended = torch.isin(tokens, self.ends)
-        length = torch.where(stopped, ended.int().argmax(dim=1) + 1, limit).tolist()
+        length = torch.where(stopped, torch.isin(tokens, self.ends).int().argmax(dim=1) + 1, limit).tolist()
         responses = [row[:end] for row, end in zip(tokens.tolist(), length, strict=True)]
         logps = [row[:end] for row, end in zip(logp.tolist(), length, strict=True)]
         reasons = ["stop" if stop else "length" for stop in stopped.tolist()]
@@ -266,9 +261,6 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
         token = logits.argmax(dim=-1)
         return token, logits.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
     logits = logits / sampling.temperature
-    if sampling.top_k > 0:
-        least = logits.topk(min(sampling.top_k, logits.shape[1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # mass of the likelier tokens

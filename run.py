@@ -57,9 +57,8 @@ def check_positive(config, *names: str) -> None:
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
-    temporary, old = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.old")
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -71,10 +70,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
         room = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free there"
         hint = "what was saved before is whole; make room, then --resume"
         raise OSError(f"could not write {folder} ({room}): {error}; {hint}") from error
-    if folder.exists():
-        folder.rename(old)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class Run:
@@ -88,11 +85,10 @@ class Run:
         if config.resume:
             stored = self.stored_config(config.resume)
             for name in sorted((stored | self.settings).keys() - self.FREE):
-                if stored.get(name) != self.settings.get(name):
-                    raise ValueError(
-                        f"--resume {self.folder}: that run has {name}={stored.get(name)!r}, this one asks for "
-                        f"{self.settings.get(name)!r}; give the same settings, or start a new run"
-                    )
+                was, now = stored.get(name), self.settings.get(name)
+                if was != now:
+                    reason = f"that run has {name}={was!r}, this one asks for {now!r}"
+                    raise ValueError(f"--resume {self.folder}: {reason}; give the same settings, or start a new run")
         elif config.folder and (self.folder / "config.json").exists():
             raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
         while not config.resume and (self.folder / "config.json").exists():
@@ -108,10 +104,10 @@ class Run:
 
     def begin(self) -> dict | None:
         """Make the folder, or go on in it: return the newest checkpoint, and cut metrics.jsonl back to its step."""
+        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
         if not self.config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(self.settings, indent=1))
-        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
         found = self.checkpoints()
         state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
         metrics = self.folder / "metrics.jsonl"
@@ -148,14 +144,14 @@ class Run:
 
 def open_tracker(kind: str, folder: Path, settings: dict):
     """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
-    if kind == "none":
-        return lambda metrics, step: None
     try:
         if kind == "wandb":
             import wandb
 
             wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
             return lambda metrics, step: wandb.log(metrics, step=step)
+        if kind == "none":
+            return lambda metrics, step: None
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(f"--track {kind}: {error}; run `pip install {kind}`") from error

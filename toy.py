@@ -20,7 +20,7 @@ import tyro
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}  # operations in a problem -> chance of a hasty solution
 SLIP = 0.02  # chance that a careful demonstrator gets a step wrong
@@ -94,9 +94,7 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return model
+    return Qwen2ForCausalLM(config)
 
 
 def train_base(world: World, model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, forbidden: set[str]) -> None:
@@ -133,15 +131,14 @@ def make(world: World = World()) -> World:
     problems = list(dict.fromkeys(make_problem(rng) for _ in range(2 * (world.n_train + world.n_test + world.n_expert))))
     test, rest = problems[: world.n_test], problems[world.n_test :]
     train, expert = rest[: world.n_train], rest[world.n_train : world.n_train + world.n_expert]
-
     making = folder.with_name(f"{folder.name}.making-{os.getpid()}")
     making.mkdir(parents=True, exist_ok=True)
     for name, part in {"train": train, "test": test, "expert": expert}.items():
         with open(making / f"{name}.jsonl", "w") as file:
             for i, problem in enumerate(part):
                 solution, answer = solve(problem)
-                row = {"id": f"{name}-{i}", "problem": problem, "answer": answer}
-                file.write(json.dumps(row | ({"solution": solution} if name == "expert" else {})) + "\n")
+                row = {"id": f"{name}-{i}", "problem": problem, "solution": solution, "answer": answer}
+                file.write(json.dumps(row) + "\n")
     with torch.random.fork_rng():
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer()

@@ -89,11 +89,6 @@ class Config(RunConfig, rollout.Source):
     eval_every: int = 0  # Steps between evaluations; 0: only before and after
     eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
 
-    @property
-    def episodes(self) -> int:
-        """B, episodes a step."""
-        return self.prompts * self.group_size
-
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
@@ -102,8 +97,8 @@ def check(config: Config) -> None:
     check_positive(config, *positive.split())
     if config.group_size == 1 and config.baseline != "reinforce":
         raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
-    if config.episodes % config.train_batch:
-        product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.episodes}"
+    if config.prompts * config.group_size % config.train_batch:
+        product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.prompts * config.group_size}"
         raise ValueError(f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it")
     for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
         if not 0 <= (getattr(config, name) or 0) <= 1:
@@ -153,18 +148,18 @@ def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[lis
 
     if not config.dynamic_sampling:
         return *sample(config.prompts), cursor + config.prompts
-    kept, dropped = [], []
+    kept, dropped, wanted = [], [], config.prompts * config.group_size
     for _ in range(config.max_rounds):
-        missing = config.prompts - len(kept) // config.group_size
+        missing = (wanted - len(kept)) // config.group_size
         episodes, verdicts = sample(missing)
         cursor += missing
         pairs = list(zip(episodes, verdicts.result(), strict=True))
         varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), config.group_size)
         for i, keep in enumerate(varied.tolist()):
             (kept if keep else dropped).extend(pairs[i * config.group_size : (i + 1) * config.group_size])
-        if len(kept) == config.episodes:
+        if len(kept) == wanted:
             break
-    episodes, verdicts = zip(*(kept + dropped)[: config.episodes], strict=True)
+    episodes, verdicts = zip(*(kept + dropped)[:wanted], strict=True)
     done: Future[list[Verdict]] = Future()
     done.set_result(list(verdicts))
     return list(episodes), done, cursor
@@ -288,9 +283,7 @@ def main(config: Config) -> None:
     if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
         few = f"{len(problems)} problems in {config.epochs} epochs"
         raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
-    held_out = []
-    if config.eval_data:
-        held_out = rollout.load_problems(config.eval_data, config, tokenizer, model_config.model_type)
+    held_out = rollout.load_problems(config.eval_data, config, tokenizer, model_config.model_type) if config.eval_data else []
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
     flow, dim = None, model_config.get_text_config().hidden_size
     if config.shaping == "flow":
@@ -309,7 +302,7 @@ def main(config: Config) -> None:
         for name, learner in learners.items():
             learner.load_state_dict(state[name])
     print(config)
-    sizes = f"{len(problems)} problems, {total_steps} steps of {config.episodes} episodes"
+    sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
     print(f"{sizes}, on {rlfr.DEVICE}, run folder {run.folder}")
 
     def sync() -> None:
