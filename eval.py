@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
     if config.model == "toy":
         config = with_defaults(config, data=toy.make().path("test.jsonl"))
-    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)

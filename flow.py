@@ -1,7 +1,6 @@
 """The flow environment: a velocity field of good latents, and how far a latent deviates from it.
 
 Notation (the same in every file):
-
     N prompts, G samples a prompt, B = N*G episodes; S prompt+response positions, T response positions
     L tapped layers, D hidden size, V vocabulary; C context modes, M target positions of a batch, P rows of the flow
     x_1 (…, D)      a latent: what a tapped decoder layer outputs at one position (data, t = 1)
@@ -11,7 +10,6 @@ Notation (the same in every file):
     depth (…)       tapped layer index / number of layers, in [0, 1)
 
 Equations, each with its function:
-
     x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                                  interpolate
     v(x_t, t, context, depth)                                                VelocityNet
     delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                      velocity_error

@@ -1,7 +1,6 @@
 """The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss.
 
 Shapes as in flow.py. Equations, each with its function:
-
     taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
     log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
     s' = (s - min)/(max - min) per response or group                         normalise

@@ -40,13 +40,13 @@ class Source:
     trust_remote_code: bool = False  # Run code that comes with the model
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, trust_remote_code: bool = False) -> str:
     """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
     path = name
     if not Path(name).is_dir() and "/" not in name:
         path = next((f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)), name)
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason, kinds = str(error).splitlines()[0], "a folder, a hub id, a short name such as Qwen2.5-7B, or toy"
         raise ValueError(f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}") from error

@@ -48,7 +48,7 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     check_positive(config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm")
     if config.model == "toy":
         config = with_defaults(config, data=toy.make().path("expert.jsonl"))
-    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
     if config.cutoff <= config.max_prompt_tokens:

@@ -118,7 +118,7 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
             begun = Path(flow_folder, "config.json").exists()
             arguments = ["--resume", flow_folder] if begun else ["--model", "toy", "--folder", flow_folder]
             subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True)
-    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model)
+    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
