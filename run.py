@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +83,8 @@ class Run:
     def __init__(self, config, default_name: str):
         self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
         self.folder, number = Path(config.resume or config.folder or f"runs/{default_name}"), 1
+        if config.track != "none" and find_spec(config.track) is None:
+            raise ValueError(f"track={config.track!r} is not installed; run `pip install {config.track}`, or leave --track out")
         if config.resume:
             stored = self.stored_config(config.resume)
             for name in sorted((stored | self.settings).keys() - self.FREE):
@@ -144,16 +147,14 @@ class Run:
 
 def open_tracker(kind: str, folder: Path, settings: dict):
     """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
-    try:
-        if kind == "wandb":
-            import wandb
+    if kind == "none":
+        return lambda metrics, step: None
+    if kind == "wandb":
+        import wandb
 
-            wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
-            return lambda metrics, step: wandb.log(metrics, step=step)
-        if kind == "none":
-            return lambda metrics, step: None
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"--track {kind}: {error}; run `pip install {kind}`") from error
+        wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
+        return lambda metrics, step: wandb.log(metrics, step=step)
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder / "tensorboard")
     return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]

@@ -84,6 +84,16 @@ def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
     assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=1e-5)
 
 
+def test_offline_start_and_training_share_the_prompts(flow_config, config, world, monkeypatch):
+    """Regression: the official templates differ between the two."""
+    made, make_prompts = [], rollout.make_prompts
+    monkeypatch.setattr(rollout, "make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1])
+    template = {"template": "auto", "max_prompt_tokens": 300}
+    train_flow.main(replace(flow_config, epochs=1, **template))
+    train_rl.main(replace(config, data=world.path("expert.jsonl"), steps=1, **template))
+    assert made[0] == made[1] and len(made[0][0]) > 80, "the family's template, not the bare problem"
+
+
 # ---- D. One RL step
 
 
@@ -388,6 +398,7 @@ def test_tensorboard(config):
         ({"percentiles": (0.5,)}, r"percentiles=\(0.25, 0.5, 0.75\).*expected percentiles=\(0.5,\)"),
         ({"answer_column": "gold"}, "no column 'gold'"),
         ({"max_prompt_tokens": 3}, "64 of 64 prompts are longer than 3 tokens"),
+        ({"track": "no_such_tracker"}, "track='no_such_tracker' is not installed; run `pip install no_such_tracker`"),
         ({"reward": "bleu"}, "reward 'bleu': neither binary, official nor a Python file"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
