@@ -104,7 +104,7 @@ class TokenLogProbs(torch.autograd.Function):
             z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
             lse[rows] = z.logsumexp(dim=-1)
             logp[rows] = z.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-            entropy[rows] = lse[rows] - (z.softmax(dim=-1) * z).sum(dim=-1)
+            entropy[rows] = lse[rows] - torch.linalg.vecdot((z - lse[rows, None]).exp_(), z)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.scaling = temperature, softcap
         return logp, entropy
@@ -117,16 +117,14 @@ class TokenLogProbs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, CHUNK_LOGITS // len(weight))):
             z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
-            log_p = z - lse[rows, None]
-            d = log_p.exp() * (-g_logp[rows, None] - g_entropy[rows, None] * (log_p + entropy[rows, None]))
-            d.scatter_add_(1, targets[rows, None], g_logp[rows, None])
-            d /= temperature
-            if softcap is not None:
-                d *= 1 - (z * temperature / softcap).square()
-            d = d.to(hidden.dtype)
+            slope = 1 / temperature if softcap is None else (1 - (z * (temperature / softcap)).square()) / temperature
+            log_p = z.sub_(lse[rows, None])
+            d = log_p.exp()
+            d *= log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logp[rows, None])
+            d = d.scatter_add_(1, targets[rows, None], g_logp[rows, None]).mul_(slope).to(hidden.dtype)
             d_hidden[rows] = d @ weight
-            if d_weight is not None:
-                d_weight += d.T @ hidden[rows]
+            if d_weight is not None:  # summed in float32, without a temporary where the dtypes allow it
+                d_weight.addmm_(d.T, hidden[rows]) if d.dtype == torch.float32 else d_weight.add_(d.T @ hidden[rows])
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
