@@ -3,7 +3,7 @@
     python eval.py --model runs/rl-toy-flow/policy --data runs/toy/test.jsonl --template none
     python eval.py --model Qwen2.5-Math-1.5B --data math500.jsonl --samples 4 --temperature 0.6
 
-pass@1 of a problem is the mean over its samples; the interval resamples problems. One line a sample goes to a JSONL file.
+pass@1 is the mean over problems of the mean over samples. With --out, one line a sample goes to samples.jsonl.
 """
 
 import json
@@ -81,6 +81,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main(config: Config) -> None:
     """Evaluate a model and print the table."""
     check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
+    if config.out and Path(config.out).exists():
+        raise ValueError(f"--out {config.out} exists already; name a new folder")
     if config.model == "toy":
         config = with_defaults(config, data=toy.make().path("test.jsonl"))
     path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)

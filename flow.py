@@ -233,10 +233,7 @@ def velocity_error(flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor,
 
 
 def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Tensor:
-    """Return the offline loss of each row, delta at t = sigmoid(z), (P,), and leave the gradient of its sum on the flow.
-
-    noise (L, C, M, D) and z (L, C, M) are standard normal, as draw() gives them.
-    """
+    """Return each row's offline loss, delta at t = sigmoid(z), (P,), from draw(); leave the gradient of its sum on the flow."""
     noise, t, losses = noise[pairs.exists], z[pairs.exists].sigmoid(), []
     for rows in torch.arange(len(t), device=t.device).split(ROWS_PER_CALL):
         loss = velocity_error(flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows], t[rows])
@@ -299,8 +296,7 @@ def load_flow(path: str | Path, dim: int, **expected) -> Flow:
     """Load a flow from a file or its folder, native or official, and check that it fits.
 
     `dim` is the hidden size of the policy; `expected` are fields of FlowConfig and the values they must have, None for
-    any. An official file does not say its contexts, which must then be given, nor its taps, which are the default.
-    Raises ValueError: no such file; another width, depth or context mode; missing or extra keys.
+    any. An official file does not say its contexts, which must then be given, nor its taps. ValueError if it does not fit.
     """
     path = Path(path)
     found = [p for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path]) if p.is_file()]

@@ -15,13 +15,13 @@ import queue
 import re
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import NamedTuple
 
 MAX_ANSWER = 2_000  # characters of a boxed answer; a longer one is wrong
@@ -70,17 +70,17 @@ REWRITES = [
     (r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*$", ""),
     (r"(?<=\d)\s*\\?%\s*$", ""),
     (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
-    (r"(?<=\d),(?=\d{3}(?:\D|$))", ""),  # 1,000
     (r"^\s*\$+|\$+\s*$", ""),
     (r"\.\s*$", ""),
     (r"\s+", " "),
+    (r"^[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$", lambda match: match[0].replace(",", "")),  # 1,000 but not (1,000)
 ]
 NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,4}))?", re.IGNORECASE)
 POWER = re.compile(r"([+-]?)(?:(\d+(?:\.\d*)?|\.\d+)\s*\\(?:times|cdot)\s*)?10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|(\d))")
 FRACTION = re.compile(r"([+-]?)\s*(?:\\frac\s*\{?\s*(\d{1,50})\s*\}?\s*\{?\s*(\d{1,50})\s*\}?|(\d{1,50})\s*/\s*(\d{1,50}))")
 
 
-def normalise(answer: str) -> str:
+def canonical(answer: str) -> str:
     """Rewrite an answer so that spellings of the same thing become equal strings."""
     answer = answer.strip().translate(UNICODE)
     for pattern, replacement in REWRITES:
@@ -103,15 +103,15 @@ def number(text: str) -> Fraction | None:
 
 def compare(gold: str, prediction: str) -> bool | None:
     """Decide the cheap cases: equal strings and plain numbers; None where mathematics is needed."""
-    gold, prediction = normalise(gold), normalise(prediction[: MAX_ANSWER + 1])
+    gold, prediction = canonical(gold), canonical(prediction[: MAX_ANSWER + 1])
     if not gold or not prediction or len(prediction) > MAX_ANSWER:
         return False
-    if gold.replace(" ", "") == prediction.replace(" ", ""):
+    if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", prediction):  # 1 1/2 is not 11/2
         return True
     a, b = number(gold), number(prediction)
     if a is None or b is None:
         return None
-    if a.denominator == b.denominator == 1:
+    if a.denominator == 1:
         return a == b
     return abs(a - b) <= max(abs(a), abs(b)) / 1_000_000  # a ratio: tiny numbers are not equal because both are tiny
 
@@ -127,7 +127,7 @@ def serve() -> None:
     for line in sys.stdin:
         signal.alarm(600)  # ends a worker that is lost in an expression after its parent was killed
         try:
-            gold, prediction = (math_verify.parse(f"${normalise(text)}$", parsing_timeout=None) for text in json.loads(line))
+            gold, prediction = (math_verify.parse(f"${canonical(text)}$", parsing_timeout=None) for text in json.loads(line))
             verdict = bool(gold and prediction and math_verify.verify(gold, prediction, timeout_seconds=None))
         except Exception:  # noqa: BLE001 — whatever a parser makes of hostile text, the answer is not verified
             verdict = False
@@ -142,8 +142,7 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).resolve())]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, **pipes)
+        self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         if self.reply(deadline=120) != b"ready\n":
             self.stop()
             raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
@@ -219,7 +218,7 @@ class Grader(AbstractContextManager):
         """Return the verdict on one response; `finished` says that it ended by itself."""
         finished = finished or self.grade_truncated
         if self.user is not None:
-            value = float(self.user(problem, response))
+            value = float(self.user(problem, response)) if finished else 0.0
             return Verdict(value, value >= 1)
         found = boxes(response)
         # no box, no credit; five or more are a way of guessing (official rules)
@@ -246,7 +245,7 @@ def load_reward(path: str) -> Callable[[str, str], float]:
     if not (path.endswith(".py") and Path(path).is_file()):
         raise ValueError(f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)")
     spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["user_reward"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "reward", None)):
         raise ValueError(f"{path} defines no function reward(problem, response) -> float")

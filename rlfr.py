@@ -4,7 +4,7 @@ Shapes as in flow.py. Equations, each with its function:
     taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
     log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
     s' = (s - min)/(max - min) per response or group                         normalise
-    flow reward = -coef * (s' > threshold, top-k)                            select
+    keep s' > threshold, then the top k (times -coef in train_rl.py)         select
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++        outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j                 token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                        entropy_advantage
@@ -205,8 +205,8 @@ def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool 
 def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1], or [-1, 1] if bilateral; zero outside mask.
 
-    The power is applied in [0, 1]. `group_size` rows share a minimum and maximum: 1 normalises each response by itself
-    (paper), G keeps what tells the responses of a group apart. A row or group of equal scores is zero.
+    The power is applied in [0, 1]. `group_size` rows share a minimum and maximum: 1 (paper), or G to keep what tells the
+    responses of a group apart. Equal scores are zero.
     """
     rows = mask.view(-1, group_size * mask.shape[1])  # what shares a minimum and maximum
     values = score.reshape(rows.shape)
@@ -300,13 +300,13 @@ def policy_loss(
     -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A) with rho = min(exp(logp - old_logp), ratio_cap); DAPO's
     clip-higher is clip_high = 0.28. The cap (as official) bounds the loss of negative advantages.
     """
-    ratio = (logp - old_logp).exp().clamp(max=ratio_cap)
+    ratio = (logp - old_logp).clamp(max=math.log(ratio_cap)).exp()
     plain, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     return -torch.minimum(plain, clipped), clipped < plain
 
 
 def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
-    """Return the per-token KL estimate (B, T): k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d with d = logp - ref_logp."""
+    """Return the per-token KL estimate (B, T), d = logp - ref_logp: k1 = d (no gradient on average), k2 = d^2/2, k3 = e^-d - 1 + d."""
     d = logp - ref_logp
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
 

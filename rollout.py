@@ -1,8 +1,7 @@
 """Problems in, episodes out: data sets, prompt templates, model names, and the engine that samples.
 
-An engine has four methods: `generate`, `load_weights`, `sleep`, `wake`. The plain torch engine here runs a Hugging Face
-model in its own loop. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length"
-(the official code writes EOS over it, and it can then score as finished).
+Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
+writes EOS over it, and it can then score as finished).
 """
 
 import json
@@ -23,6 +22,7 @@ TEMPLATES = {  # one a family, the same for the offline start, training and eval
     "<|start_header_id|>user<|end_header_id|>\n{problem}\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
     "none": "{problem}",
 }
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")  # end a response, whatever the model's own EOS
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
@@ -63,14 +63,11 @@ class Problem(NamedTuple):
 
 
 def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict]:
-    """Read a JSONL or Parquet file, a folder (`save_to_disk` or data files) or a hub id.
-
-    Raises ValueError: nothing there, no rows, a column missing, or a column with empty values.
-    """
+    """Read a data set; ValueError where nothing is there, or no rows, or a column is missing or has empty values."""
     if source.endswith(".jsonl") and Path(source).is_file():  # values of a column may differ in type: "2", ["2", "two"]
-        lines = [line for line in Path(source).read_text().splitlines() if line.strip()]
         try:
-            rows = [json.loads(line) for line in lines]
+            with open(source, encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: {error.doc[:60]!r} is not JSON ({error}); expected one object a line") from error
     else:
@@ -112,10 +109,11 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, model_type: st
     """
     template, limit = source.template, source.max_prompt_tokens
     if template == "auto":
-        family = next((name for name in TEMPLATES if model_type.startswith(name)), None)
+        known = [name for name in TEMPLATES if TEMPLATES[name].partition(">")[0] + ">" in tokenizer.get_vocab()]
+        family = next((name for name in known if model_type.startswith(name)), None)
         template = family or ("chat" if tokenizer.chat_template else "none")
     if template == "chat":
-        chats = [[{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}] for text in texts]
+        chats = [[{"role": "user", "content": f"{text}\n{INSTRUCTION}"}] for text in texts]  # some know no system role
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     else:
         if template not in TEMPLATES and not Path(template).is_file():
@@ -136,7 +134,7 @@ def load_problems(data: str, source: Source, tokenizer, model_type: str = "") ->
     """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
     rows = load_rows(data, (source.problem_column, source.answer_column), source.split)
     texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
-    answers = [answer if isinstance(answer, list) else str(answer) for answer in answers]
+    answers = [[str(each) for each in answer] if isinstance(answer, list) else str(answer) for answer in answers]
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
     prompts = make_prompts(texts, tokenizer, source, model_type)
     return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, strict=True)]
@@ -181,7 +179,9 @@ class TorchEngine:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
         self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
         ends = self.model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        vocabulary = tokenizer.get_vocab()
+        ends = {*(ends if isinstance(ends, list) else [ends]), *(vocabulary[t] for t in TURN_ENDS if t in vocabulary)}
+        ends = (ends | {tokenizer.eos_token_id}) - {None}
         self.ends = torch.tensor(sorted(ends), device=self.device)
         self.wake()
 

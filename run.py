@@ -40,6 +40,8 @@ def parse_config(config_class, presets: dict[str, dict]):
     peek.add_argument("--resume")
     known, _ = peek.parse_known_args()
     values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
+    if foreign := sorted(values.keys() - config_class.__dataclass_fields__.keys()):
+        raise ValueError(f"--resume {known.resume}: that run has {foreign}, settings of another script")
     return tyro.cli(config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()}))
 
 
@@ -78,7 +80,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 class Run:
     """One run's folder. Nothing is written before begin()."""
 
-    FREE = {"resume", "folder", "keep", "track", "eval_every", "save_every"}  # settings that may change at a resume
+    # what may change at a resume without changing what is learnt
+    FREE = {"resume", "folder", "keep", "track", "eval_every", "save_every", "tokens_per_micro_batch", "gradient_checkpointing"}
 
     def __init__(self, config, default_name: str):
         self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
@@ -110,7 +113,8 @@ class Run:
         self.tracker = open_tracker(self.config.track, self.folder, self.settings)
         if not self.config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(self.settings, indent=1))
+            with open(self.folder / "config.json", "x") as file:  # of two runs that begin at once, one fails here
+                json.dump(self.settings, file, indent=1)
         found = self.checkpoints()
         state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
         metrics = self.folder / "metrics.jsonl"
@@ -120,6 +124,11 @@ class Run:
             metrics.with_suffix(".writing").write_text("".join(kept))
             metrics.with_suffix(".writing").replace(metrics)
         return state
+
+    def write_json(self, name: str, value: dict) -> None:
+        """Write a file of the folder, whole or not at all."""
+        (self.folder / f"{name}.writing").write_text(json.dumps(value, indent=1))
+        (self.folder / f"{name}.writing").replace(self.folder / name)
 
     def checkpoints(self) -> list[Path]:
         """Return whole checkpoints, oldest first."""
@@ -138,7 +147,7 @@ class Run:
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
-                f"{(self.checkpoints() or ['none'])[-1]}; lower the learning rate or look at the data, then --resume"
+                f"{(self.checkpoints() or ['none'])[-1]}; look at the data, or start anew with a lower learning rate"
             )
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")

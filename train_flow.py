@@ -29,11 +29,11 @@ class Config(RunConfig, rollout.Source):
 
     solution_column: str = "solution"  # Column with the solution's text
     cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
-    contexts: tuple[str, ...] = ("previous",)  # Context modes: previous, next, self
+    contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
     shift: int = 1  # Distance of the context's neighbour, in positions
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # Tapped layers, as fractions of the depth
-    flow_blocks: int | None = None  # Residual blocks of the flow; by default 4 up to 3B parameters, 6 above
-    noise_repeats: int | None = None  # Draws of (t, x_0) a token; by default 4 up to 3B parameters, 2 above
+    flow_blocks: int | None = None  # Residual blocks of the flow; by default 4 below 5B parameters, 6 above
+    noise_repeats: int | None = None  # Draws of (t, x_0) a token; by default 4 below 5B parameters, 2 above
     epochs: int = 2  # Passes over the data
     batch_size: int = 128  # Sequences a step
     lr: float = 1e-4  # Peak learning rate
@@ -46,6 +46,7 @@ class Config(RunConfig, rollout.Source):
 def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
     check_positive(config, "epochs", "batch_size", "tokens_per_micro_batch", "save_every", "keep", "lr", "clip_norm")
+    check_positive(config, "noise_repeats", "flow_blocks")
     if config.model == "toy":
         config = with_defaults(config, data=toy.make().path("expert.jsonl"))
     path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
@@ -82,8 +83,8 @@ def main(config: Config) -> None:
     total_steps, start = config.epochs * steps_per_epoch, 0
     if state := run.begin():
         start = state["step"]
-        flow.load_state_dict(state["flow"])
-        optimizer.load_state_dict(state["optimizer"])
+        flow.load_state_dict(state.pop("flow"))
+        optimizer.load_state_dict(state.pop("optimizer"))
     print(config)
     print(f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, run folder {run.folder}")
 

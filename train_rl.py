@@ -1,11 +1,8 @@
 """Reinforcement learning with verifiable rewards and the flow reward (GRPO, paper's algorithm), on one node.
 
-    python train_rl.py                                                    the embedded world, from nothing
-    python train_rl.py --model Qwen2.5-7B --data problems.jsonl           columns `problem` and `answer`
-    python train_rl.py --shaping none | entropy | flow                    the baselines differ in this flag alone
-    python train_rl.py --resume runs/rl-toy-flow                          go on from the last checkpoint
-
-One step, as main() has it: roll out, verify, score, shape and advantage, update the policy, update the flow, log and save.
+python train_rl.py                                                    the embedded world, from nothing
+python train_rl.py --model Qwen2.5-7B --data problems.jsonl           columns `problem` and `answer`
+python train_rl.py --shaping none | entropy | flow                    the baselines differ in this flag alone
 """
 
 import json
@@ -13,7 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -44,6 +41,7 @@ class Config(RunConfig, rollout.Source):
     epochs: int = 5  # Passes over the problems, unless `steps` is given
     steps: int | None = None  # RL steps
     max_tokens: int = 1024  # Longest response
+    max_sequences: int = 256  # Responses sampled at a time; bounds the engine's KV cache
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     max_rounds: int = 4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
@@ -81,19 +79,21 @@ class Config(RunConfig, rollout.Source):
     ratio_cap: float = 3.0  # Largest probability ratio
     normalisation: rlfr.Normalisation = "sequence"  # Loss: mean of means, token: global mean, constant: Dr. GRPO
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
     mismatch: Literal["none", "token", "sequence", "mask"] = "token"  # Sampler-trainer mismatch: truncate by, or mask
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     gradient_checkpointing: bool = False  # Recompute activations in the backward
     tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
     eval_every: int = 0  # Steps between evaluations; 0: only before and after
+    eval_split: str = "test"  # Split of hub data for evaluation
     eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
 
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
-        flow_top_k flow_power lr flow_lr clip_norm tokens_per_micro_batch eval_samples save_every keep mismatch_cap"""
+        flow_top_k flow_power lr flow_lr clip_norm tokens_per_micro_batch eval_samples save_every keep mismatch_cap
+        ratio_cap entropy_kappa max_sequences"""
     check_positive(config, *positive.split())
     if config.group_size == 1 and config.baseline != "reinforce":
         raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
@@ -114,9 +114,9 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
     if config.model == "toy":
         world = toy.make()
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
-        if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow").exists():
+        if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow", fl.FLOW_FILE).exists():
             begun = Path(flow_folder, "config.json").exists()
-            arguments = ["--resume", flow_folder] if begun else ["--model", "toy", "--folder", flow_folder]
+            arguments = ["--resume" if begun else "--folder", flow_folder]
             subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True)
     path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
     if config.data is None:
@@ -133,8 +133,7 @@ def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
 def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:  # fmt: skip
     """Sample G responses for N problems from the cursor on and have them graded in the background.
 
-    Dynamic sampling drops groups of equal reward and samples others in their place. Returns the episodes, G consecutive
-    ones a problem, their verdicts to come, and the cursor after the last problem.
+    Returns the episodes, G in a row for each problem, their verdicts to come, and the cursor after the last problem.
     """
     sampling = rollout.Sampling(config.group_size, config.temperature, config.max_tokens)
 
@@ -181,8 +180,7 @@ class Scores:
 def score(policy, reference, flow, episodes, verdicts: Future, config: Config, step: int) -> tuple[Scores, dict]:
     """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
 
-    In the same pass the flow's own loss on accepted episodes leaves its gradient on the flow (no gradient reaches the
-    policy). Latents never outlive their micro-batch.
+    The flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
     shape = (len(episodes), max(len(episode.response_ids) for episode in episodes))
     out = Scores(*(torch.zeros(shape, device=rlfr.DEVICE) for _ in fields(Scores)))
@@ -233,7 +231,7 @@ def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Ten
         kept = rlfr.select(unit, config.flow_threshold, config.flow_top_k, config.flow_bilateral)
         flow_reward = -config.flow_coef * kept
         advantage = advantage + rlfr.token_returns(flow_reward, mask, config.gamma)
-        metrics["flow/score"] = scores.flow_score[scores.flow_mask].mean().item()
+        metrics["flow/score"] = (scores.flow_score.sum() / scores.flow_mask.sum().clamp(min=1)).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
         metrics["flow/tokens"] = (kept != 0).sum(dim=1).float().mean().item()
     if config.shaping == "entropy":
@@ -283,14 +281,15 @@ def main(config: Config) -> None:
     if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
         few = f"{len(problems)} problems in {config.epochs} epochs"
         raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
-    held_out = rollout.load_problems(config.eval_data, config, tokenizer, model_config.model_type) if config.eval_data else []
+    evaluated = replace(config, split=config.eval_split)
+    held_out = config.eval_data and rollout.load_problems(config.eval_data, evaluated, tokenizer, model_config.model_type)
     grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
     flow, dim = None, model_config.get_text_config().hidden_size
     if config.shaping == "flow":
         flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles).to(rlfr.DEVICE)
     policy = rlfr.load_policy(path, config.trust_remote_code, config.gradient_checkpointing)
     reference = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
-    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
+    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code, config.max_sequences)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
     learners = {"policy": policy, "policy_optimizer": optimizer}
     if flow and not config.freeze_flow:
@@ -300,7 +299,7 @@ def main(config: Config) -> None:
     if state := run.begin():
         start, cursor = state["step"], state["cursor"]
         for name, learner in learners.items():
-            learner.load_state_dict(state[name])
+            learner.load_state_dict(state.pop(name))
     print(config)
     sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
     print(f"{sizes}, on {rlfr.DEVICE}, run folder {run.folder}")
@@ -319,7 +318,7 @@ def main(config: Config) -> None:
     summary = json.loads(summary_file.read_text()) if start and summary_file.exists() else {}
     if held_out and "before" not in summary:
         summary["before"] = assess()
-        summary_file.write_text(json.dumps(summary, indent=1))
+        run.write_json("summary.json", summary)
 
     for step in tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step"):
         laps, grader.timeouts = [time.perf_counter()], 0
@@ -382,7 +381,7 @@ def main(config: Config) -> None:
     if held_out:
         sync()
         summary["after"] = assess()
-        summary_file.write_text(json.dumps(summary, indent=1))
+        run.write_json("summary.json", summary)
         whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy")]
         print(table({f"{when} {kind}": summary[when][kind] for when, kind in whens}))
     grader.close()

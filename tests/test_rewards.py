@@ -38,6 +38,8 @@ def test_extraction_of_a_megabyte_is_quick():
         ("2", "", False), ("", "2", False), ("2", "9" * 3000, False), ("\\text{Evelyn}", "Evelyn", True),
         ("x^2+1", "1+x^2", True), ("(1,2)", "(1, 2)", True), ("(1,2)", "(2,1)", False), ("2\\pi", "2", False),
         ("\\sqrt{8}", "2\\sqrt{2}", True), ("\\pi", "π", True), ("5", "\\mathbf{5}.", True),
+        ("(1,200)", "1200", False), ("[0,100]", "[0100]", False), ("1 1/2", "11/2", False), ("2 3", "23", False),
+        ("1000000", "1000000.5", False), ("x + 1", "x+1", True),
     ],
 )  # fmt: skip
 def test_equality(grader, gold, prediction, expected):
@@ -98,6 +100,7 @@ def test_a_users_function(tmp_path):
     with Grader(str(file)) as grader:
         assert grader.grade("abcd", None, "ab", True) == (0.5, False)
         assert grader.grade("abcd", None, "abcd", True) == (1.0, True)
+        assert grader.grade("abcd", None, "abcd", False) == (0.0, False), "a response that ran out of room is no answer"
     file.write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no function reward"):
         Grader(str(file))

@@ -50,7 +50,7 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
 
 def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     file = tmp_path / "data.jsonl"
-    file.write_text('{"q": "a", "gold": ["1", "2"]}\n{"q": "b", "gold": 3}\n')
+    file.write_text('{"q": "a\\u2028", "gold": ["1", 2]}\n{"q": "b", "gold": 3}\n')
     config = evaluation.Config(template="none", problem_column="q", answer_column="gold")
     problems = rollout.load_problems(str(file), config, tokenizer)
     assert [problem.answer for problem in problems] == [["1", "2"], "3"]
@@ -60,7 +60,7 @@ def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     ("content", "words"),
     [
         ("", "holds no rows; expected at least one problem"),
-        ('{"problem": "a", "answer": "1"}\nnot json\n', "'not json' is not JSON .* expected one object a line"),
+        ('{"problem": "a", "answer": "1"}\nnot json\n', "'not json.*' is not JSON .* expected one object a line"),
         (
             '{"question": "a", "answer": "1"}\n',
             r"no column 'problem', only \['answer', 'question'\]; name it with a --…-column",
@@ -101,7 +101,8 @@ def test_templates(tokenizer, tmp_path):
 
     assert text("none") == "1+1?"
     assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith("<|im_start|>assistant\n")
-    assert text("auto", model_type="qwen2_5") == text("qwen") and text("auto", model_type="llama") == text("llama")
+    assert text("auto", model_type="qwen2_5") == text("qwen")
+    assert text("auto", model_type="llama") == "1+1?", "a llama without the tokens of Llama 3"
     assert text("auto", model_type="gemma") == "1+1?", "no family and no chat template"
     own = tmp_path / "own.txt"
     own.write_text("Q: {problem}\nA:")
@@ -116,7 +117,7 @@ def test_templates(tokenizer, tmp_path):
             text(template)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     try:
-        assert text("chat").endswith("[user]1+1?[assistant]") and text("auto", model_type="gemma") == text("chat")
+        assert text("chat").startswith("[user]1+1?\nPlease reason") and text("auto", model_type="gemma") == text("chat")
     finally:
         tokenizer.chat_template = None
 
@@ -127,11 +128,11 @@ def test_templates(tokenizer, tmp_path):
 def test_greedy_is_what_hugging_face_generates(engine, prompts, tokenizer):
     episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=24), [0] * len(prompts))
     for prompt, episode in zip(prompts, episodes, strict=True):
-        expected = engine.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, use_cache=True)[
-            0, len(prompt) :
-        ]
+        expected = engine.model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=engine.ends.tolist()
+        )[0, len(prompt) :]
         assert episode.prompt_ids == prompt and episode.response_ids == expected.tolist()
-        assert (episode.finish_reason == "stop") == (episode.response_ids[-1] == tokenizer.eos_token_id)
+        assert (episode.finish_reason == "stop") == (episode.response_ids[-1] in engine.ends)
         assert tokenizer.eos_token not in episode.text
 
 

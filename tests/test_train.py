@@ -32,7 +32,7 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, save_every=1,
-        flow_accept="all", tokens_per_micro_batch=300, folder=str(tmp_path / "run"),
+        flow_accept="all", tokens_per_micro_batch=300, grade_truncated=True, folder=str(tmp_path / "run"),
     )  # fmt: skip
 
 
@@ -257,7 +257,9 @@ def flags(config) -> list[str]:
     given = []
     for name, value in vars(config).items():
         default = type(config).__dataclass_fields__[name].default
-        if value != default and value is not None:
+        if value is True:
+            given.append(f"--{name.replace('_', '-')}")
+        elif value != default and value is not None:
             given += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return given
 
@@ -326,7 +328,9 @@ def test_full_disk_leaves_the_last_checkpoint(config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    with pytest.raises(FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*--resume"):
+    with pytest.raises(
+        FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate"
+    ):
         train_rl.main(replace(config, lr=1e30, train_batch=16, shaping="none", reward=str(ROOT / "tests" / "length_reward.py")))
     assert (Path(config.folder) / "checkpoints" / "step-1" / "state.pt").exists()
     assert all(math.isfinite(value) for line in figures(config.folder) for value in line.values())
@@ -357,6 +361,8 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
         )
     )
     assert len(read_lines(folder / "e" / "samples.jsonl")) == 16
+    with pytest.raises(ValueError, match="exists already; name a new folder"):
+        evaluation.main(evaluation.Config(model=str(folder / "policy"), data=world.path("test.jsonl"), out=str(folder)))
     assert json.loads((folder / "e" / "summary.json").read_text())["mean"] == summary["after"]["greedy"]["mean"]
 
 
@@ -442,6 +448,7 @@ def test_resume_checks_the_settings(config):
     train_rl.main(replace(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
+    train_rl.main(replace(config, steps=1, tokens_per_micro_batch=50, resume=config.folder))
     with pytest.raises(ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"):
         train_rl.main(replace(config, steps=1, lr=0.1, resume=config.folder))
 
@@ -456,6 +463,9 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     assert parse("--flow-top-k", "None", "--reward-times", "0.5", "0.8").reward_times == (0.5, 0.8)
     stored = runs.Run(train_rl.Config(lr=5e-5, folder=str(tmp_path / "r")), "x")
     stored.begin()
+    monkeypatch.setattr(sys, "argv", ["train_flow.py", "--resume", stored.config.folder])
+    with pytest.raises(ValueError, match="'answer_column'.* settings of another script"):
+        runs.parse_config(train_flow.Config, {})
     assert parse("--resume", stored.config.folder) == replace(stored.config, resume=stored.config.folder)
 
 
