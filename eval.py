@@ -2,7 +2,6 @@
 
     python eval.py --model runs/rl-toy-flow/policy --data runs/toy/test.jsonl --template none
     python eval.py --model Qwen2.5-Math-1.5B --data math500.jsonl --samples 4 --temperature 0.6
-
 pass@1 is the mean over problems of the mean over samples. With --out, one line a sample goes to samples.jsonl.
 """
 
@@ -26,6 +25,7 @@ from run import check_positive, parse_config, with_defaults, written_whole
 class Config(rollout.Source):
     """Settings of an evaluation."""
 
+    split: str = "test"  # Split of a hub data set
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
     reward: str = "binary"  # Reward: binary, official, or a Python file with reward(problem, response)
     samples: int = 1  # Responses a problem

@@ -45,7 +45,9 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
     data.to_parquet(tmp_path / "folder" / "train.parquet")
     for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
         assert rollout.load_rows(str(tmp_path / name), ("problem", "answer")) == ROWS, name
-    assert rollout.load_rows(str(tmp_path / "dict"), (), "test") == ROWS[:1]
+    assert rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().split) == ROWS[:1], (
+        "evaluation reads the test split"
+    )
 
 
 def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
