@@ -7,22 +7,24 @@ pass@1 is the mean over problems of the mean over samples. With --out, one line 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
+import torch.distributed as dist
 
+import parallel
 import rlfr
 import rollout
 import toy
 from flow import keyed_seed
+from parallel import is_first, on_first, start
 from rewards import Grader
-from run import check_positive, parse_config, with_defaults, written_whole
+from run import check_positive, launch, with_defaults, written_whole
 
 
 @dataclass(frozen=True)
-class Config(rollout.Source):
+class Config(rollout.Sampler):
     """Settings of an evaluation."""
 
     split: str = "test"  # Split of a hub data set
@@ -31,7 +33,6 @@ class Config(rollout.Source):
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     top_p: float = 1.0  # Nucleus of the sampling
-    max_tokens: int = 1024  # Longest response
     out: str | None = None  # Folder for samples.jsonl and summary.json; by default only the table is printed
     seed: int = 0  # Seed of the sampling
 
@@ -46,13 +47,14 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, n_resamples: int 
 
 
 def evaluate(engine, problems: Sequence[rollout.Problem], grader: Grader, sampling: rollout.Sampling, seed: int = 0):
-    """Sample and grade every problem.
+    """Sample and grade every problem; all ranks together.
 
     Returns figures (mean accuracy, that is pass@1, its 95 % interval low and high, mean response length, share cut off)
     and one record a sample.
     """
     seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
-    episodes = engine.generate([problem.prompt_ids for problem in problems], sampling, seeds)
+    prompts = [problem.prompt_ids for problem in problems]
+    episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, [len(prompt) for prompt in prompts])
     verdicts = grader.submit(problems, episodes).result()
     correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
     low, high = bootstrap_interval(correct.mean(axis=1))
@@ -80,21 +82,27 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main(config: Config) -> None:
     """Evaluate a model and print the table."""
-    check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p")
-    if config.out and Path(config.out).exists():
+    start()
+    check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p", "max_sequences", "tensor_parallel")
+    rollout.check_engine(config, dist.get_world_size())
+    if config.samples > 1 and config.temperature == 0:
+        raise ValueError(f"samples={config.samples} at temperature 0 are copies; raise --temperature, or take one sample")
+    if on_first(lambda: config.out and Path(config.out).exists()):
         raise ValueError(f"--out {config.out} exists already; name a new folder")
     if config.model == "toy":
-        config = with_defaults(config, data=toy.make().path("test.jsonl"))
-    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
+        config = with_defaults(config, data=on_first(toy.make).path("test.jsonl"))
+    model = rollout.find_model(toy.World().path("model") if config.model == "toy" else config.model, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
-    model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    problems = rollout.load_problems(config.data, config, tokenizer, model_config.model_type)
-    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code)
+    config = with_defaults(config, **rlfr.published_settings(model.config, model.n_parameters))
+    config = replace(config, template=rollout.choose_template(config.template, model.tokenizer, model.config.model_type))
+    problems = rollout.load_problems(config.data, config, model.tokenizer)
+    engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     with Grader(config.reward) as grader:
         figures, records = evaluate(engine, problems, grader, sampling, config.seed)
+    if not is_first():
+        return
     print(table({Path(config.data).stem: figures}))
     if config.out:
         with written_whole(Path(config.out)) as folder:
@@ -103,4 +111,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, {"toy": toy.EVALUATE}))
+    launch(main, Config, {"toy": toy.EVALUATE})

@@ -29,9 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 FLOW_FILE, OFFICIAL_FILE = "flow.safetensors", "flow_model.bin"
 ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of the flow
@@ -166,6 +168,11 @@ class Flow(nn.Module):
     def forward(self, *arguments: Tensor) -> Tensor:
         return self.model(*arguments)
 
+    def example(self, device: torch.device | str) -> tuple[Tensor, ...]:
+        """Return arguments for one row."""
+        row = torch.zeros(1, self.config.dim, device=device)
+        return row, row[:, 0], row, row[:, 0]
+
 
 # ---- From latents to rows of the flow, and back
 @dataclass
@@ -278,13 +285,14 @@ def score_and_learn(
 
 # ---- Files: safetensors with the configuration inside; official flow_model.bin is read
 def save_flow(flow: Flow, folder: str | Path) -> None:
-    """Write `flow.safetensors` into the folder, whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in flow.state_dict().items()}
-    temporary = folder / f"{FLOW_FILE}.writing"
-    save_file(state, temporary, metadata={"config": json.dumps(asdict(flow.config))})
-    os.replace(temporary, folder / FLOW_FILE)
+    """Write `flow.safetensors` into the folder, whole or not at all; of a sharded flow, every rank must call this."""
+    folder, temporary = Path(folder), Path(folder) / f"{FLOW_FILE}.writing"
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in flow.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, temporary, metadata={"config": json.dumps(asdict(flow.config))})
+        os.replace(temporary, folder / FLOW_FILE)
 
 
 def as_tuple(value):

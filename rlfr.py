@@ -24,13 +24,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from flow import keyed_seed
+from parallel import DEVICE
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
@@ -67,13 +67,30 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     return Batch(torch.tensor(ids, device=DEVICE), attention_mask, attention_mask & (position >= start), response_mask)
 
 
-def micro_batches(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], token_budget: int) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
-    """Yield indices and batch of pairs of like length, longest first, with rows * longest within the budget."""
+def micro_batches(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], token_budget: int, rank: int = 0, n_ranks: int = 1
+) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
+    """Yield indices and batch of this rank's pairs, like lengths together, longest first, rows * longest within the budget.
+
+    Every rank has as many pairs, of about as many tokens, and yields as many batches: sharded modules run in step.
+    """
+    assert len(pairs) % n_ranks == 0, f"{len(pairs)} rows for {n_ranks} ranks"
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
-    while order:
-        size = max(1, token_budget // lengths[order[0]])
-        rows, order = order[:size], order[size:]
+    plans = []
+    for r in range(n_ranks):  # dealt back and forth: 0 1 2 2 1 0 0 1 2 ...
+        share = [i for place, i in enumerate(order) if place % (2 * n_ranks) in (r, 2 * n_ranks - 1 - r)]
+        plan: list[list[int]] = []
+        while share:
+            size = max(1, token_budget // lengths[share[0]])
+            plan, share = [*plan, share[:size]], share[size:]
+        plans.append(plan)
+    plan = plans[rank]
+    while len(plan) < max(map(len, plans)):  # a rank with fewer batches splits its largest
+        largest = max(range(len(plan)), key=lambda b: len(plan[b]))
+        half = len(plan[largest]) // 2
+        plan[largest : largest + 1] = [plan[largest][:half], plan[largest][half:]]
+    for rows in plan:
         yield rows, collate([pairs[i] for i in rows])
 
 
@@ -152,6 +169,11 @@ class Policy(nn.Module):
         if scaled or getattr(head, "bias", None) is not None:
             raise ValueError(f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head")
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return self.model.get_decoder().layers
+
     def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
         """Run a batch at a temperature, which divides the logits; return what `taps`, indices of layers, output as well.
 
@@ -167,8 +189,8 @@ class Policy(nn.Module):
 
             return hook
 
-        layers, body = self.model.get_decoder().layers, self.model.base_model
-        hooks = [layers[index].register_forward_hook(catch(index)) for index in set(taps)]
+        body = self.model.base_model
+        hooks = [self.layers[index].register_forward_hook(catch(index)) for index in set(taps)]
         try:
             output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         except LastTap:
@@ -182,23 +204,24 @@ class Policy(nn.Module):
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
 
 
-def model_facts(path: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, int]:
-    """Read a model's configuration and count its parameters, without loading a weight."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return config, sum(p.numel() for p in model.parameters())
+def published_settings(config: PretrainedConfig, n_parameters: int) -> dict:
+    """Return the settings that depend on the model (paper, implementation details; gradient checkpointing is ours)."""
+    large, vision = n_parameters > 5e9, hasattr(config, "vision_config")
+    return {
+        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if vision else 1024,
+        "problem_column": "prompt" if vision else "problem", "reward": "binary", "gradient_checkpointing": n_parameters > 1e9,
+    }  # fmt: skip
 
 
 def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False) -> Policy:
-    """Load a Hugging Face decoder in float32; dropout must be off, or its scores would not repeat."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    """Load a Hugging Face decoder to host memory, as it is stored; dropout must be off, or its scores would not repeat."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
             raise ValueError(f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.train().to(DEVICE))
+    return Policy(model.train())
 
 
 # ---- Flow reward (paper: flow reward shaping)
@@ -353,7 +376,7 @@ def online_flow_weights(
     return tokens / tokens.sum(dim=1, keepdim=True), rows
 
 
-# ---- Optimisation
+# ---- Schedule and order
 def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
     """Return the rate of a step: linear warm-up over a fraction of the steps, then a cosine to floor * peak."""
     n_warmup = math.ceil(warmup * total)
@@ -362,19 +385,12 @@ def learning_rate(peak: float, step: int, total: int, warmup: float, floor: floa
     return peak * ((step + 1) / n_warmup if step < n_warmup else cosine)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float, denominator: float = 1.0) -> float:
-    """Divide gradients by the denominator, clip, step and clear; return the norm. If it is not finite, nothing moves."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not parameters:  # no episode was accepted: there is nothing to learn
-        return 0.0
-    torch._foreach_div_([p.grad for p in parameters], denominator)
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
+    """Return (epoch, index) of places start, start + 1, ... in endless passes over range(n), each in an order of its own."""
+    places, orders = [divmod(place, n) for place in range(start, start + count)], {}
+    for epoch in {epoch for epoch, _ in places}:
+        orders[epoch] = permutation(n, *key, epoch)
+    return [(epoch, orders[epoch][place]) for epoch, place in places]
 
 
 def permutation(n: int, *key: int | str) -> list[int]:

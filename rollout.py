@@ -1,19 +1,34 @@
-"""Problems in, episodes out: data sets, prompt templates, model names, and the engine that samples.
+"""Problems in, episodes out: data sets, prompt templates, model names, and the engines that sample.
 
 Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
 writes EOS over it, and it can then score as finished).
 """
 
 import json
+import os
+import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 TEMPLATES = {  # one a family, the same for the offline start, training and evaluation
@@ -34,23 +49,47 @@ class Source:
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     data: str | None = None  # JSONL or Parquet file, save_to_disk folder or hub id
     split: str = "train"  # Split of a hub data set
-    problem_column: str = "problem"  # Column with the problem's text
+    problem_column: str | None = None  # Column with its text; by default problem, for vision-language models prompt
     template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
     max_prompt_tokens: int = 1024  # Longest prompt accepted
     trust_remote_code: bool = False  # Run code that comes with the model
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Of forward and backward; auto: bfloat16 on a GPU
 
 
-def resolve_model(name: str, trust_remote_code: bool = False) -> str:
-    """Turn a path, hub id or short name (`Qwen2.5-7B`) into what Hugging Face loads; ValueError if there is no such model."""
+@dataclass(frozen=True)
+class Sampler(Source):
+    """Settings of the scripts that sample."""
+
+    engine: Literal["auto", "vllm", "torch"] = "auto"  # What samples; auto: vLLM on a GPU where it is installed, else torch
+    max_tokens: int | None = None  # Longest response; by default 1024, for vision-language models 3072
+    max_sequences: int = 256  # Responses that an engine samples at a time; bounds its KV cache
+    cache_share: float = 0.45  # Largest share of a GPU's memory for vLLM's KV cache
+    tensor_parallel: int = 1  # Ranks that share a vLLM engine; the others have one each
+
+
+class Model(NamedTuple):
+    """What is known of a model before a weight is loaded."""
+
+    path: str  # a folder or a hub id
+    config: PretrainedConfig
+    n_parameters: int  # without an untied head
+    tokenizer: PreTrainedTokenizerBase
+
+
+def find_model(name: str, trust_remote_code: bool = False) -> Model:
+    """Find a model by path, hub id or short name (`Qwen2.5-7B`); ValueError if there is none."""
     path = name
     if not Path(name).is_dir() and "/" not in name:
         path = next((f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)), name)
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason, kinds = str(error).splitlines()[0], "a folder, a hub id, a short name such as Qwen2.5-7B, or toy"
         raise ValueError(f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}") from error
-    return path
+    with torch.device("meta"):
+        body = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer)
 
 
 class Problem(NamedTuple):
@@ -102,16 +141,22 @@ def read_with_datasets(source: str, split: str) -> list[dict]:
     return data.to_list()
 
 
-def make_prompts(texts: Sequence[str], tokenizer, source: Source, model_type: str) -> list[list[int]]:
-    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than the limit.
+def choose_template(template: str, tokenizer, model_type: str) -> str:
+    """Return the template, with `auto` replaced by the model family's, or by `chat` or `none` for other families."""
+    if template != "auto":
+        return template
+    known = [name for name in TEMPLATES if TEMPLATES[name].partition(">")[0] + ">" in tokenizer.get_vocab()]
+    family = next((name for name in known if model_type.startswith(name)), None)
+    return family or ("chat" if tokenizer.chat_template else "none")
 
-    The template is `auto` (by model family), a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
+
+def make_prompts(texts: Sequence[str], tokenizer, source: Source) -> list[list[int]]:
+    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than the limit, or has
+    a placeholder for an image, which engines would take for an image that is not there.
+
+    The template is a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
     """
     template, limit = source.template, source.max_prompt_tokens
-    if template == "auto":
-        known = [name for name in TEMPLATES if TEMPLATES[name].partition(">")[0] + ">" in tokenizer.get_vocab()]
-        family = next((name for name in known if model_type.startswith(name)), None)
-        template = family or ("chat" if tokenizer.chat_template else "none")
     if template == "chat":
         chats = [[{"role": "user", "content": f"{text}\n{INSTRUCTION}"}] for text in texts]  # some know no system role
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
@@ -127,16 +172,19 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, model_type: st
         example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
         what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"
         raise ValueError(f"{what}, {example}; raise --max-prompt-tokens or drop them")
+    image = tokenizer.get_vocab().get("<|image_pad|>")
+    if seen := [i for i, row in enumerate(ids) if image in row]:
+        raise ValueError(f"row {seen[0]} has the placeholder <|image_pad|>, and images are not supported; drop such rows")
     return ids
 
 
-def load_problems(data: str, source: Source, tokenizer, model_type: str = "") -> list[Problem]:
+def load_problems(data: str, source: Source, tokenizer) -> list[Problem]:
     """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
     rows = load_rows(data, (source.problem_column, source.answer_column), source.split)
     texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
     answers = [[str(each) for each in answer] if isinstance(answer, list) else str(answer) for answer in answers]
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    prompts = make_prompts(texts, tokenizer, source, model_type)
+    prompts = make_prompts(texts, tokenizer, source)
     return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, strict=True)]
 
 
@@ -164,35 +212,174 @@ class Episode:
 
 class Engine(Protocol):
     """Samples with the policy's weights: `generate` gives n consecutive episodes a prompt, child i with the prompt's seed + i;
-    `load_weights` takes new weights by Hugging Face parameter name; `sleep` frees the accelerator, `wake` takes it again."""
+    `load_weights` wakes it and takes all weights, by their names in the state dict; `sleep` frees the accelerator, weights
+    included. `n_ranks` is how many ranks share it."""
+
+    n_ranks: int
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]: ...
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
     def sleep(self) -> None: ...
-    def wake(self) -> None: ...
+
+
+def make_engine(model: Model, config: Sampler, device: torch.device, dtype: torch.dtype) -> Engine:
+    """Start the engine that the settings ask for, and say which; all ranks together."""
+    kind, reason = config.engine, "as --engine says"
+    if kind == "auto":
+        installed = find_spec("vllm") is not None
+        kind = "vllm" if installed and device.type == "cuda" else "torch"
+        reason = "there is no GPU" if device.type != "cuda" else "installed" if installed else "vLLM is not installed"
+    began, options = time.perf_counter(), (device, dtype, config.trust_remote_code, config.max_sequences)
+    if kind == "torch":
+        engine = TorchEngine(model.path, model.tokenizer, *options)
+    else:
+        length = config.max_prompt_tokens + config.max_tokens
+        engine = VllmEngine(model.path, model.tokenizer, length, *options, config.cache_share, config.tensor_parallel)
+    if dist.get_rank() == 0:
+        print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {time.perf_counter() - began:.1f} s")
+    return engine
+
+
+def check_engine(config: Sampler, n_ranks: int) -> None:
+    """Raise ValueError for engine settings that cannot work."""
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise ValueError("--engine vllm: vLLM is not installed; pip install -r requirements.txt, or take --engine torch")
+    if n_ranks % config.tensor_parallel or (config.tensor_parallel > 1 and config.engine == "torch"):
+        raise ValueError(f"tensor_parallel={config.tensor_parallel}: expected a divisor of {n_ranks} ranks, and vLLM")
+    if not 0 < config.cache_share < 1:
+        raise ValueError(f"cache_share={config.cache_share} is outside (0, 1)")
+
+
+def generate_on_all_ranks(engine: Engine, prompts, sampling: Sampling, seeds, expected: Sequence[float]) -> list[Episode]:
+    """Deal prompts to the ranks' engines, balanced by expected tokens (one a prompt); give every rank all episodes, in order."""
+    shares: list[list[int]] = [[] for _ in range(dist.get_world_size() // engine.n_ranks)]
+    load = [0.0] * len(shares)
+    for i in sorted(range(len(prompts)), key=lambda i: -expected[i]):
+        lightest = load.index(min(load))
+        shares[lightest].append(i)
+        load[lightest] += expected[i]
+    mine = shares[dist.get_rank() // engine.n_ranks]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, engine.generate([prompts[i] for i in mine], sampling, [seeds[i] for i in mine]))
+    found = {}
+    for share, episodes in zip(shares, gathered[:: engine.n_ranks], strict=True):
+        found |= {i: episodes[place * sampling.n : (place + 1) * sampling.n] for place, i in enumerate(share)}
+    return [episode for i in range(len(prompts)) for episode in found[i]]
+
+
+def end_tokens(path: str, tokenizer, trust_remote_code: bool) -> list[int]:
+    """Return the tokens that end a response: the model's, the tokenizer's and those that end a turn of a chat."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the model has none
+        ends = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config().eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    ends = {*(ends if isinstance(ends, list) else [ends]), *(vocabulary[t] for t in TURN_ENDS if t in vocabulary)}
+    return sorted((ends | {tokenizer.eos_token_id}) - {None})
+
+
+class VllmEngine:
+    """vLLM in this process: an engine for each rank, or for `n_ranks` neighbours, which must then make the same calls.
+
+    Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it samples. On a CPU sleeping
+    frees nothing. max_length bounds prompt + response; cache_share is the largest part of a GPU that the cache may take.
+    """
+
+    def __init__(
+        self, path: str, tokenizer, max_length: int, device: torch.device | str = "cpu", dtype=torch.float32,
+        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1,
+    ):  # fmt: skip
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs here, not in a process of its own
+        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+            os.environ.setdefault(name, value)
+        with warnings.catch_warnings(action="ignore"):
+            import vllm
+        if on_cpu := torch.device(device).type == "cpu":  # oneDNN packs weights at the start and would never see new ones
+            from vllm import _custom_ops
+
+            assert hasattr(_custom_ops, "_supports_onednn"), f"vLLM {vllm.__version__}: no switch for packed weights"
+            _custom_ops._supports_onednn = False
+        text = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * dtype.itemsize // n_ranks
+        cache = max_sequences * (max_length + 128) * token_bytes  # 128: a sequence ends within a block
+        if not on_cpu:
+            cache = min(cache, int(cache_share * torch.cuda.get_device_properties(device).total_memory))
+        launched = {"distributed_executor_backend": "external_launcher"} if dist.is_torchelastic_launched() else {}
+        self.llm = vllm.LLM(
+            path, dtype=str(dtype).removeprefix("torch."), max_model_len=max_length, max_num_seqs=max_sequences,
+            kv_cache_memory_bytes=cache, gpu_memory_utilization=0.1,  # the latter is only checked at the start
+            enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_length),  # a CPU cannot seed parts of a prompt
+            enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, tensor_parallel_size=n_ranks, generation_config="vllm",
+            logprobs_mode="processed_logprobs",  # at the temperature; raw ones are not divided by it
+            trust_remote_code=trust_remote_code, disable_log_stats=True, use_tqdm_on_load=False, seed=0, **launched,
+        )  # fmt: skip
+        self.tokenizer, self.n_ranks, self.state = tokenizer, n_ranks, "awake"
+        self.ends, self.SamplingParams = end_tokens(path, tokenizer, trust_remote_code), vllm.SamplingParams
+
+    def sleep(self) -> None:
+        if self.state == "no cache":  # vLLM may ignore a sleep when only a part is awake
+            self.llm.wake_up(tags=["kv_cache"])
+        if self.state != "asleep":
+            self.llm.sleep(level=2)
+        self.state = "asleep"
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.state == "asleep":  # weights first: the cache's room is still the trainer's, which gathers them
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self.state = "no cache"
+
+        def load(model) -> None:
+            if missing := sorted(dict(model.named_parameters()).keys() - model.load_weights(weights)):
+                raise ValueError(f"{len(missing)} weights were not given, as {missing[:3]}; expected the whole state dict")
+
+        self.llm.apply_model(load)
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+        if self.state == "asleep":
+            raise RuntimeError("the engine sleeps without weights; call load_weights first")
+        if self.state == "no cache":  # without it, vLLM would wait for ever
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+            self.state = "awake"
+        shared = dict(n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, logprobs=0)
+        shared |= dict(max_tokens=sampling.max_tokens, stop_token_ids=self.ends, detokenize=False)
+        bar = partial(tqdm, leave=False, delay=3) if dist.get_rank() == 0 else False  # shows tokens a second
+        found = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self.SamplingParams(seed=seed, **shared) for seed in seeds], use_tqdm=bar,
+        )  # fmt: skip
+        episodes = []
+        for prompt, request in zip(prompts, found, strict=True):
+            for child in request.outputs:
+                ids = list(child.token_ids)
+                logp = [step[token].logprob for token, step in zip(ids, child.logprobs, strict=True)]
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                episodes.append(Episode(prompt, ids, logp, child.finish_reason, text))
+        return episodes
 
 
 class TorchEngine:
     """A Hugging Face model in a plain decoding loop on a KV cache. What it samples does not depend on the batch."""
 
-    def __init__(self, path: str, tokenizer, device: torch.device | str = "cpu", trust_remote_code=False, max_sequences=256):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    n_ranks = 1
+
+    def __init__(
+        self, path: str, tokenizer, device: torch.device | str = "cpu", dtype=torch.float32, trust_remote_code=False,
+        max_sequences=256,
+    ):  # fmt: skip
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
         self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
-        ends = self.model.generation_config.eos_token_id
-        vocabulary = tokenizer.get_vocab()
-        ends = {*(ends if isinstance(ends, list) else [ends]), *(vocabulary[t] for t in TURN_ENDS if t in vocabulary)}
-        ends = (ends | {tokenizer.eos_token_id}) - {None}
-        self.ends = torch.tensor(sorted(ends), device=self.device)
-        self.wake()
+        self.ends = torch.tensor(end_tokens(path, tokenizer, trust_remote_code), device=self.device)
+        self.model.to(self.device)
 
     def sleep(self) -> None:
         self.model.to("cpu")
 
-    def wake(self) -> None:
-        self.model.to(self.device)
-
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own, given = self.model.state_dict(), set()
+        own, given = self.model.to(self.device).state_dict(), set()
         for name, tensor in weights:
             if name not in own:
                 raise ValueError(f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names")
@@ -205,12 +392,16 @@ class TorchEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
         size = max(1, self.max_sequences // sampling.n)
         episodes: dict[int, list[Episode]] = {}
-        with tqdm(total=len(prompts) * sampling.n, desc="roll out", unit="seq", leave=False, delay=3) as bar:
+        options = {"unit": "seq", "leave": False, "delay": 3, "disable": dist.get_rank() > 0}
+        n_tokens, began = 0, time.perf_counter()
+        with tqdm(total=len(prompts) * sampling.n, desc="roll out", **options) as bar:
             for rows in (order[i : i + size] for i in range(0, len(order), size)):
                 sampled = self.sample([prompts[i] for i in rows], sampling, [seeds[i] for i in rows])
                 for place, i in enumerate(rows):
                     episodes[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
                 bar.update(len(sampled))
+                n_tokens += sum(len(episode.response_ids) for episode in sampled)
+                bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s")
         return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
-"""A run's folder: settings from the command line, metrics, checkpoints that are whole or absent, and resuming.
+"""A run: settings, start and exit, signals, its folder with metrics and checkpoints, resuming.
 
-runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/state.pt  policy/  flow/
+runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
+A checkpoint is whole or absent: written in the background under another name, then renamed. Any number of ranks reads it.
 """
 
 import argparse
@@ -8,7 +9,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -16,9 +21,62 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import tyro
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from flow import as_tuple
+from parallel import is_first, on_first, start
+
+STOP_SIGNALS: list[int] = []  # received so far
+
+
+# ---- From start to exit
+def launch(main: Callable, config_class, presets: dict[str, dict]) -> None:
+    """Run a script's main with settings from the command line, and leave with exit code 0, or 1 after its error.
+
+    The first SIGTERM or SIGINT lets main finish its step, the second exits at once. os._exit: threads that libraries leave
+    behind cannot spoil the exit (one in eight runs died so), nor wait for ranks that are gone.
+    """
+
+    def heed(number: int, _frame) -> None:
+        if STOP_SIGNALS:
+            os._exit(128 + number)
+        STOP_SIGNALS.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once", file=sys.stderr)
+
+    try:
+        config = parse_config(config_class, presets)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, heed)
+        start()
+        record(main)(config)  # torchrun shows the recorded error of the rank that failed first, after all others
+        dist.destroy_process_group()
+    except SystemExit:  # --help, or a flag that does not exist
+        raise
+    except BaseException as error:
+        if not (dist.is_initialized() and dist.get_rank() > 0 and isinstance(error, ValueError)):  # the first rank shows it
+            print("\n" + traceback.format_exc(), end="", file=sys.stderr)
+        leave(1)
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End the process now, whatever threads still run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def asked_to_stop() -> bool:
+    """Whether any rank has had SIGTERM or SIGINT; all ranks must ask together."""
+    asked = torch.tensor(float(bool(STOP_SIGNALS)))
+    dist.all_reduce(asked)
+    return bool(asked)
+
+
+# ---- Settings
 
 
 @dataclass(frozen=True)
@@ -46,8 +104,8 @@ def parse_config(config_class, presets: dict[str, dict]):
 
 
 def with_defaults(config, **values):
-    """Return the configuration with each given field that is None filled in."""
-    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
+    """Return the configuration with each of the values that it has a field for, and None in it, filled in."""
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name, "") is None})
 
 
 def check_positive(config, *names: str) -> None:
@@ -57,6 +115,7 @@ def check_positive(config, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
 
 
+# ---- Files
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
@@ -78,14 +137,39 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 class Run:
-    """One run's folder. Nothing is written before begin()."""
+    """One run's folder, the same on all ranks; the first writes. Nothing is written before begin()."""
 
     # what may change at a resume without changing what is learnt
-    FREE = {"resume", "folder", "keep", "track", "eval_every", "save_every", "tokens_per_micro_batch", "gradient_checkpointing"}
+    FREE = set(
+        [
+            "resume",
+            "folder",
+            "keep",
+            "track",
+            "eval_every",
+            "save_every",
+            "tokens_per_gpu",
+            "gradient_checkpointing",
+            "engine",
+            "max_sequences",
+            "cache_share",
+            "tensor_parallel",
+            "offload",
+            "cpu_offload",
+            "compile",
+        ]
+    )
 
     def __init__(self, config, default_name: str):
         self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
-        self.folder, number = Path(config.resume or config.folder or f"runs/{default_name}"), 1
+        self.folder = on_first(lambda: self.choose_folder(default_name))
+        self.saving: Future | None = None
+        self.saver, self.group = ThreadPoolExecutor(1), dist.new_group(backend="gloo")  # for collectives beside the run's own
+
+    def choose_folder(self, default_name: str) -> Path:
+        """Return the run's folder; ValueError if it cannot be begun, or resumed, with these settings."""
+        config, number = self.config, 1
+        self.folder = Path(config.resume or config.folder or f"runs/{default_name}")
         if config.track != "none" and find_spec(config.track) is None:
             raise ValueError(f"track={config.track!r} is not installed; run `pip install {config.track}`, or leave --track out")
         if config.resume:
@@ -99,6 +183,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
         while not config.resume and (self.folder / "config.json").exists():
             self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
+        return self.folder
 
     @staticmethod
     def stored_config(folder: str) -> dict:
@@ -108,49 +193,88 @@ class Run:
             raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
         return json.loads(path.read_text())
 
-    def begin(self) -> dict | None:
-        """Make the folder, or go on in it: return the newest checkpoint, and cut metrics.jsonl back to its step."""
-        self.tracker = open_tracker(self.config.track, self.folder, self.settings)
+    def begin(self, state: dict) -> None:
+        """Make the folder, or go on in it: load the newest checkpoint into `state`, cut metrics.jsonl back to its step.
+
+        state["progress"] is a dict with the `step`; the other values have state_dict() and load_state_dict().
+        """
+        if newest := on_first(self.prepare_folder):
+            dcp.load(state, checkpoint_id=newest, process_group=self.group)
+        self.tracker = open_tracker(self.config.track if is_first() else "none", self.folder, self.settings)
+
+    def prepare_folder(self) -> Path | None:
+        """Make the folder, or clear it of what a dead run left behind its newest checkpoint, which is returned."""
         if not self.config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "config.json", "x") as file:  # of two runs that begin at once, one fails here
                 json.dump(self.settings, file, indent=1)
-        found = self.checkpoints()
-        state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
-        metrics = self.folder / "metrics.jsonl"
+        for unfinished in (self.folder / "checkpoints").glob("*.writing"):
+            shutil.rmtree(unfinished)
+        newest = (self.checkpoints() or [None])[-1]
+        step, metrics = self.step_of(newest) if newest else 0, self.folder / "metrics.jsonl"
         if metrics.exists():
             lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if state and json.loads(line)["step"] <= state["step"]]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             metrics.with_suffix(".writing").write_text("".join(kept))
             metrics.with_suffix(".writing").replace(metrics)
-        return state
+        return newest
 
     def write_json(self, name: str, value: dict) -> None:
-        """Write a file of the folder, whole or not at all."""
-        (self.folder / f"{name}.writing").write_text(json.dumps(value, indent=1))
-        (self.folder / f"{name}.writing").replace(self.folder / name)
+        """Write a file of the folder, whole or not at all; on the first rank."""
+        if is_first():
+            (self.folder / f"{name}.writing").write_text(json.dumps(value, indent=1))
+            (self.folder / f"{name}.writing").replace(self.folder / name)
 
     def checkpoints(self) -> list[Path]:
         """Return whole checkpoints, oldest first."""
         found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+        return sorted(found, key=self.step_of)
 
-    def save(self, step: int, state: dict) -> None:
-        """Write checkpoints/step-N and drop all but the newest `keep`."""
-        with written_whole(self.folder / "checkpoints" / f"step-{step}") as folder:
-            torch.save({"step": step} | state, folder / "state.pt")
-        for old in self.checkpoints()[: -self.config.keep]:
-            shutil.rmtree(old)
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def save(self, state: dict) -> None:
+        """Copy the state to host memory, then write it to checkpoints/step-N in the background, and keep the newest `keep`."""
+        self.wait_for_save()
+        folder = self.folder / "checkpoints" / f"step-{state['progress']['step']}"
+        if folder.exists():
+            return
+        writing = folder.with_name(f"{folder.name}.writing")
+        written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
+
+        def publish() -> None:
+            try:
+                written.result()  # on the first rank: once all ranks have written
+                if is_first():
+                    writing.rename(folder)
+                    for old in self.checkpoints()[: -self.config.keep]:
+                        shutil.rmtree(old)
+            except BaseException as error:  # DCP's own error is none of Exception's
+                shutil.rmtree(writing, ignore_errors=True)
+                room = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free there"
+                hint = "what was saved before is whole; make room, then --resume"
+                raise OSError(f"could not write {folder} ({room}): {str(error).strip().splitlines()[-1]}; {hint}") from error
+
+        self.saving = self.saver.submit(publish)
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is in its place; raise the error that kept it out."""
+        if self.saving:
+            self.saving.result()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and to the tracker; a figure that is not finite ends the run instead."""
+        if self.saving and self.saving.done():
+            self.wait_for_save()
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
                 f"{(self.checkpoints() or ['none'])[-1]}; look at the data, or start anew with a lower learning rate"
             )
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+        if is_first():
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | metrics) + "\n")
         self.tracker(metrics, step)
 
 

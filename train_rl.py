@@ -1,36 +1,43 @@
 """Reinforcement learning with verifiable rewards and the flow reward (GRPO, paper's algorithm), on one node.
 
-python train_rl.py                                                    the embedded world, from nothing
-python train_rl.py --model Qwen2.5-7B --data problems.jsonl           columns `problem` and `answer`
-python train_rl.py --shaping none | entropy | flow                    the baselines differ in this flag alone
+python train_rl.py                                                                  the embedded world, from nothing
+torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl    columns `problem` and `answer`
+python train_rl.py --shaping none | entropy | flow                                  baselines differ in this flag alone
+
+Every rank knows all episodes, rewards and scores of a step, so that a step is the same on any number of ranks; what is
+shared out is the work: sampling, grading, and the forward and backward of micro-batches.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig
 
 import flow as fl
+import parallel
 import rlfr
 import rollout
 import toy
 from eval import evaluate, table
+from parallel import is_first, on_first, start
 from rewards import Grader, Verdict
-from run import Run, RunConfig, check_positive, parse_config, with_defaults, written_whole
+from run import Run, RunConfig, asked_to_stop, check_positive, launch, with_defaults, written_whole
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, rollout.Source):
+class Config(RunConfig, rollout.Sampler):
     """Settings of a training run; None is filled in from the model."""
 
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
@@ -40,12 +47,12 @@ class Config(RunConfig, rollout.Source):
     train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
     epochs: int = 5  # Passes over the problems, unless `steps` is given
     steps: int | None = None  # RL steps
-    max_tokens: int = 1024  # Longest response
-    max_sequences: int = 256  # Responses sampled at a time; bounds the engine's KV cache
     temperature: float = 1.0  # Sampling temperature
+    top_p: float = 1.0  # Refused below 1
+    top_k: int = 0  # Refused above 0
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     max_rounds: int = 4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
-    reward: str = "binary"  # Outcome reward: binary, official, or a Python file with reward(problem, response)
+    reward: str | None = None  # Outcome reward: binary (default), official, or a Python file with reward(problem, response)
     grade_truncated: bool = False  # Let a response that ran out of room score
     grader_deadline: float = 5.0  # Seconds for grading one answer
     shaping: Literal["flow", "entropy", "none"] = "flow"  # Dense part of the advantage; none is plain RLVR
@@ -82,8 +89,11 @@ class Config(RunConfig, rollout.Source):
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
     mismatch: Literal["none", "token", "sequence", "mask"] = "token"  # Sampler-trainer mismatch: truncate by, or mask
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
-    gradient_checkpointing: bool = False  # Recompute activations in the backward
-    tokens_per_micro_batch: int = 16384  # Padded tokens of one forward
+    gradient_checkpointing: bool | None = None  # Recompute activations in the backward; by default above 1B parameters
+    tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
+    offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
+    cpu_offload: bool = False  # Keep them there always: slower steps, least GPU memory
+    compile: Literal["auto", "on", "off"] = "auto"  # Compile the flow; auto: on a GPU
     eval_every: int = 0  # Steps between evaluations; 0: only before and after
     eval_split: str = "test"  # Split of hub data for evaluation
     eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
@@ -92,14 +102,22 @@ class Config(RunConfig, rollout.Source):
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
-        flow_top_k flow_power lr flow_lr clip_norm tokens_per_micro_batch eval_samples save_every keep mismatch_cap
-        ratio_cap entropy_kappa max_sequences"""
+        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples save_every keep mismatch_cap
+        ratio_cap entropy_kappa max_sequences tensor_parallel"""
     check_positive(config, *positive.split())
+    if config.top_p < 1 or config.top_k > 0:
+        reason = "the engine's log-probs would be over the tokens kept, the trainer's over all: a biased ratio"
+        raise ValueError(
+            f"top_p={config.top_p}, top_k={config.top_k}: training samples from all tokens ({reason}); leave them out"
+        )
+    rollout.check_engine(config, dist.get_world_size())
     if config.group_size == 1 and config.baseline != "reinforce":
         raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
     if config.prompts * config.group_size % config.train_batch:
         product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.prompts * config.group_size}"
         raise ValueError(f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it")
+    if config.train_batch % dist.get_world_size():
+        raise ValueError(f"train_batch={config.train_batch} is not a multiple of the {dist.get_world_size()} ranks; choose one")
     for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
         if not 0 <= (getattr(config, name) or 0) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} is outside [0, 1]")
@@ -107,68 +125,95 @@ def check(config: Config) -> None:
     fl.FlowConfig(1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,))  # checks them
 
 
-def resolve(config: Config) -> tuple[Config, str, PretrainedConfig]:
-    """Check the settings and fill in what follows from the model; return them, the model's path and configuration."""
+def resolve(config: Config) -> tuple[Config, rollout.Model]:
+    """Check the settings and fill in what follows from the model; return them and where the model is."""
     check(config)
     flow_folder = f"runs/flow-{Path(config.model).name}"
     if config.model == "toy":
-        world = toy.make()
+        world = on_first(toy.make)
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
-        if config.shaping == "flow" and config.flow is None and not Path(flow_folder, "flow", fl.FLOW_FILE).exists():
-            begun = Path(flow_folder, "config.json").exists()
-            arguments = ["--resume" if begun else "--folder", flow_folder]
-            subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True)
-    path = toy.World().path("model") if config.model == "toy" else rollout.resolve_model(config.model, config.trust_remote_code)
+        if config.shaping == "flow" and config.flow is None:
+            on_first(lambda: make_toy_flow(flow_folder))
+    config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
+    model = rollout.find_model(toy.World().path("model") if config.model == "toy" else config.model, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
-    model_config, _ = rlfr.model_facts(path, config.trust_remote_code)
-    positions = model_config.get_text_config().max_position_embeddings
+    config = with_defaults(config, **rlfr.published_settings(model.config, model.n_parameters))
+    config = replace(config, template=rollout.choose_template(config.template, model.tokenizer, model.config.model_type))
+    positions = model.config.get_text_config().max_position_embeddings
     if config.max_prompt_tokens + config.max_tokens > positions:
         room = f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens}"
         raise ValueError(f"{room} is more than the model's {positions} positions; lower one of them")
-    return with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None), path, model_config
+    return config, model
+
+
+def make_toy_flow(folder: str) -> None:
+    """Run the offline start of the embedded world, in one process, unless it has been run."""
+    if not Path(folder, "flow", fl.FLOW_FILE).exists():
+        arguments = ["--resume" if Path(folder, "config.json").exists() else "--folder", folder]
+        of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        alone = {name: value for name, value in os.environ.items() if name not in of_ranks and "TORCHELASTIC" not in name}
+        subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True, env=alone)
 
 
 # ---- The phases of a step
-def roll_out(engine, grader, problems, config: Config, cursor: int) -> tuple[list[rollout.Episode], Future[list[Verdict]], int]:  # fmt: skip
+Verdicts = Callable[[], list[Verdict]]  # waits for the verdicts on all episodes; all ranks must call it together
+
+
+def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: int) -> tuple[list[rollout.Episode], Verdicts, int]:  # fmt: skip
     """Sample G responses for N problems from the cursor on and have them graded in the background.
 
+    lengths (n_problems,) holds each problem's mean response tokens when last sampled, or 0, and is brought up to date.
     Returns the episodes, G in a row for each problem, their verdicts to come, and the cursor after the last problem.
     """
-    sampling = rollout.Sampling(config.group_size, config.temperature, config.max_tokens)
+    group, rank, n_ranks = config.group_size, dist.get_rank(), dist.get_world_size()
+    sampling = rollout.Sampling(group, config.temperature, config.max_tokens)
 
-    def sample(n: int) -> tuple[list[rollout.Episode], Future[list[Verdict]]]:
-        places = [divmod(place, len(problems)) for place in range(cursor, cursor + n)]
-        orders = {epoch: rlfr.permutation(len(problems), "problem order", config.seed, epoch) for epoch, _ in places}
-        chosen = [problems[orders[epoch][index]] for epoch, index in places]
+    def sample(n: int) -> tuple[list[rollout.Episode], Verdicts]:
+        places = rlfr.passes(len(problems), cursor, n, "problem order", config.seed)
+        rows = [index for _, index in places]
+        chosen = [problems[index] for index in rows]
         seeds = [fl.keyed_seed("roll out", config.seed, *place) for place in places]
-        episodes = engine.generate([problem.prompt_ids for problem in chosen], sampling, seeds)
-        return episodes, grader.submit(chosen, episodes)
+        usual = lengths[lengths > 0].mean().nan_to_num(config.max_tokens)  # for a problem that was not sampled before
+        response = torch.where(lengths > 0, lengths, usual)[rows].tolist()
+        expected = [len(problem.prompt_ids) + group * length for problem, length in zip(chosen, response, strict=True)]
+        prompts = [problem.prompt_ids for problem in chosen]
+        episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected)
+        lengths[rows] = torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
+        groups = [episodes[i * group : (i + 1) * group] for i in range(n)]
+        mine = grader.submit(chosen[rank::n_ranks], [episode for i in groups[rank::n_ranks] for episode in i])
+
+        @cache
+        def verdicts() -> list[Verdict]:
+            graded: list = [None] * n_ranks
+            dist.all_gather_object(graded, mine.result())
+            of_group = [graded[i % n_ranks][i // n_ranks * group : (i // n_ranks + 1) * group] for i in range(n)]
+            return [verdict for group_verdicts in of_group for verdict in group_verdicts]
+
+        return episodes, verdicts
 
     if not config.dynamic_sampling:
         return *sample(config.prompts), cursor + config.prompts
-    kept, dropped, wanted = [], [], config.prompts * config.group_size
+    kept, dropped, wanted = [], [], config.prompts * group
     for _ in range(config.max_rounds):
-        missing = (wanted - len(kept)) // config.group_size
+        missing = (wanted - len(kept)) // group
         episodes, verdicts = sample(missing)
         cursor += missing
-        pairs = list(zip(episodes, verdicts.result(), strict=True))
-        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), config.group_size)
+        pairs = list(zip(episodes, verdicts(), strict=True))
+        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), group)
         for i, keep in enumerate(varied.tolist()):
-            (kept if keep else dropped).extend(pairs[i * config.group_size : (i + 1) * config.group_size])
+            (kept if keep else dropped).extend(pairs[i * group : (i + 1) * group])
         if len(kept) == wanted:
             break
     episodes, verdicts = zip(*(kept + dropped)[:wanted], strict=True)
-    done: Future[list[Verdict]] = Future()
-    done.set_result(list(verdicts))
-    return list(episodes), done, cursor
+    return list(episodes), lambda: list(verdicts), cursor
 
 
 @dataclass
 class Scores:
-    """What the scoring pass knows of a step's episodes, (B, T) each."""
+    """What is known of a step's episodes after the scoring pass, (B, T) each, on every rank."""
 
-    mask: Tensor
+    mask: Tensor  # response tokens
     sampled_logp: Tensor
     old_logp: Tensor
     entropy: Tensor
@@ -177,48 +222,57 @@ class Scores:
     flow_mask: Tensor  # tokens with a flow score: all of mask, but for the last one where the context is the next
 
 
-def score(policy, reference, flow, episodes, verdicts: Future, config: Config, step: int) -> tuple[Scores, dict]:
+def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config, step: int) -> tuple[Scores, dict[str, float]]:
     """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
 
     The flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
-    shape = (len(episodes), max(len(episode.response_ids) for episode in episodes))
-    out = Scores(*(torch.zeros(shape, device=rlfr.DEVICE) for _ in fields(Scores)))
-    out.mask, out.flow_mask = out.mask.bool(), out.flow_mask.bool()
+    ids, lengths = ([getattr(e, name) for e in episodes] for name in ("logp", "response_ids"))
+    lengths = torch.tensor([len(response) for response in lengths], device=parallel.DEVICE)
+    mask = torch.arange(int(lengths.max()), device=parallel.DEVICE) < lengths[:, None]
+    sampled_logp = torch.zeros(mask.shape, device=parallel.DEVICE)
+    sampled_logp[mask] = torch.tensor([x for row in ids for x in row], device=parallel.DEVICE)
+    found = torch.zeros(5, *mask.shape, device=parallel.DEVICE)  # this rank's part of what follows
+    old_logp, entropy, ref_logp, flow_score, flow_mask = found
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
-    flow_loss = 0.0
+    flow_loss, learnt = torch.zeros((), device=parallel.DEVICE), False
+    if flow:
+        parallel.begin_calls(flow)
     pairs = [(episode.prompt_ids, episode.response_ids) for episode in episodes]
-    batches = rlfr.micro_batches(pairs, config.tokens_per_micro_batch)
-    for rows, batch in tqdm(batches, desc="score", leave=False, delay=3):
-        mask = batch.response_mask
-        here = (rows, slice(mask.shape[1]))  # where the micro-batch is in (B, T)
-        out.mask[here] = mask
-        out.sampled_logp[here] = batch.unflatten(torch.tensor([x for i in rows for x in episodes[i].logp]).to(mask.device))
+    batches = rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size())
+    for rows, batch in tqdm(batches, desc="score", leave=False, delay=3, disable=not is_first()):
+        targets = batch.response_mask
+        here = (rows, slice(targets.shape[1]))  # where the micro-batch is in (B, T)
         with torch.no_grad():
-            out.old_logp[here], out.entropy[here], latents = policy(batch, config.temperature, taps)
+            old_logp[here], entropy[here], latents = policy(batch, config.temperature, taps)
             if reference:
-                out.ref_logp[here] = reference(batch, config.temperature).logp
+                ref_logp[here] = reference(batch, config.temperature).logp
         if not flow:
             continue
         depths = [tap / policy.n_layers for tap in taps]
         rows_of_flow = fl.pair(flow.config, latents, depths, batch.attention_mask, batch.targets)
         keys = [("flow noise", config.seed, step, i) for i in rows]
-        noise, z = fl.draw(flow.config, keys, mask.sum(dim=1).tolist(), rlfr.DEVICE)
+        noise, z = fl.draw(flow.config, keys, targets.sum(dim=1).tolist(), parallel.DEVICE)
         weight = None
         if not config.freeze_flow:  # the first micro-batch waits for the verdicts, while the accelerator works
             everyone = config.flow_accept == "all"
-            accepted = torch.tensor([everyone or verdict.correct for verdict in verdicts.result()], device=mask.device)
+            accepted = torch.tensor([everyone or verdict.correct for verdict in verdicts()], device=parallel.DEVICE)
             quantile, soft = config.flow_entropy_quantile, config.flow_soft
-            entropy = None if quantile is None else out.entropy[here]
-            token_weight, row_weight = rlfr.online_flow_weights(mask, accepted[rows], entropy, quantile, soft)
-            total = torch.where(accepted, 1.0, soft).sum().clamp(min=1e-9)
-            weight = (token_weight * row_weight[:, None] / total)[mask]
+            seen = None if quantile is None else entropy[here]
+            token_weight, row_weight = rlfr.online_flow_weights(targets, accepted[rows], seen, quantile, soft)
+            total = torch.where(accepted, 1.0, soft).sum()  # over all ranks
+            learnt = bool(total > 0)
+            weight = (token_weight * row_weight[:, None] / total.clamp(min=1e-9))[targets]
         learn_at = z if config.flow_times == "random" else None
         token_score, token_loss = fl.score_and_learn(flow, rows_of_flow, noise, config.reward_times, weight, learn_at)
-        out.flow_score[here] = batch.unflatten(token_score)
-        out.flow_mask[here] = batch.unflatten(rows_of_flow.exists.any(dim=1).any(dim=0))
-        flow_loss += 0.0 if weight is None else (weight * token_loss).sum().item()
-    return out, {"flow/loss": flow_loss} if flow and not config.freeze_flow else {}
+        flow_score[here] = batch.unflatten(token_score)
+        flow_mask[here] = batch.unflatten(rows_of_flow.exists.any(dim=1).any(dim=0)).float()
+        flow_loss += 0.0 if weight is None else (weight * token_loss).sum()
+    if flow:
+        parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt)
+    parallel.sum_over_ranks(found)
+    scores = Scores(mask, sampled_logp, *found[:4], found[4].bool())
+    return scores, {"flow/loss": parallel.sum_over_ranks(flow_loss).item()} if flow and not config.freeze_flow else {}
 
 
 def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Tensor, dict[str, float]]:
@@ -243,15 +297,15 @@ def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Ten
     return advantage, metrics
 
 
-def update_policy(policy, optimizer, episodes, scores: Scores, advantage, weight, config: Config, step: int, lr: float) -> dict[str, float]:  # fmt: skip
+def update_policy(policy, learner, episodes, scores: Scores, advantage, weight, config: Config, step: int, lr: float) -> dict[str, float]:  # fmt: skip
     """Take the optimiser steps of one RL step, mini-batch by mini-batch; return the figures, averaged over them."""
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
-    metrics = dict.fromkeys(("policy/loss", "policy/kl", "policy/clipped", "policy/grad_norm"), 0.0)
-    share = config.train_batch / len(episodes)
-    for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3):
-        n_tokens = int(scores.mask[mini].sum())
+    share, grad_norm = config.train_batch / len(episodes), 0.0
+    loss_sum, kl_sum, clipped_sum = sums = torch.zeros(3, device=parallel.DEVICE)
+    for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3, disable=not is_first()):
+        n_tokens = int(scores.mask[mini].sum())  # over all micro-batches and ranks: one denominator
         pairs = [(episodes[i].prompt_ids, episodes[i].response_ids) for i in mini]
-        for rows, batch in rlfr.micro_batches(pairs, config.tokens_per_micro_batch):
+        for rows, batch in rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()):
             mask = batch.response_mask
             here = (mini[rows], slice(mask.shape[1]))
             logp = policy(batch, config.temperature).logp
@@ -262,78 +316,99 @@ def update_policy(policy, optimizer, episodes, scores: Scores, advantage, weight
             if config.kl_coef:
                 kl = rlfr.kl_divergence(logp, scores.ref_logp[here], config.kl_kind)
                 loss = loss + config.kl_coef * kl
-                metrics["policy/kl"] += share * (kl * token_weight).sum().item()
+                kl_sum += share * (kl * token_weight).sum().detach()
             loss = (loss * token_weight).sum()
             loss.backward()
-            metrics["policy/loss"] += share * loss.item()
-            metrics["policy/clipped"] += share * (clipped & mask).sum().item() / n_tokens
-        metrics["policy/grad_norm"] += share * rlfr.optimizer_step(optimizer, lr, config.clip_norm)
-    return metrics
+            loss_sum += share * loss.detach()
+            clipped_sum += share * (clipped & mask).sum() / n_tokens
+        grad_norm += share * learner.step(lr, config.clip_norm)
+    figures = dict(zip(("loss", "kl", "clipped"), parallel.sum_over_ranks(sums).tolist(), strict=True)) | {
+        "grad_norm": grad_norm
+    }
+    return {f"policy/{name}": value for name, value in figures.items()}
 
 
 def main(config: Config) -> None:
     """Train a policy."""
     # ---- What there is: problems, policy, flow, engine, grader
-    config, path, model_config = resolve(config)
+    start()
+    config, model = resolve(config)
     run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    problems = rollout.load_problems(config.data, config, tokenizer, model_config.model_type)
+    problems = rollout.load_problems(config.data, config, model.tokenizer)
     if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
         few = f"{len(problems)} problems in {config.epochs} epochs"
         raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
     evaluated = replace(config, split=config.eval_split)
-    held_out = config.eval_data and rollout.load_problems(config.eval_data, evaluated, tokenizer, model_config.model_type)
-    grader = Grader(config.reward, deadline=config.grader_deadline, grade_truncated=config.grade_truncated)
-    flow, dim = None, model_config.get_text_config().hidden_size
+    held_out = config.eval_data and rollout.load_problems(config.eval_data, evaluated, model.tokenizer)
+    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
+    grader = Grader(config.reward, n_workers, config.grader_deadline, config.grade_truncated)
+    flow, reference, dtype = None, None, parallel.compute_dtype(config.dtype)
     if config.shaping == "flow":
-        flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles).to(rlfr.DEVICE)
-    policy = rlfr.load_policy(path, config.trust_remote_code, config.gradient_checkpointing)
-    reference = rlfr.load_policy(path, config.trust_remote_code).requires_grad_(False) if config.kl_coef else None
-    engine = rollout.TorchEngine(path, tokenizer, rlfr.DEVICE, config.trust_remote_code, config.max_sequences)
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), weight_decay=config.weight_decay)
-    learners = {"policy": policy, "policy_optimizer": optimizer}
-    if flow and not config.freeze_flow:
-        flow_optimizer = torch.optim.AdamW(flow.parameters(), config.flow_lr, weight_decay=0.01)
-        learners |= {"flow": flow, "flow_optimizer": flow_optimizer}
-    start, cursor = 0, 0
-    if state := run.begin():
-        start, cursor = state["step"], state["cursor"]
-        for name, learner in learners.items():
-            learner.load_state_dict(state.pop(name))
-    print(config)
-    sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
-    print(f"{sizes}, on {rlfr.DEVICE}, run folder {run.folder}")
+        dim = model.config.get_text_config().hidden_size
+        flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles)
+    engine = rollout.make_engine(model, config, parallel.DEVICE, dtype)
+    engine.sleep()  # the policy has the GPU while it is sharded
+    policy = rlfr.load_policy(model.path, config.trust_remote_code, config.gradient_checkpointing)
+    parallel.shard(policy, policy.layers, dtype, config.cpu_offload)
+    learners = {"policy": parallel.Learner(policy, (0.9, 0.95), config.weight_decay)}
+    if config.kl_coef:
+        reference = rlfr.load_policy(model.path, config.trust_remote_code).requires_grad_(False)
+        parallel.shard(reference, reference.layers, dtype, config.cpu_offload)
+    if flow:
+        parallel.compile_flow(flow, config.compile)
+        parallel.shard(flow, (), dtype, config.cpu_offload)
+        if not config.freeze_flow:
+            learners["flow"] = parallel.Learner(flow, (0.9, 0.999), 0.01)
+    progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
+    state = {"progress": progress} | learners
+    run.begin(state)
+    if is_first():
+        print(config)
+        sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
+        print(f"{sizes}, {dist.get_world_size()} ranks, {parallel.DEVICE} in {dtype}, run folder {run.folder}")
 
     def sync() -> None:
-        engine.wake()
-        engine.load_weights(policy.model.state_dict().items())
+        """Give the engine the policy's weights, and room."""
+        engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
+        if config.offload:
+            parallel.move([*learners.values(), reference], "cpu")
+
+    def rest() -> None:
+        """Take the room back from the engine."""
+        engine.sleep()
+        if config.offload:
+            parallel.move([*learners.values(), reference], parallel.DEVICE)
 
     def assess() -> dict[str, dict]:
-        """Evaluate the engine's weights on the held-out problems."""
+        """Evaluate the policy on the held-out problems."""
         samplings = [("sampled", config.eval_samples, config.temperature), ("greedy", 1, 0.0)]
         samplings = {kind: rollout.Sampling(n, temperature, config.max_tokens) for kind, n, temperature in samplings}
-        return {kind: evaluate(engine, held_out, grader, sampling)[0] for kind, sampling in samplings.items()}
+        sync()
+        figures = {kind: evaluate(engine, held_out, grader, sampling)[0] for kind, sampling in samplings.items()}
+        rest()
+        return figures
 
     summary_file = run.folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if start and summary_file.exists() else {}
+    summary = json.loads(summary_file.read_text()) if progress["step"] and summary_file.exists() else {}
     if held_out and "before" not in summary:
         summary["before"] = assess()
         run.write_json("summary.json", summary)
 
-    for step in tqdm(range(start, total_steps), initial=start, total=total_steps, desc="rl", unit="step"):
+    bar = tqdm(initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first())
+    while (step := progress["step"]) < total_steps and not asked_to_stop():
         laps, grader.timeouts = [time.perf_counter()], 0
         # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
         sync()
         laps.append(time.perf_counter())
-        episodes, verdicts, cursor = roll_out(engine, grader, problems, config, cursor)
-        engine.sleep()
+        episodes, verdicts, cursor = roll_out(engine, grader, problems, progress["lengths"], config, progress["cursor"])
+        rest()
         laps.append(time.perf_counter())
 
         # ---- 3. Score
         scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
         laps.append(time.perf_counter())
-        reward = torch.tensor([verdict.reward for verdict in verdicts.result()], device=rlfr.DEVICE)
-        correct = sum(verdict.correct for verdict in verdicts.result()) / len(episodes)
+        reward = torch.tensor([verdict.reward for verdict in verdicts()], device=parallel.DEVICE)
+        correct = sum(verdict.correct for verdict in verdicts()) / len(episodes)
         laps.append(time.perf_counter())
 
         # ---- 4. Shape and advantage
@@ -343,50 +418,68 @@ def main(config: Config) -> None:
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
-        policy_metrics = update_policy(policy, optimizer, episodes, scores, advantage, weight, config, step, lr)
+        policy_metrics = update_policy(policy, learners["policy"], episodes, scores, advantage, weight, config, step, lr)
 
         # ---- 6. Update the flow
         if "flow" in learners:
-            flow_metrics["flow/grad_norm"] = rlfr.optimizer_step(flow_optimizer, config.flow_lr, config.clip_norm)
+            flow_metrics["flow/grad_norm"] = learners["flow"].step(config.flow_lr, config.clip_norm)
         laps.append(time.perf_counter())
 
         # ---- 7. Log, evaluate, save
+        progress |= {"step": step + 1, "cursor": cursor}
         mask, n_truncated = scores.mask, sum(episode.finish_reason == "length" for episode in episodes)
         metrics = {"reward": reward.mean().item(), "correct": correct, "lr": lr, "cursor": cursor}
         metrics["varied_groups"] = rlfr.varied_groups(reward, config.group_size).float().mean().item()
         metrics |= {"length": mask.sum(dim=1).float().mean().item(), "truncated": n_truncated / len(episodes)}
         metrics |= {"entropy": scores.entropy[mask].mean().item(), "advantage_abs": advantage[mask].abs().mean().item()}
-        metrics |= {"grader_timeouts": grader.timeouts} | policy_metrics | shaping_metrics | flow_metrics | mismatch
+        metrics["grader_timeouts"] = parallel.sum_over_ranks(torch.tensor(float(grader.timeouts))).item()
+        metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
-            sync()
             metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}
-        phases = ("time/sync", "time/roll_out", "time/score", "time/verify", "time/update")
-        metrics |= dict(zip(phases, (after - before for before, after in pairwise(laps)), strict=True))
-        metrics["time/step"] = time.perf_counter() - laps[0]
+        laps.append(time.perf_counter())
+        phases = ("sync", "roll_out", "score", "verify", "update", "evaluate")
+        metrics |= {f"time/{phase}": b - a for phase, (a, b) in zip(phases, pairwise(laps), strict=True)}
+        metrics["time/step"] = laps[-1] - laps[0]
+        if parallel.DEVICE.type == "cuda":
+            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         run.log(step + 1, metrics)
-        tqdm.write(
-            f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
-            f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  loss {metrics['policy/loss']:+.4f}  "
-            f"grad {metrics['policy/grad_norm']:.3f}  {metrics['time/step']:.1f} s"
-        )
-        if (step + 1) % config.save_every == 0 or step + 1 == total_steps:
-            run.save(step + 1, {"cursor": cursor} | {name: learner.state_dict() for name, learner in learners.items()})
+        if is_first():
+            bar.update()
+            tqdm.write(
+                f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
+                f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  "
+                f"loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  {metrics['time/step']:.1f} s"
+            )
+        if (step + 1) % config.save_every == 0:
+            run.save(state)
 
     # ---- What came of it
-    with written_whole(run.folder / "policy") as folder:
-        policy.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    run.save(state)
+    run.wait_for_save()
+    if progress["step"] < total_steps:
+        if is_first():
+            print(f"stopped after step {progress['step']} of {total_steps}; go on with --resume {run.folder}")
+        return
+    weights = {name: tensor.cpu() for name, tensor in parallel.full_weights(policy, dtype, prefix="model.") if is_first()}
+    on_first(lambda: export(policy.model, weights, model.tokenizer, run.folder / "policy"))
     if flow:
         fl.save_flow(flow, run.folder / "flow")
     if held_out:
-        sync()
         summary["after"] = assess()
         run.write_json("summary.json", summary)
-        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy")]
+    if is_first():
+        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy") if held_out]
         print(table({f"{when} {kind}": summary[when][kind] for when, kind in whens}))
+        print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()
-    print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+
+
+def export(model, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
+    """Write the policy as Hugging Face does: weights, configuration, generation configuration and tokenizer."""
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, {"toy": toy.TRAIN_RL}))
+    launch(main, Config, {"toy": toy.TRAIN_RL})

@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from common import compare  # noqa: E402
 
 import flow as fl  # noqa: E402
+import parallel  # noqa: E402
 import rlfr  # noqa: E402
 
 
@@ -41,7 +42,7 @@ def prepare(settings: Settings, variant: str):
     policy = rlfr.Policy(AutoModelForCausalLM.from_config(config)).to(rlfr.DEVICE).requires_grad_(False)
     flow_config = fl.FlowConfig(settings.dim)
     flow = fl.Flow(flow_config).to(rlfr.DEVICE)
-    optimizer = torch.optim.AdamW(flow.parameters(), 1e-4)
+    learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
     ids = torch.randint(settings.vocabulary, (settings.sequences, settings.prompt + settings.response)).tolist()
     batch = rlfr.collate([(row[: settings.prompt], row[settings.prompt :]) for row in ids])
     taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
@@ -60,7 +61,7 @@ def prepare(settings: Settings, variant: str):
         keys = [("benchmark", i) for i in range(settings.sequences)]
         noise, z = fl.draw(flow_config, keys, targets.sum(dim=1).tolist(), rlfr.DEVICE)
         losses = fl.matching_loss(flow, pairs, noise, z)
-        rlfr.optimizer_step(optimizer, 1e-4, 1.0, denominator=len(losses))
+        learner.step(1e-4, 1.0, denominator=len(losses))
 
     return work
 

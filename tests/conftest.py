@@ -15,11 +15,13 @@ from transformers import AutoTokenizer  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import flow as fl  # noqa: E402
+import parallel  # noqa: E402
 import rlfr  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+parallel.start()
 
 
 @pytest.fixture(scope="session")
@@ -55,5 +57,5 @@ def read_lines(path) -> list[dict]:
 
 def load_problems(file: str) -> list[rollout.Problem]:
     """Load problems of the small world."""
-    config = evaluation.Config(template="none", max_prompt_tokens=64)
+    config = evaluation.Config(template="none", max_prompt_tokens=64, problem_column="problem")
     return rollout.load_problems(file, config, AutoTokenizer.from_pretrained(str(Path(file).with_name("model"))))

@@ -87,19 +87,20 @@ def test_unknown_data_and_models():
             rollout.load_rows(source, ())
     for model, tried in {"Qwen9-1B": "Qwen/Qwen9-1B", "./missing": "./missing"}.items():
         with pytest.raises(ValueError, match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B"):
-            rollout.resolve_model(model)
+            rollout.find_model(model)
 
 
 def test_long_prompts_are_counted(tokenizer):
     with pytest.raises(
         ValueError, match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens"
     ):
-        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, rollout.Source(template="none", max_prompt_tokens=4), "")
+        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, rollout.Source(template="none", max_prompt_tokens=4))
 
 
 def test_templates(tokenizer, tmp_path):
     def text(template, model_type=""):
-        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, rollout.Source(template=template), model_type)[0])
+        source = rollout.Source(template=rollout.choose_template(template, tokenizer, model_type))
+        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, source)[0])
 
     assert text("none") == "1+1?"
     assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith("<|im_start|>assistant\n")
@@ -188,7 +189,6 @@ def test_length_finish_and_weights(engine, prompts, world, tokenizer):
     )
     other = rollout.TorchEngine(world.path("model"), tokenizer)
     other.sleep()
-    other.wake()
     state = {name: torch.zeros_like(tensor) for name, tensor in other.model.state_dict().items()}
     other.load_weights(state.items())
     assert all(tensor.abs().max() == 0 for tensor in other.model.state_dict().values())

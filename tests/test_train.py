@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_problems, read_lines
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoTokenizer
 
 import eval as evaluation
@@ -32,7 +33,7 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, save_every=1,
-        flow_accept="all", tokens_per_micro_batch=300, grade_truncated=True, folder=str(tmp_path / "run"),
+        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, folder=str(tmp_path / "run"),
     )  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def figures(folder) -> list[dict]:
 def last_state(folder) -> dict:
     """Tensors and numbers of the newest checkpoint, flat."""
     newest = max((Path(folder) / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(newest / "state.pt", weights_only=True))
+    dcp_to_torch_save(newest, Path(folder) / "state.pt")
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(Path(folder) / "state.pt", weights_only=True))
     return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
 
 
@@ -77,7 +79,7 @@ def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch
 
 def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
     for name, budget in (("a", 100_000), ("b", 200)):
-        train_flow.main(replace(flow_config, folder=flow_config.folder + name, tokens_per_micro_batch=budget))
+        train_flow.main(replace(flow_config, folder=flow_config.folder + name, tokens_per_gpu=budget))
     a, b = (figures(flow_config.folder + name) for name in "ab")
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and one["rows"] == other["rows"]
@@ -131,14 +133,12 @@ def test_gradient_checkpointing_changes_nothing(config):
 def test_micro_batches_change_nothing(config):
     """Figures and gradients do not depend on how a step's episodes are batched (one denominator)."""
     for name, budget in (("a", 100_000), ("b", 60)):
-        train_rl.main(
-            replace(config, folder=config.folder + name, tokens_per_micro_batch=budget, steps=1, flow_entropy_quantile=0.5)
-        )
+        train_rl.main(replace(config, folder=config.folder + name, tokens_per_gpu=budget, steps=1, flow_entropy_quantile=0.5))
     a, b = (figures(config.folder + name)[0] for name in "ab")
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     states = [last_state(config.folder + name) for name in "ab"]
     for key, value in states[0].items():
-        if key.startswith(("['policy']", "['flow']")):
+        if "['module']" in key:
             torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-5)
 
 
@@ -235,8 +235,9 @@ def dying(real, before):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
     return wrapped
-def half_a_file(state, path):
-    open(path, "wb").write(b"half")
+def half_a_file(state, stream):
+    stream.write(b"half")
+    stream.flush()
 if point == "update":
     torch.optim.AdamW.step = dying(torch.optim.AdamW.step, lambda *_: None)
 if point == "half a checkpoint":
@@ -311,9 +312,9 @@ def test_full_disk_leaves_the_last_checkpoint(config):
     script = (
         "import resource, sys, torch, run, runpy\n"
         "save = run.Run.save\n"
-        "def limited(self, step, state):\n"
-        "    if step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
-        "    save(self, step, state)\n"
+        "def limited(self, state):\n"
+        "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "    save(self, state)\n"
         "run.Run.save = limited\n"
         "runpy.run_path('train_rl.py', run_name='__main__')\n"
     )
@@ -322,7 +323,7 @@ def test_full_disk_leaves_the_last_checkpoint(config):
     message = done.stderr.splitlines()[-1]
     assert "could not write" in message and "step-2" in message and "MB free" in message and "--resume" in message
     assert [p.name for p in (Path(config.folder) / "checkpoints").iterdir()] == ["step-1"]
-    assert last_state(config.folder)["['step']"] == 1
+    assert last_state(config.folder)["['progress']['step']"] == 1
     train_rl.main(replace(config, resume=config.folder))
     assert [line["step"] for line in figures(config.folder)] == [1, 2, 3]
 
@@ -332,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
         FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate"
     ):
         train_rl.main(replace(config, lr=1e30, train_batch=16, shaping="none", reward=str(ROOT / "tests" / "length_reward.py")))
-    assert (Path(config.folder) / "checkpoints" / "step-1" / "state.pt").exists()
+    assert (Path(config.folder) / "checkpoints" / "step-1" / ".metadata").exists()
     assert all(math.isfinite(value) for line in figures(config.folder) for value in line.values())
 
 
@@ -345,8 +346,8 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
     problems = load_problems(world.path("test.jsonl"))
     engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
-    state = torch.load(folder / "checkpoints" / "step-3" / "state.pt", weights_only=True)["policy"]
-    assert all(torch.equal(tensor, state[f"model.{name}"]) for name, tensor in engine.model.state_dict().items())
+    state = last_state(folder)
+    assert all(torch.equal(t, state[f"['policy']['module']['model.{name}']"]) for name, t in engine.model.state_dict().items())
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
         for kind in ("sampled", "greedy"):
@@ -448,7 +449,7 @@ def test_resume_checks_the_settings(config):
     train_rl.main(replace(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
-    train_rl.main(replace(config, steps=1, tokens_per_micro_batch=50, resume=config.folder))
+    train_rl.main(replace(config, steps=1, tokens_per_gpu=50, resume=config.folder))
     with pytest.raises(ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"):
         train_rl.main(replace(config, steps=1, lr=0.1, resume=config.folder))
 
@@ -462,7 +463,7 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     assert parse("--model", "Qwen2.5-7B").lr == 1e-6 and parse("--model=Qwen2.5-7B").prompts == 128
     assert parse("--flow-top-k", "None", "--reward-times", "0.5", "0.8").reward_times == (0.5, 0.8)
     stored = runs.Run(train_rl.Config(lr=5e-5, folder=str(tmp_path / "r")), "x")
-    stored.begin()
+    stored.begin({})
     monkeypatch.setattr(sys, "argv", ["train_flow.py", "--resume", stored.config.folder])
     with pytest.raises(ValueError, match="'answer_column'.* settings of another script"):
         runs.parse_config(train_flow.Config, {})
@@ -474,7 +475,7 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
     folders = []
     for _ in range(3):
         run = runs.Run(train_rl.Config(), "rl-x")
-        run.begin()
+        run.begin({})
         folders.append(str(run.folder))
     assert folders == ["runs/rl-x", "runs/rl-x-2", "runs/rl-x-3"]
 
