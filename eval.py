@@ -7,14 +7,13 @@ pass@1 is the mean over problems of the mean over samples. With --out, one line 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 import parallel
-import rlfr
 import rollout
 import toy
 from flow import keyed_seed
@@ -89,13 +88,14 @@ def main(config: Config) -> None:
         raise ValueError(f"samples={config.samples} at temperature 0 are copies; raise --temperature, or take one sample")
     if on_first(lambda: config.out and Path(config.out).exists()):
         raise ValueError(f"--out {config.out} exists already; name a new folder")
+    name = config.model
     if config.model == "toy":
-        config = with_defaults(config, data=on_first(toy.make).path("test.jsonl"))
-    model = rollout.find_model(toy.World().path("model") if config.model == "toy" else config.model, config.trust_remote_code)
+        world = on_first(toy.make)
+        name, config = world.path("model"), with_defaults(config, data=world.path("test.jsonl"))
+    model = rollout.find_model(name, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
-    config = with_defaults(config, **rlfr.published_settings(model.config, model.n_parameters))
-    config = replace(config, template=rollout.choose_template(config.template, model.tokenizer, model.config.model_type))
+    config = rollout.fill_in(config, model)
     problems = rollout.load_problems(config.data, config, model.tokenizer)
     engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)

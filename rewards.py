@@ -122,6 +122,8 @@ def serve() -> None:
 
     import math_verify
 
+    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group they are the parent's to heed
+        signal.signal(stop, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     print("ready", flush=True)
     for line in sys.stdin:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from flow import keyed_seed
 from parallel import DEVICE
@@ -202,15 +202,6 @@ class Policy(nn.Module):
         weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
-
-
-def published_settings(config: PretrainedConfig, n_parameters: int) -> dict:
-    """Return the settings that depend on the model (paper, implementation details; gradient checkpointing is ours)."""
-    large, vision = n_parameters > 5e9, hasattr(config, "vision_config")
-    return {
-        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if vision else 1024,
-        "problem_column": "prompt" if vision else "problem", "reward": "binary", "gradient_checkpointing": n_parameters > 1e9,
-    }  # fmt: skip
 
 
 def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False) -> Policy:

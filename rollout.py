@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,23 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
     with torch.device("meta"):
         body = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer)
+
+
+def fill_in(config: Source, model: Model) -> Source:
+    """Fill in what is None or `auto` from the model, and say it: published settings (paper, implementation details), the
+    family's template, and gradient checkpointing where activations would be large."""
+    large, vision = model.n_parameters > 5e9, hasattr(model.config, "vision_config")
+    published = {
+        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if vision else 1024,
+        "problem_column": "prompt" if vision else "problem", "reward": "binary",
+        "gradient_checkpointing": model.n_parameters > 1e9,
+    }  # fmt: skip
+    derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
+    derived["template"] = choose_template(config.template, model.tokenizer, model.config.model_type)
+    if dist.get_rank() == 0:
+        settings = "  ".join(f"{name}={value}" for name, value in derived.items())
+        print(f"from the model {model.path} ({model.n_parameters / 1e9:.3g}B parameters):  {settings}")
+    return replace(config, **derived)
 
 
 class Problem(NamedTuple):
@@ -292,8 +309,9 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs here, not in a process of its own
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
             os.environ.setdefault(name, value)
-        with warnings.catch_warnings(action="ignore"):
-            import vllm
+        warnings.filterwarnings("ignore", module="vllm")
+        import vllm
+
         if on_cpu := torch.device(device).type == "cpu":  # oneDNN packs weights at the start and would never see new ones
             from vllm import _custom_ops
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from flow import as_tuple
 from parallel import is_first, on_first, start
@@ -46,16 +47,22 @@ def launch(main: Callable, config_class, presets: dict[str, dict]) -> None:
         STOP_SIGNALS.append(number)
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once", file=sys.stderr)
 
+    recorder = get_error_handler()
+    recorder.initialize()
     try:
         config = parse_config(config_class, presets)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, heed)
         start()
-        record(main)(config)  # torchrun shows the recorded error of the rank that failed first, after all others
+        main(config)
         dist.destroy_process_group()
     except SystemExit:  # --help, or a flag that does not exist
         raise
     except BaseException as error:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            time.sleep(10)  # a rank that others lost has more to say, and torchrun's last word is the first error recorded
+        recorder.record_exception(error)
         if not (dist.is_initialized() and dist.get_rank() > 0 and isinstance(error, ValueError)):  # the first rank shows it
             print("\n" + traceback.format_exc(), end="", file=sys.stderr)
         leave(1)

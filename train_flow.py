@@ -9,7 +9,7 @@ latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -54,16 +54,16 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     check_positive(config, "noise_repeats", "flow_blocks")
     if config.batch_size % dist.get_world_size():
         raise ValueError(f"batch_size={config.batch_size} is not a multiple of the {dist.get_world_size()} ranks; choose one")
+    name = config.model
     if config.model == "toy":
-        config = with_defaults(config, data=on_first(toy.make).path("expert.jsonl"))
-    model = rollout.find_model(toy.World().path("model") if config.model == "toy" else config.model, config.trust_remote_code)
+        world = on_first(toy.make)
+        name, config = world.path("model"), with_defaults(config, data=world.path("expert.jsonl"))
+    model = rollout.find_model(name, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
     if config.cutoff <= config.max_prompt_tokens:
         raise ValueError(f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise it")
-    config = with_defaults(config, **rlfr.published_settings(model.config, model.n_parameters))
-    template = rollout.choose_template(config.template, model.tokenizer, model.config.model_type)
-    return replace(config, template=template), model
+    return rollout.fill_in(config, model), model
 
 
 def main(config: Config) -> None:

@@ -128,18 +128,18 @@ def check(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and where the model is."""
     check(config)
-    flow_folder = f"runs/flow-{Path(config.model).name}"
+    name, flow_folder = config.model, f"runs/flow-{Path(config.model).name}"
     if config.model == "toy":
         world = on_first(toy.make)
+        name = world.path("model")
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
         if config.shaping == "flow" and config.flow is None:
             on_first(lambda: make_toy_flow(flow_folder))
     config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
-    model = rollout.find_model(toy.World().path("model") if config.model == "toy" else config.model, config.trust_remote_code)
+    model = rollout.find_model(name, config.trust_remote_code)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
-    config = with_defaults(config, **rlfr.published_settings(model.config, model.n_parameters))
-    config = replace(config, template=rollout.choose_template(config.template, model.tokenizer, model.config.model_type))
+    config = rollout.fill_in(config, model)
     positions = model.config.get_text_config().max_position_embeddings
     if config.max_prompt_tokens + config.max_tokens > positions:
         room = f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens}"
@@ -467,9 +467,10 @@ def main(config: Config) -> None:
     if held_out:
         summary["after"] = assess()
         run.write_json("summary.json", summary)
-    if is_first():
-        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy") if held_out]
+    if held_out and is_first():
+        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy")]
         print(table({f"{when} {kind}": summary[when][kind] for when, kind in whens}))
+    if is_first():
         print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()
 
