@@ -110,6 +110,10 @@ def check(config: Config) -> None:
         raise ValueError(
             f"top_p={config.top_p}, top_k={config.top_k}: training samples from all tokens ({reason}); leave them out"
         )
+    if config.offload and config.cpu_offload:
+        raise ValueError(
+            "offload and cpu_offload exclude each other: choose when weights are in host memory, sometimes or always"
+        )
     rollout.check_engine(config, dist.get_world_size())
     if config.group_size == 1 and config.baseline != "reinforce":
         raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")

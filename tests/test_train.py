@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_problems, read_lines
+from conftest import ROOT, load_problems, read_lines
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoTokenizer
 
@@ -23,8 +23,6 @@ import run as runs
 import toy
 import train_flow
 import train_rl
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
