@@ -246,6 +246,9 @@ def make_engine(model: Model, config: Sampler, device: torch.device, dtype: torc
         installed = find_spec("vllm") is not None
         kind = "vllm" if installed and device.type == "cuda" else "torch"
         reason = "there is no GPU" if device.type != "cuda" else "installed" if installed else "vLLM is not installed"
+    heads = model.config.get_text_config().num_attention_heads
+    if heads % config.tensor_parallel:
+        raise ValueError(f"tensor_parallel={config.tensor_parallel} does not divide the model's {heads} attention heads")
     began, options = time.perf_counter(), (device, dtype, config.trust_remote_code, config.max_sequences)
     if kind == "torch":
         engine = TorchEngine(model.path, model.tokenizer, *options)

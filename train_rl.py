@@ -481,8 +481,13 @@ def main(config: Config) -> None:
 
 def export(model, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
     """Write the policy as Hugging Face does: weights, configuration, generation configuration and tokenizer."""
+    stored = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}  # tied ones once
+    weights = {name: tensor for name, tensor in weights.items() if name in stored}
+    with torch.device("meta"):  # one that is not sharded, in the dtype of the weights
+        plain = type(model)(model.config).to(next(iter(weights.values())).dtype)
+    plain.generation_config = model.generation_config
     with written_whole(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=weights)
+        plain.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
 
 

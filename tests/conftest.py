@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 import eval as evaluation  # noqa: E402
@@ -60,3 +61,29 @@ def load_problems(file: str) -> list[rollout.Problem]:
     """Load problems of the small world."""
     config = evaluation.Config(template="none", max_prompt_tokens=64, problem_column="problem")
     return rollout.load_problems(file, config, AutoTokenizer.from_pretrained(str(Path(file).with_name("model"))))
+
+
+def figures(folder) -> list[dict]:
+    """Metrics without times."""
+    lines = read_lines(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def last_state(folder) -> dict:
+    """Tensors and numbers of the newest checkpoint, flat."""
+    newest = max((Path(folder) / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    dcp_to_torch_save(newest, Path(folder) / "state.pt")
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(Path(folder) / "state.pt", weights_only=True))
+    return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def flags(config) -> list[str]:
+    """A configuration as command-line flags."""
+    given = []
+    for name, value in vars(config).items():
+        default = type(config).__dataclass_fields__[name].default
+        if value is True:
+            given.append(f"--{name.replace('_', '-')}")
+        elif value != default and value is not None:
+            given += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return given

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_problems, read_lines
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from conftest import ROOT, figures, flags, last_state, load_problems, read_lines
 from transformers import AutoTokenizer
 
 import eval as evaluation
@@ -41,20 +40,6 @@ def flow_config(world, tmp_path) -> train_flow.Config:
         model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=16, lr=1e-3, epochs=2,
         flow_blocks=2, noise_repeats=2, max_prompt_tokens=64, save_every=2, folder=str(tmp_path / "flow-run"),
     )  # fmt: skip
-
-
-def figures(folder) -> list[dict]:
-    """Metrics without times."""
-    lines = read_lines(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def last_state(folder) -> dict:
-    """Tensors and numbers of the newest checkpoint, flat."""
-    newest = max((Path(folder) / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-    dcp_to_torch_save(newest, Path(folder) / "state.pt")
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(Path(folder) / "state.pt", weights_only=True))
-    return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
 
 
 def same_state(a: dict, b: dict) -> bool:
@@ -249,18 +234,6 @@ sys.argv.insert(0, script)
 import runpy
 runpy.run_path(script, run_name="__main__")
 """
-
-
-def flags(config) -> list[str]:
-    """A configuration as command-line flags."""
-    given = []
-    for name, value in vars(config).items():
-        default = type(config).__dataclass_fields__[name].default
-        if value is True:
-            given.append(f"--{name.replace('_', '-')}")
-        elif value != default and value is not None:
-            given += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return given
 
 
 def launch(script: str, arguments: list[str], point: str = "never", count: int = 1) -> subprocess.CompletedProcess:

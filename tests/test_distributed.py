@@ -1,0 +1,317 @@
+"""Several ranks: the same numbers as one, whatever is killed, and clean exits. KILL_TRIALS and EXIT_RUNS ask for more."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, figures, flags, last_state
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import parallel
+import rlfr
+import rollout
+import train_flow
+import train_rl
+
+pytestmark = pytest.mark.distributed
+KILL_TRIALS, EXIT_RUNS = int(os.environ.get("KILL_TRIALS", 2)), int(os.environ.get("EXIT_RUNS", 2))
+
+
+def command(script: str, arguments: list[str], n_ranks: int = 2, *options: str) -> list[str]:
+    """A script's command line, under torchrun on a port of its own for several ranks."""
+    options = options or ("--standalone", "--nproc-per-node", str(n_ranks))
+    launcher = ["-m", "torch.distributed.run", *options] if n_ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / script), *arguments]
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams, **options)
+
+
+def finish(*arguments) -> str:
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def ranks_of(torchrun: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def wait_for_step(folder: str, step: int, process: subprocess.Popen) -> None:
+    """Wait until so many steps are logged."""
+    file = Path(folder) / "metrics.jsonl"
+    for _ in range(2400):
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.fixture(scope="module")
+def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
+    return train_rl.Config(
+        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3,
+        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"),
+        folder=str(tmp_path_factory.mktemp("distributed") / "one"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(config) -> str:
+    """The run of one process."""
+    train_rl.main(config)
+    return config.folder
+
+
+@pytest.fixture(scope="module")
+def two(config) -> str:
+    """The run of two ranks."""
+    folder = config.folder.replace("one", "two")
+    finish("train_rl.py", flags(replace(config, folder=folder)))
+    return folder
+
+
+def assert_same_run(folder: str, other: str) -> None:
+    """Figures and weights agree to 1e-5."""
+    for a, b in zip(figures(folder), figures(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    a, b = last_state(folder), last_state(other)
+    assert a.keys() == b.keys()
+    for name in (name for name in a if "['module']" in name and "k_proj.bias" not in name):
+        # the gradient of a key's bias is 0 but for rounding, which AdamW blows up
+        assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), name
+
+
+# ---- B. The same numbers
+
+
+def test_two_ranks_follow_one_process(one, two):
+    assert_same_run(one, two)
+    assert sorted(p.name for p in Path(two, "checkpoints").iterdir()) == ["step-3", "step-4", "step-5"], "--keep"
+    for name in ("policy/model.safetensors", "flow/flow.safetensors"):
+        assert Path(one, name).stat().st_size == Path(two, name).stat().st_size
+
+
+def test_two_nodes_follow_one_process(one, config):
+    folder, port = config.folder.replace("one", "nodes"), str(random.randint(20000, 30000))
+    nodes = []
+    for node in "01":
+        options = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", node)
+        options += ("--master-addr", "localhost", "--master-port", port)
+        nodes.append(start("train_rl.py", flags(replace(config, folder=folder)), 2, *options))
+    for process in nodes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output[-4000:]
+    assert_same_run(one, folder)
+
+
+def test_offline_start_on_two_ranks(world, tmp_path):
+    config = train_flow.Config(
+        model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=10, lr=1e-3, epochs=1,
+        flow_blocks=2, noise_repeats=2, max_prompt_tokens=64, tokens_per_gpu=200, folder=str(tmp_path / "one"),
+    )  # fmt: skip
+    train_flow.main(config)
+    finish("train_flow.py", flags(replace(config, folder=str(tmp_path / "two"))))
+    assert_same_run(config.folder, str(tmp_path / "two"))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
+    """An engine for each rank, or one for both: the first step's episodes are those of one process."""
+    if tensor_parallel == 2:  # with a head for each rank
+        model, other = Path(config.model), tmp_path / "model"
+        shutil.copytree(model, other)
+        torch.manual_seed(0)
+        heads = Qwen2Config.from_pretrained(model, num_attention_heads=2, num_key_value_heads=2)
+        Qwen2ForCausalLM(heads).save_pretrained(other)
+        config = replace(config, model=str(other))
+        for left in Path("/dev/shm").glob("-tp:*cpushm*"):  # vLLM on a CPU leaves it behind and stumbles over it
+            left.unlink()
+    config = replace(config, engine="vllm", tensor_parallel=tensor_parallel, steps=2, max_sequences=32)
+    output = finish("train_rl.py", flags(replace(config, folder=str(tmp_path / "two"))))
+    assert "engine: vllm on cpu" in output
+    alone = str(tmp_path / "one")
+    train_rl.main(replace(config, tensor_parallel=1, folder=alone))
+    a, b = figures(tmp_path / "two")[0], figures(alone)[0]
+    assert a == pytest.approx(b, rel=1e-3, abs=1e-3) and a["reward"] == b["reward"] and a["length"] == b["length"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}]
+)
+def test_where_weights_live_changes_nothing(config, one, tmp_path, options):
+    train_rl.main(replace(config, folder=str(tmp_path / "run"), **options))
+    assert_same_run(one, str(tmp_path / "run"))
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
+    train_rl.main(replace(config, folder=str(tmp_path / "run"), dtype="bfloat16", steps=2))
+    state = last_state(tmp_path / "run")
+    assert all(t.dtype == torch.float32 for name, t in state.items() if "['module']" in name)
+    exported = rlfr.load_policy(str(tmp_path / "run" / "policy"))
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}, "what the engine sampled with"
+    policy = rlfr.load_policy(config.model)
+    parallel.shard(policy, policy.layers, torch.bfloat16)
+    scored = policy(rlfr.collate([([1, 2], [3, 4])]), 1.0, taps=[1])
+    assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
+    scored.logp.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+
+
+# ---- Sharing out
+
+
+def test_micro_batches_of_all_ranks():
+    """Every pair once, as many batches and pairs a rank, tokens balanced, within the budget."""
+    rng = random.Random(0)
+    pairs = [([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
+    for n_ranks in (1, 2, 3, 8):
+        plans = [[rows for rows, _ in rlfr.micro_batches(pairs, 100, rank, n_ranks)] for rank in range(n_ranks)]
+        assert sorted(i for plan in plans for rows in plan for i in rows) == list(range(24))
+        assert len({len(plan) for plan in plans}) == 1 and len({sum(map(len, plan)) for plan in plans}) == 1
+        tokens = [sum(sum(map(len, pairs[i])) for rows in plan for i in rows) for plan in plans]
+        assert max(tokens) < 1.5 * min(tokens)
+        for rows in (rows for plan in plans for rows in plan):
+            assert len(rows) == 1 or len(rows) * max(sum(map(len, pairs[i])) for i in rows) <= 100
+
+
+@dataclass
+class Recorder:
+    """An engine that says what it was asked."""
+
+    n_ranks: int = 1
+    asked: list = field(default_factory=list)
+
+    def generate(self, prompts, sampling, seeds):
+        self.asked.append((prompts, seeds))
+        return [rollout.Episode(prompt, [seed + i], [0.0], "stop", "") for prompt, seed in zip(prompts, seeds, strict=True) for i in range(sampling.n)]  # fmt: skip
+
+
+def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
+    """Ranks play one after the other: each takes the share that its number gives, and results come back in order."""
+    prompts, seeds, expected = [[i] for i in range(7)], [10 * i for i in range(7)], [1, 9, 1, 1, 4, 4, 2]
+    engines = [Recorder() for _ in range(2)]
+    dealt: list = [None, None]
+    monkeypatch.setattr(rollout.dist, "get_world_size", lambda: 2)
+    for rank in (0, 1, 0):  # the third pass sees what both have made
+        monkeypatch.setattr(rollout.dist, "get_rank", lambda rank=rank: rank)
+
+        def gather(found, own, rank=rank):
+            dealt[rank] = own
+            found[:] = [each if each is not None else [own[0]] * 100 for each in dealt]
+
+        monkeypatch.setattr(rollout.dist, "all_gather_object", gather)
+        episodes = rollout.generate_on_all_ranks(engines[rank], prompts, rollout.Sampling(2), seeds, expected)
+    assert [episode.response_ids[0] for episode in episodes] == [s + i for s in seeds for i in range(2)]
+    loads = [sum(expected[p[0]] for p in engine.asked[0][0]) for engine in engines]
+    assert sum(loads) == sum(expected) and max(loads) - min(loads) <= 1
+
+
+# ---- C. Killed
+
+
+def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, tmp_path):
+    rng = random.Random(time.time_ns())
+    for trial in range(KILL_TRIALS):
+        folder, step, delay = str(tmp_path / f"{trial}"), rng.randint(1, 4), rng.random() / 2
+        process = start("train_rl.py", flags(replace(config, folder=folder)))
+        wait_for_step(folder, step, process)
+        time.sleep(delay)
+        for pid in [process.pid, *ranks_of(process)]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        left = sorted(p.name for p in Path(folder, "checkpoints").glob("*"))
+        for checkpoint in (name for name in left if not name.endswith(".writing")):
+            dcp_to_torch_save(Path(folder, "checkpoints", checkpoint), tmp_path / "readable.pt")
+        shutil.copytree(folder, folder + "-alone")
+        finish("train_rl.py", ["--resume", folder])
+        finish("train_rl.py", ["--resume", folder + "-alone"], 1)
+        told = f"killed {delay:.2f} s after step {step}, left {left}"
+        assert figures(folder) == figures(two), told
+        a, b = last_state(folder), last_state(two)
+        assert all(torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name] for name, x in a.items()), told
+        assert_same_run(one, folder + "-alone")
+        assert not list(Path(folder).rglob("*.writing"))
+
+
+# ---- F. Signals, lost ranks, exits
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
+    """SIGTERM to one rank, SIGINT to the only one: the step ends, a whole checkpoint is there, and the run goes on from it."""
+    folder = str(tmp_path / "run")
+    long = replace(config, folder=folder, steps=300, save_every=1000)
+    process = start("train_rl.py", flags(long), n_ranks)
+    wait_for_step(folder, 2, process)
+    os.kill((ranks_of(process) if n_ranks > 1 else [process.pid])[0], signal.SIGTERM if n_ranks > 1 else signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-4000:]
+    assert "finishing this step, then saving" in output and f"go on with --resume {folder}" in output
+    (saved,) = Path(folder, "checkpoints").iterdir()
+    done = len(figures(folder))
+    assert saved.name == f"step-{done}" and 2 <= done < 300
+    assert last_state(folder)["['progress']['step']"] == done
+
+
+def test_a_second_signal_exits_at_once(config, tmp_path):
+    folder = str(tmp_path / "run")
+    process = start("train_rl.py", flags(replace(config, folder=folder, steps=300, prompts=64, train_batch=256)), 1)
+    wait_for_step(folder, 1, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - began < 5
+
+
+def test_a_killed_rank_takes_the_others_down(config, tmp_path):
+    folder = str(tmp_path / "run")
+    process = start("train_rl.py", flags(replace(config, folder=folder, steps=300)))
+    wait_for_step(folder, 2, process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output[-600:]
+
+
+def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import os\ncalls = 0\ndef reward(problem, response):\n    global calls\n    calls += 1\n"
+        "    if calls > 20 and os.environ['RANK'] == '1': raise RuntimeError('planted')\n    return float(len(response) % 3)\n"
+    )
+    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), reward=str(reward), steps=300)))
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    last = output[output.rindex("Root Cause") :]
+    assert "rank      : 1 " in last and "RuntimeError: planted" in last, last
+
+
+def test_bad_settings_say_so_once_more_at_the_end(config, tmp_path):
+    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), train_batch=1)))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "train_batch=1 is not a multiple of the 2 ranks; choose one" in output[-400:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_after_run_exits_0(config, tmp_path):
+    for n in range(EXIT_RUNS):
+        finish("train_rl.py", flags(replace(config, folder=str(tmp_path / f"{n}"), steps=1)))
