@@ -72,7 +72,7 @@ class Model(NamedTuple):
 
     path: str  # a folder or a hub id
     config: PretrainedConfig
-    n_parameters: int  # without an untied head
+    n_parameters: int  # of the text decoder, without an untied head
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -88,7 +88,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
         reason, kinds = str(error).splitlines()[0], "a folder, a hub id, a short name such as Qwen2.5-7B, or toy"
         raise ValueError(f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}") from error
     with torch.device("meta"):
-        body = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        body = AutoModel.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
     return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer)
 
 

@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the libraries are imported
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models there
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,0 +1,143 @@
+"""The published settings: everything but --model and --data follows from the model. Hub ids come from a local hub cache."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_lines
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2Config, Qwen2ForCausalLM
+
+import run as runs
+import toy
+import train_flow
+import train_rl
+
+CONFIGS = {
+    "Qwen/Qwen2.5-Math-1.5B": Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen2.5-Math-7B": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=4096,
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072,
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": Qwen2_5_VLConfig(text_config=dict(
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, max_position_embeddings=128000, tie_word_embeddings=True,
+    )),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Qwen2_5_VLConfig(text_config=dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=128000,
+    )),
+}  # fmt: skip
+
+
+def snapshot(name: str) -> Path:
+    """Make the folder of a model in the local hub cache."""
+    repository = Path(os.environ["HF_HUB_CACHE"]) / f"models--{name.replace('/', '--')}"
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True, exist_ok=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    return folder
+
+
+def save_tokenizer(world, folder: Path, llama: bool) -> None:
+    """Save the embedded world's tokenizer, for a Llama with that family's special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(world.path("model"))
+    if llama:
+        specials = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end_of_text|>")
+        tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("short", "blocks", "repeats", "tokens", "template"),
+    [
+        ("Qwen2.5-Math-1.5B", 4, 4, 1024, "qwen"),
+        ("Qwen2.5-Math-7B", 6, 2, 1024, "qwen"),
+        ("Llama-3.1-8B", 6, 2, 1024, "llama"),
+        ("Qwen2.5-VL-3B-Instruct", 4, 4, 3072, "qwen"),
+        ("Qwen2.5-VL-7B-Instruct", 6, 2, 3072, "qwen"),
+    ],
+)
+def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, repeats, tokens, template):
+    name = next(name for name in CONFIGS if name.endswith(short))
+    CONFIGS[name].save_pretrained(snapshot(name))
+    save_tokenizer(world, snapshot(name), llama="Llama" in name)
+    for given in (short, name):  # a short name, a hub id
+        monkeypatch.setattr(sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"])
+        rl, model = train_rl.resolve(runs.parse_config(train_rl.Config, {"toy": toy.TRAIN_RL}))
+        offline, _ = train_flow.resolve(runs.parse_config(train_flow.Config, {"toy": toy.TRAIN_FLOW}))
+        assert model.path == name
+    said = capsys.readouterr().out
+    assert (
+        f"flow_blocks={blocks}  noise_repeats={repeats}" in said
+        and f"max_tokens={tokens}" in said
+        and f"template={template}" in said
+    )
+    assert (offline.flow_blocks, offline.noise_repeats, offline.template) == (blocks, repeats, template)
+    assert (offline.lr, offline.warmup, offline.weight_decay, offline.epochs) == (1e-4, 0.1, 0.01, 2)
+    assert (offline.batch_size, offline.cutoff) == (128, 8192)
+    assert (rl.max_tokens, rl.template, rl.reward) == (tokens, template, "binary")
+    assert (rl.prompts, rl.group_size, rl.train_batch, rl.lr, rl.lr_floor, rl.warmup) == (128, 8, 128, 1e-6, 0.1, 0.03)
+    assert (rl.clip_norm, rl.temperature, rl.top_p, rl.kl_coef, rl.flow_lr, rl.epochs) == (1.0, 1.0, 1.0, 0.0, 1e-4, 5)
+    assert (rl.flow_coef, rl.flow_threshold, rl.flow_top_k, rl.reward_times) == (0.01, 0.6, 15, (0.8,))
+    assert (rl.shaping, rl.baseline, rl.clip_low, rl.clip_high, rl.normalisation) == ("flow", "grpo", 0.2, 0.2, "sequence")
+    assert rl.gradient_checkpointing == (model.n_parameters > 1e9)
+    assert rl.problem_column == ("prompt" if "VL" in name else "problem")
+
+
+def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = snapshot("Qwen/Qwen2.5-0.5B")
+    torch.manual_seed(0)
+    config = Qwen2Config.from_pretrained(world.path("model"), max_position_embeddings=2048)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(world, folder, llama=False)
+    train_flow.main(train_flow.Config(model="Qwen2.5-0.5B", data=world.path("expert.jsonl"), epochs=1))
+    train_rl.main(
+        train_rl.Config(
+            model="Qwen2.5-0.5B", data=world.path("train.jsonl"), prompts=2, group_size=2, train_batch=4, steps=1, max_tokens=8
+        )
+    )
+    (line,) = read_lines(tmp_path / "runs" / "rl-Qwen2.5-0.5B-flow" / "metrics.jsonl")
+    assert 0 < line["length"] <= 8 and line["flow/score"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_p": 0.9}, "top_p=0.9, top_k=0: training samples from all tokens .*a biased ratio.*leave them out"),
+        ({"top_k": 20}, "top_p=1.0, top_k=20: training samples from all tokens"),
+        ({"tensor_parallel": 2}, "tensor_parallel=2: expected a divisor of 1 ranks, and vLLM"),
+        ({"cache_share": 1.5}, r"cache_share=1.5 is outside \(0, 1\)"),
+        ({"offload": True, "cpu_offload": True}, "offload and cpu_offload exclude each other"),
+    ],
+)
+def test_settings_of_ranks_and_engines(options, words):
+    with pytest.raises(ValueError, match=words):
+        train_rl.resolve(replace(train_rl.Config(**toy.TRAIN_RL), **options))
+
+
+def test_an_engine_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("rollout.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt"):
+        train_rl.resolve(train_rl.Config(**toy.TRAIN_RL, engine="vllm"))
+
+
+def test_placeholders_of_images_are_refused(world):
+    """Regression: an engine expands a placeholder without an image, or expands expanded ones again, silently."""
+    import rollout
+
+    tokenizer = AutoTokenizer.from_pretrained(world.path("model"))
+    with pytest.raises(ValueError, match=r"row 1 has the placeholder <\|image_pad\|>, and images are not supported"):
+        rollout.make_prompts(["a", "b <|image_pad|>"], tokenizer, rollout.Source(template="none"))
