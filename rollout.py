@@ -326,7 +326,7 @@ class VllmEngine:
         cache = max_sequences * (max_length + 128) * token_bytes  # 128: a sequence ends within a block
         if not on_cpu:
             cache = min(cache, int(cache_share * torch.cuda.get_device_properties(device).total_memory))
-        launched = {"distributed_executor_backend": "external_launcher"} if dist.is_torchelastic_launched() else {}
+        launched = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         self.llm = vllm.LLM(
             path, dtype=str(dtype).removeprefix("torch."), max_model_len=max_length, max_num_seqs=max_sequences,
             kv_cache_memory_bytes=cache, gpu_memory_utilization=0.1,  # the latter is only checked at the start

@@ -92,7 +92,7 @@ class RunConfig:
 
     folder: str | None = None  # Run folder; by default one in runs/, named after the model
     resume: str | None = None  # Run folder to go on with
-    save_every: int = 20  # Steps between checkpoints; the last step is always saved
+    save_every: int = 20  # Steps between checkpoints, besides the last step; 0: none at all, unless a signal stops the run
     keep: int = 2  # Checkpoints kept
     track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
     seed: int = 0  # Seed of initialisation, order, sampling and noise

@@ -50,7 +50,7 @@ class Config(RunConfig, rollout.Source):
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and where the model is."""
-    check_positive(config, "epochs", "batch_size", "tokens_per_gpu", "save_every", "keep", "lr", "clip_norm")
+    check_positive(config, "epochs", "batch_size", "tokens_per_gpu", "keep", "lr", "clip_norm")
     check_positive(config, "noise_repeats", "flow_blocks")
     if config.batch_size % dist.get_world_size():
         raise ValueError(f"batch_size={config.batch_size} is not a multiple of the {dist.get_world_size()} ranks; choose one")
@@ -133,9 +133,10 @@ def main(config: Config) -> None:
             bar.update()
             times = f"lr {lr:.2e}  {metrics['time/step']:.2f} s"
             tqdm.write(f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  {times}")
-        if (step + 1) % config.save_every == 0:
+        if config.save_every and (step + 1) % config.save_every == 0:
             run.save(state)
-    run.save(state)
+    if config.save_every or progress["step"] < total_steps:
+        run.save(state)
     run.wait_for_save()
     if progress["step"] < total_steps:
         if is_first():

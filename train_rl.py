@@ -102,7 +102,7 @@ class Config(RunConfig, rollout.Sampler):
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
-        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples save_every keep mismatch_cap
+        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples keep mismatch_cap
         ratio_cap entropy_kappa max_sequences tensor_parallel"""
     check_positive(config, *positive.split())
     if config.top_p < 1 or config.top_k > 0:
@@ -454,11 +454,12 @@ def main(config: Config) -> None:
                 f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  "
                 f"loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  {metrics['time/step']:.1f} s"
             )
-        if (step + 1) % config.save_every == 0:
+        if config.save_every and (step + 1) % config.save_every == 0:
             run.save(state)
 
     # ---- What came of it
-    run.save(state)
+    if config.save_every or progress["step"] < total_steps:
+        run.save(state)
     run.wait_for_save()
     if progress["step"] < total_steps:
         if is_first():

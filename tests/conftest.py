@@ -51,7 +51,7 @@ def flow_folder(world, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def policy(world) -> rlfr.Policy:
-    return rlfr.load_policy(world.path("model"))
+    return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)
 
 
 def read_lines(path) -> list[dict]:

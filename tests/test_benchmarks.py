@@ -28,7 +28,19 @@ SMALL = {
 
 
 def test_every_benchmark_is_here():
-    assert {path.stem for path in FOLDER.glob("*.py")} - {"common"} == set(SMALL)
+    assert {path.stem for path in FOLDER.glob("*.py")} - {"common", "gpu"} == set(SMALL)
+
+
+def test_whole_steps(tmp_path):
+    """The benchmark for a GPU, on whatever there is: all phases, and operations that agree with a count of parameters."""
+    file = tmp_path / "figures.json"
+    arguments = ["--shape", "tiny", "--prompts", "2", "--group-size", "2", "--response-tokens", "16", "--json", str(file)]
+    done = subprocess.run([sys.executable, str(FOLDER / "gpu.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())
+    assert figures["phases"].keys() == {"sync", "roll_out", "score", "verify", "update", "step"}
+    assert all(0 < figures["phases"][phase]["utilisation"] < 1 for phase in ("score", "update"))
+    assert figures["machine"] in done.stdout and "tokens/s" in done.stdout
 
 
 @pytest.mark.parametrize("name", SMALL)
