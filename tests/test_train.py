@@ -452,9 +452,11 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_run_learns(tmp_path):
-    """`python train_rl.py`, nothing else: base 30 to 60 %, trained at least 90 %, sampled and greedy."""
-    done = subprocess.run([sys.executable, str(ROOT / "train_rl.py")], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_the_default_run_learns(tmp_path, engine):
+    """`python train_rl.py`, with either engine: base 30 to 60 %, trained at least 90 %, sampled and greedy."""
+    command = [sys.executable, str(ROOT / "train_rl.py"), "--engine", engine]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "rl-toy-flow" / "summary.json").read_text())
     for kind in ("sampled", "greedy"):
