@@ -54,7 +54,7 @@ def evaluate(engine, problems: Sequence[rollout.Problem], grader: Grader, sampli
     seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
     prompts = [problem.prompt_ids for problem in problems]
     episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, [len(prompt) for prompt in prompts])
-    verdicts = grader.submit(problems, episodes).result()
+    verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)()
     correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
     low, high = bootstrap_interval(correct.mean(axis=1))
     figures = {"mean": float(correct.mean()), "low": low, "high": high, "problems": len(problems), "samples": sampling.n}

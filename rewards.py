@@ -233,7 +233,7 @@ class Grader(AbstractContextManager):
 
     def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
         """Grade episodes in the background, in order; problems have `text` and `answer`, each as many episodes in a row."""
-        n = len(episodes) // len(problems)
+        n = len(episodes) // max(1, len(problems))
         asked = [problem for problem in problems for _ in range(n)]
 
         def grade(problem, episode) -> Verdict:

@@ -8,9 +8,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -285,6 +285,24 @@ def generate_on_all_ranks(engine: Engine, prompts, sampling: Sampling, seeds, ex
     for share, episodes in zip(shares, gathered[:: engine.n_ranks], strict=True):
         found |= {i: episodes[place * sampling.n : (place + 1) * sampling.n] for place, i in enumerate(share)}
     return [episode for i in range(len(prompts)) for episode in found[i]]
+
+
+def grade_on_all_ranks(grader, problems: Sequence[Problem], episodes: Sequence[Episode]) -> Callable[[], list]:
+    """Have every rank grade a share in the background; return a function that waits for the verdicts on all, in order.
+
+    All ranks must call this, and first call what it returns, together.
+    """
+    n, rank, n_ranks = len(episodes) // len(problems), dist.get_rank(), dist.get_world_size()
+    mine = [episode for i in range(rank, len(problems), n_ranks) for episode in episodes[i * n : (i + 1) * n]]
+    own = grader.submit(problems[rank::n_ranks], mine)
+
+    @cache
+    def verdicts() -> list:
+        graded: list = [None] * n_ranks
+        dist.all_gather_object(graded, own.result())
+        return [graded[i % n_ranks][i // n_ranks * n + k] for i in range(len(problems)) for k in range(n)]
+
+    return verdicts
 
 
 def end_tokens(path: str, tokenizer, trust_remote_code: bool) -> list[int]:

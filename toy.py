@@ -27,9 +27,11 @@ SLIP = 0.02  # chance that a careful demonstrator gets a step wrong
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
-TRAIN_RL = dict(model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=160, flow_lr=1e-3, template="none")
+TRAIN_RL = dict(model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3, template="none")
 EVALUATE = dict(model="toy", template="none", max_tokens=96, max_prompt_tokens=64)
-TRAIN_FLOW = dict(model="toy", lr=2e-3, epochs=4, batch_size=32, noise_repeats=1, template="none", save_every=100)
+TRAIN_FLOW = dict(
+    model="toy", lr=2e-3, epochs=4, batch_size=32, flow_blocks=2, noise_repeats=1, template="none", save_every=100
+)
 
 
 @dataclass(frozen=True)

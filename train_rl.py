@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -161,7 +160,7 @@ def make_toy_flow(folder: str) -> None:
 
 
 # ---- The phases of a step
-Verdicts = Callable[[], list[Verdict]]  # waits for the verdicts on all episodes; all ranks must call it together
+Verdicts = Callable[[], list[Verdict]]  # of rollout.grade_on_all_ranks
 
 
 def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: int) -> tuple[list[rollout.Episode], Verdicts, int]:  # fmt: skip
@@ -170,7 +169,7 @@ def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: 
     lengths (n_problems,) holds each problem's mean response tokens when last sampled, or 0, and is brought up to date.
     Returns the episodes, G in a row for each problem, their verdicts to come, and the cursor after the last problem.
     """
-    group, rank, n_ranks = config.group_size, dist.get_rank(), dist.get_world_size()
+    group = config.group_size
     sampling = rollout.Sampling(group, config.temperature, config.max_tokens)
 
     def sample(n: int) -> tuple[list[rollout.Episode], Verdicts]:
@@ -184,17 +183,7 @@ def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: 
         prompts = [problem.prompt_ids for problem in chosen]
         episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected)
         lengths[rows] = torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
-        groups = [episodes[i * group : (i + 1) * group] for i in range(n)]
-        mine = grader.submit(chosen[rank::n_ranks], [episode for i in groups[rank::n_ranks] for episode in i])
-
-        @cache
-        def verdicts() -> list[Verdict]:
-            graded: list = [None] * n_ranks
-            dist.all_gather_object(graded, mine.result())
-            of_group = [graded[i % n_ranks][i // n_ranks * group : (i // n_ranks + 1) * group] for i in range(n)]
-            return [verdict for group_verdicts in of_group for verdict in group_verdicts]
-
-        return episodes, verdicts
+        return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
 
     if not config.dynamic_sampling:
         return *sample(config.prompts), cursor + config.prompts

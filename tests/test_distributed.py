@@ -175,6 +175,21 @@ def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
 
 
+def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):
+    """Regression: a root that stays gathered after a forward keeps its old weights over the step, silently."""
+    plain, policy = (rlfr.load_policy(config.model) for _ in range(2))
+    parallel.shard(policy, policy.layers, torch.float32)
+    batch = rlfr.collate([([1, 2, 3], [4, 5, 6, 7])])
+    for module in (plain, policy):
+        learner = parallel.Learner(module, (0.9, 0.95), 0.0)
+        module(batch).logp.sum().backward()
+        with torch.no_grad():
+            module(batch)
+        learner.step(lr=1e-2, max_norm=1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(batch).logp, plain(batch).logp, rtol=1e-4, atol=1e-4)
+
+
 # ---- Sharing out
 
 
