@@ -171,6 +171,7 @@ class Run:
         self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
         self.folder = on_first(lambda: self.choose_folder(default_name))
         self.saving: Future | None = None
+        self.saved: int | None = None  # step of the last checkpoint, begun or found
         self.saver, self.group = ThreadPoolExecutor(1), dist.new_group(backend="gloo")  # for collectives beside the run's own
 
     def choose_folder(self, default_name: str) -> Path:
@@ -207,14 +208,18 @@ class Run:
         """
         if newest := on_first(self.prepare_folder):
             dcp.load(state, checkpoint_id=newest, process_group=self.group)
+            self.saved = self.step_of(newest)
         self.tracker = open_tracker(self.config.track if is_first() else "none", self.folder, self.settings)
 
     def prepare_folder(self) -> Path | None:
         """Make the folder, or clear it of what a dead run left behind its newest checkpoint, which is returned."""
         if not self.config.resume:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "config.json", "x") as file:  # of two runs that begin at once, one fails here
-                json.dump(self.settings, file, indent=1)
+            self.write_json("config.json.new", self.settings)
+            os.link(
+                self.folder / "config.json.new", self.folder / "config.json"
+            )  # of two runs that begin at once, one fails here
+            os.unlink(self.folder / "config.json.new")
         for unfinished in (self.folder / "checkpoints").glob("*.writing"):
             shutil.rmtree(unfinished)
         newest = (self.checkpoints() or [None])[-1]
@@ -244,9 +249,10 @@ class Run:
     def save(self, state: dict) -> None:
         """Copy the state to host memory, then write it to checkpoints/step-N in the background, and keep the newest `keep`."""
         self.wait_for_save()
-        folder = self.folder / "checkpoints" / f"step-{state['progress']['step']}"
-        if folder.exists():
+        step = state["progress"]["step"]
+        if step == self.saved:
             return
+        self.saved, folder = step, self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}.writing")
         written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
 
@@ -256,7 +262,7 @@ class Run:
                 if is_first():
                     writing.rename(folder)
                     for old in self.checkpoints()[: -self.config.keep]:
-                        shutil.rmtree(old)
+                        shutil.rmtree(old.rename(old.with_name(f"{old.name}.writing")))  # never half there under its name
             except BaseException as error:  # DCP's own error is none of Exception's
                 shutil.rmtree(writing, ignore_errors=True)
                 room = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free there"

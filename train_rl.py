@@ -220,11 +220,10 @@ def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config,
 
     The flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
-    ids, lengths = ([getattr(e, name) for e in episodes] for name in ("logp", "response_ids"))
-    lengths = torch.tensor([len(response) for response in lengths], device=parallel.DEVICE)
+    lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=parallel.DEVICE)
     mask = torch.arange(int(lengths.max()), device=parallel.DEVICE) < lengths[:, None]
     sampled_logp = torch.zeros(mask.shape, device=parallel.DEVICE)
-    sampled_logp[mask] = torch.tensor([x for row in ids for x in row], device=parallel.DEVICE)
+    sampled_logp[mask] = torch.tensor([x for episode in episodes for x in episode.logp], device=parallel.DEVICE)
     found = torch.zeros(5, *mask.shape, device=parallel.DEVICE)  # this rank's part of what follows
     old_logp, entropy, ref_logp, flow_score, flow_mask = found
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
