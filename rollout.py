@@ -375,6 +375,7 @@ class VllmEngine:
 
         self.llm.apply_model(load)
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        self.llm.llm_engine.reset_encoder_cache()  # and this what the old weights saw in images
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
         if self.state == "asleep":
