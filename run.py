@@ -271,6 +271,16 @@ class Run:
 
         self.saving = self.saver.submit(publish)
 
+    def end(self, state: dict, total_steps: int) -> bool:
+        """Save the last step, wait until it is in its place, and return whether it was the last of all or a signal's."""
+        step = state["progress"]["step"]
+        if self.config.save_every or step < total_steps:
+            self.save(state)
+        self.wait_for_save()
+        if step < total_steps and is_first():
+            print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
+        return step >= total_steps
+
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is in its place; raise the error that kept it out."""
         if self.saving:

@@ -135,12 +135,7 @@ def main(config: Config) -> None:
             tqdm.write(f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  {times}")
         if config.save_every and (step + 1) % config.save_every == 0:
             run.save(state)
-    if config.save_every or progress["step"] < total_steps:
-        run.save(state)
-    run.wait_for_save()
-    if progress["step"] < total_steps:
-        if is_first():
-            print(f"stopped after step {progress['step']} of {total_steps}; go on with --resume {run.folder}")
+    if not run.end(state, total_steps):
         return
     fl.save_flow(flow, run.folder / "flow")
     if is_first():

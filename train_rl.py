@@ -446,12 +446,7 @@ def main(config: Config) -> None:
             run.save(state)
 
     # ---- What came of it
-    if config.save_every or progress["step"] < total_steps:
-        run.save(state)
-    run.wait_for_save()
-    if progress["step"] < total_steps:
-        if is_first():
-            print(f"stopped after step {progress['step']} of {total_steps}; go on with --resume {run.folder}")
+    if not run.end(state, total_steps):
         return
     weights = {name: tensor.cpu() for name, tensor in parallel.full_weights(policy, dtype, prefix="model.") if is_first()}
     on_first(lambda: export(policy.model, weights, model.tokenizer, run.folder / "policy"))
