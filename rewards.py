@@ -1,11 +1,17 @@
-"""Outcome rewards: extract the boxed answer, normalise, compare, verify in worker processes.
+"""Outcome rewards: extract the boxed answer, verify it in worker processes, add up the parts of a reward.
 
-A verdict is (reward, correct). Reward sets: `binary` 1 for a right boxed answer, else 0; `official` the rule set of the
-official code, 0 / 0.5 / 1; or a Python file with `reward(problem, response) -> float`, correct from 1 on.
+A reward is a weighted sum of parts, `--reward binary format=0.1 overlong=0.5`:
+    binary      1 for a right boxed answer, else 0
+    official    the rule set of the official code: 1 right, 0.5 wrong but boxed, 0 without a box, with five or more, or garbage
+    format      1 for a response that ends by itself and has one to four boxes
+    overlong    DAPO's soft penalty (eq. 13): 0 up to max_tokens - buffer, then down to -1 at max_tokens
+    FILE.py     a Python file with `reward(problem, response) -> float`
+An episode is correct where `binary` or `official` says so; with neither, where the first file's value is 1 or more.
 
-Gold and prediction are both parsed as mathematics (the official code parses bare text: 51 of 500 MATH-500 answers then
-fail against themselves and `2` passes for `2\\pi`). math-verify runs in worker processes, `python rewards.py`: its own
-timeouts are signals, which fail in threads, so the parent keeps the deadline, kills a worker that misses it, starts another.
+Whether two answers are the same says answers.py, in worker processes that know nothing else: the parent keeps the deadline,
+kills a worker that misses it and starts another. A repeated pair is not graded twice.
+
+    python rewards.py PAIRS.jsonl        count errors on labelled pairs: columns gold (any of a list), pred, expected, group
 """
 
 import importlib.util
@@ -14,39 +20,33 @@ import os
 import queue
 import re
 import select
-import signal
 import sys
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from fractions import Fraction
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-MAX_ANSWER = 2_000  # characters of a boxed answer; a longer one is wrong
-MEMORY_LIMIT = 2 * 2**30  # bytes of address space of a worker
+from answers import MAX_LENGTH
+from latex import boxes
+
+PARTS = ("binary", "official", "format", "overlong")
+START_LIMIT = 120  # seconds for a worker to start, or to import math-verify
 
 
 class Verdict(NamedTuple):
-    """What an episode is worth."""
+    """What an episode is worth, and why."""
 
     reward: float
     correct: bool
-
-
-# ---- Extraction
-def boxes(text: str) -> list[str]:
-    r"""Return the contents of every `\boxed{…}` with balanced braces, in order of their beginning."""
-    found, opened = [], []  # where a box began, or None for a brace that is no box's
-    for match in re.finditer(r"\\boxed\s*\{|\\[{}\\]|[{}]", text):
-        if match[0] in (r"\{", r"\}", r"\\"):
-            continue
-        if match[0] != "}":
-            opened.append(None if match[0] == "{" else match.end())
-        elif opened and (start := opened.pop()) is not None:
-            found.append((start, text[start : match.start()]))
-    return [content for _, content in sorted(found)]
+    parts: dict[str, float]  # unweighted, by name
+    extracted: str | None  # the last boxed answer
+    kind: Literal["right", "wrong", "no answer", "cut", "timeout"]
 
 
 def degenerate(response: str) -> bool:
@@ -55,103 +55,28 @@ def degenerate(response: str) -> bool:
     return re.search(r"(.{5,200}?)\1{4}", response) is not None or odd > 0.3 * len(response)
 
 
-# ---- Comparison. Cheap and certain cases are decided here; what is left goes to math-verify in a worker.
-
-UNICODE = str.maketrans(
-    {"°": r"^\circ", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt", "−": "-", "–": "-", "∞": r"\infty "}
-)
-REWRITES = [
-    (r"\\(?:displaystyle|textstyle|left|right|bigl|bigr|Bigl|Bigr|big|Big)(?![a-zA-Z])", ""),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:mathbf|mathrm|boldsymbol|bm|textbf|operatorname|mathit)\s*\{([^{}]*)\}", r"\1"),
-    (r"^\\text\s*\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}", ""),  # \text{the answer is} 5
-    (r"\\(?:[!,;:> ]|quad|qquad)|~", " "),
-    (r"(?<=\d)(?:\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?)+\s*$", ""),  # a unit behind a number
-    (r"(?<=\d)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*$", ""),
-    (r"(?<=\d)\s*\\?%\s*$", ""),
-    (r"^\\text\s*\{([^{}]*)\}$", r"\1"),
-    (r"^\s*\$+|\$+\s*$", ""),
-    (r"\.\s*$", ""),
-    (r"\s+", " "),
-    (r"^[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$", lambda match: match[0].replace(",", "")),  # 1,000 but not (1,000)
-]
-NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,4}))?", re.IGNORECASE)
-POWER = re.compile(r"([+-]?)(?:(\d+(?:\.\d*)?|\.\d+)\s*\\(?:times|cdot)\s*)?10\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|(\d))")
-FRACTION = re.compile(r"([+-]?)\s*(?:\\frac\s*\{?\s*(\d{1,50})\s*\}?\s*\{?\s*(\d{1,50})\s*\}?|(\d{1,50})\s*/\s*(\d{1,50}))")
+def overlong(n_tokens: int, max_tokens: int, buffer: int) -> float:
+    """Return the soft penalty of a length (DAPO eq. 13), from 0 to -1 over the last `buffer` tokens before max_tokens."""
+    return -min(1.0, max(0.0, (n_tokens - (max_tokens - buffer)) / buffer))
 
 
-def canonical(answer: str) -> str:
-    """Rewrite an answer so that spellings of the same thing become equal strings."""
-    answer = answer.strip().translate(UNICODE)
-    for pattern, replacement in REWRITES:
-        answer = re.sub(pattern, replacement, answer.strip())
-    return answer.strip()
-
-
-def number(text: str) -> Fraction | None:
-    """Return a plain number, fraction or power of ten exactly, or None."""
-    text = re.sub(r"^\{+([^{}]*)\}+$", r"\1", text).strip()
-    if match := FRACTION.fullmatch(text):
-        top, bottom = match[2] or match[4], match[3] or match[5]
-        value = Fraction(int(top), int(bottom)) if int(bottom) else None
-    elif (match := NUMBER.fullmatch(text) or POWER.fullmatch(text)) and len(text) < 400:
-        value = Fraction(match[2] or 1) * Fraction(10) ** int(next(filter(None, match.groups()[2:]), 0))
-    else:
-        return None
-    return -value if value and match[1] == "-" else value
-
-
-def compare(gold: str, prediction: str) -> bool | None:
-    """Decide the cheap cases: equal strings and plain numbers; None where mathematics is needed."""
-    gold, prediction = canonical(gold), canonical(prediction[: MAX_ANSWER + 1])
-    if not gold or not prediction or len(prediction) > MAX_ANSWER:
-        return False
-    if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", prediction):  # 1 1/2 is not 11/2
-        return True
-    a, b = number(gold), number(prediction)
-    if a is None or b is None:
-        return None
-    if a.denominator == 1:
-        return a == b
-    return abs(a - b) <= max(abs(a), abs(b)) / 1_000_000  # a ratio: tiny numbers are not equal because both are tiny
-
-
-def serve() -> None:
-    """Answer lines of [gold, prediction] with 0 or 1 until the parent goes; the parent keeps the time."""
-    import resource
-
-    import math_verify
-
-    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group they are the parent's to heed
-        signal.signal(stop, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        signal.alarm(600)  # ends a worker that is lost in an expression after its parent was killed
-        try:
-            gold, prediction = (math_verify.parse(f"${canonical(text)}$", parsing_timeout=None) for text in json.loads(line))
-            verdict = bool(gold and prediction and math_verify.verify(gold, prediction, timeout_seconds=None))
-        except Exception:  # noqa: BLE001 — whatever a parser makes of hostile text, the answer is not verified
-            verdict = False
-        signal.alarm(0)
-        print(int(verdict), flush=True)
-
-
+# ---- Worker processes
 class Worker:
-    """A grading process, started when first asked and again after it was killed."""
+    """A grading process (answers.py), started when first asked and again after it was killed."""
 
     process = None
 
     def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).resolve())]
+        command = [sys.executable, str(Path(__file__).with_name("answers.py"))]
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
-        if self.reply(deadline=120) != b"ready\n":
+        if self.reply(START_LIMIT) != "ready":
             self.stop()
-            raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}` (is math-verify installed?)")
+            raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}`")
 
-    def reply(self, deadline: float) -> bytes | None:
+    def reply(self, deadline: float) -> str | None:
+        """Return the next line, "" if the process died, None if the deadline passed."""
         ready, _, _ = select.select([self.process.stdout], [], [], deadline)
-        return self.process.stdout.readline() if ready else None
+        return self.process.stdout.readline().decode().strip() if ready else None
 
     def stop(self) -> None:
         if self.process is not None:
@@ -159,37 +84,51 @@ class Worker:
             self.process.communicate()
             self.process = None
 
-    def ask(self, gold: str, prediction: str, deadline: float) -> bool | None:
-        """Return the verdict, or None if the deadline passed or the process died of the question."""
+    def ask(self, gold: str, prediction: str, deadline: float) -> str:
+        """Return the verdict on a pair: right, wrong, timeout or crashed."""
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.start()
         self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
         self.process.stdin.flush()
         reply = self.reply(deadline)
-        if not reply:
+        if reply == "loading":  # math-verify, for the first answer that needs it
+            if self.reply(START_LIMIT) != "loaded":
+                self.stop()
+                raise RuntimeError("a grading process cannot import math-verify; is it installed?")
+            reply = self.reply(deadline)
+        if reply not in ("0", "1"):
             self.stop()
-            return None
-        return reply == b"1\n"
+        return {"1": "right", "0": "wrong", None: "timeout"}.get(reply, "crashed")
 
 
 # ---- Rewards
 class Grader(AbstractContextManager):
     """Rewards for episodes, in order, from worker processes; use it as a context manager or call close().
 
-    `reward` is binary, official, or a Python file with `reward(problem, response) -> float`. An answer that takes longer
-    than `deadline` seconds is wrong and counted in `timeouts`. A response that ran out of room scores only with
-    `grade_truncated` (the official code lets it). The `n_workers` processes start when an answer first needs them.
+    `reward` lists parts as NAME or NAME=WEIGHT. An answer that takes longer than `deadline` seconds is wrong. A response
+    that ran out of room scores only with `grade_truncated` (the official code lets it). The `n_workers` processes start when
+    an answer first needs them. `counts` holds what was graded so far: timeouts, crashed, capped (longer than MAX_LENGTH).
     """
 
-    def __init__(self, reward: str = "binary", n_workers: int | None = None, deadline: float = 5.0, grade_truncated=False):
-        self.user = None if reward in ("binary", "official") else load_reward(reward)
-        self.kind, self.deadline, self.grade_truncated, self.timeouts = reward, deadline, grade_truncated, 0
+    def __init__(
+        self, reward: Sequence[str] = ("binary",), n_workers: int | None = None, deadline: float = 5.0, grade_truncated=False,
+        max_tokens: int = 0, overlong_buffer: int | None = None,
+    ):  # fmt: skip
+        self.weights, self.functions = read_parts(reward)
+        if "overlong" in self.weights and not max_tokens:
+            raise ValueError("the reward part overlong needs max_tokens, the longest response")
+        buffer = max_tokens // 5 if overlong_buffer is None else overlong_buffer
+        if "overlong" in self.weights and not 0 < buffer <= max_tokens:
+            raise ValueError(f"overlong_buffer={buffer} is outside (0, max_tokens={max_tokens}]; choose a part of max_tokens")
+        self.overlong = max_tokens, buffer
+        self.deadline, self.grade_truncated, self.counts = deadline, grade_truncated, Counter()
         n_workers = n_workers or min(8, os.cpu_count() or 1)
         self.workers, self.idle = [Worker() for _ in range(n_workers)], queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
         self.threads, self.batches = ThreadPoolExecutor(n_workers), ThreadPoolExecutor(1)
+        self.compare = lru_cache(100_000)(self.ask)
 
     def __exit__(self, *_):
         self.close()
@@ -201,35 +140,59 @@ class Grader(AbstractContextManager):
         for worker in self.workers:
             worker.stop()
 
-    def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
-        """Return whether a prediction equals the gold, or any of a list of golds."""
-        if not isinstance(gold, str):
-            return any(self.equal(each, prediction) for each in gold)
-        decided = compare(gold, prediction)
-        if decided is not None:
-            return decided
+    def ask(self, gold: str, prediction: str) -> str:
+        """Return right, wrong, timeout, crashed or capped; the plainest cases need no worker."""
+        if len(prediction) > MAX_LENGTH:
+            return "capped"
+        gold, prediction = gold.strip(), prediction.strip()
+        if not gold or not prediction:
+            return "wrong"
+        if gold == prediction:
+            return "right"
+        if re.fullmatch(r"-?\d{1,18}", gold) and re.fullmatch(r"-?\d{1,18}", prediction):
+            return "right" if int(gold) == int(prediction) else "wrong"
         worker = self.idle.get()
         try:
-            verdict = worker.ask(gold, prediction, self.deadline)
+            return worker.ask(gold, prediction, self.deadline)
         finally:
             self.idle.put(worker)
-        self.timeouts += verdict is None
-        return bool(verdict)
 
-    def grade(self, problem: str, answer: str | Sequence[str] | None, response: str, finished: bool) -> Verdict:
+    def judge(self, gold: str | Sequence[str], prediction: str) -> str:
+        """Return right, wrong or timeout for a prediction and a gold, or any of a list of golds."""
+        found = []
+        for each in [gold] if isinstance(gold, str) else gold:
+            found.append(self.compare(each, prediction))
+            if found[-1] == "right":
+                return "right"
+        self.counts.update(set(found) - {"wrong"})
+        return "timeout" if "timeout" in found else "wrong"
+
+    def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
+        """Return whether a prediction equals the gold, or any of a list of golds."""
+        return self.judge(gold, prediction) == "right"
+
+    def grade(self, problem: str, answer: str | Sequence[str] | None, response: str, finished: bool, n_tokens: int = 0) -> Verdict:  # fmt: skip
         """Return the verdict on one response; `finished` says that it ended by itself."""
-        finished = finished or self.grade_truncated
-        if self.user is not None:
-            value = float(self.user(problem, response)) if finished else 0.0
-            return Verdict(value, value >= 1)
-        found = boxes(response)
-        # no box, no credit; five or more are a way of guessing (official rules)
-        candidate = finished and answer and 0 < len(found) < 5
-        if self.kind == "official" and candidate:
-            candidate = not degenerate(response)
-        correct = bool(candidate) and self.equal(answer, found[-1])
-        half = 0.5 if self.kind == "official" and candidate else 0.0
-        return Verdict(1.0 if correct else half, correct)
+        found, finished = boxes(response), finished or self.grade_truncated
+        boxed = finished and 0 < len(found) < 5  # no box, no credit; five or more are a way of guessing (official rules)
+        clean = boxed and not ("official" in self.weights and degenerate(response))
+        kind = "cut" if not finished else "no answer" if not boxed else "wrong"
+        if clean and answer:
+            kind = self.judge(answer, found[-1])
+        right = kind == "right"
+        parts = {}
+        for name in self.weights:
+            if name in self.functions:
+                parts[name] = float(self.functions[name](problem, response)) if finished else 0.0
+            elif name == "overlong":
+                parts[name] = overlong(n_tokens, *self.overlong)
+            else:
+                parts[name] = {"binary": float(right), "official": 1.0 if right else 0.5 * clean, "format": float(boxed)}[name]
+        if not {"binary", "official"} & self.weights.keys() and self.functions:  # the user's function decides
+            right = parts[next(iter(self.functions))] >= 1
+            kind = kind if kind == "cut" else "right" if right else "wrong"
+        reward = sum(weight * parts[name] for name, weight in self.weights.items())
+        return Verdict(reward, right, parts, found[-1] if found else None, kind)
 
     def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
         """Grade episodes in the background, in order; problems have `text` and `answer`, each as many episodes in a row."""
@@ -237,22 +200,108 @@ class Grader(AbstractContextManager):
         asked = [problem for problem in problems for _ in range(n)]
 
         def grade(problem, episode) -> Verdict:
-            return self.grade(problem.text, problem.answer, episode.text, episode.finish_reason == "stop")
+            finished, length = episode.finish_reason == "stop", len(episode.response_ids)
+            return self.grade(problem.text, problem.answer, episode.text, finished, length)
 
         return self.batches.submit(lambda: list(self.threads.map(grade, asked, episodes)))
+
+
+def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Callable[[str, str], float]]]:
+    """Read NAME or NAME=WEIGHT; return weights and the user's functions by name. ValueError for what is neither."""
+    weights, functions = {}, {}
+    for part in reward:
+        name, _, weight = part.partition("=")
+        try:
+            value = float(weight or 1)
+        except ValueError as error:
+            raise ValueError(f"reward {part!r}: {weight!r} is no weight; expected NAME=NUMBER") from error
+        if name not in PARTS:
+            function = load_reward(name)
+            name = Path(name).stem
+            functions[name] = function
+        if name in weights:
+            raise ValueError(f"reward {part!r}: {name} is given twice")
+        weights[name] = value
+    if not weights:
+        raise ValueError(f"no reward; expected {', '.join(PARTS)} or a Python file")
+    return weights, functions
 
 
 def load_reward(path: str) -> Callable[[str, str], float]:
     """Load `reward(problem, response)` from a user's Python file."""
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise ValueError(f"reward {path!r}: neither binary, official nor a Python file that defines reward(problem, response)")
-    spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = sys.modules["user_reward"] = importlib.util.module_from_spec(spec)
+        kinds = f"neither {', '.join(PARTS)} nor a Python file that defines reward(problem, response)"
+        raise ValueError(f"reward {path!r}: {kinds}")
+    name = f"reward_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "reward", None)):
         raise ValueError(f"{path} defines no function reward(problem, response) -> float")
     return module.reward
 
 
+# ---- Labelled pairs
+@dataclass(frozen=True)
+class Pairs:
+    """Settings of a count of errors."""
+
+    file: str  # JSONL with gold, pred, expected, and group where there are several
+    workers: int | None = None  # Grading processes; by default one a core, at most 8
+    deadline: float = 5.0  # Seconds for one pair
+    json: str | None = None  # Where figures go as well
+
+
+def read_pairs(file: str) -> dict[str, list[dict]]:
+    """Read labelled pairs by group; ValueError names the file and line of what is none."""
+    groups = defaultdict(list)
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                pair = json.loads(line)
+                gold, _, expected = pair["gold"], pair["pred"] + "", pair["expected"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                wanted = 'an object with "gold", "pred" and "expected"'
+                raise ValueError(f"{file}, line {number}: {error!r}; expected {wanted}") from error
+            if not isinstance(expected, bool) or not isinstance(gold, str | list):
+                raise ValueError(
+                    f"{file}, line {number}: gold {gold!r}, expected {expected!r}; expected text or list, and a bool"
+                )
+            groups[pair.get("group", "all")].append(pair)
+    return groups
+
+
+def count_errors(settings: Pairs) -> dict[str, dict[str, float]]:
+    """Grade labelled pairs; return pairs, errors, false accepts, timeouts and seconds of each group and in total."""
+    rows = {}
+    with Grader(n_workers=settings.workers, deadline=settings.deadline) as grader:
+        for group, pairs in read_pairs(settings.file).items():
+            began, before = time.perf_counter(), grader.counts["timeout"]
+            found = list(grader.threads.map(lambda pair: grader.equal(pair["gold"], pair["pred"]), pairs))
+            wrong = [
+                (is_equal, pair["expected"])
+                for is_equal, pair in zip(found, pairs, strict=True)
+                if is_equal != pair["expected"]
+            ]
+            figures = {"n": len(pairs), "errors": len(wrong), "false_accepts": sum(is_equal for is_equal, _ in wrong)}
+            rows[group] = figures | {"timeouts": grader.counts["timeout"] - before, "seconds": time.perf_counter() - began}
+    rows["total"] = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
+    return rows
+
+
+def main(settings: Pairs) -> None:
+    """Print the count of errors as a table."""
+    rows = count_errors(settings)
+    print(f"{'group':14}{'pairs':>9}{'errors':>9}{'':>9}{'false accepts':>15}{'':>9}{'timeouts':>10}{'seconds':>10}")
+    for group, row in rows.items():
+        errors, accepts = f"{row['errors']:>9}{row['errors'] / row['n']:>9.3%}", f"{row['false_accepts']:>15}"
+        share = f"{row['false_accepts'] / row['n']:>9.3%}"
+        print(f"{group:14}{row['n']:>9}{errors}{accepts}{share}{row['timeouts']:>10}{row['seconds']:>10.2f}")
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(rows, indent=1))
+
+
 if __name__ == "__main__":
-    serve()
+    import tyro
+
+    main(tyro.cli(Pairs, config=(tyro.conf.PositionalRequiredArgs,)))
