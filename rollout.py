@@ -98,7 +98,7 @@ def fill_in(config: Source, model: Model) -> Source:
     large, vision = model.n_parameters > 5e9, hasattr(model.config, "vision_config")
     published = {
         "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if vision else 1024,
-        "problem_column": "prompt" if vision else "problem", "reward": "binary",
+        "problem_column": "prompt" if vision else "problem", "reward": ("binary",),
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
@@ -118,7 +118,7 @@ class Problem(NamedTuple):
     prompt_ids: list[int]
 
 
-def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict]:
+def load_rows(source: str, columns: Sequence[str], split: str = "train", subset: str | None = None) -> list[dict]:
     """Read a data set; ValueError where nothing is there, or no rows, or a column is missing or has empty values."""
     if source.endswith(".jsonl") and Path(source).is_file():  # values of a column may differ in type: "2", ["2", "two"]
         try:
@@ -127,7 +127,7 @@ def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: {error.doc[:60]!r} is not JSON ({error}); expected one object a line") from error
     else:
-        rows = read_with_datasets(source, split)
+        rows = read_with_datasets(source, split, subset)
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
     for column in columns:
@@ -139,7 +139,7 @@ def load_rows(source: str, columns: Sequence[str], split: str = "train") -> list
     return rows
 
 
-def read_with_datasets(source: str, split: str) -> list[dict]:
+def read_with_datasets(source: str, split: str, subset: str | None = None) -> list[dict]:
     """Read a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
     import datasets
 
@@ -151,7 +151,7 @@ def read_with_datasets(source: str, split: str) -> list[dict]:
         elif path.is_file():
             data = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
         else:
-            data = datasets.load_dataset(source, split=split)
+            data = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # `datasets` raises its readers' errors unwrapped
         reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id") from error
@@ -195,11 +195,16 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source) -> list[list[i
     return ids
 
 
-def load_problems(data: str, source: Source, tokenizer) -> list[Problem]:
+def final(answer) -> str:
+    """Return an answer as text; of a solution in GSM8K's format, `... #### 18`, what stands behind the mark."""
+    return str(answer).rpartition("####")[2].strip()
+
+
+def load_problems(data: str, source: Source, tokenizer, subset: str | None = None) -> list[Problem]:
     """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
-    rows = load_rows(data, (source.problem_column, source.answer_column), source.split)
+    rows = load_rows(data, (source.problem_column, source.answer_column), source.split, subset)
     texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
-    answers = [[str(each) for each in answer] if isinstance(answer, list) else str(answer) for answer in answers]
+    answers = [[final(each) for each in answer] if isinstance(answer, list) else final(answer) for answer in answers]
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
     prompts = make_prompts(texts, tokenizer, source)
     return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, strict=True)]

@@ -28,7 +28,7 @@ EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
 TRAIN_RL = dict(model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3, template="none")
-EVALUATE = dict(model="toy", template="none", max_tokens=96, max_prompt_tokens=64)
+EVALUATE = dict(model="toy", template="none", max_tokens=96)
 TRAIN_FLOW = dict(
     model="toy", lr=2e-3, epochs=4, batch_size=32, flow_blocks=2, noise_repeats=1, template="none", save_every=100
 )
@@ -90,7 +90,7 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=world.hidden_size * 11 // 4,
         num_hidden_layers=world.n_layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+        max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.05,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     return Qwen2ForCausalLM(config)

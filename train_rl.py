@@ -29,7 +29,7 @@ import parallel
 import rlfr
 import rollout
 import toy
-from eval import evaluate, table
+from eval import evaluate, load_sets, table
 from parallel import is_first, on_first, start
 from rewards import Grader, Verdict
 from run import Run, RunConfig, asked_to_stop, check_positive, launch, with_defaults, written_whole
@@ -40,7 +40,7 @@ class Config(RunConfig, rollout.Sampler):
     """Settings of a training run; None is filled in from the model."""
 
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    eval_data: str | None = None  # Held-out problems, evaluated before and after training and every `eval_every` steps
+    eval_data: tuple[str, ...] | None = None  # Sets, as --data of eval.py: before and after training and every `eval_every`
     prompts: int = 128  # N, prompts a step
     group_size: int = 8  # G, samples a prompt
     train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
@@ -51,7 +51,8 @@ class Config(RunConfig, rollout.Sampler):
     top_k: int = 0  # Refused above 0
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     max_rounds: int = 4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
-    reward: str | None = None  # Outcome reward: binary (default), official, or a Python file with reward(problem, response)
+    reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
+    overlong_buffer: int | None = None  # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
     grade_truncated: bool = False  # Let a response that ran out of room score
     grader_deadline: float = 5.0  # Seconds for grading one answer
     shaping: Literal["flow", "entropy", "none"] = "flow"  # Dense part of the advantage; none is plain RLVR
@@ -101,7 +102,7 @@ class Config(RunConfig, rollout.Sampler):
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
-        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples keep mismatch_cap
+        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples keep mismatch_cap overlong_buffer
         ratio_cap entropy_kappa max_sequences tensor_parallel"""
     check_positive(config, *positive.split())
     if config.top_p < 1 or config.top_k > 0:
@@ -135,7 +136,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     if config.model == "toy":
         world = on_first(toy.make)
         name = world.path("model")
-        config = with_defaults(config, data=world.path("train.jsonl"), eval_data=world.path("test.jsonl"))
+        config = with_defaults(config, data=world.path("train.jsonl"), eval_data=(world.path("test.jsonl"),))
         if config.shaping == "flow" and config.flow is None:
             on_first(lambda: make_toy_flow(flow_folder))
     config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
@@ -331,9 +332,10 @@ def main(config: Config) -> None:
         few = f"{len(problems)} problems in {config.epochs} epochs"
         raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
     evaluated = replace(config, split=config.eval_split)
-    held_out = config.eval_data and rollout.load_problems(config.eval_data, evaluated, model.tokenizer)
+    held_out = load_sets(config.eval_data or (), evaluated, model.tokenizer)
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    grader = Grader(config.reward, n_workers, config.grader_deadline, config.grade_truncated)
+    limits = (config.grader_deadline, config.grade_truncated, config.max_tokens, config.overlong_buffer)
+    grader = Grader(config.reward, n_workers, *limits)
     flow, reference, dtype = None, None, parallel.compute_dtype(config.dtype)
     if config.shaping == "flow":
         dim = model.config.get_text_config().hidden_size
@@ -372,13 +374,17 @@ def main(config: Config) -> None:
             parallel.move([*learners.values(), reference], parallel.DEVICE)
 
     def assess() -> dict[str, dict]:
-        """Evaluate the policy on the held-out problems."""
+        """Evaluate the policy on the held-out sets; return figures by set and kind of sampling."""
         samplings = [("sampled", config.eval_samples, config.temperature), ("greedy", 1, 0.0)]
         samplings = {kind: rollout.Sampling(n, temperature, config.max_tokens) for kind, n, temperature in samplings}
         sync()
-        figures = {kind: evaluate(engine, held_out, grader, sampling)[0] for kind, sampling in samplings.items()}
+        found: dict[str, dict] = {name: {} for name in held_out}
+        with torch.random.fork_rng():  # an engine may draw from the global generator
+            for name, problems in held_out.items():
+                for kind, sampling in samplings.items():
+                    found[name][kind] = evaluate(engine, name, problems, grader, sampling)
         rest()
-        return figures
+        return found
 
     summary_file = run.folder / "summary.json"
     summary = json.loads(summary_file.read_text()) if progress["step"] and summary_file.exists() else {}
@@ -388,7 +394,8 @@ def main(config: Config) -> None:
 
     bar = tqdm(initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first())
     while (step := progress["step"]) < total_steps and not asked_to_stop():
-        laps, grader.timeouts = [time.perf_counter()], 0
+        laps = [time.perf_counter()]
+        grader.counts.clear()
         # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
         sync()
         laps.append(time.perf_counter())
@@ -424,10 +431,14 @@ def main(config: Config) -> None:
         metrics["varied_groups"] = rlfr.varied_groups(reward, config.group_size).float().mean().item()
         metrics |= {"length": mask.sum(dim=1).float().mean().item(), "truncated": n_truncated / len(episodes)}
         metrics |= {"entropy": scores.entropy[mask].mean().item(), "advantage_abs": advantage[mask].abs().mean().item()}
-        metrics["grader_timeouts"] = parallel.sum_over_ranks(torch.tensor(float(grader.timeouts))).item()
+        for part in verdicts()[0].parts:
+            metrics[f"reward/{part}"] = sum(verdict.parts[part] for verdict in verdicts()) / len(episodes)
+        for trouble in ("timeout", "crashed", "capped"):
+            metrics[f"grader/{trouble}"] = parallel.sum_over_ranks(torch.tensor(float(grader.counts[trouble]))).item()
         metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
-            metrics |= {f"eval/{kind}": figures["mean"] for kind, figures in assess().items()}
+            for name, kinds in assess().items():
+                metrics |= {f"eval/{name}/{kind}": figures["avg"]["mean"] for kind, figures in kinds.items()}
         laps.append(time.perf_counter())
         phases = ("sync", "roll_out", "score", "verify", "update", "evaluate")
         metrics |= {f"time/{phase}": b - a for phase, (a, b) in zip(phases, pairwise(laps), strict=True)}
@@ -456,8 +467,11 @@ def main(config: Config) -> None:
         summary["after"] = assess()
         run.write_json("summary.json", summary)
     if held_out and is_first():
-        whens = [(when, kind) for when in ("before", "after") for kind in ("sampled", "greedy")]
-        print(table({f"{when} {kind}": summary[when][kind] for when, kind in whens}))
+        rows = {}
+        for name in held_out:
+            for when in ("before", "after"):
+                rows |= {f"{name} {when}, {kind}": figures for kind, figures in summary[when][name].items()}
+        print(table(rows))
     if is_first():
         print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()

@@ -67,7 +67,7 @@ def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
     return train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3,
-        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"),
+        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),),
         folder=str(tmp_path_factory.mktemp("distributed") / "one"),
     )  # fmt: skip
 
@@ -313,7 +313,7 @@ def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
         "import os\ncalls = 0\ndef reward(problem, response):\n    global calls\n    calls += 1\n"
         "    if calls > 20 and os.environ['RANK'] == '1': raise RuntimeError('planted')\n    return float(len(response) % 3)\n"
     )
-    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), reward=str(reward), steps=300)))
+    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)))
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     last = output[output.rindex("Root Cause") :]

@@ -242,7 +242,7 @@ def test_viii_official_rewards():
     facts, _ = fixture("viii_scoring")
     assert len(facts["lm"]) >= 40
     wrong = []
-    with Grader("official", n_workers=1) as grader:
+    with Grader(["official"], n_workers=1) as grader:
         for case in facts["lm"]:
             header, ends = HEADERS[case["template"]]
             response = case["query"].split(header, 1)[1]

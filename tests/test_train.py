@@ -142,7 +142,7 @@ def test_micro_batches_change_nothing(config):
 def test_every_option_changes_the_policy(config, options, world, tmp_path):
     file = tmp_path / "reward.py"  # rewards that differ inside groups, and so does the length
     file.write_text("def reward(problem, response):\n    return float(len(response) % 3)\n")
-    config = replace(config, reward=str(file), steps=2)
+    config = replace(config, reward=(str(file),), steps=2)
     train_rl.main(replace(config, folder=config.folder + "-a"))
     train_rl.main(replace(config, folder=config.folder + "-b", **options))
     policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
@@ -172,7 +172,7 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
 def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
     file = tmp_path / "reward.py"  # half of the problems always give 0
     file.write_text("def reward(problem, response):\n    return float(int(problem[0]) % 2 and len(response) % 3)\n")
-    config = replace(config, reward=str(file), steps=1)
+    config = replace(config, reward=(str(file),), steps=1)
     train_rl.main(replace(config, folder=config.folder + "-a"))
     train_rl.main(replace(config, folder=config.folder + "-b", dynamic_sampling=True, max_rounds=8))
     without, with_it = (figures(f"{config.folder}-{name}")[0] for name in "ab")
@@ -182,7 +182,7 @@ def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
 
 def test_shapings_differ_in_the_advantage_alone(config):
     """G. The same first-step episodes and figures, apart from the advantage and what follows from it."""
-    config, first = replace(config, reward=str(ROOT / "tests" / "length_reward.py")), {}
+    config, first = replace(config, reward=(str(ROOT / "tests" / "length_reward.py"),)), {}
     for shaping in ("none", "entropy", "flow"):
         train_rl.main(replace(config, folder=config.folder + shaping, shaping=shaping, steps=1, train_batch=16))
         first[shaping] = figures(config.folder + shaping)[0]
@@ -303,7 +303,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
     with pytest.raises(
         FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate"
     ):
-        train_rl.main(replace(config, lr=1e30, train_batch=16, shaping="none", reward=str(ROOT / "tests" / "length_reward.py")))
+        train_rl.main(
+            replace(config, lr=1e30, train_batch=16, shaping="none", reward=(str(ROOT / "tests" / "length_reward.py"),))
+        )
     assert (Path(config.folder) / "checkpoints" / "step-1" / ".metadata").exists()
     assert all(math.isfinite(value) for line in figures(config.folder) for value in line.values())
 
@@ -312,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 
 def test_the_policy_is_exported_for_hugging_face(config, world):
-    train_rl.main(replace(config, eval_data=world.path("test.jsonl"), eval_every=2, eval_samples=2))
+    train_rl.main(replace(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2))
     folder = Path(config.folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
     problems = load_problems(world.path("test.jsonl"))
@@ -322,25 +324,17 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
         for kind in ("sampled", "greedy"):
-            assert 0 <= summary[when][kind]["low"] <= summary[when][kind]["mean"] <= summary[when][kind]["high"] <= 1
+            interval = summary[when]["test"][kind]["avg"]
+            assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
     with evaluation.Grader() as grader:
-        again, records = evaluation.evaluate(engine, problems, grader, rollout.Sampling(2, 1.0, 16))
-    assert again == summary["after"]["sampled"] and len(records) == 32
-    assert "eval/greedy" in read_lines(folder / "metrics.jsonl")[1]
-    evaluation.main(
-        evaluation.Config(
-            model=str(folder / "policy"), data=world.path("test.jsonl"), template="none", max_tokens=16, out=str(folder / "e")
-        )
-    )
-    assert len(read_lines(folder / "e" / "samples.jsonl")) == 16
-    with pytest.raises(ValueError, match="exists already; name a new folder"):
-        evaluation.main(evaluation.Config(model=str(folder / "policy"), data=world.path("test.jsonl"), out=str(folder)))
-    assert json.loads((folder / "e" / "summary.json").read_text())["mean"] == summary["after"]["greedy"]["mean"]
+        again = evaluation.evaluate(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
+    assert again == summary["after"]["test"]["sampled"]
+    assert "eval/test/greedy" in read_lines(folder / "metrics.jsonl")[1]
 
 
 def test_evaluating_in_between_changes_nothing(config, world):
     for name, every in (("a", 0), ("b", 1)):
-        train_rl.main(replace(config, folder=config.folder + name, eval_data=world.path("test.jsonl"), eval_every=every))
+        train_rl.main(replace(config, folder=config.folder + name, eval_data=(world.path("test.jsonl"),), eval_every=every))
     a, b = (figures(config.folder + name) for name in "ab")
     assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
 
@@ -460,4 +454,5 @@ def test_the_default_run_learns(tmp_path, engine):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "rl-toy-flow" / "summary.json").read_text())
     for kind in ("sampled", "greedy"):
-        assert 0.3 <= summary["before"][kind]["mean"] <= 0.6 and summary["after"][kind]["mean"] >= 0.9
+        before, after = (summary[when]["test"][kind]["avg"]["mean"] for when in ("before", "after"))
+        assert 0.3 <= before <= 0.6 and after >= 0.9

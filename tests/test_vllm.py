@@ -186,7 +186,7 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=48, max_prompt_tokens=64, steps=2, lr=1e-3, flow_lr=1e-3, flow_accept="all", engine="vllm",
-        grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"), folder=str(tmp_path / "run"),
+        grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), folder=str(tmp_path / "run"),
     )  # fmt: skip
 
 

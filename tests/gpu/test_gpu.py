@@ -121,7 +121,7 @@ def test_whole_steps(world, flow_folder, tmp_path, engine, options):
     config = train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=8, group_size=4,
         train_batch=16, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, flow_accept="all", save_every=2,
-        grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"), folder=str(tmp_path / "run"), engine=engine,
+        grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), folder=str(tmp_path / "run"), engine=engine,
     )  # fmt: skip
     train_rl.main(replace(config, **options))
     lines = figures(config.folder)
