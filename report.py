@@ -18,6 +18,7 @@ from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import tostring
 
+from latex2mathml.commands import MATRICES
 from latex2mathml.converter import Converter
 
 VERDICTS = ("right", "wrong", "no answer", "cut", "timeout")
@@ -31,14 +32,20 @@ BRACED = r"\{\}"
 for _ in range(8):  # braces in braces; possessive (+), so that unbalanced ones fail at once
     BRACED = rf"\{{(?:[^{{}}\\]|\\.|{BRACED}){{0,{MAX_FORMULA}}}+\}}"
 SEGMENT = re.compile(
-    rf"""\[asy\](?P<figure>.{{0,20000}}?)\[/asy\] | ```(?P<code>.{{0,20000}}?)```
+    rf"""\[asy\](?P<figure>.{{0,5000}}?)\[/asy\] | ```(?P<code>.{{0,5000}}?)```
     | \n?[ ]?\$\$(?P<dollars>.{SOME}?)\$\$[ ]?\n? | \n?[ ]?(?<!\\)\\\[(?P<brackets>.{SOME}?)\\\][ ]?\n?
-    | \n?(?P<environment>\\begin\{{(?P<name>(?:align|aligned|array|cases|equation|gather)\*?)\}}.{SOME}?\\end\{{(?P=name)\}})\n?
+    | \n?(?P<environment>\\begin\{{(?P<name>(?:align|aligned|array|cases|eqnarray|equation|gather|multline)\*?)\}}.{SOME}?\\end\{{(?P=name)\}})\n?
     | (?<!\\)\\\((?P<parens>.{SOME}?)\\\) | (?P<boxed>\\boxed\s{{0,9}}{BRACED})
     | (?<![\\$])\$(?P<tight>(?!\s)(?:\\.|[^$\\]){SOME}+(?<!\s))\$(?!\d)  # not the dollars of "$5 and $6"
     | (?<![\\$])\$[ ](?P<loose>(?:\\.|[^$\\]){SOME}+)(?<=[ ])\$(?!\d)""",
     re.DOTALL | re.VERBOSE,
 )
+# Environments that the converter does not know (it would run their rows together), or would number, and what stands for them.
+SAME = {
+    "split": re.compile(r"(?<=[dn]\{)(?:align|aligned|align\*|eqnarray\*?)(?=\})"),
+    "cases": re.compile(r"(?<=[dn]\{)dcases(?=\})"),
+}
+SAME |= {"displaylines": re.compile(r"(?<=[dn]\{)(?:gathered|(?:gather|equation|multline)\*?)(?=\})")}
 # Definitions can grow without bound, the others would put foreign attributes or boxes of any size on the page.
 REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|class|style|href|rule|raise|lower)(?![A-Za-z])")
 
@@ -47,7 +54,10 @@ REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|cl
 def to_mathml(latex: str, display: bool = False) -> str:
     """Convert LaTeX to a <math> element, or to its source in <code> where that fails."""
     source = f"<code>{escape(latex)}</code>"
-    if len(latex) > MAX_FORMULA or REFUSED.search(latex):
+    for name, others in SAME.items():
+        latex = others.sub(name, latex)
+    environments = re.findall(r"\\begin\s*\{([^}]*)", latex)
+    if len(latex) > MAX_FORMULA or REFUSED.search(latex) or any(f"\\{name}" not in MATRICES for name in environments):
         return source
     try:
         tree = Converter(display="block" if display else "inline").convert_to_element(latex)
@@ -55,8 +65,8 @@ def to_mathml(latex: str, display: bool = False) -> str:
             node.text = unescape(node.text or "")  # the converter writes references, which tostring would escape again
             if re.match(r"\\[A-Za-z]", node.text):  # a command that it does not know
                 return source
-            if node.get("linebreak") and not latex.startswith(r"\begin{aligned}"):  # browsers ignore line breaks
-                return to_mathml(rf"\begin{{aligned}}{latex}\end{{aligned}}", display)
+            if node.get("linebreak") and not latex.startswith(r"\begin{displaylines}"):  # browsers ignore line breaks
+                return to_mathml(rf"\begin{{displaylines}}{latex}\end{{displaylines}}", display)
             if node.tag == "menclose":  # browsers ignore it: the style sheet draws boxes and strikes
                 node.tag, node.attrib = "mrow", {"class": node.get("notation", "")}
         del tree.attrib["xmlns"]
@@ -105,7 +115,7 @@ def parse(text: bytes, path: Path, line: int = 1) -> dict:
 def read_samples(path: Path) -> list[dict]:
     """Read a sample a line."""
     with path.open("rb") as file:
-        samples = [parse(line, path, number) for number, line in enumerate(file, 1)]
+        samples = [parse(line.rstrip(), path, number) for number, line in enumerate(file, 1)]
     for number, sample in enumerate(samples, 1):
         for key, kind in FIELDS.items():
             if not isinstance(sample.get(key), kind):
@@ -134,7 +144,7 @@ select, button, [type=search] { font: inherit; color: inherit; background: var(-
   border-radius: 4px; padding: .2rem .5rem } [type=search] { flex: 1 1 14rem }
 article { border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; min-height: 7rem;
   content-visibility: auto; contain-intrinsic-size: auto 20rem }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; overflow-x: auto } .sample { margin: .4rem 0 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto hidden; padding: .2rem 0 } .sample { margin: .4rem 0 }
 .sample > .text, .block { background: var(--soft); padding: .7rem; border-radius: 4px; margin: .4rem 0 .8rem }
 code { font: .85em/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft) }
 .block { display: block } .sample code { background: var(--back) }
@@ -287,7 +297,7 @@ def write_report(folder: Path) -> Path:
     data = json.dumps([pack(samples) for samples in problems.values()], ensure_ascii=False).replace("<", "\\u003c")
     page = PAGE.substitute(
         title=escape(f"Evaluation of {summary['config'].get('model', folder.name)}"),
-        settings=settings(summary["config"] | summary["versions"]), table=sets_table(summary["sets"]),
+        settings=settings(summary["config"]) + settings(summary["versions"]), table=sets_table(summary["sets"]),
         sets="".join(f"<option>{escape(name)}" for name in dict.fromkeys(name for name, _ in problems)),
         verdicts="".join(f"<option>{verdict}" for verdict in VERDICTS),
         data=data, style=STYLE, script=SCRIPT, style_hash=digest(STYLE), script_hash=digest(SCRIPT),
