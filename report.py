@@ -14,6 +14,7 @@ import sys
 import zlib
 from functools import lru_cache
 from html import escape, unescape
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import tostring
@@ -40,12 +41,9 @@ SEGMENT = re.compile(
     | (?<![\\$])\$[ ](?P<loose>(?:\\.|[^$\\]){SOME}+)(?<=[ ])\$(?!\d)""",
     re.DOTALL | re.VERBOSE,
 )
-# Environments that the converter does not know (it would run their rows together), or would number, and what stands for them.
-SAME = {
-    "split": re.compile(r"(?<=[dn]\{)(?:align|aligned|align\*|eqnarray\*?)(?=\})"),
-    "cases": re.compile(r"(?<=[dn]\{)dcases(?=\})"),
-}
-SAME |= {"displaylines": re.compile(r"(?<=[dn]\{)(?:gathered|(?:gather|equation|multline)\*?)(?=\})")}
+# Environments that the converter would run together or number, and what stands for them.
+SAME = dict.fromkeys(["align", "align*", "aligned", "eqnarray", "eqnarray*"], "split") | {"dcases": "cases"}
+SAME |= dict.fromkeys(["gather", "gather*", "gathered", "equation", "equation*", "multline", "multline*"], "displaylines")
 # Definitions can grow without bound, the others would put foreign attributes or boxes of any size on the page.
 REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|class|style|href|rule|raise|lower)(?![A-Za-z])")
 
@@ -54,8 +52,7 @@ REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|cl
 def to_mathml(latex: str, display: bool = False) -> str:
     """Convert LaTeX to a <math> element, or to its source in <code> where that fails."""
     source = f"<code>{escape(latex)}</code>"
-    for name, others in SAME.items():
-        latex = others.sub(name, latex)
+    latex = re.sub(r"(?<=[dn]\{)[a-z]+\*?(?=\})", lambda name: SAME.get(name[0], name[0]), latex)
     environments = re.findall(r"\\begin\s*\{([^}]*)", latex)
     if len(latex) > MAX_FORMULA or REFUSED.search(latex) or any(f"\\{name}" not in MATRICES for name in environments):
         return source
@@ -69,6 +66,12 @@ def to_mathml(latex: str, display: bool = False) -> str:
                 return to_mathml(rf"\begin{{displaylines}}{latex}\end{{displaylines}}", display)
             if node.tag == "menclose":  # browsers ignore it: the style sheet draws boxes and strikes
                 node.tag, node.attrib = "mrow", {"class": node.get("notation", "")}
+            if node.text == "|":  # spaced like an operator otherwise
+                node.attrib |= {"lspace": "0", "rspace": "0"}
+        for row in tree.iter("mrow"):
+            for before, node in pairwise(row):
+                if node.text in ("+", "−") and before.tag == "mo" and before.text not in tuple(")]}|!"):
+                    node.set("form", "prefix")  # a sign, not a sum
         del tree.attrib["xmlns"]
         return tostring(tree, encoding="unicode")
     except Exception:  # on bad LaTeX the converter raises nearly anything: its own errors, IndexError, RecursionError
@@ -150,7 +153,7 @@ code { font: .85em/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-
 .block { display: block } .sample code { background: var(--back) }
 .badge { font-size: .75rem; padding: .1rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff; background: #57606a }
 .right { background: #1a7f37 } .wrong { background: #c2332c } .cut, .timeout { background: #9a6200 }
-math { font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', math; font-size: 1.08em }
+math { font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'DejaVu Math TeX Gyre', math; font-size: 1.08em }
 math[display=block] { margin: .5em 0 } mtd { padding: .25em .4em }
 [columnalign=left] { text-align: left } [columnalign=right] { text-align: right; padding-right: 0 } [columnalign=right] + mtd { padding-left: .1em }
 [mathvariant^=bold] { font-weight: bold } [mathvariant$=italic] { font-style: italic }

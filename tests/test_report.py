@@ -103,6 +103,11 @@ def test_what_cannot_be_converted_is_shown_as_source(latex):
     assert to_mathml(latex) == f"<code>{latex}</code>".replace("&", "&amp;")
 
 
+def test_signs_and_bars_are_spaced_as_in_latex():
+    assert to_mathml("f(-2)-1").count('form="prefix"') == 1 and 'form="prefix"' not in to_mathml("(a)-1")
+    assert to_mathml("|a|").count('lspace="0" rspace="0"') == 2
+
+
 def test_money_code_and_figures_are_no_maths():
     assert render("$5 and $6, or $7 more; \\$8 and \\$9") == "$5 and $6, or $7 more; \\$8 and \\$9"
     assert "<math" not in render("```\nx = '$a$'\n```") + render('[asy]\nlabel("$O$");\n[/asy]')
