@@ -32,18 +32,19 @@ SOME = rf"{{1,{MAX_FORMULA}}}"
 BRACED = r"\{\}"
 for _ in range(8):  # braces in braces; possessive (+), so that unbalanced ones fail at once
     BRACED = rf"\{{(?:[^{{}}\\]|\\.|{BRACED}){{0,{MAX_FORMULA}}}+\}}"
+# Environments that the converter would run together or number, and what stands for them.
+SAME = dict.fromkeys(["align", "align*", "aligned", "eqnarray", "eqnarray*"], "split") | {"dcases": "cases"}
+SAME |= dict.fromkeys(["gather", "gather*", "gathered", "equation", "equation*", "multline", "multline*"], "displaylines")
+IN_TEXT = "|".join(map(re.escape, [*SAME, "array", "cases"]))
 SEGMENT = re.compile(
     rf"""\[asy\](?P<figure>.{{0,5000}}?)\[/asy\] | ```(?P<code>.{{0,5000}}?)```
     | \n?[ ]?\$\$(?P<dollars>.{SOME}?)\$\$[ ]?\n? | \n?[ ]?(?<!\\)\\\[(?P<brackets>.{SOME}?)\\\][ ]?\n?
-    | \n?(?P<environment>\\begin\{{(?P<name>(?:align|aligned|array|cases|eqnarray|equation|gather|multline)\*?)\}}.{SOME}?\\end\{{(?P=name)\}})\n?
+    | \n?(?P<environment>\\begin\{{(?P<name>{IN_TEXT})\}}.{SOME}?\\end\{{(?P=name)\}})\n?
     | (?<!\\)\\\((?P<parens>.{SOME}?)\\\) | (?P<boxed>\\boxed\s{{0,9}}{BRACED})
     | (?<![\\$])\$(?P<tight>(?!\s)(?:\\.|[^$\\]){SOME}+(?<!\s))\$(?!\d)  # not the dollars of "$5 and $6"
     | (?<![\\$])\$[ ](?P<loose>(?:\\.|[^$\\]){SOME}+)(?<=[ ])\$(?!\d)""",
     re.DOTALL | re.VERBOSE,
 )
-# Environments that the converter would run together or number, and what stands for them.
-SAME = dict.fromkeys(["align", "align*", "aligned", "eqnarray", "eqnarray*"], "split") | {"dcases": "cases"}
-SAME |= dict.fromkeys(["gather", "gather*", "gathered", "equation", "equation*", "multline", "multline*"], "displaylines")
 # Definitions can grow without bound, the others would put foreign attributes or boxes of any size on the page.
 REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|class|style|href|rule|raise|lower)(?![A-Za-z])")
 
@@ -110,21 +111,21 @@ def parse(text: bytes, path: Path, line: int = 1) -> dict:
     except ValueError as error:  # JSONDecodeError knows its line, UnicodeDecodeError does not
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(f"{path}, line {line}: not JSON ({error}): {text[:60]!r}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {line}: {text[:60]!r}; expected a JSON object")
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"{path}, line {line}: {text[:60]!r}; expected a JSON object")
 
 
 def read_samples(path: Path) -> list[dict]:
     """Read a sample a line."""
-    with path.open("rb") as file:
-        samples = [parse(line.rstrip(), path, number) for number, line in enumerate(file, 1)]
-    for number, sample in enumerate(samples, 1):
+    samples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        samples.append(parse(line, path, number))
         for key, kind in FIELDS.items():
-            if not isinstance(sample.get(key), kind):
-                raise ValueError(f"{path}, line {number}: {key} is {sample.get(key)!r}; expected {kind}, as eval.py writes it")
-        if sample["verdict"] not in VERDICTS:
-            raise ValueError(f"{path}, line {number}: verdict {sample['verdict']!r}; expected one of {', '.join(VERDICTS)}")
+            value = samples[-1].get(key)
+            if not isinstance(value, kind) or key == "verdict" and value not in VERDICTS:
+                expected = f"one of {', '.join(VERDICTS)}" if key == "verdict" else kind
+                raise ValueError(f"{path}, line {number}: {key} is {value!r}; expected {expected}, as eval.py writes it")
     if not samples:
         raise ValueError(f"{path} is empty; expected a sample a line, as eval.py writes them")
     return samples
@@ -133,31 +134,35 @@ def read_samples(path: Path) -> list[dict]:
 # ---- Templates
 STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1c2128, #d8dee6); --back: light-dark(#fff, #14181d);
-  --line: light-dark(#d5dae1, #333b45); --soft: light-dark(#f4f6f8, #1c2229); --faint: light-dark(#5c6672, #98a3b0);
-  --accent: light-dark(#0a58ca, #79b0ff) }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 68rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 0 0 .6rem } small, i { color: var(--faint) } summary { cursor: pointer }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line) }
-.sets :is(td, th + th) { text-align: right; white-space: nowrap } td small { display: block }
-form { position: sticky; top: 0; z-index: 1; background: var(--back); border-bottom: 1px solid var(--line); padding: .6rem 0;
-  display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center } output { flex-basis: 100%; color: var(--faint) }
+  --accent: light-dark(#0a58ca, #79b0ff); --line: light-dark(#d5dae1, #333b45); --soft: light-dark(#f4f6f8, #1c2229);
+  --faint: light-dark(#5c6672, #98a3b0) }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 68rem;
+  margin: 0 auto; padding: 1rem } h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 0 0 .6rem }
+small, i, output { color: var(--faint) } summary { cursor: pointer }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } .wide { overflow-x: auto }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .9rem; font-variant-numeric: tabular-nums }
+td small { display: block } th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line) }
+.sets :is(td, th + th) { text-align: right; white-space: nowrap }
+form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  padding: .6rem 0; background: var(--back); border-bottom: 1px solid var(--line) } output { flex-basis: 100% }
+[type=search] { flex: 1 1 14rem }
 select, button, [type=search] { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line);
-  border-radius: 4px; padding: .2rem .5rem } [type=search] { flex: 1 1 14rem }
+  border-radius: 4px; padding: .2rem .5rem }
 article { border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; margin: 1rem 0; min-height: 7rem;
-  content-visibility: auto; contain-intrinsic-size: auto 20rem }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto hidden; padding: .2rem 0 } .sample { margin: .4rem 0 }
-.sample > .text, .block { background: var(--soft); padding: .7rem; border-radius: 4px; margin: .4rem 0 .8rem }
+  content-visibility: auto; contain-intrinsic-size: auto 20rem } .sample { margin: .4rem 0 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto hidden; padding: .2rem 0 }
+.sample > .text, .block { display: block; background: var(--soft); padding: .7rem; border-radius: 4px;
+  margin: .4rem 0 .8rem }
 code { font: .85em/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft) }
-.block { display: block } .sample code { background: var(--back) }
-.badge { font-size: .75rem; padding: .1rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff; background: #57606a }
-.right { background: #1a7f37 } .wrong { background: #c2332c } .cut, .timeout { background: #9a6200 }
+.sample code { background: var(--back) }
+.badge { font-size: .75rem; padding: .1rem .5rem; border-radius: 1rem; white-space: nowrap; color: #fff;
+  background: #57606a } .right { background: #1a7f37 } .wrong { background: #c2332c } .cut, .timeout { background: #9a6200 }
 math { font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'DejaVu Math TeX Gyre', math; font-size: 1.08em }
-math[display=block] { margin: .5em 0 } mtd { padding: .25em .4em }
-[columnalign=left] { text-align: left } [columnalign=right] { text-align: right; padding-right: 0 } [columnalign=right] + mtd { padding-left: .1em }
-[mathvariant^=bold] { font-weight: bold } [mathvariant$=italic] { font-style: italic }
-.box { border: 1.5px solid var(--accent); background: color-mix(in srgb, var(--accent) 14%, transparent); padding: .15em .3em }
+math[display=block] { margin: .5em 0 } [mathvariant^=bold] { font-weight: bold }
+[mathvariant$=italic] { font-style: italic } mtd { padding: .25em .4em } [columnalign=left] { text-align: left }
+[columnalign=right] { text-align: right; padding-right: 0 } [columnalign=right] + mtd { padding-left: .1em }
+.box { border: 1.5px solid var(--accent); background: color-mix(in srgb, var(--accent) 14%, transparent);
+  padding: .15em .3em }
 [class*=strike] { background: linear-gradient(to top right, transparent 47%, currentcolor 48% 52%, transparent 53%) }
 """
 
@@ -176,16 +181,17 @@ function unfold(parent) {
     sample.open = form.open.checked || sample.dataset.verdict === form.verdict.value;
 }
 function more() {
-  for (const problem of found.slice(shown, shown += STEP)) fill($('list').appendChild(document.createElement('article')), problem);
+  for (const problem of found.slice(shown, shown += STEP))
+    fill($('list').appendChild(document.createElement('article')), problem);
   $('more').hidden = shown >= found.length;
 }
 function filter() {
-  const set = form.set.value, verdict = form.verdict.value, text = form.text.value.toLowerCase(), counts = {};
+  const set = form.set.value, verdict = form.verdict.value, text = form.text.value.toLowerCase();
   found = data.filter(p => (!set || p.set === set) && (!verdict || p.verdicts.includes(verdict))
     && (!form.mixed.checked || p.mixed) && p.text.includes(text));
-  for (const option of form.verdict) counts[option.value] = 0;
-  for (const v of found.flatMap(p => p.verdicts)) counts[v]++;
-  $('count').value = `${found.length} of ${data.length} problems` + Object.entries(counts).map(([v, n]) => n ? ` · ${n} ${v}` : '').join('');
+  const all = found.flatMap(p => p.verdicts), names = [...form.verdict].map(option => option.value);
+  const counts = names.map(name => [all.filter(v => v === name).length, name]).filter(([n]) => n).map(c => c.join(' '));
+  $('count').value = [`${found.length} of ${data.length} problems`, ...counts].join(' · ');
   $('list').replaceChildren();
   shown = 0;
   more();
@@ -207,7 +213,8 @@ PAGE = Template("""<!doctype html>
 <form><label>Set <select name="set"><option value="">all$sets</select></label>
 <label>Verdict <select name="verdict"><option value="">any$verdicts</select></label>
 <input type="search" name="text" placeholder="Search question, response, answer" aria-label="Search question, response, answer">
-<label><input type="checkbox" name="mixed"> samples disagree</label> <label><input type="checkbox" name="open"> open responses</label>
+<label><input type="checkbox" name="mixed"> samples disagree</label>
+<label><input type="checkbox" name="open"> open responses</label>
 <output id="count" aria-live="polite"></output></form>
 <noscript>The list of problems needs JavaScript; nothing is loaded from elsewhere.</noscript>
 <main id="list"></main><button id="more" hidden>Show more</button>
@@ -236,7 +243,7 @@ def interval(figure: dict | None) -> str:
 
 def figures(row: dict, counts: list[int]) -> dict[str, str]:
     """Return the cells of a set by column; pass@k and maj@k for the given k."""
-    cells = {"problems": f"{row['problems']:,} × {row['samples']}", "avg": interval(row.get("avg"))}
+    cells = {"problems": f"{row.get('problems', '–')} × {row.get('samples', '–')}", "avg": interval(row.get("avg"))}
     cells |= {f"{key}@{k}": interval(row.get(key, {}).get(str(k))) for key in ("pass", "maj") for k in counts}
     plain = {"cut": ("truncated", ".1%"), "boxed": ("boxed", ".1%"), "tokens": ("length_mean", ",.0f")}
     plain |= {"p95": ("length_p95", ",.0f"), "timeouts": ("timeouts", ",")}
