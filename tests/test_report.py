@@ -15,7 +15,8 @@ from report import render, render_answer, to_mathml, write_report
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 HOSTILE = r"""<script>document.title = "hacked"</script><img src=x onerror='document.title = "hacked"'> </script> {"a": 1}
-$\text{<img src=x onerror=alert(1)>}$ $\style{position:fixed}{x}$ \(a<b>c\) ]]> &lt; \ud800 $$<svg onload=alert(1)>$$"""
+$\text{<img src=x onerror=alert(1)>}$ $\style{position:fixed}{x}$ \(a<b>c\) ]]> &lt; $$<svg onload=alert(1)>$$"""
+HOSTILE += "\ud800\x00"  # half a character, as a cut response may end
 
 
 def sample(problem: str, number: int, verdict: str, response: str, **changes) -> dict:
@@ -31,7 +32,8 @@ def write_folder(folder, samples: list[dict], **changes):
     folder.mkdir(exist_ok=True)
     sets = {
         "math500": {"problems": 3, "samples": 2, "avg": FIGURE, "pass": {"1": FIGURE, "2": FIGURE | {"mean": 0.625}}}
-        | {"maj": {"1": FIGURE, "2": FIGURE}, "truncated": 0.125, "boxed": 0.9, "length_mean": 1234.4, "length_p95": 2345.6, "timeouts": 0}
+        | {"maj": {"1": FIGURE, "2": FIGURE}, "truncated": 0.125, "boxed": 0.9, "timeouts": 0}
+        | {"length_mean": 1234.4, "length_p95": 2345.6}
     }  # fmt: skip
     summary = {"config": {"model": "toy <1>", "samples": 2}, "versions": {"torch": "2.13.0"}, "sets": sets}
     (folder / "summary.json").write_text(json.dumps(summary | changes, indent=1))
@@ -41,10 +43,12 @@ def write_folder(folder, samples: list[dict], **changes):
 
 def some_samples() -> list[dict]:
     """Three problems of two sets: one that the samples agree on, one that they do not, and one that is hostile."""
+    hostile = ("question", "prompt", "extracted")
     return [
-        sample("math500-0", 0, "right", "so \\boxed{\\frac{3}{2}}"), sample("math500-0", 1, "wrong", "Perhaps \\[\\sum_{k=1}^n k\\]"),
+        sample("math500-0", 0, "right", "so \\boxed{\\frac{3}{2}}"),
+        sample("math500-0", 1, "wrong", "Perhaps \\[\\sum_{k=1}^n k\\]"),
         sample("math500-1", 0, "right", "easy"), sample("math500-1", 1, "right", "easy"),
-        sample("gsm8k-0", 0, "cut", HOSTILE, set="gsm8k", question=HOSTILE, answer=["7", HOSTILE], extracted=HOSTILE, prompt=HOSTILE),
+        sample("gsm8k-0", 0, "cut", HOSTILE, set="gsm8k", answer=["7", HOSTILE], **dict.fromkeys(hostile, HOSTILE)),
         sample("gsm8k-0", 1, "no answer", "UPPER $5 and $6", set="gsm8k", extracted=None),
     ]  # fmt: skip
 
@@ -139,7 +143,8 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{'a': 1}", "not JSON"), (b"", "not JSON"), (b'{"a": 1,', "not JSON"), (b'"\xff"', "not JSON"), (b"[1]", "expected a JSON object"), (b"{}", "set is None"),
+        (b"{'a': 1}", "not JSON"), (b"", "not JSON"), (b'{"a": 1,', "not JSON"), (b'"\xff"', "not JSON"),
+        (b"[1]", "expected a JSON object"), (b"{}", "set is None"),
         (json.dumps(sample("p", 0, "maybe", "")).encode(), "'maybe'; expected one of right, "),
         (json.dumps(sample("p", 0, "right", None)).encode(), "response is None; expected .*str"),
     ],
@@ -261,7 +266,8 @@ def test_filters_and_counts(page):
     assert page.cards() == ["math500-0"]
     page.set("mixed", False)
     page.set("set", "")
-    for text, expected in (("sum_{K", ["math500-0"]), ("upper $5", ["gsm8k-0"]), ("{3}{2}", everything[:2]), ("frac{1}{2}+1", everything[:2]),
+    for text, expected in (("sum_{K", ["math500-0"]), ("upper $5", ["gsm8k-0"]), ("{3}{2}", everything[:2]),
+                           ("frac{1}{2}+1", everything[:2]),
                            ("</script>", ["gsm8k-0"]), ("math500-1", ["math500-1"]), ("nowhere", [])):  # fmt: skip
         page.set("text", text)
         assert page.cards() == expected, text
@@ -327,8 +333,6 @@ def test_cards_come_as_the_reader_scrolls(browser, tmp_path):
     assert 20 <= len(browser.cards()) < 70 and browser.count() == "70 of 70 problems · 70 right"
     for _ in range(3):
         browser.js("scrollTo(0, document.body.scrollHeight)")
-        browser.wait(
-            "document.querySelector('#more').getBoundingClientRect().top > innerHeight || document.querySelector('#more').hidden"
-        )
+        browser.wait("(more => more.hidden || more.getBoundingClientRect().top > innerHeight)(document.querySelector('#more'))")
     browser.wait("document.querySelectorAll('article h2').length === 70")
     assert browser.js("document.querySelector('#more').hidden")
