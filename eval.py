@@ -8,7 +8,7 @@ For n samples a problem, c of them right:
     avg@n = c/n      pass@k = 1 - C(n-c, k)/C(n, k), unbiased (Codex, eq. 1)                       pass_at
     maj@k: whether the answer that most of k samples give is right, over subsets of k; equal        maj_at
     answers are one, ties count by chance, a sample without an answer does not vote
-    intervals: bootstrap over problems, percentiles widened for few problems                        bootstrap
+    intervals: bootstrap over problems                                                              bootstrap
 
 The folder of an evaluation holds `config.json`, `samples.jsonl` (a line a sample), `summary.json`, `summary.md` and
 `report.html`. The same command goes on with one that was interrupted.
@@ -24,12 +24,10 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
-from report import write_report
 from tqdm import tqdm
 
 import parallel
@@ -37,6 +35,7 @@ import rollout
 import toy
 from flow import keyed_seed
 from parallel import is_first, on_first, start
+from report import write_report
 from rewards import Grader
 from run import asked_to_stop, check_positive, launch, with_defaults
 
@@ -110,27 +109,18 @@ def maj_at(k: int, answers: Sequence[int | None], right: Sequence[bool], seed: i
 
 
 def bootstrap(values: np.ndarray, rates: bool = True, seed: int = 0) -> np.ndarray:
-    """Return the 95 % intervals (2, M) of the means of values (P, M), resampling their P rows, the problems.
+    """Return the 95 % percentile intervals (2, M) of the means of values (P, M), resampling their P rows, the problems.
 
-    Percentiles at the levels of a t interval (Hesterberg's expanded percentile interval): with 30 problems the plain ones
-    are a tenth too narrow. Where all rates are 0, or all 1, there is nothing to resample: the bound is the exact binomial one.
+    Where all rates are 0, or all 1, there is nothing to resample: the bound is the exact binomial one.
     """
     n, rng = len(values), np.random.default_rng(seed)
-    level = NormalDist().cdf(-student_quantile(n - 1) * math.sqrt(n / max(1, n - 1)))
     means = np.concatenate([rng.multinomial(n, [1 / n] * n, size=500) @ values for _ in range(N_RESAMPLES // 500)]) / n
-    low, high = np.quantile(means, [level, 1 - level], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
     if rates:
         bound = 0.025 ** (1 / n)
         low = np.where((values == 1).all(axis=0), bound, low)
         high = np.where((values == 0).all(axis=0), 1 - bound, high)
     return np.stack([low, high])
-
-
-def student_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t (Cornish-Fisher expansion; to 1 % from 3 degrees of freedom on)."""
-    z, v = NormalDist().inv_cdf(0.975), max(3, freedom)
-    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + sum(term / v**power for power, term in enumerate(terms, 1))
 
 
 def sizes(n: int) -> list[int]:

@@ -361,7 +361,7 @@ def test_tensorboard(config):
         ({"train_batch": 7}, r"4 \* 4 = 16 is not a multiple of train_batch=7; choose a divisor of it"),
         ({"steps": 0}, "steps=0: expected a positive value"),
         ({"steps": None, "epochs": 1, "prompts": 100}, "64 problems in 1 epochs do not fill a step of 100; lower --prompts"),
-        ({"max_tokens": 5000}, "5000 is more than the model's 512 positions; lower one of them"),
+        ({"max_tokens": 9000}, "9000 is more than the model's 8192 positions; lower one of them"),
         ({"data": None}, "no data given; expected --data"),
         ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
