@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -24,11 +25,14 @@ import torch.distributed as dist
 
 import parallel
 import rollout
+from options import option_letter, option_letters
+from rewards import boxes
 
 MAX_REPLY = 128  # tokens
 MAX_BODY = 2**20  # bytes of an HTTP response
 
 
+# ---- Who answers
 class Reply(NamedTuple):
     """What a judge said, or why it did not."""
 
@@ -215,3 +219,72 @@ class LocalJudge:
                 self.cache.put(prompt, episode.text)
             found[prompt] = Reply(episode.text) if episode.text.strip() else Reply(None, "an empty reply")
         return [found[prompt] for prompt in prompts]
+
+
+# ---- What a judge is asked, and what it means by its reply
+CHOOSE = """You match the answer to a {kind} question with its options. Find what the answer chooses, by letter or by text.
+Output {what} and nothing else; output Z if it chooses nothing, or nothing that means the same as an option.
+
+Question: Which animal is in the picture? Options: A. bear B. rabbit C. cat
+Answer: It is a brown bear, I think.
+Output: A
+
+Question: Which animal is in the picture? Options: A. bear B. rabbit C. cat
+Answer: I cannot see the picture.
+Output: Z
+{example}
+Question: {question}
+Answer: {response}
+Output:"""
+SEVERAL = """
+Question: Which of the figures A to E are rotations of the first?
+Answer: Both D and the one on its left, labelled C, are rotations.
+Output: CD
+"""
+EXTRACT = """Extract the final answer from a model's response to a question. Output the answer alone, as short as in the examples,
+with no explanation; output null if the response gives none.
+
+Question: Which number is missing? (an integer)
+Response: The numbers grow by 4 each time, so the missing one is 14.
+Extracted answer: 14
+
+Question: What is the distance between the boats, to one decimal place?
+Response: d = 17.6 / cos(38°), which is approximately 22.3 metres.
+Extracted answer: 22.3
+
+Question: Between which two years is the peak? (a list)
+Response: The line is highest between 2007 and 2008.
+Extracted answer: [2007, 2008]
+
+Question: What is y?
+Response: As it stands there is not enough information to solve for y.
+Extracted answer: null
+
+Question: {question}
+Response: {response}
+Extracted answer:"""
+
+
+def judge_prompt(question, response: str) -> str:
+    """Return what the judge is asked about a response: which options it chooses, or what its answer is. See vlm_eval.Question."""
+    asked = question.row.get("question_for_eval") or question.row["question"]
+    if question.type not in ("choice", "letters"):
+        return EXTRACT.format(question=asked, response=response)
+    options = " ".join(f"{letter}. {text}" for letter, text in question.choices.items() if text)
+    asked, several = asked + (f" Options: {options}" if options else ""), question.type == "letters"
+    what = "the letters of the options chosen" if several else "one capital letter"
+    kind, example = ("multiple-choice", SEVERAL) if several else ("single-choice", "")
+    return CHOOSE.format(kind=kind, what=what, example=example, question=asked, response=response)
+
+
+def understand(question, reply: str) -> str | None:
+    """Return the answer in a judge's reply, '' if it says that there is none, or None if the reply is neither."""
+    text = re.sub(r"^\s*(?:(?:extracted\s+)?answer|(?:your\s+)?output)\s*:\s*", "", reply, flags=re.IGNORECASE).strip()
+    text = found[-1].strip() if (found := boxes(text)) else text
+    if question.type in ("choice", "letters"):
+        if text.strip(" .()*") == "Z":
+            return ""
+        return option_letters(text) if question.type == "letters" else option_letter(text, question.choices)
+    if text.strip(" .`'\"").casefold() == "null":
+        return ""
+    return text if 0 < len(text) <= 200 else None

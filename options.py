@@ -40,7 +40,7 @@ def bare_letter(text: str) -> str | None:
 def plain(text: str) -> str:
     """Rewrite the text of an option so that the same text in another dress becomes the same string."""
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|[$*`]", r"\1", text)
-    return re.sub(r"\s+", "", text).casefold().rstrip(".")
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold().rstrip(".")  # 1 1/2 is not 11/2
 
 
 def option_letter(text: str, choices: Mapping[str, str] | None = None) -> str | None:
