@@ -279,12 +279,14 @@ def judge_prompt(question, response: str) -> str:
 
 def understand(question, reply: str) -> str | None:
     """Return the answer in a judge's reply, '' if it says that there is none, or None if the reply is neither."""
-    text = re.sub(r"^\s*(?:(?:extracted\s+)?answer|(?:your\s+)?output)\s*:\s*", "", reply, flags=re.IGNORECASE).strip()
+    text = re.sub(r"^\s*(?:(?:extracted\s+)?answer|(?:your\s+)?output)\s*:\s*", "", reply, flags=re.IGNORECASE).strip(
+        " \n\r\t`*\"'"
+    )
     text = found[-1].strip() if (found := boxes(text)) else text
     if question.type in ("choice", "letters"):
-        if text.strip(" .()*") == "Z":
+        if text.strip(" .()") == "Z":
             return ""
         return option_letters(text) if question.type == "letters" else option_letter(text, question.choices)
-    if text.strip(" .`'\"").casefold() == "null":
+    if text.rstrip(".").casefold() == "null":
         return ""
     return text if 0 < len(text) <= 200 else None

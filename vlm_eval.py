@@ -206,12 +206,12 @@ def read_mathvision(row):
 
 
 def read_mathverse(row):
-    gold = row["answer"].strip()
+    gold, _ = row["answer"].strip(), one_of(row["problem_version"], VERSIONS, "problem_version")
     if one_of(row["question_type"], ("multi-choice", "free-form"), "question_type") == "free-form":
         return row["question"], gold, {}, "free"
     said = (row.get("question_for_eval") or row["question"]).rpartition("Choices:")[2]
     choices = dict(re.findall(r"^\s*\(?([A-H])\s*[:.)]\s*(.*?)\s*$", said, re.MULTILINE))
-    return row["question"], gold, choices or dict.fromkeys("ABCDEFGH", ""), "choice"
+    return row["question"], gold, choices if gold in choices else dict.fromkeys("ABCDEFGH", ""), "choice"
 
 
 def with_options(row) -> tuple[str, dict[str, str]]:
@@ -305,7 +305,7 @@ def mathverse(questions: Sequence[Question], verdicts: Sequence[bool | None]) ->
     versions: dict[str, list[bool | None]] = {}
     for question, verdict in zip(questions, verdicts, strict=True):
         versions.setdefault(question.row["problem_version"], []).append(verdict)
-    return {"score": accuracy([accuracy(version) for version in versions.values()])}
+    return {"score": accuracy([accuracy(version) for version in versions.values()]), "versions": len(versions)}
 
 
 def problems(questions: Sequence[Question]) -> dict[tuple[str, str], dict[str, int]]:
@@ -403,8 +403,8 @@ def score(
     the judge read), unjudged (number that nobody read), groups (accuracy of each), and WeMath's own. An empty response is wrong.
     """
     benchmark = find(name)
-    if len(questions) != len(responses):
-        raise ValueError(f"{len(responses)} responses to {len(questions)} questions; expected one each")
+    if not questions or len(questions) != len(responses):
+        raise ValueError(f"{len(responses)} responses to {len(questions)} questions; expected one each, and at least one")
     with ThreadPoolExecutor(8) as pool:  # the grader's worker processes do the work
         found = list(pool.map(lambda pair: extract(*pair, grader.equal), zip(questions, responses, strict=True)))
         errors = {i: "no judge" for i, (answer, _) in enumerate(found) if answer is None and responses[i].strip()}
