@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 import parallel
 import rollout
+from latex import boxes
 from options import option_letter, option_letters
-from rewards import boxes
 
 MAX_REPLY = 128  # tokens
 MAX_BODY = 2**20  # bytes of an HTTP response
@@ -219,6 +219,13 @@ class LocalJudge:
                 self.cache.put(prompt, episode.text)
             found[prompt] = Reply(episode.text) if episode.text.strip() else Reply(None, "an empty reply")
         return [found[prompt] for prompt in prompts]
+
+
+def make_judge(url: str | None, model: str | None, cache: str | Path | None = None, trust_remote_code=False) -> Judge | None:
+    """Return the judge that the settings ask for: a server's model, a model in this process, or None."""
+    if url:
+        return ServerJudge(url, model or "", cache)
+    return LocalJudge(model, cache, trust_remote_code=trust_remote_code) if model else None
 
 
 # ---- What a judge is asked, and what it means by its reply

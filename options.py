@@ -8,7 +8,7 @@ anywhere in the answer: there `the area` and `A or B` are right where A is, and 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from rewards import boxes
+from latex import boxes
 
 LETTERS = "ABCDEFGH"
 LONGEST = 500  # characters of an answer; a longer text names no option
@@ -39,7 +39,7 @@ def bare_letter(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """Rewrite the text of an option so that the same text in another dress becomes the same string."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|[$*`]", r"\1", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|<<|>>|[$*`]", r"\1", text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold().rstrip(".")  # 1 1/2 is not 11/2
 
 
@@ -116,8 +116,8 @@ def vlm_accuracy(response: str, gold: str | Sequence[str], equal: Callable[[str,
     """Return whether a response is right by the official rules for vision-language models, their mistakes mended.
 
     The first answer tag counts, or without one what follows an opening tag, or else all. A gold that is an option letter
-    wants a bare letter: its text alone, or behind the letter, does not count. An empty gold is never met. equal(gold,
-    prediction) must hold both ways, as the official code asks prediction for gold. Of several golds any may be met.
+    wants a bare letter: its text alone, or behind the letter, does not count. An empty gold is never met. Of several golds
+    any may be met. equal(gold, prediction) compares the rest.
     """
     if not isinstance(gold, str):
         return any(vlm_accuracy(response, each, equal) for each in gold)
@@ -128,4 +128,4 @@ def vlm_accuracy(response: str, gold: str | Sequence[str], equal: Callable[[str,
     found = candidate(answer)
     if re.fullmatch(rf"[{LETTERS}]", letter := re.sub(r"\\text\{(.*)\}|\$", r"\1", gold.strip())):
         return letter in (bare_letter(answer), bare_letter(found))
-    return equal(gold, found) and equal(found, gold)
+    return equal(gold, found)

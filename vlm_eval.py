@@ -26,8 +26,8 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 from judge import Judge, judge_prompt, understand
+from latex import boxes
 from options import letter_in_response, option_letter, option_letters, stated
-from rewards import boxes
 
 LONGEST_REFERENCE = 64  # characters of an image cell; a longer one is an image, a shorter one a row's index
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
@@ -263,11 +263,10 @@ def extract(question: Question, response: str, equal: Callable[[str, str], bool]
         return same[0] if len(same) == 1 else None
 
     found = [box for box in boxes(response) if box.strip()]
-    if found and (boxed := answer(found[-1], sure=True)):
-        return boxed, "boxed"
     tags = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    if tags and (tag := answer(tags[-1], sure=False)):
-        return tag, "tag"
+    if found or any(tag.strip() for tag in tags):  # a final answer that cannot be read is the judge's, whatever went before
+        read, how = (answer(found[-1], sure=True), "boxed") if found else (answer(tags[-1], sure=False), "tag")
+        return read, how if read else "none"
     rest = response.rpartition("</think>")[2]
     if question.type in ("choice", "letters"):
         several = option_letters(stated(rest) or "") if question.type == "letters" else None
@@ -461,8 +460,8 @@ def table(rows: dict[str, dict]) -> str:
         shares = f"{percent(row['unextracted']):>13}{percent(row['judged']):>9}{row['unjudged']:>10}"
         lines.append(f"{name:18}{percent(row['score']):>8}{bounds:>28}{row['questions']:>11}{shares}")
         if "loose" in row:
-            lines.append(f"  {'loose':16}{percent(row['loose']):>8}   of {row['problems']} problems")
-        lines += [f"  {group[:15]:16}{percent(share):>8}" for group, share in row["groups"].items()]
+            lines.append(f"{percent(row['loose']):>26}  loose, both of {row['problems']} problems")
+        lines += [f"{percent(share):>26}  {group}" for group, share in row["groups"].items()]
     return "\n".join(lines)
 
 

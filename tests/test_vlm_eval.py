@@ -81,7 +81,8 @@ def test_option_letters(text, letters):
     [
         ("First I thought the answer is A.\nBut the answer is B because it fits.", "B"), ("It is long.\n\n(C)", "C"),
         ("Option A is wrong.\n**Answer:** B", "B"), ("The final answer is:\n\n(C)", "C"), ("The answer is 12 cm.", "B"),
-        ("<Thought process>: <<it is>> <Answer>: <<C>>", "C"), ("The answer is A. 12 cm", None), ("The answer is A, B", None),
+        ("<Thought process>: <<it is>> <Answer>: <<C>>", "C"), ("The answer is A. 12 cm", None),
+        ("<Answer>: <<A. 12 cm>>", None), ("<Answer>: <<B. 12 cm>>", "B"), ("The answer is A, B", None),
         ("The answer is not A.", None), ("Answer: A or B", None), ("The answer is A square", None), ("so the answer is a", None),
         ("Option A looks good, and so does B", None), ("", None), ("The answer is E, I think", None),
     ],
@@ -301,11 +302,12 @@ def test_visulogic(tmp_path, grader):
         {"answer": "C", "category": "Spatial Reasoning", "response": "the correct answer is D."},
         {"answer": "D", "category": "Spatial Reasoning", "response": r"\boxed{E}"},
         {"answer": "A", "category": "Spatial Reasoning", "response": "The area of the answer grows."},
+        {"answer": "A", "category": "Spatial Reasoning", "response": r"The answer is A. Or rather: \boxed{A or B}"},
     ]
     questions, figures, records = run("VisuLogic", tmp_path / "v.tsv", rows, grader, question="Which fits?", image=BLUE)
-    words = ["correct", "correct", "wrong", "unjudged", "unjudged"]
+    words = ["correct", "correct", "wrong", "unjudged", "unjudged", "unjudged"]
     assert [record["verdict"] for record in records] == words
-    assert (figures["score"], figures["low"], figures["high"]) == (2 / 3, 2 / 5, 4 / 5)
+    assert (figures["score"], figures["low"], figures["high"]) == (2 / 3, 2 / 6, 5 / 6)
     assert figures["groups"] == {"Other": 1.0, "Spatial Reasoning": 0.0}
     assert questions[0].prompt.startswith("Which fits?\nAnswer the question directly.\nAnswer the preceding multiple choice")
 
@@ -530,7 +532,9 @@ def test_what_a_judge_is_told(tmp_path):
     with pytest.raises(ValueError, match="expected http"):
         ServerJudge("127.0.0.1:8000", "judge")
     with pytest.raises(ValueError, match="--judge-model"):
-        ServerJudge("http://127.0.0.1:8000/v1", "")
+        judging.make_judge("http://127.0.0.1:8000/v1", None)
+    assert judging.make_judge(None, None) is None
+    assert judging.make_judge("http://127.0.0.1:8000/v1/", "big").url == "http://127.0.0.1:8000/v1/chat/completions"
 
 
 @pytest.mark.vllm
