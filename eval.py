@@ -53,7 +53,8 @@ def evaluate(engine, problems: Sequence[rollout.Problem], grader: Grader, sampli
     """
     seeds = [keyed_seed("evaluation", seed, problem.id) for problem in problems]
     prompts = [problem.prompt_ids for problem in problems]
-    episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, [len(prompt) for prompt in prompts])
+    expected, images = [len(prompt) for prompt in prompts], [problem.images for problem in problems]
+    episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected, images)
     verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)()
     correct = np.array([verdict.correct for verdict in verdicts], dtype=float).reshape(len(problems), sampling.n)
     low, high = bootstrap_interval(correct.mean(axis=1))
@@ -89,14 +90,14 @@ def main(config: Config) -> None:
     if on_first(lambda: config.out and Path(config.out).exists()):
         raise ValueError(f"--out {config.out} exists already; name a new folder")
     name = config.model
-    if config.model == "toy":
-        world = on_first(toy.make)
+    if config.model in toy.WORLDS:
+        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name, config = world.path("model"), with_defaults(config, data=world.path("test.jsonl"))
-    model = rollout.find_model(name, config.trust_remote_code)
+    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     config = rollout.fill_in(config, model)
-    problems = rollout.load_problems(config.data, config, model.tokenizer)
+    problems = rollout.load_problems(config.data, config, model.tokenizer, model.processor)
     engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     with Grader(config.reward) as grader:
@@ -111,4 +112,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, {"toy": toy.EVALUATE})
+    launch(main, Config, toy.PRESETS["eval"])

@@ -113,7 +113,7 @@ def test_templates(tokenizer, tmp_path):
     own.write_text("Q:")
     for template, words in {
         str(own): "no {problem} in it",
-        "vicuna": "neither qwen, llama, none",
+        "vicuna": "neither qwen, qwen_tag, llama, none",
         "chat": "chat_template is not set",
     }.items():
         with pytest.raises(ValueError, match=words):
