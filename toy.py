@@ -173,9 +173,7 @@ def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer)
     """Fit the vision tower, and the embedding, so that a drawn digit's vector is likest to the embedding of that digit."""
     rng, tower, words = random.Random(f"drawings {world.seed}"), model.model.visual, model.get_input_embeddings().weight
     optimizer, processor = torch.optim.AdamW([*tower.parameters(), words], lr=world.lr), make_processor()
-    n_steps = world.steps // 3
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, world.lr, total_steps=n_steps, pct_start=0.1)
-    bar = tqdm(range(n_steps), desc="toy: vision tower", unit="step")
+    bar = tqdm(range(world.steps // 3), desc="toy: vision tower", unit="step")
     for _ in bar:
         problems = [make_problem(rng) for _ in range(world.batch_size // 2)]
         seen = processor(images=[draw(p, rng) for p in problems], return_tensors="pt")
@@ -184,7 +182,6 @@ def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer)
         loss = torch.nn.functional.cross_entropy(vectors @ words.T, digits)
         loss.backward()
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
