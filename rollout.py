@@ -211,8 +211,9 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, images: Sequen
     ids = [vision.expand(row, own, pad, i) for i, (row, own) in enumerate(zip(ids, images or [()] * len(ids), strict=True))]
     if long := [i for i, row in enumerate(ids) if len(row) > limit]:
         example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
+        pixels = ", lower --max-pixels" if images is not None else ""
         what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"
-        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens or drop them")
+        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens{pixels} or drop them")
     return ids
 
 
@@ -286,8 +287,7 @@ def make_engine(model: Model, config: Sampler, device: torch.device, dtype: torc
         engine = TorchEngine(model.path, model.tokenizer, *options)
     else:
         length = config.max_prompt_tokens + config.max_tokens
-        limits = (config.max_images, model.processor and dict(model.processor.size))
-        options = (*options, config.cache_share, config.tensor_parallel, *limits)
+        options = (*options, config.cache_share, config.tensor_parallel, model.processor, config.max_images)
         engine = VllmEngine(model.path, model.tokenizer, length, *options)
     if dist.get_rank() == 0:
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {time.perf_counter() - began:.1f} s")
@@ -360,12 +360,12 @@ class VllmEngine:
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it samples. On a CPU sleeping
     frees nothing. max_length bounds prompt + response; cache_share is the largest part of a GPU that the cache may take.
-    max_images bounds the images of a prompt; pixels is the `size` of the image processor, None for a model without one.
+    max_images bounds the images of a prompt; the image processor is None for a model without one.
     """
 
     def __init__(
         self, path: str, tokenizer, max_length: int, device: torch.device | str = "cpu", dtype=torch.float32,
-        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1, max_images=4, pixels: dict | None = None,
+        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1, processor=None, max_images=4,
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs here, not in a process of its own
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
@@ -384,10 +384,14 @@ class VllmEngine:
         cache = max_sequences * (max_length + 128) * token_bytes  # 128: a sequence ends within a block
         if not on_cpu:
             cache = min(cache, int(cache_share * torch.cuda.get_device_properties(device).total_memory))
-        if pixels is not None:  # the trainer's limits, whatever the model's folder says
+        if (
+            processor is not None
+        ):  # the trainer's limits, but for images that no prompt has room for: vLLM plans for the largest
             if find_spec("torchvision") is None:
                 raise ValueError("--engine vllm needs torchvision for images: pip install it, or take --engine torch")
-            limits = {"min_pixels": pixels["shortest_edge"], "max_pixels": pixels["longest_edge"]}
+            low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+            room = max_length * (processor.patch_size * processor.merge_size) ** 2
+            limits = {"min_pixels": low, "max_pixels": max(low, min(high, room))}
             sees = {"limit_mm_per_prompt": {"image": max_images, "video": 0}, "mm_processor_kwargs": limits}
         launched = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         self.llm = vllm.LLM(

@@ -38,7 +38,7 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None, trust_remote_code: bool = False):
-    """Load a model's image processor, with torchvision where it is installed, else with Pillow; None: the model's limits."""
+    """Load a model's image processor: torchvision's, else Pillow's, to the same effect; None: the model's limits."""
     limits = {k: v for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items() if v is not None}
     try:
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **limits)
@@ -64,11 +64,15 @@ class Image:
         return self.grid[0] * self.grid[1] * self.grid[2] // self.processor.merge_size**2
 
     def open(self):
-        """Return the Pillow image, in RGB."""
-        return decode(self.source)
+        """Return the Pillow image, in RGB and in its size for the tower.
+
+        Processors and vLLM find nothing left to resize: with torchvision one pixel in a thousand would be rounded otherwise.
+        """
+        height, width = (patches * self.processor.patch_size for patches in self.grid[1:])
+        return decode(self.source).resize((width, height), self.processor.resample)
 
     def pixel_values(self) -> Tensor:
-        """Return its patches (t*h*w, channels * temporal_patch_size * patch_size**2): resized, normalised, flat."""
+        """Return its patches (t*h*w, channels * temporal_patch_size * patch_size**2): normalised, flat."""
         found = self.processor(images=[self.open()], return_tensors="pt")
         assert tuple(found["image_grid_thw"][0].tolist()) == self.grid, (found["image_grid_thw"], self.grid)
         return found["pixel_values"]
@@ -99,10 +103,14 @@ def find_source(value, media_dir: str) -> bytes | str:
 
 
 def grid_of(processor, width: int, height: int) -> tuple[int, int, int]:
-    """Return the grid of patches that the processor makes of an image of this size."""
-    limits = processor.size["shortest_edge"], processor.size["longest_edge"]
-    size = smart_resize(height, width, processor.patch_size * processor.merge_size, *limits)
-    return 1, size[0] // processor.patch_size, size[1] // processor.patch_size
+    """Return the grid of patches for an image of this size: one that the processor, asked again, leaves as it is."""
+    limits, size = (processor.size["shortest_edge"], processor.size["longest_edge"]), None
+    for _ in range(8):  # a thin image may be made smaller, and still be too large
+        fitted = smart_resize(height, width, processor.patch_size * processor.merge_size, *limits)
+        if fitted == size:
+            return 1, height // processor.patch_size, width // processor.patch_size
+        height, width = size = fitted
+    raise ValueError(f"{width} x {height} pixels do not fit between {limits[0]} and {limits[1]}; move these limits apart")
 
 
 def load_images(rows: Sequence[dict], column: str, processor, media_dir: str, limit: int) -> list[tuple[Image, ...]]:

@@ -22,6 +22,7 @@ from test_distributed import assert_same_run, finish
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import eval as evaluation
+import parallel
 import rlfr
 import rollout
 import toy
@@ -184,6 +185,15 @@ def test_limits_on_pixels(tmp_path):
         rollout.find_model(str(tmp_path), False, 50_000)
 
 
+def test_thin_images_are_asked_for_twice():
+    """Regression: an image of one row of cells is made narrower, is still too large, and would be made narrower again."""
+    processor = toy.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 6)
+    (image,) = load({"images": png(np.zeros((28, 28 * 9, 3), np.uint8))}, processor)[0]
+    assert image.grid == (1, 2, 12) and len(image.pixel_values()) == 24
+    with pytest.raises(ValueError, match="row 0: an image cannot be read: .* do not fit between 4705 and 4706; move"):
+        load({"images": png()}, toy.Qwen2VLImageProcessorPil(min_pixels=4705, max_pixels=4706))
+
+
 def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     data, text = png(), base64.b64encode(png()).decode()
     (tmp_path / "media").mkdir()
@@ -307,6 +317,26 @@ def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monke
     assert not any(moved) if freeze == "vision" else all(moved)
 
 
+@pytest.mark.parametrize("options", [{"cpu_offload": True}, {"gradient_checkpointing": True, "offload": True}])
+def test_where_weights_and_activations_live_changes_nothing(config, tmp_path, options):
+    config = replace(config, freeze="none", steps=2)
+    train_rl.main(replace(config, folder=str(tmp_path / "one")))
+    train_rl.main(replace(config, folder=str(tmp_path / "other"), **options))
+    assert_same_run(str(tmp_path / "one"), str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_bfloat16(family):
+    """Sharded, forward and backward in bfloat16, with and without an image: what a GPU does."""
+    policy = rlfr.Policy(tiny_vlm(family))
+    parallel.shard(policy, policy.blocks, torch.bfloat16)
+    for batch in (rlfr.collate(rows()), rlfr.collate(rows()[1:2])):
+        scored = policy(batch, taps=[1])
+        assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
+        scored.logp.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.full_tensor().isfinite().all() for p in policy.parameters())
+
+
 def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, tmp_path):
     offline = train_flow.Config(
         model=config.model, data=image_world.path("expert.jsonl"), problem_column="prompt", template="none", batch_size=16,
@@ -382,10 +412,9 @@ def test_drawings_differ_and_name_their_digits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torch"])
-def test_the_image_world_learns_and_looks(tmp_path, engine):
+def test_the_image_world_learns_and_looks(tmp_path):
     """B. `python train_rl.py --model toy-vl`: base 30 to 60 %, trained at least 85 %; with the image blank, chance."""
-    command = [sys.executable, str(ROOT / "train_rl.py"), "--model", "toy-vl", "--engine", engine]
+    command = [sys.executable, str(ROOT / "train_rl.py"), "--model", "toy-vl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "rl-toy-vl-flow" / "summary.json").read_text())
@@ -401,4 +430,4 @@ def test_the_image_world_learns_and_looks(tmp_path, engine):
     policy = str(tmp_path / "runs" / "rl-toy-vl-flow" / "policy")
     options = toy.EVALUATE | dict(model=policy, data=str(tmp_path / "blank.jsonl"), out=str(tmp_path / "blank"))
     evaluation.main(evaluation.Config(**options))
-    assert json.loads((tmp_path / "blank" / "summary.json").read_text())["mean"] <= 0.2
+    assert json.loads((tmp_path / "blank" / "summary.json").read_text())["mean"] <= 0.2, "chance is 0.1"
