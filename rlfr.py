@@ -1,6 +1,7 @@
 """The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss.
 
-Shapes as in flow.py. Equations, each with its function:
+Vision-language models are tapped in their text layers; a batch has the images of its episodes. Shapes as in flow.py.
+Equations, each with its function:
     taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
     log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
     s' = (s - min)/(max - min) per response or group                         normalise

@@ -1,11 +1,12 @@
 """Problems in, episodes out: data sets, prompt templates, model names, and the engines that sample.
 
-Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
+Images come from vision.py. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
 writes EOS over it, and it can then score as finished).
 """
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -97,6 +98,7 @@ def find_model(
     path = name
     if not Path(name).is_dir() and "/" not in name:
         path = next((f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)), name)
+        path = re.sub(r"(-VL-\d+B)$", r"\1-Instruct", path)  # of these there is no base model
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

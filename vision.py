@@ -44,8 +44,9 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **limits)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} has no image processor ({error}); expected its preprocessor_config.json") from error
-    if (low := processor.size["shortest_edge"]) > (high := processor.size["longest_edge"]):
-        raise ValueError(f"min_pixels={low} is more than max_pixels={high}; raise one or lower the other")
+    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+    if not 0 < low <= high:
+        raise ValueError(f"min_pixels={low}, max_pixels={high}: expected two positive numbers, the first not the larger")
     return processor
 
 

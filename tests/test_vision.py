@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, drawing, figures, flags, last_state, save_vlm, tiny_vlm
 from PIL import Image
 from test_distributed import assert_same_run, finish
+from test_published import snapshot
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import eval as evaluation
@@ -181,8 +182,9 @@ def test_limits_on_pixels(tmp_path):
         processor = rollout.find_model(str(tmp_path), False, *limits).processor
         (image,) = load({"images": png()}, processor)[0]
         assert image.grid == grid and len(image.pixel_values()) == grid[1] * grid[2]
-    with pytest.raises(ValueError, match="min_pixels=50000 is more than max_pixels=12544; raise one or lower the other"):
-        rollout.find_model(str(tmp_path), False, 50_000)
+    for limits in ((50_000, None), (None, -1)):
+        with pytest.raises(ValueError, match="min_pixels=.*: expected two positive numbers, the first not the larger"):
+            rollout.find_model(str(tmp_path), False, *limits)
 
 
 def test_thin_images_are_asked_for_twice():
@@ -349,6 +351,21 @@ def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, 
     train_rl.main(flow)
     (line,) = figures(flow.folder)
     assert line["flow/score"] > 0 and line["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_published_settings_with_a_tiny_model_under_a_hub_id(image_world, tmp_path, monkeypatch):
+    """`--model Qwen2.5-VL-3B` and data with the published columns: template, freezing and columns follow from the model."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_vlm("qwen2_5_vl")
+    model.config.text_config.max_position_embeddings = 4096
+    save_vlm(model, snapshot("Qwen/Qwen2.5-VL-3B-Instruct"))
+    data = {"data": image_world.path("expert.jsonl")}
+    train_flow.main(train_flow.Config(model="Qwen2.5-VL-3B", epochs=1, **data))
+    train_rl.main(
+        train_rl.Config(model="Qwen2.5-VL-3B", prompts=2, group_size=2, train_batch=4, steps=1, max_tokens=8, lr=1e-2, **data)
+    )
+    (line,) = figures(tmp_path / "runs" / "rl-Qwen2.5-VL-3B-flow")
+    assert 0 < line["length"] <= 8 and line["flow/score"] > 0
 
 
 def test_the_exported_policy_loads_in_hugging_face(config, tmp_path):
