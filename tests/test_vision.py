@@ -281,7 +281,7 @@ def test_images_for_a_model_without_eyes(world, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def config(image_world, tmp_path_factory) -> train_rl.Config:
+def config(image_world, flow_folder, tmp_path_factory) -> train_rl.Config:
     """Rows with and without an image, so that some micro-batches have none."""
     folder = tmp_path_factory.mktemp("image-run")
     lines = [json.loads(line) for line in Path(image_world.path("train.jsonl")).read_text().splitlines()]
@@ -290,7 +290,7 @@ def config(image_world, tmp_path_factory) -> train_rl.Config:
     return train_rl.Config(
         model=image_world.path("model"), data=str(folder / "mixed.jsonl"), template="none", prompts=4, group_size=4,
         problem_column="prompt", train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, save_every=1,
-        tokens_per_gpu=60, grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"), shaping="none", keep=3,
+        tokens_per_gpu=60, flow_lr=1e-3, flow_accept="all", grade_truncated=True, reward=str(ROOT / "tests" / "length_reward.py"), flow=flow_folder, keep=3,
         folder=str(folder / "one"),
     )  # fmt: skip
 
@@ -339,6 +339,7 @@ def test_bfloat16(family):
     assert all(p.grad.dtype == torch.float32 and p.grad.full_tensor().isfinite().all() for p in policy.parameters())
 
 
+@pytest.mark.distributed
 def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, tmp_path):
     offline = train_flow.Config(
         model=config.model, data=image_world.path("expert.jsonl"), problem_column="prompt", template="none", batch_size=16,
@@ -347,7 +348,11 @@ def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, 
     train_flow.main(offline)
     lines = figures(offline.folder)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    flow = replace(config, shaping="flow", flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl"))
+    one, two = (replace(offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / name)) for name in "ab")
+    train_flow.main(one)
+    finish("train_flow.py", flags(two))
+    assert_same_run(one.folder, two.folder)
+    flow = replace(config, flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl"))
     train_rl.main(flow)
     (line,) = figures(flow.folder)
     assert line["flow/score"] > 0 and line["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3)
