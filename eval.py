@@ -183,7 +183,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 # ---- Samples
-def load_sets(specifications: Sequence[str], config, tokenizer) -> dict[str, list[rollout.Problem]]:
+def load_sets(specifications: Sequence[str], config, model: rollout.Model) -> dict[str, list[rollout.Problem]]:
     """Load sets of problems by name: NAME of a benchmark, NAME=SOURCE or SOURCE; ValueError for what cannot be told apart."""
     sets = {}
     for specification in specifications:
@@ -197,7 +197,7 @@ def load_sets(specifications: Sequence[str], config, tokenizer) -> dict[str, lis
         name = name or Path(source).stem
         if name in sets:
             raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
-        sets[name] = rollout.load_problems(source, asked, tokenizer, subset)
+        sets[name] = rollout.load_problems(source, asked, model, subset)
         if double := [i for i, count in Counter(problem.id for problem in sets[name]).items() if count > 1]:
             raise ValueError(
                 f"{source}: {len(double)} ids stand more than once, as {double[0]!r}; make them unique or leave out id"
@@ -209,7 +209,8 @@ def sample(engine, name: str, problems: Sequence[rollout.Problem], grader: Grade
     """Sample and grade problems of a set, all ranks together; return a record a sample, n in a row for each problem."""
     seeds = [keyed_seed("evaluation", seed, name, problem.id) for problem in problems]
     prompts = [problem.prompt_ids for problem in problems]
-    episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, [len(prompt) for prompt in prompts])
+    expected, images = [len(prompt) for prompt in prompts], [problem.images for problem in problems]
+    episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected, images)
     verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)()
     records = []
     for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True)):
@@ -293,7 +294,7 @@ def read_samples(folder: str | Path) -> list[dict]:
     file = Path(folder, "samples.jsonl")
     if not file.exists():
         raise ValueError(f"{folder}: no samples.jsonl there; expected the folder of an evaluation")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def go_on(folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: int) -> tuple[int, list[dict]]:
@@ -377,15 +378,15 @@ def main(config: Config) -> None:
     # ---- What there is: problems, engine, grader, the folder
     check(config)
     name = config.model
-    if config.model == "toy":
-        world = on_first(toy.make)
+    if config.model in toy.WORLDS:
+        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name, config = world.path("model"), with_defaults(config, data=(world.path("test.jsonl"),))
-    model = rollout.find_model(name, config.trust_remote_code)
+    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if not config.data:
         known = ", ".join(BENCHMARKS)
         raise ValueError(f"no data given; expected --data with sets: {known}, or files with columns problem and answer")
     config = rollout.fill_in(config, model)
-    sets = load_sets(config.data, config, model.tokenizer)
+    sets = load_sets(config.data, config, model)
     size = max(1, config.chunk // config.samples)
     chunks = [(name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)]
     folder, records = on_first(lambda: open_folder(config)), []
@@ -415,7 +416,7 @@ def main(config: Config) -> None:
                 if is_first():
                     records += new
                     with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+                        file.write("".join(json.dumps(record) + "\n" for record in new))
     # ---- What came of it
     if is_first():
         finish(folder, records)
@@ -443,4 +444,4 @@ def finish_comparison(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, {"toy": toy.EVALUATE})
+    launch(main, Config, toy.PRESETS["eval"])

@@ -1,6 +1,7 @@
 """The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss.
 
-Shapes as in flow.py. Equations, each with its function:
+Vision-language models are tapped in their text layers; a batch has the images of its episodes. Shapes as in flow.py.
+Equations, each with its function:
     taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
     log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
     s' = (s - min)/(max - min) per response or group                         normalise
@@ -24,13 +25,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+import vision
 from flow import keyed_seed
 from parallel import DEVICE
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
+Freeze = Literal["none", "vision"]
 Normalisation = Literal["sequence", "token", "constant"]
+Row = tuple  # of one episode: prompt ids, response ids and, if there are any, vision.Images
 CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
@@ -47,6 +50,8 @@ class Batch:
     attention_mask: Tensor  # (B, S) bool
     targets: Tensor  # (B, S) bool, positions of response tokens
     response_mask: Tensor  # (B, T) bool
+    pixel_values: Tensor | None = None  # (n_patches, dim), of all rows' images in order
+    image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
@@ -55,8 +60,9 @@ class Batch:
         return out
 
 
-def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """Make a batch of (prompt, response) token ids, each with at least one token."""
+def collate(rows: Sequence[Row]) -> Batch:
+    """Make a batch of (prompt, response) token ids, each with at least one token, or (prompt, response, images)."""
+    pairs, images = [row[:2] for row in rows], [image for row in rows for image in row[2:] and row[2]]
     lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
     assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
     width = max(end for _, end in lengths)
@@ -64,18 +70,19 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     start, end = torch.tensor(lengths, device=DEVICE).T[:, :, None]  # (B, 1) each
     position = torch.arange(width, device=DEVICE)
     attention_mask, response_mask = position < end, position[: int((end - start).max())] < end - start
-    return Batch(torch.tensor(ids, device=DEVICE), attention_mask, attention_mask & (position >= start), response_mask)
+    targets = attention_mask & (position >= start)
+    return Batch(torch.tensor(ids, device=DEVICE), attention_mask, targets, response_mask, *vision.stack(images, DEVICE))
 
 
 def micro_batches(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], token_budget: int, rank: int = 0, n_ranks: int = 1
+    pairs: Sequence[Row], token_budget: int, rank: int = 0, n_ranks: int = 1
 ) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
-    """Yield indices and batch of this rank's pairs, like lengths together, longest first, rows * longest within the budget.
+    """Yield indices and batch of this rank's rows, like lengths together, longest first, rows * longest within the budget.
 
-    Every rank has as many pairs, of about as many tokens, and yields as many batches: sharded modules run in step.
+    Every rank has as many rows, of about as many tokens, and yields as many batches: sharded modules run in step.
     """
     assert len(pairs) % n_ranks == 0, f"{len(pairs)} rows for {n_ranks} ranks"
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    lengths = [len(prompt) + len(response) for prompt, response, *_ in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
     plans = []
     for r in range(n_ranks):  # dealt back and forth: 0 1 2 2 1 0 0 1 2 ...
@@ -174,6 +181,33 @@ class Policy(nn.Module):
         """The decoder layers, in order."""
         return self.model.get_decoder().layers
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What is sharded by itself: decoder layers and the vision tower's blocks."""
+        return [*self.layers, *(self.tower.blocks if self.tower else ())]
+
+    @property
+    def tower(self) -> nn.Module | None:
+        """The vision tower, of a model that has one."""
+        return self.model.base_model.visual if vision.sees(self.model.config) else None
+
+    def look(self, batch: Batch) -> tuple[dict, Tensor | float]:
+        """Return what the body needs to see a batch's images, and a zero that hangs on the tower's output.
+
+        Ranks gather the tower's shards together, forward and backward: without images it looks at one, for nothing.
+        """
+        if self.tower is None:
+            return {}, 0.0
+        kinds = (batch.input_ids == self.model.config.image_token_id) & ~batch.targets
+        seen = {"mm_token_type_ids": kinds.int()}  # 1 image, 0 text: left out, positions would be wrong, silently
+        if batch.pixel_values is not None:
+            return seen | {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}, 0.0
+        size, patch = self.model.config.vision_config.spatial_merge_size, self.tower.patch_embed.proj.weight[0]
+        grid = torch.tensor([[1, size, size]], device=patch.device)
+        output = self.tower(patch.new_zeros(size * size, patch.numel()), grid_thw=grid)
+        parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+        return seen, sum(part.sum() for part in parts) * 0
+
     def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
         """Run a batch at a temperature, which divides the logits; return what `taps`, indices of layers, output as well.
 
@@ -189,30 +223,38 @@ class Policy(nn.Module):
 
             return hook
 
-        body = self.model.base_model
+        body, (images, nothing), ids = self.model.base_model, self.look(batch), batch.input_ids
         hooks = [self.layers[index].register_forward_hook(catch(index)) for index in set(taps)]
+        if images:  # a placeholder that was sampled is a word like others: the body must not take it for an image
+            ids = ids.masked_fill(batch.targets & (ids == self.model.config.image_token_id), 0)
+            embedding = self.model.get_input_embeddings()
+            hooks.append(embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,)))
         try:
-            output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = body(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False, **images)
         except LastTap:
             return Scored(None, None, [latents[index] for index in taps])
         finally:
             for hook in hooks:
                 hook.remove()
-        hidden = output.last_hidden_state[batch.targets.roll(-1, dims=1)]  # (M, D): the position before predicts a token
+        before = batch.targets.roll(-1, dims=1)  # the position before predicts a token
+        hidden = output.last_hidden_state[before] + nothing  # (M, D)
         weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
         return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
 
 
-def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False) -> Policy:
+def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none") -> Policy:
     """Load a Hugging Face decoder to host memory, as it is stored; dropout must be off, or its scores would not repeat."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
+    model = vision.load_model(path, "auto", trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
             raise ValueError(f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(model.train())
+    policy = Policy(model.train())
+    if freeze == "vision" and policy.tower:
+        policy.tower.requires_grad_(False)
+    return policy
 
 
 # ---- Flow reward (paper: flow reward shaping)

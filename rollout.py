@@ -1,11 +1,12 @@
 """Problems in, episodes out: data sets, prompt templates, model names, and the engines that sample.
 
-Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
+Images come from vision.py. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
 writes EOS over it, and it can then score as finished).
 """
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,6 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -30,9 +30,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import vision
+
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+TAGS = (  # for vision-language models, word for word as published
+    "You should first thinks about the reasoning process in the mind and then provides the user with the answer. Your answer must "
+    "be in latex format and wrapped in $...$. The reasoning process and answer are enclosed within <think> </think> and <answer> "
+    "</answer> tags, respectively, i.e., <think> Since $1+1=2$, so the answer is $2$. </think><answer> $2$ </answer>, which means "
+    "your output should start with <think> and end with </answer>."
+)
 TEMPLATES = {  # one a family, the same for the offline start, training and evaluation
     "qwen": f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n",
+    "qwen_tag": f"<|im_start|>system\n{TAGS}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n",
     "llama": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n{INSTRUCTION}\n<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n{problem}\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
     "none": "{problem}",
@@ -50,7 +59,12 @@ class Source:
     data: str | None = None  # JSONL or Parquet file, save_to_disk folder or hub id
     split: str = "train"  # Split of a hub data set
     problem_column: str | None = None  # Column with its text; by default problem, for vision-language models prompt
-    template: str = "auto"  # Prompt template: auto, qwen, llama, chat, none, or a file with {problem}
+    images_column: str = "images"  # Column with a problem's images, if it has any: paths, base64 or bytes
+    media_dir: str | None = None  # Folder that paths of images are relative to; by default that of the data
+    min_pixels: int | None = None  # Smaller images are enlarged to so many pixels; by default as the model's processor says
+    max_pixels: int | None = None  # Larger images are reduced to so many pixels; by default as the model's processor says
+    max_images: int = 4  # Most images a problem
+    template: str = "auto"  # Prompt template: auto, qwen, qwen_tag, llama, chat, none, or a file with {problem}
     max_prompt_tokens: int = 1024  # Longest prompt accepted
     trust_remote_code: bool = False  # Run code that comes with the model
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Of forward and backward; auto: bfloat16 on a GPU
@@ -74,13 +88,17 @@ class Model(NamedTuple):
     config: PretrainedConfig
     n_parameters: int  # of the text decoder, without an untied head
     tokenizer: PreTrainedTokenizerBase
+    processor: Callable | None = None  # of images, for a vision-language model
 
 
-def find_model(name: str, trust_remote_code: bool = False) -> Model:
-    """Find a model by path, hub id or short name (`Qwen2.5-7B`); ValueError if there is none."""
+def find_model(
+    name: str, trust_remote_code: bool = False, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Model:
+    """Find a model by path, hub id or short name (`Qwen2.5-7B`); ValueError if there is none. Limits are those of images."""
     path = name
     if not Path(name).is_dir() and "/" not in name:
         path = next((f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)), name)
+        path = re.sub(r"(-VL-\d+B)$", r"\1-Instruct", path)  # of these there is no base model
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -89,16 +107,17 @@ def find_model(name: str, trust_remote_code: bool = False) -> Model:
         raise ValueError(f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}") from error
     with torch.device("meta"):
         body = AutoModel.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
-    return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer)
+    processor = vision.load_processor(path, min_pixels, max_pixels, trust_remote_code) if vision.sees(config) else None
+    return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer, processor)
 
 
 def fill_in(config: Source, model: Model) -> Source:
     """Fill in what is None or `auto` from the model, and say it: published settings (paper, implementation details), the
     family's template, and gradient checkpointing where activations would be large."""
-    large, vision = model.n_parameters > 5e9, hasattr(model.config, "vision_config")
+    large, sees = model.n_parameters > 5e9, vision.sees(model.config)
     published = {
-        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if vision else 1024,
-        "problem_column": "prompt" if vision else "problem", "reward": ("binary",),
+        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if sees else 1024,
+        "problem_column": "prompt" if sees else "problem", "reward": ("binary",), "freeze": "vision" if sees else "none",
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
@@ -116,6 +135,7 @@ class Problem(NamedTuple):
     text: str
     answer: str | list[str]  # any of a list
     prompt_ids: list[int]
+    images: tuple[vision.Image, ...] = ()  # in the order of their placeholders in prompt_ids
 
 
 def load_rows(source: str, columns: Sequence[str], split: str = "train", subset: str | None = None) -> list[dict]:
@@ -155,7 +175,7 @@ def read_with_datasets(source: str, split: str, subset: str | None = None) -> li
     except Exception as error:  # `datasets` raises its readers' errors unwrapped
         reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id") from error
-    return data.to_list()
+    return data.with_format("arrow")[:].to_pylist()  # as stored: images stay encoded
 
 
 def choose_template(template: str, tokenizer, model_type: str) -> str:
@@ -164,18 +184,22 @@ def choose_template(template: str, tokenizer, model_type: str) -> str:
         return template
     known = [name for name in TEMPLATES if TEMPLATES[name].partition(">")[0] + ">" in tokenizer.get_vocab()]
     family = next((name for name in known if model_type.startswith(name)), None)
+    if family == "qwen" and model_type in vision.FAMILIES:
+        return "qwen_tag"
     return family or ("chat" if tokenizer.chat_template else "none")
 
 
-def make_prompts(texts: Sequence[str], tokenizer, source: Source) -> list[list[int]]:
-    """Put problems into the prompt template and tokenise them; ValueError if a prompt is longer than the limit, or has
-    a placeholder for an image, which engines would take for an image that is not there.
+def make_prompts(texts: Sequence[str], tokenizer, source: Source, images: Sequence[tuple] | None = None) -> list[list[int]]:
+    """Put problems into the prompt template and tokenise them, with a placeholder for each vector of their images.
 
-    The template is a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
+    ValueError if a prompt is longer than the limit, or its images and placeholders do not match: engines would take a
+    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
     """
-    template, limit = source.template, source.max_prompt_tokens
+    template, limit, asked = source.template, source.max_prompt_tokens, texts
+    if images is not None:
+        asked = [vision.place(text, len(own), i) for i, (text, own) in enumerate(zip(texts, images, strict=True))]
     if template == "chat":
-        chats = [[{"role": "user", "content": f"{text}\n{INSTRUCTION}"}] for text in texts]  # some know no system role
+        chats = [[{"role": "user", "content": f"{text}\n{INSTRUCTION}"}] for text in asked]  # some know no system role
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     else:
         if template not in TEMPLATES and not Path(template).is_file():
@@ -183,15 +207,15 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source) -> list[list[i
         pattern = TEMPLATES.get(template) or Path(template).read_text()
         if "{problem}" not in pattern:
             raise ValueError(f"template {template!r} has no {{problem}} in it; put it where the problem goes")
-        prompts = [pattern.replace("{problem}", text) for text in texts]
+        prompts = [pattern.replace("{problem}", text) for text in asked]
     ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
+    pad = tokenizer.get_vocab().get(vision.PAD)
+    ids = [vision.expand(row, own, pad, i) for i, (row, own) in enumerate(zip(ids, images or [()] * len(ids), strict=True))]
     if long := [i for i, row in enumerate(ids) if len(row) > limit]:
         example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
+        pixels = ", lower --max-pixels" if images is not None else ""
         what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"
-        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens or drop them")
-    image = tokenizer.get_vocab().get("<|image_pad|>")
-    if seen := [i for i, row in enumerate(ids) if image in row]:
-        raise ValueError(f"row {seen[0]} has the placeholder <|image_pad|>, and images are not supported; drop such rows")
+        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens{pixels} or drop them")
     return ids
 
 
@@ -200,14 +224,22 @@ def final(answer) -> str:
     return str(answer).rpartition("####")[2].strip()
 
 
-def load_problems(data: str, source: Source, tokenizer, subset: str | None = None) -> list[Problem]:
-    """Load problems with their answers and tokenised prompts; see load_rows and make_prompts for errors."""
+def load_images(rows: Sequence[dict], data: str, source: Source, processor) -> list[tuple[vision.Image, ...]] | None:
+    """Return the images of each row, or None if the model takes none; all ranks together. ValueError with a bad row."""
+    folder = vision.media_folder(source.media_dir, data)
+    images = vision.load_images(rows, source.images_column, processor, folder, source.max_images)
+    return images if processor else None
+
+
+def load_problems(data: str, source: Source, model: Model, subset: str | None = None) -> list[Problem]:
+    """Load problems with their answers, images and tokenised prompts; see load_rows and make_prompts for errors."""
     rows = load_rows(data, (source.problem_column, source.answer_column), source.split, subset)
     texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
     answers = [[final(each) for each in answer] if isinstance(answer, list) else final(answer) for answer in answers]
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    prompts = make_prompts(texts, tokenizer, source)
-    return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, strict=True)]
+    images = load_images(rows, data, source, model.processor)
+    prompts = make_prompts(texts, model.tokenizer, source, images)
+    return [Problem(*parts) for parts in zip(ids, texts, answers, prompts, images or [()] * len(rows), strict=True)]
 
 
 # ---- Engines
@@ -230,16 +262,19 @@ class Episode:
     logp: list[float]  # the sampler's log-prob of each token, at the temperature
     finish_reason: Literal["stop", "length"]
     text: str  # the response without special tokens
+    images: tuple[vision.Image, ...] = ()  # of the prompt
 
 
 class Engine(Protocol):
     """Samples with the policy's weights: `generate` gives n consecutive episodes a prompt, child i with the prompt's seed + i;
     `load_weights` wakes it and takes all weights, by their names in the state dict; `sleep` frees the accelerator, weights
-    included. `n_ranks` is how many ranks share it."""
+    included. `n_ranks` is how many ranks share it. `images` are those of each prompt; None: there are none."""
 
     n_ranks: int
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]: ...
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None
+    ) -> list[Episode]: ...
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
     def sleep(self) -> None: ...
 
@@ -259,7 +294,8 @@ def make_engine(model: Model, config: Sampler, device: torch.device, dtype: torc
         engine = TorchEngine(model.path, model.tokenizer, *options)
     else:
         length = config.max_prompt_tokens + config.max_tokens
-        engine = VllmEngine(model.path, model.tokenizer, length, *options, config.cache_share, config.tensor_parallel)
+        options = (*options, config.cache_share, config.tensor_parallel, model.processor, config.max_images)
+        engine = VllmEngine(model.path, model.tokenizer, length, *options)
     if dist.get_rank() == 0:
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {time.perf_counter() - began:.1f} s")
     return engine
@@ -275,8 +311,11 @@ def check_engine(config: Sampler, n_ranks: int) -> None:
         raise ValueError(f"cache_share={config.cache_share} is outside (0, 1)")
 
 
-def generate_on_all_ranks(engine: Engine, prompts, sampling: Sampling, seeds, expected: Sequence[float]) -> list[Episode]:
+def generate_on_all_ranks(
+    engine: Engine, prompts, sampling: Sampling, seeds, expected: Sequence[float], images: Sequence[tuple] | None = None
+) -> list[Episode]:
     """Deal prompts to the ranks' engines, balanced by expected tokens (one a prompt); give every rank all episodes, in order."""
+    images = [()] * len(prompts) if images is None else images
     shares: list[list[int]] = [[] for _ in range(dist.get_world_size() // engine.n_ranks)]
     load = [0.0] * len(shares)
     for i in sorted(range(len(prompts)), key=lambda i: -expected[i]):
@@ -285,11 +324,13 @@ def generate_on_all_ranks(engine: Engine, prompts, sampling: Sampling, seeds, ex
         load[lightest] += expected[i]
     mine = shares[dist.get_rank() // engine.n_ranks]
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, engine.generate([prompts[i] for i in mine], sampling, [seeds[i] for i in mine]))
+    own = [[values[i] for i in mine] for values in (prompts, seeds, images)]
+    dist.all_gather_object(gathered, engine.generate(own[0], sampling, *own[1:]))
     found = {}
     for share, episodes in zip(shares, gathered[:: engine.n_ranks], strict=True):
         found |= {i: episodes[place * sampling.n : (place + 1) * sampling.n] for place, i in enumerate(share)}
-    return [episode for i in range(len(prompts)) for episode in found[i]]
+    # every rank has the images: they do not travel with the episodes
+    return [replace(episode, images=images[i]) for i in range(len(prompts)) for episode in found[i]]
 
 
 def grade_on_all_ranks(grader, problems: Sequence[Problem], episodes: Sequence[Episode]) -> Callable[[], list]:
@@ -326,11 +367,12 @@ class VllmEngine:
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it samples. On a CPU sleeping
     frees nothing. max_length bounds prompt + response; cache_share is the largest part of a GPU that the cache may take.
+    max_images bounds the images of a prompt; the image processor is None for a model without one.
     """
 
     def __init__(
         self, path: str, tokenizer, max_length: int, device: torch.device | str = "cpu", dtype=torch.float32,
-        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1,
+        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1, processor=None, max_images=4,
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs here, not in a process of its own
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
@@ -343,12 +385,21 @@ class VllmEngine:
 
             assert hasattr(_custom_ops, "_supports_onednn"), f"vLLM {vllm.__version__}: no switch for packed weights"
             _custom_ops._supports_onednn = False
-        text = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+        text, sees = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config(), {}
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head * dtype.itemsize // n_ranks
         cache = max_sequences * (max_length + 128) * token_bytes  # 128: a sequence ends within a block
         if not on_cpu:
             cache = min(cache, int(cache_share * torch.cuda.get_device_properties(device).total_memory))
+        if (
+            processor is not None
+        ):  # the trainer's limits, but for images that no prompt has room for: vLLM plans for the largest
+            if find_spec("torchvision") is None:
+                raise ValueError("--engine vllm needs torchvision for images: pip install it, or take --engine torch")
+            low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
+            room = max_length * (processor.patch_size * processor.merge_size) ** 2
+            limits = {"min_pixels": low, "max_pixels": max(low, min(high, room))}
+            sees = {"limit_mm_per_prompt": {"image": max_images, "video": 0}, "mm_processor_kwargs": limits}
         launched = {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
         self.llm = vllm.LLM(
             path, dtype=str(dtype).removeprefix("torch."), max_model_len=max_length, max_num_seqs=max_sequences,
@@ -356,7 +407,7 @@ class VllmEngine:
             enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_length),  # a CPU cannot seed parts of a prompt
             enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, tensor_parallel_size=n_ranks, generation_config="vllm",
             logprobs_mode="processed_logprobs",  # at the temperature; raw ones are not divided by it
-            trust_remote_code=trust_remote_code, disable_log_stats=True, use_tqdm_on_load=False, seed=0, **launched,
+            trust_remote_code=trust_remote_code, disable_log_stats=True, use_tqdm_on_load=False, seed=0, **launched, **sees,
         )  # fmt: skip
         self.tokenizer, self.n_ranks, self.state = tokenizer, n_ranks, "awake"
         self.ends, self.SamplingParams = end_tokens(path, tokenizer, trust_remote_code), vllm.SamplingParams
@@ -382,7 +433,7 @@ class VllmEngine:
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
         self.llm.llm_engine.reset_encoder_cache()  # and this what the old weights saw in images
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None) -> list[Episode]:
         if self.state == "asleep":
             raise RuntimeError("the engine sleeps without weights; call load_weights first")
         if self.state == "no cache":  # without it, vLLM would wait for ever
@@ -393,7 +444,7 @@ class VllmEngine:
         shared |= dict(max_tokens=sampling.max_tokens, stop_token_ids=self.ends, detokenize=False)
         bar = partial(tqdm, leave=False, delay=3) if dist.get_rank() == 0 else False  # shows tokens a second
         found = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self.request(*parts) for parts in zip(prompts, images or [()] * len(prompts), strict=True)],
             [self.SamplingParams(seed=seed, **shared) for seed in seeds], use_tqdm=bar,
         )  # fmt: skip
         episodes = []
@@ -405,6 +456,13 @@ class VllmEngine:
                 episodes.append(Episode(prompt, ids, logp, child.finish_reason, text))
         return episodes
 
+    def request(self, prompt: list[int], images: Sequence[vision.Image]) -> dict:
+        """Return what vLLM calls a prompt: tokens, with one placeholder an image, and the images."""
+        if not images:
+            return {"prompt_token_ids": prompt}
+        ids = vision.collapse(prompt, self.tokenizer.convert_tokens_to_ids(vision.PAD))
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": [image.open() for image in images]}}
+
 
 class TorchEngine:
     """A Hugging Face model in a plain decoding loop on a KV cache. What it samples does not depend on the batch."""
@@ -415,7 +473,7 @@ class TorchEngine:
         self, path: str, tokenizer, device: torch.device | str = "cpu", dtype=torch.float32, trust_remote_code=False,
         max_sequences=256,
     ):  # fmt: skip
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        self.model = vision.load_model(path, dtype, trust_remote_code).eval()
         self.tokenizer, self.device, self.max_sequences = tokenizer, torch.device(device), max_sequences
         self.ends = torch.tensor(end_tokens(path, tokenizer, trust_remote_code), device=self.device)
         self.model.to(self.device)
@@ -433,7 +491,8 @@ class TorchEngine:
         if missing := sorted(own.keys() - given):
             raise ValueError(f"{len(missing)} weights were not given, as {missing[:3]}; expected the whole state dict")
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None) -> list[Episode]:
+        images = images or [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
         size = max(1, self.max_sequences // sampling.n)
         episodes: dict[int, list[Episode]] = {}
@@ -441,7 +500,8 @@ class TorchEngine:
         n_tokens, began = 0, time.perf_counter()
         with tqdm(total=len(prompts) * sampling.n, desc="roll out", **options) as bar:
             for rows in (order[i : i + size] for i in range(0, len(order), size)):
-                sampled = self.sample([prompts[i] for i in rows], sampling, [seeds[i] for i in rows])
+                own = [[values[i] for i in rows] for values in (prompts, seeds, images)]
+                sampled = self.sample(own[0], sampling, *own[1:])
                 for place, i in enumerate(rows):
                     episodes[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
                 bar.update(len(sampled))
@@ -450,7 +510,7 @@ class TorchEngine:
         return [episode for i in range(len(prompts)) for episode in episodes[i]]
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Episode]:
+    def sample(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images) -> list[Episode]:
         """Sample one batch: left-padded prompts, one prefill a prompt, rows leave the cache when they have finished."""
         n, limit = sampling.n, sampling.max_tokens
         width = max(len(p) for p in prompts)
@@ -460,8 +520,15 @@ class TorchEngine:
         generators = [torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)]
         uniform = torch.stack([torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]).to(self.device)
         cache, position = DynamicCache(config=self.model.config), mask.cumsum(dim=1) - 1
-        state = {"attention_mask": mask, "position_ids": position.clamp(min=0), "past_key_values": cache}
-        logits = self.model(ids, **state, logits_to_keep=1).logits[:, -1]
+        state, shown = {"attention_mask": mask, "position_ids": position.clamp(min=0), "past_key_values": cache}, {}
+        if any(images):  # an image's positions are its rows and columns: the text after it goes on from the larger of the two
+            pixels, grids = vision.stack([image for own in images for image in own], self.device)
+            shown = {"pixel_values": pixels, "image_grid_thw": grids}
+            kinds = (ids == self.model.config.image_token_id).int()
+            where = {"image_grid_thw": grids, "attention_mask": mask}
+            state["position_ids"], shift = self.model.base_model.get_rope_index(ids, kinds, **where)
+            position = position + shift
+        logits = self.model(ids, **state, **shown, logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(n)
         logits, mask, position = (x.repeat_interleave(n, dim=0) for x in (logits, mask, position[:, -1:]))
 

@@ -55,10 +55,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     if config.batch_size % dist.get_world_size():
         raise ValueError(f"batch_size={config.batch_size} is not a multiple of the {dist.get_world_size()} ranks; choose one")
     name = config.model
-    if config.model == "toy":
-        world = on_first(toy.make)
+    if config.model in toy.WORLDS:
+        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name, config = world.path("model"), with_defaults(config, data=world.path("expert.jsonl"))
-    model = rollout.find_model(name, config.trust_remote_code)
+    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if config.data is None:
         raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
     if config.cutoff <= config.max_prompt_tokens:
@@ -76,14 +76,16 @@ def main(config: Config) -> None:
     flow_config = fl.FlowConfig(dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles)
     rows = rollout.load_rows(config.data, (config.problem_column, config.solution_column), config.split)
     texts, solutions = ([row[column] for row in rows] for column in (config.problem_column, config.solution_column))
-    prompts = rollout.make_prompts(texts, model.tokenizer, config)
+    images = rollout.load_images(rows, config.data, config, model.processor)
+    prompts = rollout.make_prompts(texts, model.tokenizer, config, images)
     ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
     end, room = [model.tokenizer.eos_token_id], [config.cutoff - len(prompt) for prompt in prompts]
     # a whole solution ends with EOS, a cut one does not
-    solutions = [(p, (s + end)[:n]) for p, s, n in zip(prompts, ids, room, strict=True)]
+    images = images or [()] * len(rows)
+    solutions = [(p, (s + end)[:n], own) for p, s, n, own in zip(prompts, ids, room, images, strict=True)]
     dtype = parallel.compute_dtype(config.dtype)
     policy = rlfr.load_policy(model.path, config.trust_remote_code).requires_grad_(False)
-    parallel.shard(policy, policy.layers, dtype, config.cpu_offload)
+    parallel.shard(policy, policy.blocks, dtype, config.cpu_offload)
     taps = rlfr.tap_layers(n_layers, config.percentiles)
     depths = [tap / n_layers for tap in taps]
     torch.manual_seed(config.seed)  # the same flow on all ranks
@@ -143,4 +145,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, {"toy": toy.TRAIN_FLOW})
+    launch(main, Config, toy.PRESETS["train_flow"])

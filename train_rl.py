@@ -89,6 +89,7 @@ class Config(RunConfig, rollout.Sampler):
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
     mismatch: Literal["none", "token", "sequence", "mask"] = "token"  # Sampler-trainer mismatch: truncate by, or mask
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
+    freeze: rlfr.Freeze | None = None  # What does not learn; by default vision, the tower of a vision-language model
     gradient_checkpointing: bool | None = None  # Recompute activations in the backward; by default above 1B parameters
     tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
@@ -133,14 +134,14 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and where the model is."""
     check(config)
     name, flow_folder = config.model, f"runs/flow-{Path(config.model).name}"
-    if config.model == "toy":
-        world = on_first(toy.make)
+    if config.model in toy.WORLDS:
+        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name = world.path("model")
         config = with_defaults(config, data=world.path("train.jsonl"), eval_data=(world.path("test.jsonl"),))
         if config.shaping == "flow" and config.flow is None:
-            on_first(lambda: make_toy_flow(flow_folder))
+            on_first(lambda: make_toy_flow(config.model, flow_folder))
     config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
-    model = rollout.find_model(name, config.trust_remote_code)
+    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if config.data is None:
         raise ValueError("no data given; expected --data with problems (columns problem and answer)")
     config = rollout.fill_in(config, model)
@@ -151,10 +152,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     return config, model
 
 
-def make_toy_flow(folder: str) -> None:
-    """Run the offline start of the embedded world, in one process, unless it has been run."""
+def make_toy_flow(model: str, folder: str) -> None:
+    """Run the offline start of an embedded world, in one process, unless it has been run."""
     if not Path(folder, "flow", fl.FLOW_FILE).exists():
-        arguments = ["--resume" if Path(folder, "config.json").exists() else "--folder", folder]
+        arguments = ["--resume" if Path(folder, "config.json").exists() else "--folder", folder, "--model", model]
         of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         alone = {name: value for name, value in os.environ.items() if name not in of_ranks and "TORCHELASTIC" not in name}
         subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True, env=alone)
@@ -182,7 +183,8 @@ def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: 
         response = torch.where(lengths > 0, lengths, usual)[rows].tolist()
         expected = [len(problem.prompt_ids) + group * length for problem, length in zip(chosen, response, strict=True)]
         prompts = [problem.prompt_ids for problem in chosen]
-        episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected)
+        images = [problem.images for problem in chosen]
+        episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected, images)
         lengths[rows] = torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
         return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
 
@@ -231,7 +233,7 @@ def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config,
     flow_loss, learnt = torch.zeros((), device=parallel.DEVICE), False
     if flow:
         parallel.begin_calls(flow)
-    pairs = [(episode.prompt_ids, episode.response_ids) for episode in episodes]
+    pairs = [(episode.prompt_ids, episode.response_ids, episode.images) for episode in episodes]
     batches = rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size())
     for rows, batch in tqdm(batches, desc="score", leave=False, delay=3, disable=not is_first()):
         targets = batch.response_mask
@@ -297,7 +299,7 @@ def update_policy(policy, learner, episodes, scores: Scores, advantage, weight, 
     loss_sum, kl_sum, clipped_sum = sums = torch.zeros(3, device=parallel.DEVICE)
     for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3, disable=not is_first()):
         n_tokens = int(scores.mask[mini].sum())  # over all micro-batches and ranks: one denominator
-        pairs = [(episodes[i].prompt_ids, episodes[i].response_ids) for i in mini]
+        pairs = [(episodes[i].prompt_ids, episodes[i].response_ids, episodes[i].images) for i in mini]
         for rows, batch in rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()):
             mask = batch.response_mask
             here = (mini[rows], slice(mask.shape[1]))
@@ -327,12 +329,12 @@ def main(config: Config) -> None:
     start()
     config, model = resolve(config)
     run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
-    problems = rollout.load_problems(config.data, config, model.tokenizer)
+    problems = rollout.load_problems(config.data, config, model)
     if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
         few = f"{len(problems)} problems in {config.epochs} epochs"
         raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
     evaluated = replace(config, split=config.eval_split)
-    held_out = load_sets(config.eval_data or (), evaluated, model.tokenizer)
+    held_out = load_sets(config.eval_data or (), evaluated, model)
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
     limits = (config.grader_deadline, config.grade_truncated, config.max_tokens, config.overlong_buffer)
     grader = Grader(config.reward, n_workers, *limits)
@@ -342,12 +344,12 @@ def main(config: Config) -> None:
         flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles)
     engine = rollout.make_engine(model, config, parallel.DEVICE, dtype)
     engine.sleep()  # the policy has the GPU while it is sharded
-    policy = rlfr.load_policy(model.path, config.trust_remote_code, config.gradient_checkpointing)
-    parallel.shard(policy, policy.layers, dtype, config.cpu_offload)
+    policy = rlfr.load_policy(model.path, config.trust_remote_code, config.gradient_checkpointing, config.freeze)
+    parallel.shard(policy, policy.blocks, dtype, config.cpu_offload)
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), config.weight_decay)}
     if config.kl_coef:
         reference = rlfr.load_policy(model.path, config.trust_remote_code).requires_grad_(False)
-        parallel.shard(reference, reference.layers, dtype, config.cpu_offload)
+        parallel.shard(reference, reference.blocks, dtype, config.cpu_offload)
     if flow:
         parallel.compile_flow(flow, config.compile)
         parallel.shard(flow, (), dtype, config.cpu_offload)
@@ -460,7 +462,7 @@ def main(config: Config) -> None:
     if not run.end(state, total_steps):
         return
     weights = {name: tensor.cpu() for name, tensor in parallel.full_weights(policy, dtype, prefix="model.") if is_first()}
-    on_first(lambda: export(policy.model, weights, model.tokenizer, run.folder / "policy"))
+    on_first(lambda: export(policy.model, weights, [model.tokenizer, model.processor], run.folder / "policy"))
     if flow:
         fl.save_flow(flow, run.folder / "flow")
     if held_out:
@@ -477,8 +479,8 @@ def main(config: Config) -> None:
     grader.close()
 
 
-def export(model, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
-    """Write the policy as Hugging Face does: weights, configuration, generation configuration and tokenizer."""
+def export(model, weights: dict[str, Tensor], processors: list, folder: Path) -> None:
+    """Write the policy as Hugging Face does: weights, configurations, tokenizer and, where there is one, image processor."""
     stored = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}  # tied ones once
     weights = {name: tensor for name, tensor in weights.items() if name in stored}
     with torch.device("meta"):  # one that is not sharded, in the dtype of the weights
@@ -486,8 +488,9 @@ def export(model, weights: dict[str, Tensor], tokenizer, folder: Path) -> None:
     plain.generation_config = model.generation_config
     with written_whole(folder) as temporary:
         plain.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
+        for processor in filter(None, processors):
+            processor.save_pretrained(temporary)
 
 
 if __name__ == "__main__":
-    launch(main, Config, {"toy": toy.TRAIN_RL})
+    launch(main, Config, toy.PRESETS["train_rl"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -11,11 +12,11 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import flow as fl  # noqa: E402
@@ -23,6 +24,7 @@ import parallel  # noqa: E402
 import rlfr  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
+import vision  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 parallel.start()
@@ -50,8 +52,60 @@ def flow_folder(world, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def image_world(tmp_path_factory) -> toy.World:
+    """The image world in small."""
+    folder, sizes = (
+        tmp_path_factory.mktemp("world") / "toy-vl",
+        dict(hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48),
+    )
+    return toy.make(toy.World(str(folder), steps=30, batch_size=32, images=True, **sizes))
+
+
+@pytest.fixture(scope="session")
 def policy(world) -> rlfr.Policy:
     return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)
+
+
+def tiny_vlm(family: str):
+    """A random model of a vision-language family, for the image world's tokenizer; its words are far from certain."""
+    tokenizer = toy.make_tokenizer(images=True)
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, opened, closed = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": opened, "vision_end_token_id": closed}
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rope_parameters=rope,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    tower = dict(hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, patch_size=14, initializer_range=0.2)
+    if family == "qwen2_vl":
+        tower = dict(depth=2, embed_dim=32, num_heads=2, mlp_ratio=2, hidden_size=64)
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=tower, **ids)
+    elif family == "qwen2_5_vl":
+        tower |= dict(depth=2, fullatt_block_indexes=[1])
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
+    else:
+        tower |= dict(depth=3, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
+        text |= dict(head_dim=32, rope_parameters=rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **ids)
+    torch.manual_seed(0)
+    return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def save_vlm(model, folder) -> str:
+    """Save a model with the image world's tokenizer and image processor."""
+    for part in (model, toy.make_tokenizer(images=True), toy.make_processor()):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def drawing(problem: str, processor) -> vision.Image:
+    """A drawn problem as the data set gives it."""
+    (images,) = vision.load_images(
+        [{"images": toy.encode(toy.draw(problem, random.Random(problem)))}], "images", processor, ".", 1
+    )
+    return images[0]
 
 
 def read_lines(path) -> list[dict]:
@@ -62,7 +116,7 @@ def read_lines(path) -> list[dict]:
 def load_problems(file: str) -> list[rollout.Problem]:
     """Load problems of the small world."""
     config = evaluation.Config(template="none", max_prompt_tokens=64, problem_column="problem")
-    return rollout.load_problems(file, config, AutoTokenizer.from_pretrained(str(Path(file).with_name("model"))))
+    return rollout.load_problems(file, config, rollout.find_model(str(Path(file).with_name("model"))))
 
 
 def figures(folder) -> list[dict]:

@@ -214,7 +214,7 @@ class Recorder:
     n_ranks: int = 1
     asked: list = field(default_factory=list)
 
-    def generate(self, prompts, sampling, seeds):
+    def generate(self, prompts, sampling, seeds, images):
         self.asked.append((prompts, seeds))
         return [rollout.Episode(prompt, [seed + i], [0.0], "stop", "") for prompt, seed in zip(prompts, seeds, strict=True) for i in range(sampling.n)]  # fmt: skip
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, read_lines
-from transformers import AutoTokenizer
 
 import eval as evaluation
+import rollout
 from eval import BENCHMARKS, bootstrap, cluster, maj_at, pass_at, sign_test, summarise
 from rewards import Grader
 
@@ -202,16 +202,16 @@ def test_all_sets_by_their_hub_ids(config, world, tmp_path, monkeypatch, engine)
 
 
 def test_names_of_sets_and_bad_input(config, world, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = rollout.find_model(config.model)
     config = replace(config, problem_column="problem")
-    sets = evaluation.load_sets((f"mine={world.path('test.jsonl')}", world.path("train.jsonl")), config, tokenizer)
+    sets = evaluation.load_sets((f"mine={world.path('test.jsonl')}", world.path("train.jsonl")), config, model)
     assert list(sets) == ["mine", "train"]
     with pytest.raises(ValueError, match="two sets are named 'test'"):
-        evaluation.load_sets((world.path("test.jsonl"),) * 2, config, tokenizer)
+        evaluation.load_sets((world.path("test.jsonl"),) * 2, config, model)
     double = tmp_path / "double.jsonl"
     double.write_text('{"id": "a", "problem": "1", "answer": "1"}\n' * 2)
     with pytest.raises(ValueError, match="1 ids stand more than once, as 'a'"):
-        evaluation.load_sets((str(double),), config, tokenizer)
+        evaluation.load_sets((str(double),), config, model)
     for settings, message in [
         ({"temperature": 0.0}, "samples=4 at temperature 0 are copies"), ({"samples": 0}, "samples=0: expected a positive"),
         ({"data": None}, "no data given"), ({"out": world.folder}, "holds no evaluation; name another --out"),

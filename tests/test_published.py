@@ -65,18 +65,20 @@ def save_tokenizer(world, folder: Path, llama: bool) -> None:
         ("Qwen2.5-Math-1.5B", 4, 4, 1024, "qwen"),
         ("Qwen2.5-Math-7B", 6, 2, 1024, "qwen"),
         ("Llama-3.1-8B", 6, 2, 1024, "llama"),
-        ("Qwen2.5-VL-3B-Instruct", 4, 4, 3072, "qwen"),
-        ("Qwen2.5-VL-7B-Instruct", 6, 2, 3072, "qwen"),
+        ("Qwen2.5-VL-3B-Instruct", 4, 4, 3072, "qwen_tag"),
+        ("Qwen2.5-VL-7B-Instruct", 6, 2, 3072, "qwen_tag"),
     ],
 )
 def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, repeats, tokens, template):
     name = next(name for name in CONFIGS if name.endswith(short))
     CONFIGS[name].save_pretrained(snapshot(name))
     save_tokenizer(world, snapshot(name), llama="Llama" in name)
+    if "VL" in name:
+        toy.make_processor().save_pretrained(snapshot(name))
     for given in (short, name):  # a short name, a hub id
         monkeypatch.setattr(sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"])
-        rl, model = train_rl.resolve(runs.parse_config(train_rl.Config, {"toy": toy.TRAIN_RL}))
-        offline, _ = train_flow.resolve(runs.parse_config(train_flow.Config, {"toy": toy.TRAIN_FLOW}))
+        rl, model = train_rl.resolve(runs.parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
+        offline, _ = train_flow.resolve(runs.parse_config(train_flow.Config, toy.PRESETS["train_flow"]))
         assert model.path == name
     said = capsys.readouterr().out
     assert (
@@ -94,6 +96,7 @@ def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, re
     assert (rl.shaping, rl.baseline, rl.clip_low, rl.clip_high, rl.normalisation) == ("flow", "grpo", 0.2, 0.2, "sequence")
     assert rl.gradient_checkpointing == (model.n_parameters > 1e9)
     assert rl.problem_column == ("prompt" if "VL" in name else "problem")
+    assert rl.freeze == ("vision" if "VL" in name else "none")
 
 
 def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
@@ -139,5 +142,5 @@ def test_placeholders_of_images_are_refused(world):
     import rollout
 
     tokenizer = AutoTokenizer.from_pretrained(world.path("model"))
-    with pytest.raises(ValueError, match=r"row 1 has the placeholder <\|image_pad\|>, and images are not supported"):
+    with pytest.raises(ValueError, match=r"row 1 has 0 images and 1 tokens <\|image_pad\|> in its prompt; drop"):
         rollout.make_prompts(["a", "b <|image_pad|>"], tokenizer, rollout.Source(template="none"))

@@ -54,7 +54,7 @@ def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     file = tmp_path / "data.jsonl"
     file.write_text('{"q": "a\\u2028", "gold": ["1", 2]}\n{"q": "b", "gold": 3}\n')
     config = evaluation.Config(template="none", problem_column="q", answer_column="gold")
-    problems = rollout.load_problems(str(file), config, tokenizer)
+    problems = rollout.load_problems(str(file), config, rollout.Model("", None, 0, tokenizer))
     assert [problem.answer for problem in problems] == [["1", "2"], "3"]
 
 
@@ -113,7 +113,7 @@ def test_templates(tokenizer, tmp_path):
     own.write_text("Q:")
     for template, words in {
         str(own): "no {problem} in it",
-        "vicuna": "neither qwen, llama, none",
+        "vicuna": "neither qwen, qwen_tag, llama, none",
         "chat": "chat_template is not set",
     }.items():
         with pytest.raises(ValueError, match=words):
