@@ -33,7 +33,10 @@ from tqdm import tqdm
 import parallel
 import rollout
 import toy
+import vision
+import vlm_eval
 from flow import keyed_seed
+from judge import make_judge
 from parallel import is_first, on_first, start
 from report import write_report
 from rewards import Grader
@@ -71,12 +74,14 @@ class Config(rollout.Sampler):
     data: tuple[str, ...] | None = None  # Sets: a name (aime24 ... gsm8k), NAME=SOURCE or SOURCE, a file, folder or hub id
     split: str = "test"  # Split of a hub data set
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    reward: tuple[str, ...] = ("binary",)  # Parts of the reward, NAME or NAME=WEIGHT: see rewards.py
+    reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default as in training
     grader_deadline: float = 5.0  # Seconds for grading one answer
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     top_p: float = 1.0  # Nucleus of the sampling
     chunk: int = 2048  # Responses between writes: what an interruption loses at most
+    judge_url: str | None = None  # OpenAI-compatible server whose model reads answers that the rules of a benchmark cannot
+    judge_model: str | None = None  # Its model; without a URL a model in this process, by vLLM
     out: str | None = None  # Folder of the evaluation; by default runs/eval-MODEL. With --compare: where comparison.md goes
     compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
     seed: int = 0  # Seed of the sampling
@@ -183,11 +188,17 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 # ---- Samples
-def load_sets(specifications: Sequence[str], config, model: rollout.Model) -> dict[str, list[rollout.Problem]]:
-    """Load sets of problems by name: NAME of a benchmark, NAME=SOURCE or SOURCE; ValueError for what cannot be told apart."""
+def load_sets(specifications: Sequence[str], config, model: rollout.Model, questions: dict | None = None) -> dict[str, list[rollout.Problem]]:  # fmt: skip
+    """Load sets of problems by name: NAME of a benchmark, NAME=SOURCE or SOURCE; ValueError for what cannot be told apart.
+
+    The vision-language benchmarks, NAME=FILE, put what they are scored by into `questions`.
+    """
     sets = {}
     for specification in specifications:
         name, _, source = ("", "", specification) if Path(specification).exists() else specification.partition("=")
+        if name in vlm_eval.BENCHMARKS:
+            sets[name] = load_vlm_benchmark(name, source, config, model, questions)
+            continue
         if not source and name in BENCHMARKS:
             source, subset, *columns = BENCHMARKS[name]
             asked = replace(config, **dict(zip(("split", "problem_column", "answer_column"), columns, strict=True)))
@@ -205,6 +216,21 @@ def load_sets(specifications: Sequence[str], config, model: rollout.Model) -> di
     return sets
 
 
+def load_vlm_benchmark(name: str, file: str, config, model: rollout.Model, questions: dict | None) -> list[rollout.Problem]:
+    """Load a vision-language benchmark; its own prompts go into the chat template without an instruction."""
+    if not file:
+        raise ValueError(f"{name} needs its TSV file: --data {name}=FILE")
+    if questions is None or getattr(config, "samples", 1) > 1:
+        raise ValueError(f"{name} is scored from one sample a question, by eval.py --samples 1; take another set here")
+    if model.processor is None:
+        raise ValueError(f"{name} has images, and {model.path} takes none; expected a vision-language model")
+    questions[name] = vlm_eval.load_benchmark(name, file)
+    rows = [{"id": q.index, "prompt": q.prompt, "answer": q.gold, "images": list(q.images)} for q in questions[name]]
+    template = "bare" if model.tokenizer.chat_template else "none"
+    columns = {"problem_column": "prompt", "answer_column": "answer", "images_column": "images"}
+    return rollout.make_problems(rows, file, replace(config, template=template, **columns), model)
+
+
 def sample(engine, name: str, problems: Sequence[rollout.Problem], grader: Grader, sampling: rollout.Sampling, seed: int = 0) -> list[dict]:  # fmt: skip
     """Sample and grade problems of a set, all ranks together; return a record a sample, n in a row for each problem."""
     seeds = [keyed_seed("evaluation", seed, name, problem.id) for problem in problems]
@@ -216,10 +242,12 @@ def sample(engine, name: str, problems: Sequence[rollout.Problem], grader: Grade
     for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True)):
         place, k = divmod(i, sampling.n)
         problem = problems[place]
+        pad = engine.tokenizer.convert_tokens_to_ids(vision.PAD)
+        shown = vision.collapse(problem.prompt_ids, pad) if problem.images else problem.prompt_ids
         records.append(
             {
                 "set": name, "problem": problem.id, "sample": k, "seed": seeds[place] + k, "question": problem.text,
-                "prompt": engine.tokenizer.decode(problem.prompt_ids), "answer": problem.answer, "response": episode.text,
+                "prompt": engine.tokenizer.decode(shown), "answer": problem.answer, "response": episode.text,
                 "extracted": verdict.extracted, "reward": verdict.reward, "correct": verdict.correct, "verdict": verdict.kind,
                 "finish_reason": episode.finish_reason, "tokens": len(episode.response_ids),
             }
@@ -269,7 +297,7 @@ def versions() -> dict[str, str]:
 def open_folder(config: Config) -> Path:
     """Make the folder, or find it with the same settings; ValueError if it holds something else."""
     folder = Path(config.out or f"runs/eval-{Path(config.model).name}")
-    settings = json.loads(json.dumps(asdict(config) | {"out": None}))
+    settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "judge_url", "judge_model")}))
     file = folder / "config.json"
     if file.exists():
         stored = json.loads(file.read_text())["config"]
@@ -386,10 +414,12 @@ def main(config: Config) -> None:
         known = ", ".join(BENCHMARKS)
         raise ValueError(f"no data given; expected --data with sets: {known}, or files with columns problem and answer")
     config = rollout.fill_in(config, model)
-    sets = load_sets(config.data, config, model)
+    questions: dict[str, list[vlm_eval.Question]] = {}
+    sets = load_sets(config.data, config, model, questions)
     size = max(1, config.chunk // config.samples)
     chunks = [(name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)]
-    folder, records = on_first(lambda: open_folder(config)), []
+    folder, records, engine = on_first(lambda: open_folder(config)), [], None
+    judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl", config.trust_remote_code)
 
     def found() -> int:
         done, before = go_on(folder, chunks, config.samples)
@@ -417,18 +447,34 @@ def main(config: Config) -> None:
                     records += new
                     with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
                         file.write("".join(json.dumps(record) + "\n" for record in new))
-    # ---- What came of it
-    if is_first():
-        finish(folder, records)
+        # ---- What came of it
+        if engine and judge:
+            engine.sleep()  # a judge in this process needs its room
+        if is_first():
+            benchmarks = {name: score_benchmark(name, questions[name], records, grader, judge) for name in questions}
+            finish(folder, records, benchmarks)
 
 
-def finish(folder: Path, records: Sequence[dict]) -> None:
-    """Write summary and report of an evaluation and print its table."""
+def score_benchmark(name: str, questions: Sequence[vlm_eval.Question], records: Sequence[dict], grader: Grader, judge) -> dict:
+    """Score a vision-language benchmark by its own rules; put the verdicts into its records and return the figures."""
+    own = [record for record in records if record["set"] == name]
+    figures, found = vlm_eval.score(name, questions, [record["response"] for record in own], grader, judge)
+    words = {"correct": "right", "wrong": "wrong", "unjudged": "no answer"}
+    for record, verdict in zip(own, found, strict=True):
+        record |= {"extracted": verdict["extracted"], "how": verdict["how"], "error": verdict.get("error")}
+        record |= {"correct": verdict["verdict"] == "correct", "verdict": words[verdict["verdict"]]}
+    print(vlm_eval.unjudged(found))
+    return figures
+
+
+def finish(folder: Path, records: Sequence[dict], benchmarks: dict[str, dict]) -> None:
+    """Write verdicts of benchmarks, summary and report of an evaluation, and print its tables."""
+    if benchmarks:
+        write_whole(folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     figures = {name: summarise([r for r in records if r["set"] == name]) for name in dict.fromkeys(r["set"] for r in records)}
-    text = table(figures)
-    write_whole(
-        folder / "summary.json", json.dumps(json.loads((folder / "config.json").read_text()) | {"sets": figures}, indent=1)
-    )
+    text = table(figures) + (f"\n\n{vlm_eval.table(benchmarks)}" if benchmarks else "")
+    summary = json.loads((folder / "config.json").read_text()) | {"sets": figures, "benchmarks": benchmarks}
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1))
     write_whole(folder / "summary.md", text + "\n")
     report = write_report(folder)
     print(f"{text}\n\nsamples, summary and {report.name} are in {folder}")

@@ -4,9 +4,11 @@ A reward is a weighted sum of parts, `--reward binary format=0.1 overlong=0.5`:
     binary      1 for a right boxed answer, else 0
     official    the rule set of the official code: 1 right, 0.5 wrong but boxed, 0 without a box, with five or more, or garbage
     format      1 for a response that ends by itself and has one to four boxes
+    vlm         1 for a right answer by the rules for vision-language models: in its tag, in a box, or bare (options.py)
+    tags        1 for `<think>…</think> <answer>…</answer>`, as the official rules want it of vision-language models
     overlong    DAPO's soft penalty (eq. 13): 0 up to max_tokens - buffer, then down to -1 at max_tokens
     FILE.py     a Python file with `reward(problem, response) -> float`
-An episode is correct where `binary` or `official` says so; with neither, where the first file's value is 1 or more.
+An episode is correct where `binary`, `official` or `vlm` says so; with none of them, where the first file's value is 1 or more.
 
 Whether two answers are the same says answers.py, in worker processes that know nothing else: the parent keeps the deadline,
 kills a worker that misses it and starts another. A repeated pair is not graded twice.
@@ -34,8 +36,9 @@ from typing import Literal, NamedTuple
 
 from answers import MAX_LENGTH
 from latex import boxes
+from options import candidate, tag_format, tagged, vlm_accuracy
 
-PARTS = ("binary", "official", "format", "overlong")
+PARTS = ("binary", "official", "vlm", "format", "tags", "overlong")
 START_LIMIT = 120  # seconds for a worker to start, or to import math-verify
 
 
@@ -45,7 +48,7 @@ class Verdict(NamedTuple):
     reward: float
     correct: bool
     parts: dict[str, float]  # unweighted, by name
-    extracted: str | None  # the last boxed answer
+    extracted: str | None  # the last boxed answer; by the rules of `vlm` what is compared
     kind: Literal["right", "wrong", "no answer", "cut", "timeout"]
 
 
@@ -186,11 +189,18 @@ class Grader(AbstractContextManager):
     def grade(self, problem: str, answer: str | Sequence[str] | None, response: str, finished: bool, n_tokens: int = 0) -> Verdict:  # fmt: skip
         """Return the verdict on one response; `finished` says that it ended by itself."""
         found, finished = boxes(response), finished or self.grade_truncated
+        extracted = found[-1] if found else None
         boxed = finished and 0 < len(found) < 5  # no box, no credit; five or more are a way of guessing (official rules)
         clean = boxed and bool(answer) and not ("official" in self.weights and degenerate(response))
         kind = "cut" if not finished else "no answer" if not boxed else "wrong"
-        if clean:
-            kind = self.judge(answer, found[-1])
+        if "vlm" in self.weights:
+            extracted = candidate(tagged(response) or response).strip() or None
+            if finished:
+                kind = (
+                    "right" if answer and vlm_accuracy(response, answer, self.equal) else "wrong" if extracted else "no answer"
+                )
+        elif clean:
+            kind = self.judge(answer, extracted)
         right = kind == "right"
         parts = {}
         for name in self.weights:
@@ -199,12 +209,13 @@ class Grader(AbstractContextManager):
             elif name == "overlong":
                 parts[name] = overlong(n_tokens, *self.overlong)
             else:
-                parts[name] = {"binary": float(right), "official": 1.0 if right else 0.5 * clean, "format": float(boxed)}[name]
-        if not {"binary", "official"} & self.weights.keys() and self.functions:  # the user's function decides
+                scores = {"binary": right, "vlm": right, "official": 1.0 if right else 0.5 * clean, "format": boxed}
+                parts[name] = float(finished and tag_format(response) if name == "tags" else scores[name])
+        if not {"binary", "official", "vlm"} & self.weights.keys() and self.functions:  # the user's function decides
             right = parts[next(iter(self.functions))] >= 1
             kind = kind if kind == "cut" else "right" if right else "wrong"
         reward = sum(weight * parts[name] for name, weight in self.weights.items())
-        return Verdict(reward, right, parts, found[-1] if found else None, kind)
+        return Verdict(reward, right, parts, extracted, kind)
 
     def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
         """Grade episodes in the background, in order; problems have `text` and `answer`, each as many episodes in a row."""
@@ -221,6 +232,10 @@ class Grader(AbstractContextManager):
 def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Callable[[str, str], float]]]:
     """Read NAME or NAME=WEIGHT; return weights and the user's functions by name. ValueError for what is neither."""
     weights, functions = {}, {}
+    if {"binary", "official"} & {part.partition("=")[0] for part in reward} and any(
+        p.partition("=")[0] == "vlm" for p in reward
+    ):
+        raise ValueError(f"reward {' '.join(reward)}: vlm reads answers by other rules than binary and official; choose one")
     for part in reward:
         name, _, weight = part.partition("=")
         try:

@@ -117,7 +117,7 @@ def fill_in(config: Source, model: Model) -> Source:
     large, sees = model.n_parameters > 5e9, vision.sees(model.config)
     published = {
         "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if sees else 1024,
-        "problem_column": "prompt" if sees else "problem", "reward": ("binary",), "freeze": "vision" if sees else "none",
+        "problem_column": "prompt" if sees else "problem", "reward": ("vlm", "tags=0.5") if sees else ("binary",), "freeze": "vision" if sees else "none",
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
@@ -193,13 +193,15 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, images: Sequen
     """Put problems into the prompt template and tokenise them, with a placeholder for each vector of their images.
 
     ValueError if a prompt is longer than the limit, or its images and placeholders do not match: engines would take a
-    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of TEMPLATES, `chat` (the tokenizer's own), or a file with `{problem}`.
+    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of TEMPLATES, `chat` (the
+    tokenizer's own), `bare` (the same without the instruction), or a file with `{problem}`.
     """
     template, limit, asked = source.template, source.max_prompt_tokens, texts
     if images is not None:
         asked = [vision.place(text, len(own), i) for i, (text, own) in enumerate(zip(texts, images, strict=True))]
-    if template == "chat":
-        chats = [[{"role": "user", "content": f"{text}\n{INSTRUCTION}"}] for text in asked]  # some know no system role
+    if template in ("chat", "bare"):  # the instruction goes to the user's turn: some know no system role
+        suffix = f"\n{INSTRUCTION}" if template == "chat" else ""
+        chats = [[{"role": "user", "content": text + suffix}] for text in asked]
         prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     else:
         if template not in TEMPLATES and not Path(template).is_file():
@@ -234,6 +236,11 @@ def load_images(rows: Sequence[dict], data: str, source: Source, processor) -> l
 def load_problems(data: str, source: Source, model: Model, subset: str | None = None) -> list[Problem]:
     """Load problems with their answers, images and tokenised prompts; see load_rows and make_prompts for errors."""
     rows = load_rows(data, (source.problem_column, source.answer_column), source.split, subset)
+    return make_problems(rows, data, source, model)
+
+
+def make_problems(rows: Sequence[dict], data: str, source: Source, model: Model) -> list[Problem]:
+    """Make problems of rows that come from `data`, where paths of images begin."""
     texts, answers = ([row[column] for row in rows] for column in (source.problem_column, source.answer_column))
     answers = [[final(each) for each in answer] if isinstance(answer, list) else final(answer) for answer in answers]
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]

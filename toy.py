@@ -51,8 +51,11 @@ FONT = (  # five columns, seven rows a digit
 GLYPHS = [np.kron(np.array(list(bits), np.uint8).reshape(7, 5), np.ones((3, 3), np.uint8)) for bits in FONT.split()]
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
-TRAIN_RL = dict(model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3, template="none")
-EVALUATE = dict(model="toy", template="none", max_tokens=96)
+TRAIN_RL = dict(
+    model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3, template="none",
+    reward=("binary",),
+)  # fmt: skip
+EVALUATE = dict(model="toy", template="none", max_tokens=96, reward=("binary",))
 TRAIN_FLOW = dict(
     model="toy", lr=2e-3, epochs=4, batch_size=32, flow_blocks=2, noise_repeats=1, template="none", save_every=100
 )

@@ -89,7 +89,11 @@ def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, re
     assert (offline.flow_blocks, offline.noise_repeats, offline.template) == (blocks, repeats, template)
     assert (offline.lr, offline.warmup, offline.weight_decay, offline.epochs) == (1e-4, 0.1, 0.01, 2)
     assert (offline.batch_size, offline.cutoff) == (128, 8192)
-    assert (rl.max_tokens, rl.template, rl.reward) == (tokens, template, "binary")
+    assert (rl.max_tokens, rl.template, rl.reward) == (
+        tokens,
+        template,
+        ("vlm", "tags=0.5") if template == "qwen_tag" else ("binary",),
+    )
     assert (rl.prompts, rl.group_size, rl.train_batch, rl.lr, rl.lr_floor, rl.warmup) == (128, 8, 128, 1e-6, 0.1, 0.03)
     assert (rl.clip_norm, rl.temperature, rl.top_p, rl.kl_coef, rl.flow_lr, rl.epochs) == (1.0, 1.0, 1.0, 0.0, 1e-4, 5)
     assert (rl.flow_coef, rl.flow_threshold, rl.flow_top_k, rl.reward_times) == (0.01, 0.6, 15, (0.8,))

@@ -151,6 +151,22 @@ def test_reward_sets(response, finished, binary, official, kind):
             assert name == "official" or verdict.kind == kind
 
 
+def test_rewards_of_vision_language_models():
+    """The official cases: accuracy, and half a point for the form (their mistakes mended, see test_vlm_eval.py)."""
+    cases = json.loads((ROOT / "tests" / "oracle" / "viii_scoring.json").read_text())["vlm"]
+    mended = {"letter found inside a word": 0.5, "two letters": 0.5, "gold that does not parse": 0.5}
+    with Grader(["vlm", "tags=0.5"], n_workers=1) as grader:
+        for case in cases:
+            response = case["query"].rpartition("<|im_start|>assistant\n")[2].removesuffix("<|im_end|>")
+            verdict = grader.grade("", case["gold"], response, True)
+            assert verdict.reward == mended.get(case["name"], case["reward"]), case["name"]
+        verdict = grader.grade("", "B", "<think> x </think> <answer> B </answer>", True)
+        assert (verdict.kind, verdict.extracted, verdict.parts) == ("right", "B", {"vlm": 1.0, "tags": 1.0})
+        assert grader.grade("", "B", "<think> x </think> <answer> B </answer>", False).reward == 0
+    with pytest.raises(ValueError, match="vlm reads answers by other rules"):
+        Grader(["vlm", "binary"])
+
+
 def test_parts_add_up_with_their_weights(tmp_path):
     file = tmp_path / "brevity.py"
     file.write_text("def reward(problem, response):\n    return 1 / len(response)\n")
@@ -172,7 +188,7 @@ def test_bad_rewards_are_refused(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("x = 1\n")
     for reward, message in [
-        ([str(file)], "defines no function reward"), (["bleu"], "reward 'bleu': neither binary, official, format, overlong nor a Python"),
+        ([str(file)], "defines no function reward"), (["bleu"], "reward 'bleu': neither binary, official, vlm, format, tags, overlong nor a Python"),
         (["binary=x"], "reward 'binary=x': 'x' is no weight"), (["binary", "binary=2"], "given twice"), ([], "no reward"),
         (["overlong"], "needs max_tokens"),
     ]:  # fmt: skip

@@ -371,7 +371,7 @@ def test_tensorboard(config):
         ({"answer_column": "gold"}, "no column 'gold'"),
         ({"max_prompt_tokens": 3}, "64 of 64 prompts are longer than 3 tokens"),
         ({"track": "no_such_tracker"}, "track='no_such_tracker' is not installed; run `pip install no_such_tracker`"),
-        ({"reward": ("bleu",)}, "reward 'bleu': neither binary, official, format, overlong nor a Python file"),
+        ({"reward": ("bleu",)}, "reward 'bleu': neither binary, official, vlm, format, tags, overlong nor a Python file"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import eval as evaluation
 import judge as judging
 import options
+import rollout
 import vlm_eval
 from judge import LocalJudge, Reply, ServerJudge
 from rewards import Grader
@@ -581,3 +584,48 @@ def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, gr
     assert dead.text is None and "try 2 of 2" in dead.error
     local = LocalJudge(model, max_length=400)
     assert local.ask([*prompts, "9" * 500]) == [*replies, Reply(None, "not asked: 500 tokens, the judge takes 272")]
+
+
+# ---- Whole evaluations
+@pytest.mark.parametrize("name", vlm_eval.BENCHMARKS)
+def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, name):
+    """eval.py samples with the image model, asks a judge that is dead, and loses no question."""
+    columns = {
+        "MathVista_MINI": mathvista(question_type="free_form"), "MathVision_MINI": {"choices": "[]", "category": "algebra", "answer": "4"},
+        "MathVerse_MINI": {
+            "question_type": "free-form", "problem_version": "Vision Only", "metadata": "{'subject': 'x'}", "answer": "4"
+        },
+        "LogicVista": {"skill": "spatial", "answer": "A, C"}, "VisuLogic": {"category": "shape", "answer": "B"},
+    }  # fmt: skip
+    rows = [row | WEMATH for row in problem(2, "7", "111")] if name == "WeMath" else [columns[name]] * 3
+    rows = [{key: value for key, value in row.items() if key != "response"} | {"question": "sum>"} for row in rows]
+    file = write(tmp_path / "b.tsv", rows)
+    config = evaluation.Config(
+        model=image_world.path("model"), data=(f"{name}={file}",), template="none", max_tokens=12, max_prompt_tokens=4096,
+        out=str(tmp_path / "out"), judge_url="http://127.0.0.1:9/v1", judge_model="gone",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("judge.time.sleep", lambda _: None)
+        evaluation.main(config)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    figures, said = summary["benchmarks"][name], capsys.readouterr().out
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert figures["questions"] == len(rows) == len(samples) == summary["sets"][name]["problems"]
+    assert figures["unjudged"] == sum(bool(sample["error"]) for sample in samples) and name in said
+    assert figures["correct"] == sum(sample["correct"] for sample in samples)
+    assert all("<|image_pad|><|image_pad|>" not in sample["prompt"] for sample in samples)
+    assert ("refused" in said) == (figures["unjudged"] > 0)
+
+
+def test_benchmarks_where_they_cannot_be(tmp_path, image_world, world):
+    file = write(tmp_path / "b.tsv", [mathvista(question_type="free_form")])
+    config = evaluation.Config(model=image_world.path("model"), template="none", problem_column="prompt")
+    model, data = rollout.find_model(config.model), f"MathVista_MINI={file}"
+    for arguments, words in [
+        ((("MathVista_MINI",), config, model, {}), "needs its TSV file: --data MathVista_MINI=FILE"),
+        (((data,), config, model), "scored from one sample a question, by eval.py"),
+        (((data,), replace(config, samples=2), model, {}), "one sample a question"),
+        (((data,), config, rollout.find_model(world.path("model")), {}), "takes none; expected a vision-language model"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            evaluation.load_sets(*arguments)
