@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_problems, read_lines
+from conftest import ROOT, figures, load_problems, read_lines
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import parallel
@@ -201,6 +201,15 @@ def test_training_with_vllm_repeats_and_its_phases_add_up(config):
         assert sum(phases) == pytest.approx(one["time/step"], rel=0.05) and one["time/step"] < took
         assert one["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3) and one["mismatch/nan"] == 0
         assert {k: v for k, v in one.items() if "time/" not in k} == {k: v for k, v in other.items() if "time/" not in k}
+
+
+def test_evaluating_in_between_changes_nothing(config, world):
+    for name, every in (("a", 0), ("b", 1)):
+        held_out = {"eval_data": (world.path("test.jsonl"),), "eval_every": every, "eval_samples": 2}
+        train_rl.main(replace(config, folder=config.folder + name, **held_out))
+    a, b = (figures(config.folder + name) for name in "ab")
+    assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
+    assert "eval/test/sampled" in b[0]
 
 
 def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
