@@ -155,7 +155,7 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     if not world.images:
         return Qwen2ForCausalLM(Qwen2Config(**text))
     # a row of cells differs in its columns alone: most of the rotations, and fast ones, are for them
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 12]}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 1, 14]}
     tower = dict(
         depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=world.hidden_size,
         fullatt_block_indexes=[0], initializer_range=0.05,
