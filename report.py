@@ -14,7 +14,7 @@ import sys
 import zlib
 from functools import lru_cache
 from html import escape, unescape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from string import Template
 from xml.etree.ElementTree import tostring
@@ -28,6 +28,7 @@ FIELDS |= {"extracted": str | None, "correct": bool, "verdict": str, "tokens": i
 
 # ---- Maths
 MAX_FORMULA = 2000  # characters; it bounds the time that unclosed brackets cost
+MAX_DEPTH = 50  # braces in braces
 SOME = rf"{{1,{MAX_FORMULA}}}"
 BRACED = r"\{\}"
 for _ in range(8):  # braces in braces; possessive (+), so that unbalanced ones fail at once
@@ -55,7 +56,13 @@ def to_mathml(latex: str, display: bool = False) -> str:
     source = f"<code>{escape(latex)}</code>"
     latex = re.sub(r"(?<=[dn]\{)[a-z]+\*?(?=\})", lambda name: SAME.get(name[0], name[0]), latex)
     environments = re.findall(r"\\begin\s*\{([^}]*)", latex)
-    if len(latex) > MAX_FORMULA or REFUSED.search(latex) or any(f"\\{name}" not in MATRICES for name in environments):
+    depth = max(accumulate((c == "{") - (c == "}") for c in latex), default=0)  # the converter recurses
+    if (
+        len(latex) > MAX_FORMULA
+        or depth > MAX_DEPTH
+        or REFUSED.search(latex)
+        or any(f"\\{name}" not in MATRICES for name in environments)
+    ):
         return source
     try:
         tree = Converter(display="block" if display else "inline").convert_to_element(latex)

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, read_lines
 
 import eval as evaluation
+import parallel
 import rollout
 from eval import BENCHMARKS, bootstrap, cluster, maj_at, pass_at, sign_test, summarise
 from rewards import Grader
@@ -194,6 +195,7 @@ def test_all_sets_by_their_hub_ids(config, world, tmp_path, monkeypatch, engine)
                 f"    path: {benchmark.subset}/{benchmark.split}.jsonl\n---\n"
             )
     evaluation.main(replace(config, data=tuple(BENCHMARKS), engine=engine, max_sequences=16))
+    parallel.start()  # an engine that goes takes the process group with it
     figures = json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]
     assert list(figures) == list(BENCHMARKS) and all((row["problems"], row["samples"]) == (3, 4) for row in figures.values())
     lines = read_lines(tmp_path / "out" / "samples.jsonl")
