@@ -127,6 +127,8 @@ def words(text: str) -> str:
 TOKEN = re.compile(
     r"\s+|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)|(?P<command>\\(?:[A-Za-z]+|.))|(?P<char>.)", re.DOTALL
 )
+TEXT = re.compile(rf"\\(?:{TEXTS})\s*(?=\{{)")
+MATRIX = re.compile(r"\\begin\s*\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?")
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~",
     r"\simeq": "~", r"\sim": "~", r"\in": "in", r"\equiv": "=",
@@ -152,17 +154,18 @@ class Reader:
     """A recursive-descent reader of one answer; UnreadableError where it does not understand."""
 
     def __init__(self, text: str):
-        self.tokens, self.place, self.depth = list(self.tokenise(text)), 0, 0
+        self.tokens, self.place = list(self.tokenise(text)), 0
+        self.depth, self.depth_of_bars = 0, 0  # of brackets, and of absolute values since the last one
 
     @staticmethod
     def tokenise(text: str) -> Iterator[tuple[str, str]]:
         place = 0
         while place < len(text):
-            if match := re.compile(rf"\\(?:{TEXTS})\s*(?=\{{)").match(text, place):
+            if match := TEXT.match(text, place):
                 content, place = braced(text, match.end())
                 yield "text", content
                 continue
-            if match := re.compile(r"\\begin\s*\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?").match(text, place):
+            if match := MATRIX.match(text, place):
                 end = rf"\end{{{match[1]}}}"
                 stop = text.find(end, match.end())
                 if stop < 0:
@@ -267,8 +270,6 @@ class Reader:
         if kind == "char":
             return value.isalpha() or value in "([{" or (value == "|" and not self.depth_of_bars)
         return kind in ("number", "matrix", "text")
-
-    depth_of_bars = 0
 
     def power(self) -> tuple:
         node = self.postfix(self.atom())
@@ -595,7 +596,8 @@ def plain(node: tuple) -> tuple:
 # ---- Units: a dimension and a factor, where known. Of unknown ones nothing is asked.
 KNOWN_UNITS = {
     "length": "mm .001 millimeter .001 millimetre .001 cm .01 centimeter .01 centimetre .01 dm .1 m 1 meter 1 metre 1 km 1000 "
-    "kilometer 1000 kilometre 1000 in .0254 inch .0254 inche .0254 ft .3048 feet .3048 foot .3048 yd .9144 yard .9144 mile 1609.344 mi 1609.344",
+    "kilometer 1000 kilometre 1000 in .0254 inch .0254 inche .0254 ft .3048 feet .3048 foot .3048 yd .9144 yard .9144 "
+    "mile 1609.344 mi 1609.344",
     "time": "ms .001 s 1 sec 1 second 1 min 60 minute 60 h 3600 hr 3600 hour 3600 day 86400 week 604800 year 31557600",
     "mass": "mg .001 g 1 gram 1 kg 1000 kilogram 1000 lb 453.59237 pound 453.59237 oz 28.349523125 ounce 28.349523125",
     "money": "dollar 1 usd 1 buck 1 cent .01",

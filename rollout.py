@@ -1,7 +1,7 @@
 """Problems in, episodes out: data sets, prompt templates, model names, and the engines that sample.
 
-Images come from vision.py. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length" (the official code
-writes EOS over it, and it can then score as finished).
+Images come from vision.py. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length"
+(the official code writes EOS over it, and it can then score as finished).
 """
 
 import json
@@ -117,7 +117,8 @@ def fill_in(config: Source, model: Model) -> Source:
     large, sees = model.n_parameters > 5e9, vision.sees(model.config)
     published = {
         "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if sees else 1024,
-        "problem_column": "prompt" if sees else "problem", "reward": ("vlm", "tags=0.5") if sees else ("binary",), "freeze": "vision" if sees else "none",
+        "problem_column": "prompt" if sees else "problem", "reward": ("vlm", "tags=0.5") if sees else ("binary",),
+        "freeze": "vision" if sees else "none",
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
@@ -193,8 +194,8 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, images: Sequen
     """Put problems into the prompt template and tokenise them, with a placeholder for each vector of their images.
 
     ValueError if a prompt is longer than the limit, or its images and placeholders do not match: engines would take a
-    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of TEMPLATES, `chat` (the
-    tokenizer's own), `bare` (the same without the instruction), or a file with `{problem}`.
+    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of
+    TEMPLATES, `chat` (the tokenizer's own), `bare` (the same without the instruction), or a file with `{problem}`.
     """
     template, limit, asked = source.template, source.max_prompt_tokens, texts
     if images is not None:
