@@ -413,11 +413,8 @@ def is_named(node: tuple) -> bool:
     if node[0] != "relation" or node[1][0] not in ("=", "~") or any(op not in ("=", "~") for op in node[1]):
         return False
     left = node[2]
-    return left[0] == "text" or (
-        bool(symbols(left) or left in (("symbol", "i"), ("symbol", "e")))
-        and not holds(left, "number")
-        and not holds(left, "sum")
-    )
+    lettered = symbols(left) or left in (("symbol", "i"), ("symbol", "e"))
+    return left[0] == "text" or bool(lettered and not holds(left, "number") and not holds(left, "sum"))
 
 
 def value_of(node: tuple) -> tuple:
@@ -442,9 +439,9 @@ def same_relation(a: tuple, b: tuple, strict: bool) -> bool:
         named = is_named(a), is_named(b)
         if all(named):
             if same(a[2], b[2]):
-                return any_value(a, b)
+                return same(value_of(a), value_of(b))
             if not strict and not (symbols(a[2]) & symbols(b[-1]) or symbols(b[2]) & symbols(a[-1])):
-                return any_value(a, b)
+                return same(value_of(a), value_of(b))
         return len(a) == len(b) and (same_sides(a, b) or same_sides(a, flip(b)))
     relation, other = (a, b) if a[0] == "relation" else (b, a)
     if all(op in ("=", "~") for op in relation[1]):
@@ -461,10 +458,6 @@ def same_relation(a: tuple, b: tuple, strict: bool) -> bool:
     interval = as_interval(relation)
     ambiguous = other[0] == "group" and other[1:3] == ("(", ")") and not holds(other, "infinity")  # (1, 2) may be a point
     return interval is not None and not ambiguous and same(interval, other)
-
-
-def any_value(a: tuple, b: tuple) -> bool:
-    return same(value_of(a), value_of(b))
 
 
 def flip(node: tuple) -> tuple:
