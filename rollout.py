@@ -65,7 +65,7 @@ class Source:
     max_pixels: int | None = None  # Larger images are reduced to so many pixels; by default as the model's processor says
     max_images: int = 4  # Most images a problem
     template: str = "auto"  # Prompt template: auto, qwen, qwen_tag, llama, chat, none, or a file with {problem}
-    max_prompt_tokens: int = 1024  # Longest prompt accepted
+    max_prompt_tokens: int | None = None  # Longest prompt accepted; by default 1024, for vision-language models 4096
     trust_remote_code: bool = False  # Run code that comes with the model
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # Of forward and backward; auto: bfloat16 on a GPU
 
@@ -118,7 +118,7 @@ def fill_in(config: Source, model: Model) -> Source:
     published = {
         "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if sees else 1024,
         "problem_column": "prompt" if sees else "problem", "reward": ("vlm", "tags=0.5") if sees else ("binary",),
-        "freeze": "vision" if sees else "none",
+        "freeze": "vision" if sees else "none", "max_prompt_tokens": 4096 if sees else 1024,
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
@@ -214,7 +214,7 @@ def make_prompts(texts: Sequence[str], tokenizer, source: Source, images: Sequen
     ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
     pad = tokenizer.get_vocab().get(vision.PAD)
     ids = [vision.expand(row, own, pad, i) for i, (row, own) in enumerate(zip(ids, images or [()] * len(ids), strict=True))]
-    if long := [i for i, row in enumerate(ids) if len(row) > limit]:
+    if limit and (long := [i for i, row in enumerate(ids) if len(row) > limit]):
         example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
         pixels = ", lower --max-pixels" if images is not None else ""
         what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"

@@ -61,9 +61,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if config.data is None:
         raise ValueError("no data given; expected --data with expert solutions (columns problem and solution)")
+    config = rollout.fill_in(config, model)
     if config.cutoff <= config.max_prompt_tokens:
         raise ValueError(f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise it")
-    return rollout.fill_in(config, model), model
+    return config, model
 
 
 def main(config: Config) -> None:

@@ -89,6 +89,7 @@ def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, re
     assert (offline.flow_blocks, offline.noise_repeats, offline.template) == (blocks, repeats, template)
     assert (offline.lr, offline.warmup, offline.weight_decay, offline.epochs) == (1e-4, 0.1, 0.01, 2)
     assert (offline.batch_size, offline.cutoff) == (128, 8192)
+    assert rl.max_prompt_tokens == offline.max_prompt_tokens == (4096 if template == "qwen_tag" else 1024)
     assert (rl.max_tokens, rl.template, rl.reward) == (
         tokens,
         template,
