@@ -41,7 +41,9 @@ def boxes(text: str) -> list[str]:
 
 
 # ---- Spelling
-STYLES = r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|bf|it|displaystyle|textstyle|limits|left\.?|right\.?|[bB]igg?[lrm]?"
+STYLES = (
+    r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|bf|it|displaystyle|textstyle|limits|left\.?|right\.?|[bB]igg?[lrm]?|f?boxed"
+)
 TEXTS = "text|textbf|textit|textrm|textsf|textnormal|mathrm|mbox|hbox|operatorname|rm"
 FUNCTION_NAMES = (
     "arcsin arccos arctan arcsinh arccosh arctanh sinh cosh tanh sin cos tan cot sec csc ln log lg exp sqrt gcd lcm min max"
@@ -57,6 +59,8 @@ REWRITES = [
     (r"(?<!\\)\\[\[\]()]|(?<!\\)\$", " "),  # delimiters of mathematics
     (rf"\\(?:{STYLES})(?![A-Za-z])", " "),
     (r"\\\$", ""),  # a currency
+    (r"^\s*\*+|\*+\s*$|\\(?:text)?color\s*\{[^{}]*\}", " "),  # **5**
+    (rf"(?:\(\s*(\d+)\s*\)|\\(?:{TEXTS})\s*\{{\s*(\d+)\s*\}})(?=\s*_)", lambda m: m[1] or m[2]),  # (204)_5
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:le|ge)qslant(?![A-Za-z])", lambda match: match[0][:3]),
     (r"\\(?:le|ge|ne)q(?![A-Za-z])", lambda match: match[0][:3]),
@@ -79,6 +83,7 @@ REWRITES = [
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z]+(?:[ '’-]+[A-Za-z]+)*")
 NEGATION = re.compile(r"(?<![\\A-Za-z])(?:not|neither|never|except|unless|cannot)(?![A-Za-z])", re.IGNORECASE)
+WHOLE_TEXT = re.compile(rf"\\(?:{TEXTS})\s*\{{([^{{}}]*)\}}")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 INTRODUCES = r"(?:is|are|be|equals?|answer|get|have|has)\s*[:=]?|[:=]"
 PREFIX = re.compile(
@@ -216,8 +221,10 @@ class Reader:
             self.place += 1
             operators.append(operator)
             sides.append(self.sets())
-        if len(sides) == len(operators):  # "= 5"
+        if len(sides) == len(operators) and operators[0] in ("=", "~"):  # "= 5"
             operators.pop(0)
+        elif len(sides) == len(operators):  # "> 5", of what is not said
+            sides.insert(0, ("symbol", ""))
         return sides[0] if not operators else ("relation", tuple(operators), *sides)
 
     def sets(self) -> tuple:
@@ -525,6 +532,8 @@ def read(text: str) -> list[Answer]:
     text = unwrap(strip_prefix(unwrap(spell(text))))
     if not text:
         raise UnreadableError("nothing there")
+    if (match := WHOLE_TEXT.fullmatch(text)) and (re.search(r"\d", match[1]) or JOINED.search(match[1])):
+        text = match[1].strip()  # \text{7 ways}
     if WORDS.fullmatch(text) and not JOINED.search(text):
         found = [Answer(("text", words(text)))]
         return [*found, *readings(text)] if text.isalpha() and len(text) < 4 else found  # mgh may be a product
