@@ -196,6 +196,8 @@ def load_sets(specifications: Sequence[str], config, model: rollout.Model, quest
     sets = {}
     for specification in specifications:
         name, _, source = ("", "", specification) if Path(specification).exists() else specification.partition("=")
+        if name in sets:
+            raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
         if name in vlm_eval.BENCHMARKS:
             sets[name] = load_vlm_benchmark(name, source, config, model, questions)
             continue
@@ -349,7 +351,12 @@ def compare(config: Config) -> str:
         raise ValueError(f"--compare {' '.join(config.compare)}: no set in common; one has {list(a)}, the other {list(b)}")
     lines = [["", "problems", "A", "B", "B − A", "95 % interval", "better", "worse", "sign test p"]]
     flips = []
+    unjudged = {
+        (r["set"], r["problem"]) for folder in config.compare for r in read_samples(folder) if r["verdict"] == "unjudged"
+    }
     for name in names:
+        for side in (a, b):
+            side[name] = {i: found for i, found in side[name].items() if (name, i) not in unjudged}
         ids = [i for i in a[name] if i in b[name]]
         if len(ids) < max(len(a[name]), len(b[name])):
             raise ValueError(
@@ -419,6 +426,10 @@ def main(config: Config) -> None:
     size = max(1, config.chunk // config.samples)
     chunks = [(name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)]
     folder, records, engine = on_first(lambda: open_folder(config)), [], None
+    if (config.judge_url or config.judge_model) and not questions:
+        raise ValueError(
+            f"a judge is given, and no set of {list(sets)} asks one; leave it out, or add a vision-language benchmark"
+        )
     judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl", config.trust_remote_code)
 
     def found() -> int:
@@ -452,28 +463,32 @@ def main(config: Config) -> None:
             engine.sleep()  # a judge in this process needs its room
         if is_first():
             benchmarks = {name: score_benchmark(name, questions[name], records, grader, judge) for name in questions}
-            finish(folder, records, benchmarks)
+            finish(folder, records, benchmarks, {"judge_url": config.judge_url, "judge_model": config.judge_model})
 
 
 def score_benchmark(name: str, questions: Sequence[vlm_eval.Question], records: Sequence[dict], grader: Grader, judge) -> dict:
     """Score a vision-language benchmark by its own rules; put the verdicts into its records and return the figures."""
     own = [record for record in records if record["set"] == name]
     figures, found = vlm_eval.score(name, questions, [record["response"] for record in own], grader, judge)
-    words = {"correct": "right", "wrong": "wrong", "unjudged": "no answer"}
+    words = {"correct": "right", "wrong": "wrong"}
     for record, verdict in zip(own, found, strict=True):
         record |= {"extracted": verdict["extracted"], "how": verdict["how"], "error": verdict.get("error")}
-        record |= {"correct": verdict["verdict"] == "correct", "verdict": words[verdict["verdict"]]}
+        record |= {"correct": verdict["verdict"] == "correct", "verdict": words.get(verdict["verdict"], "unjudged")}
+        record["cluster"] = 0 if verdict["extracted"] else None
     print(vlm_eval.unjudged(found))
     return figures
 
 
-def finish(folder: Path, records: Sequence[dict], benchmarks: dict[str, dict]) -> None:
+def finish(folder: Path, records: Sequence[dict], benchmarks: dict[str, dict], judge: dict) -> None:
     """Write verdicts of benchmarks, summary and report of an evaluation, and print its tables."""
     if benchmarks:
         write_whole(folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    figures = {name: summarise([r for r in records if r["set"] == name]) for name in dict.fromkeys(r["set"] for r in records)}
-    text = table(figures) + (f"\n\n{vlm_eval.table(benchmarks)}" if benchmarks else "")
-    summary = json.loads((folder / "config.json").read_text()) | {"sets": figures, "benchmarks": benchmarks}
+    judged = [record for record in records if record["verdict"] != "unjudged"]  # neither right nor wrong
+    figures = {name: summarise([r for r in judged if r["set"] == name]) for name in dict.fromkeys(r["set"] for r in judged)}
+    text = (table(figures) if figures else "nothing was judged") + (f"\n\n{vlm_eval.table(benchmarks)}" if benchmarks else "")
+    summary = json.loads((folder / "config.json").read_text())
+    summary["config"] |= judge
+    summary |= {"sets": figures, "benchmarks": benchmarks}
     write_whole(folder / "summary.json", json.dumps(summary, indent=1))
     write_whole(folder / "summary.md", text + "\n")
     report = write_report(folder)

@@ -15,9 +15,11 @@ import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -26,7 +28,7 @@ import torch.distributed as dist
 import parallel
 import rollout
 from latex import boxes
-from options import option_letter, option_letters
+from options import option_letter, option_letters, stated, value
 
 MAX_REPLY = 128  # tokens
 MAX_BODY = 2**20  # bytes of an HTTP response
@@ -98,7 +100,12 @@ class ServerJudge:
         self, url: str, model: str, cache: str | Path | None = None, concurrency: int = 8, attempts: int = 5,
         timeout: float = 60.0, wait: float = 1.0, give_up: int = 8,
     ):  # fmt: skip
-        if not url.startswith(("http://", "https://")):
+        try:
+            parts = urllib.parse.urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid:
             raise ValueError(f"judge url {url!r}: expected http:// or https://, as http://127.0.0.1:8000/v1")
         if not model:
             raise ValueError(f"no judge model given for {url}; name the one that it serves with --judge-model")
@@ -159,11 +166,14 @@ class ServerJudge:
         except (OSError, http.client.HTTPException) as error:  # refused, timed out, reset, cut short
             raise Failure(f"{type(error).__name__}: {error}", again=True) from error
         try:
-            text = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+            choice = json.loads(body)["choices"][0]
+            text, reason = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise Failure(f"not a chat completion: {body[:200]!r}", again=True) from error
         if not isinstance(text, str) or not text.strip():
             raise Failure(f"an empty reply: {body[:200]!r}", again=True)
+        if reason == "length":
+            raise Failure(f"a reply of more than {MAX_REPLY} tokens: {text[:100]!r}", again=False)
         return text
 
     def read(self, response) -> bytes:
@@ -182,6 +192,8 @@ class LocalJudge:
     """A model in this process, by vLLM; it starts when first asked. In a run of one rank only: serve it for more."""
 
     def __init__(self, model: str, cache: str | Path | None = None, max_length: int = 8192, trust_remote_code: bool = False):
+        if find_spec("vllm") is None:
+            raise ValueError(f"judge model {model!r}: a judge in this process needs vLLM; install it, or give --judge-url")
         self.model, self.cache, self.engine = rollout.find_model(model, trust_remote_code), Cache(cache, model), None
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
         self.max_length, self.trust_remote_code = min(max_length, positions), trust_remote_code
@@ -215,9 +227,13 @@ class LocalJudge:
         sampling = rollout.Sampling(n=1, temperature=0.0, max_tokens=MAX_REPLY)
         episodes = self.engine.generate(list(asked.values()), sampling, list(range(len(asked)))) if asked else []
         for prompt, episode in zip(asked, episodes, strict=True):
-            if episode.text.strip():
+            if episode.finish_reason == "length":
+                found[prompt] = Reply(None, f"a reply of more than {MAX_REPLY} tokens: {episode.text[:100]!r}")
+            elif not episode.text.strip():
+                found[prompt] = Reply(None, "an empty reply")
+            else:
                 self.cache.put(prompt, episode.text)
-            found[prompt] = Reply(episode.text) if episode.text.strip() else Reply(None, "an empty reply")
+                found[prompt] = Reply(episode.text)
         return [found[prompt] for prompt in prompts]
 
 
@@ -286,9 +302,10 @@ def judge_prompt(question, response: str) -> str:
 
 def understand(question, reply: str) -> str | None:
     """Return the answer in a judge's reply, '' if it says that there is none, or None if the reply is neither."""
-    text = re.sub(r"^\s*(?:(?:extracted\s+)?answer|(?:your\s+)?output)\s*:\s*", "", reply, flags=re.IGNORECASE).strip(
-        " \n\r\t`*\"'"
-    )
+    reply = reply.rpartition("</think>")[2]
+    text = re.sub(
+        r"^[\s*_`]*(?:(?:extracted\s+)?answer|(?:your\s+)?output)[\s*_`]*:[\s*_`]*", "", reply, flags=re.IGNORECASE
+    ).strip(" \n\r\t`*\"'")
     text = found[-1].strip() if (found := boxes(text)) else text
     if question.type in ("choice", "letters"):
         if text.strip(" .()") == "Z":
@@ -296,4 +313,6 @@ def understand(question, reply: str) -> str | None:
         return option_letters(text) if question.type == "letters" else option_letter(text, question.choices)
     if text.rstrip(".").casefold() == "null":
         return ""
-    return text if 0 < len(text) <= 200 else None
+    if "\n" in text or len(text) > 200:  # an answer is one line: more is talk, and nobody's verdict
+        return None
+    return text if text.casefold() == question.gold.casefold() else value(stated(text) or text)

@@ -30,7 +30,7 @@ class TooLargeError(UnreadableError):
 def boxes(text: str) -> list[str]:
     r"""Return the contents of every `\boxed{…}` with balanced braces, in order of their beginning."""
     found, opened = [], []  # where a box began, or None for a brace that is no box's
-    for match in re.finditer(r"\\boxed\s*\{|\\[{}\\]|[{}]", text):
+    for match in re.finditer(r"\\+boxed\s*\{|\\[{}\\]|[{}]", text):
         if match[0] in (r"\{", r"\}", r"\\"):
             continue
         if match[0] != "}":

@@ -26,13 +26,25 @@ REASON = re.compile(r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)")  # goes on b
 STATED = re.compile(
     r"(?i:\b(?:answers?|(?:correct|right|best)\s+(?:options?|choices?))\b[*_>]*\s*(?:(?:is|are)\b\s*:?|should be\b|[:=]))"
 )
+WITHDRAWN = re.compile(r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE)  # behind a letter: not sure of it
+SUPPOSED = re.compile(r"\b(?:if|whether|check|suppose|assume|unless)\b[^.\n]{0,30}$", re.IGNORECASE)  # before `the answer is`
+VERDICT = re.compile(
+    rf"(?:^|[\s:,])(?i:options?\s+)?\(?([{LETTERS}])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b[^.]{{0,20}}[.!]?$"
+)
+JOINED_BOXES = re.compile(r"\}\s*\$?\s*(?:,|;|/|&|\bor\b|\band\b)[\s$]{0,4}\\+boxed")
+HEDGED = re.compile(r"(?:\$|\})\s*(?:,|;|/|\bor\b|\band\b)[\s]{0,4}(?:\$|\\+boxed)")  # $1$ or $2$
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 # ---- Option letters
+def blank(text: str) -> str:
+    """Turn LaTeX's spaces into plain ones, one at a time."""
+    return " ".join(re.sub(r"\\[ ;,!:]|\\&", lambda match: " & " if match[0] == r"\&" else " ", text).split())
+
+
 def bare_letter(text: str) -> str | None:
     """Return the letter of a text that is nothing but one letter in the form of an answer, or None."""
-    text = " ".join(text[:LONGEST].split())
+    text = blank(text[:LONGEST])
     match = BARE.fullmatch(text) or ALONE.fullmatch(text)
     return match[1].upper() if match else None
 
@@ -53,7 +65,7 @@ def option_letter(text: str, choices: Mapping[str, str] | None = None) -> str | 
         return None
     said = {letter: plain(option) for letter, option in (choices or {}).items() if plain(option)}
     letter = bare_letter(text)
-    if letter is None and (match := LABELLED.fullmatch(" ".join(text.split()))) and not ANOTHER.match(match[2]):
+    if letter is None and (match := LABELLED.fullmatch(blank(text))) and not ANOTHER.match(match[2]):
         letter = match[1] if said.get(match[1]) in (None, plain(match[2])) else None
     if letter is None:
         same = [option for option in said if said[option] == plain(text)]
@@ -65,7 +77,7 @@ def option_letters(text: str) -> str | None:
     """Return all letters of an answer that may name several, sorted (`A, C`, `A and C`, `CA` -> AC), or None."""
     if letter := option_letter(text):
         return letter
-    text = re.sub(rf"{DRESS}|\\[()\[\]]|[$*`\"'(){{}}\[\]<>.]", " ", text[:LONGEST])
+    text = re.sub(rf"{DRESS}|\\[()\[\]]|[$*`\"'(){{}}\[\]<>.]", " ", blank(text[:LONGEST]))
     text = re.sub(rf"^{LEAD}", "", " ".join(text.split())).strip(" :")
     letters = "".join(sorted(re.findall(rf"[{LETTERS}]", text)))
     return letters if SEVERAL.fullmatch(text) and len(set(letters)) == len(letters) else None
@@ -73,7 +85,12 @@ def option_letters(text: str) -> str | None:
 
 def stated(response: str) -> str | None:
     """Return what a response says behind its last `answer:` or `the answer is`, to the end of the line, or None."""
-    *_, match = [None, *STATED.finditer(response)]
+    found = (
+        match
+        for match in STATED.finditer(response)
+        if not SUPPOSED.search(response[max(0, match.start() - 60) : match.start()])
+    )
+    *_, match = [None, *found]
     return response[match.end() :].strip().split("\n", 1)[0].strip() or None if match else None
 
 
@@ -83,12 +100,22 @@ def letter_in_response(response: str, choices: Mapping[str, str] | None = None) 
     said = "" if said in LETTERS.lower() else said  # `the answer is a`, cut off
     if letter := option_letter(said, choices) or option_letter(last, choices):
         return letter
+    if (match := VERDICT.search(last)) and (not choices or match[1] in choices):
+        return match[1]
     match = re.match(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?![\w'’]){CLOSE}", said[:LONGEST])
     rest = said[match.end() :] if match else ""
-    if not REASON.match(rest) or ANOTHER.match(rest) or (choices and match[1] not in choices):
+    if not REASON.match(rest) or ANOTHER.match(rest) or WITHDRAWN.search(rest) or (choices and match[1] not in choices):
         return None
     others = {plain(option) for option in (choices or {}).values()} - {""}
     return None if plain(rest.lstrip(" .,;")) in others else match[1]  # `B. 12 cm` where option C says 12 cm
+
+
+def value(text: str) -> str | None:
+    """Return a text without words around it: one word, a number with its unit, a formula or a list; None for a sentence."""
+    text = text.strip().rstrip(".").strip("*` ")
+    words = text.split()
+    bare = len(words) == 1 or (len(words) == 2 and re.match(r"[-+.\d\\]", text))
+    return text if bare or re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text) else None
 
 
 # ---- Rewards of training
@@ -105,8 +132,12 @@ def tagged(response: str) -> str | None:
 
 
 def candidate(text: str) -> str:
-    """Return the mathematics of an answer: its last box, or else its last formula between dollars, or else all of it."""
-    if found := boxes(text):
+    """Return the mathematics of an answer: its last box, or else its last formula between dollars, or else all of it; all of
+    one that leaves open which of several it means."""
+    found, said = boxes(text), {text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)}
+    if len({box.strip() for box in found}) > 1 or HEDGED.search(text[-150:]) or len(said) > 1:
+        return text
+    if found:
         return found[-1]
     formulas = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, re.DOTALL)
     return "".join(formulas[-1]) if formulas else (stated(text) or text)

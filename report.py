@@ -22,7 +22,7 @@ from xml.etree.ElementTree import tostring
 from latex2mathml.commands import MATRICES
 from latex2mathml.converter import Converter
 
-VERDICTS = ("right", "wrong", "no answer", "cut", "timeout")
+VERDICTS = ("right", "wrong", "no answer", "cut", "timeout", "unjudged")
 FIELDS = {"set": str, "problem": str, "sample": int, "question": str, "prompt": str, "answer": str | list, "response": str}
 FIELDS |= {"extracted": str | None, "correct": bool, "verdict": str, "tokens": int}
 

@@ -121,6 +121,8 @@ def fill_in(config: Source, model: Model) -> Source:
         "freeze": "vision" if sees else "none", "max_prompt_tokens": 4096 if sees else 1024,
         "gradient_checkpointing": model.n_parameters > 1e9,
     }  # fmt: skip
+    if getattr(config, "freeze", None) == "vision" and not sees:
+        raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
     derived = {name: value for name, value in published.items() if getattr(config, name, "") is None}
     derived["template"] = choose_template(config.template, model.tokenizer, model.config.model_type)
     if dist.get_rank() == 0:

@@ -84,6 +84,11 @@ def decode(source: bytes | str):
     from PIL import Image as Pillow  # only where there are images
 
     with Pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.mode.startswith("I;16"):  # 16 bits: convert() would cut values off at 255
+            image = image.point(lambda value: value / 256).convert("L")
+        if "A" in image.mode or "transparency" in image.info:  # on white: a drawing on nothing is as a rule black
+            layer = image.convert("RGBA")
+            image = Pillow.alpha_composite(Pillow.new("RGBA", layer.size, "white"), layer)
         return image.convert("RGB")
 
 
@@ -98,7 +103,7 @@ def find_source(value, media_dir: str) -> bytes | str:
     if os.path.isfile(path := os.path.join(media_dir, value)):
         return path
     try:
-        return base64.b64decode(value.partition("base64,")[2] or value, validate=True)
+        return base64.b64decode("".join((value.partition("base64,")[2] or value).split()), validate=True)
     except ValueError:
         raise ValueError(f"no file {path!r:.200}; put it there, or name another --media-dir") from None
 
@@ -116,6 +121,9 @@ def grid_of(processor, width: int, height: int) -> tuple[int, int, int]:
 
 def load_images(rows: Sequence[dict], column: str, processor, media_dir: str, limit: int) -> list[tuple[Image, ...]]:
     """Return each row's images, decoded for a check, by all ranks together; ValueError with the row that has a bad one."""
+    near = [name for name in rows[0] if name in ("image", "picture", "pictures", "images", "image_path") and name != column]
+    if processor is not None and not any(column in row for row in rows) and (column != "images" or near):
+        raise ValueError(f"no row has a column {column!r}, only {sorted(rows[0])}; name the images' with --images-column")
     values = [row.get(column) for row in rows]
     values = [[] if value is None else value if isinstance(value, list) else [value] for value in values]
     if processor is None and (seen := [i for i, value in enumerate(values) if value]):

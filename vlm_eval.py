@@ -27,7 +27,7 @@ from PIL import Image
 
 from judge import Judge, judge_prompt, understand
 from latex import boxes
-from options import letter_in_response, option_letter, option_letters, stated
+from options import JOINED_BOXES, LABELLED, blank, letter_in_response, option_letter, option_letters, stated, value
 
 LONGEST_REFERENCE = 64  # characters of an image cell; a longer one is an image, a shorter one a row's index
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
@@ -102,6 +102,7 @@ def load_benchmark(name: str, path: str | Path) -> list[Question]:
     for row in rows:
         try:
             text, gold, choices, kind = benchmark.read(row)
+            benchmark.groups(row)  # raises for a cell that it cannot read
             if not gold or (kind == "choice" and gold not in choices):
                 raise ValueError(f"answer {gold!r}; expected " + (f"one of {', '.join(choices)}" if choices else "an answer"))
         except ValueError as error:
@@ -240,14 +241,6 @@ def read_visulogic(row):
 
 
 # ---- Answers
-def value(text: str) -> str | None:
-    """Return a text without words around it: one word, a number with its unit, a formula or a list; None for a sentence."""
-    text = text.strip().rstrip(".").strip("*` ")
-    words = text.split()
-    bare = len(words) == 1 or (len(words) == 2 and re.match(r"[-+.\d\\]", text))
-    return text if bare or re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text) else None
-
-
 def extract(question: Question, response: str, equal: Callable[[str, str], bool]) -> tuple[str | None, str]:
     """Return the answer of a response by the rules, None if they find none, and how: boxed, tag, letter, phrase or none."""
 
@@ -259,12 +252,18 @@ def extract(question: Question, response: str, equal: Callable[[str, str], bool]
             return said or None
         if letter := option_letter(text, question.choices) or letter_in_response(text, question.choices):
             return letter
+        if (match := LABELLED.fullmatch(blank(text))) and equal(question.choices.get(match[1], ""), match[2]):
+            return match[1]
         same = [letter for letter, option in question.choices.items() if option and said and equal(option, said)]
         return same[0] if len(same) == 1 else None
 
     found = [box for box in boxes(response) if box.strip()]
     tags = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
     if found or any(tag.strip() for tag in tags):  # a final answer that cannot be read is the judge's, whatever went before
+        if JOINED_BOXES.search(response) and len(set(found)) > 1:  # several beside each other: all of them, or none
+            found = [", ".join(dict.fromkeys(found))]
+            read = answer(found[0], sure=True) if question.type == "letters" else None
+            return read, "boxed" if read else "none"
         read, how = (answer(found[-1], sure=True), "boxed") if found else (answer(tags[-1], sure=False), "tag")
         return read, how if read else "none"
     rest = response.rpartition("</think>")[2]
@@ -398,12 +397,13 @@ def score(
     """Score responses, one a question; return figures and a record a question.
 
     grader has equal(gold, prediction) -> bool; judge has ask(prompts), see judge.py, and reads what the rules cannot. Figures:
-    score, low, high (see above), questions, correct, unextracted (share that the rules could not read), judged (share that
+    score, low, high (see above), timeouts (of the grader), questions, correct, unextracted (share that the rules could not read), judged (share that
     the judge read), unjudged (number that nobody read), groups (accuracy of each), and WeMath's own. An empty response is wrong.
     """
     benchmark = find(name)
     if not questions or len(questions) != len(responses):
         raise ValueError(f"{len(responses)} responses to {len(questions)} questions; expected one each, and at least one")
+    timeouts = grader.counts["timeout"]
     with ThreadPoolExecutor(8) as pool:  # the grader's worker processes do the work
         found = list(pool.map(lambda pair: extract(*pair, grader.equal), zip(questions, responses, strict=True)))
         errors = {i: "no judge" for i, (answer, _) in enumerate(found) if answer is None and responses[i].strip()}
@@ -428,7 +428,11 @@ def score(
         | ({"error": errors[i]} if i in errors else {})
         for i, (question, (answer, how), verdict) in enumerate(zip(questions, found, verdicts, strict=True))
     ]
-    counts = {"questions": len(questions), "correct": sum(verdict is True for verdict in verdicts)}
+    counts = {
+        "timeouts": grader.counts["timeout"] - timeouts,
+        "questions": len(questions),
+        "correct": sum(verdict is True for verdict in verdicts),
+    }
     counts |= {"unextracted": unextracted / len(questions), "judged": sum(how == "judge" for _, how in found) / len(questions)}
     return totals(benchmark, questions, verdicts) | counts | {"unjudged": len(errors)}, records
 
