@@ -25,7 +25,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from latex import CHOICE, NEGATION, Answer, TooLargeError, UnreadableError, negative, read, spell, unit_of
+from latex import CHOICE, QUALIFIERS, Answer, TooLargeError, UnreadableError, negative, read, spell, unit_of
 
 MAX_LENGTH = 2_000  # characters of an answer; a longer one is wrong
 MAX_BITS = 20_000  # of an integer on the way to a value
@@ -52,7 +52,9 @@ def holds(node, kind: str, test=lambda node: True) -> bool:
 
 @lru_cache(4096)
 def chosen(name: str, point: int) -> Fraction:
-    """The value of a letter at a point; negative at odd ones."""
+    """The value of a letter at a point: of its order, negative at odd ones; from the tenth on anywhere up to 70."""
+    if point >= 10:
+        return Fraction(random.Random(f"{name} {point}").randint(1, 5000), 73)
     value = (1, 7, 3, 2, 5)[point // 2] * Fraction(random.Random(f"{name} {point // 2}").randint(40, 160), 73)
     return -value if point % 2 else value
 
@@ -177,7 +179,9 @@ def call(function: str, values: list):
         name = {"binom": "comb"}.get(function, function)
         return small(Fraction(getattr(math, name)(*(int(value) for value in values))))
     if function in ("log", "lg"):
-        base = real(values[1]) if len(values) > 1 else {"log": 10.0, "lg": 10.0}[function]
+        base = real(values[1]) if len(values) > 1 else 10.0
+        if base in (0, 1):
+            raise UnreadableError("a logarithm to no base")
         function, divisor = "ln", cmath.log(base)
     else:
         divisor = 1
@@ -219,7 +223,7 @@ def equal(gold: str, prediction: str) -> bool | None:
         return False
     if squeeze(gold) == squeeze(prediction):
         return True
-    if bool(NEGATION.search(gold)) != bool(NEGATION.search(prediction)):
+    if bool(QUALIFIERS.search(gold)) != bool(QUALIFIERS.search(prediction)):
         return False
     try:
         golds, predictions = read(gold), read(prediction)
@@ -243,6 +247,8 @@ def same_answer(gold: Answer, prediction: Answer) -> bool | None:
             scale = units[1][1] / units[0][1]
         elif re.sub(r"-?\d", "", units[0][0]) != re.sub(r"-?\d", "", units[1][0]):  # cm for cm^2 is a slip
             return False
+    elif gold.unit and prediction.unit and not any(units) and bare_words(gold.unit) != bare_words(prediction.unit):
+        return False
     nodes = gold.node, scaled(prediction.node, scale)
     try:
         if gold.percent == prediction.percent:
@@ -257,6 +263,11 @@ def same_answer(gold: Answer, prediction: Answer) -> bool | None:
         return None if too_large(gold.node) and too_large(prediction.node) else False
     except UnreadableError:
         return None
+
+
+def bare_words(unit: str) -> list[str]:
+    """Words of a unit that is not known, without plural and dots."""
+    return [word.rstrip("s") for word in re.findall(r"[a-z]+", unit.lower().replace(".", ""))]
 
 
 def too_large(node: tuple) -> bool:
@@ -283,6 +294,9 @@ def same(a: tuple, b: tuple, strict: bool = False) -> bool:
         x, y = elements(a), elements(b)
         if any(node[0] == "group" for node in several):  # a set holds each thing once
             x, y = (list(dict.fromkeys(items)) for items in (x, y))
+        named = [all(is_named(item) for item in items) and len({item[2] for item in items}) == len(items) for items in (x, y)]
+        if len(x) == len(y) > 1 and named[0] != named[1] and not any(is_named(i) for i in (y if named[0] else x)):
+            return all(same(p, q) for p, q in zip(x, y, strict=True))  # x = 1, y = 2 is 1, 2 in this order
         both_named = strict or sum(is_named(item) for item in (*x, *y)) == len(x) + len(y)
         return len(x) == len(y) and matched(x, y, both_named and len(x) > 1)
     if a[0] == "relation" or b[0] == "relation":
@@ -381,7 +395,8 @@ def same_value(a: tuple, b: tuple) -> bool:
         return same_number(evaluate(a, 0), evaluate(b, 0), decimal)
     signed = holds(a, "call", lambda node: node[1] == "abs") or holds(b, "call", lambda node: node[1] == "abs")
     pairs, error = [], None
-    for point in range(0, 10, 1 if signed else 2):
+    stepped = any(holds(node, "call", lambda node: node[1] in ("floor", "ceil", "min", "max")) for node in (a, b))
+    for point in range(10, 50) if stepped else range(0, 10, 1 if signed else 2):
         try:
             pairs.append((evaluate(a, point), evaluate(b, point)))
         except TooLargeError:
@@ -391,7 +406,7 @@ def same_value(a: tuple, b: tuple) -> bool:
             continue
         if not same_number(*pairs[-1], decimal):
             return False
-        if len(pairs) == (5 if signed else 3):
+        if len(pairs) == (40 if stepped else 5 if signed else 3):
             break
     if len(pairs) < 2 or all(x == 0 for x, _ in pairs):  # an expression that is zero everywhere was misread
         raise error or UnreadableError("no value")
@@ -399,9 +414,14 @@ def same_value(a: tuple, b: tuple) -> bool:
 
 
 def same_number(gold, value, decimal: bool) -> bool:
-    """Compare two values; an integer is meant exactly."""
-    whole = isinstance(gold, Fraction) and gold.denominator == 1
-    return close(gold, value, TOLERANCE if decimal and not whole else Fraction(0))
+    """Compare two values; integers and decimals of up to four places are meant exactly, where the other is no root or the like."""
+    short = isinstance(gold, Fraction) and (gold.denominator == 1 or (10**4 % gold.denominator == 0 and terminates(value)))
+    return close(gold, value, TOLERANCE if decimal and not short else Fraction(0))
+
+
+def terminates(value) -> bool:
+    """Whether a value is a decimal of at most thirty places."""
+    return isinstance(value, Fraction) and 10**30 % value.denominator == 0
 
 
 # -- relations
@@ -440,7 +460,7 @@ def same_relation(a: tuple, b: tuple, strict: bool) -> bool:
         if all(named):
             if same(a[2], b[2]):
                 return same(value_of(a), value_of(b))
-            if not strict and not (symbols(a[2]) & symbols(b[-1]) or symbols(b[2]) & symbols(a[-1])):
+            if not strict and not (symbols(a[2]) & (symbols(b[2]) | symbols(b[-1])) or symbols(b[2]) & symbols(a[-1])):
                 return same(value_of(a), value_of(b))
         return len(a) == len(b) and (same_sides(a, b) or same_sides(a, flip(b)))
     relation, other = (a, b) if a[0] == "relation" else (b, a)
@@ -477,7 +497,8 @@ def same_sides(a: tuple, b: tuple) -> bool:
     ):
         return False
     ratios = []
-    for point in (0, 2, 4):
+    signed = any(holds(node, "call", lambda node: node[1] == "abs") for node in (a, b))
+    for point in range(5) if signed else (0, 2, 4):
         x, y = (evaluate(("sum", node[2], negative(node[3])), point) for node in (a, b))
         if x == 0 or y == 0:
             return False

@@ -103,7 +103,7 @@ def maj_at(k: int, answers: Sequence[int | None], right: Sequence[bool], seed: i
     if not kinds:
         return 0.0
     votes = np.array([[answer == kind for kind in kinds] for answer in answers], dtype=float)  # (n, answers)
-    good = np.array([right[answers.index(kind)] for kind in kinds], dtype=float)
+    good = np.array([any(r for a, r in zip(answers, right, strict=True) if a == kind) for kind in kinds], dtype=float)
     if math.comb(n, k) <= N_SUBSETS:
         subsets = np.array(list(combinations(range(n), k)))
     else:
@@ -271,7 +271,8 @@ def cluster(group: Sequence[dict], grader: Grader) -> list[int | None]:
         if answer is None:
             found.append(None)
             continue
-        number = next((i for i, other in enumerate(representatives) if answer == other or grader.equal(other, answer)), None)
+        lost = record["verdict"] == "timeout"  # it would be again: only its text is compared
+        number = next((i for i, o in enumerate(representatives) if answer == o or (not lost and grader.equal(o, answer))), None)
         if number is None:
             number = len(representatives)
             representatives.append(answer)
@@ -306,7 +307,8 @@ def open_folder(config: Config) -> Path:
         if changed := [name for name in settings if settings[name] != stored.get(name)]:
             was = ", ".join(f"{name}={stored.get(name)!r} (now {settings[name]!r})" for name in changed)
             raise ValueError(f"{folder} holds an evaluation with {was}; give the same settings, or another --out")
-    elif folder.exists() and any(folder.iterdir()):
+        return folder
+    if folder.exists() and any(path.name != "config.writing" for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps({"config": settings, "versions": versions()}, indent=1))
@@ -334,8 +336,9 @@ def go_on(folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: 
         return 0, []
     records, whole, done = read_samples(folder), 0, 0
     for name, problems in chunks:
-        wanted = [(name, problem.id, k) for problem in problems for k in range(n)]
-        if [(r["set"], r["problem"], r["sample"]) for r in records[whole : whole + len(wanted)]] != wanted:
+        wanted = [(name, p.id, k, p.text, p.answer) for p in problems for k in range(n)]
+        there = records[whole : whole + len(wanted)]
+        if [tuple(r[key] for key in ("set", "problem", "sample", "question", "answer")) for r in there] != wanted:
             break
         whole, done = whole + len(wanted), done + 1
     kept = file.read_bytes().split(b"\n")[:whole]

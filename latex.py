@@ -27,6 +27,9 @@ class TooLargeError(UnreadableError):
 
 
 # ---- Extraction
+LONGEST_BOX = 3_000  # characters that are kept of a box: answers as long are wrong, and boxes in boxes would fill the memory
+
+
 def boxes(text: str) -> list[str]:
     r"""Return the contents of every `\boxed{…}` with balanced braces, in order of their beginning."""
     found, opened = [], []  # where a box began, or None for a brace that is no box's
@@ -36,8 +39,8 @@ def boxes(text: str) -> list[str]:
         if match[0] != "}":
             opened.append(None if match[0] == "{" else match.end())
         elif opened and (start := opened.pop()) is not None:
-            found.append((start, text[start : match.start()]))
-    return [content for _, content in sorted(found)]
+            found.append((start, match.start()))
+    return [text[start : min(end, start + LONGEST_BOX)] for start, end in sorted(found)]
 
 
 # ---- Spelling
@@ -82,7 +85,13 @@ REWRITES = [
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z]+(?:[ '’-]+[A-Za-z]+)*")
-NEGATION = re.compile(r"(?<![\\A-Za-z])(?:not|neither|never|except|unless|cannot)(?![A-Za-z])", re.IGNORECASE)
+QUALIFIERS = re.compile(  # words that change what is said: on both sides, or on neither
+    r"(?<![\\A-Za-z])(?:not|no|none|neither|never|except|unless|cannot|than|least|most|half|twice|between|wrong|base|binary|mod"
+    r"|[a-z]+n['’]t)(?![A-Za-z])|\d\s*(?:\\[a-z]+\s*\{)?\s*(?:squared|cubed|factorial|halves|thirds|tenths|hundredths)",
+    re.IGNORECASE,
+)
+SCALE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CFK])\s*\}|([CFK]))\s*$")
+MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 WHOLE_TEXT = re.compile(rf"\\(?:{TEXTS})\s*\{{([^{{}}]*)\}}")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 INTRODUCES = r"(?:is|are|be|equals?|answer|get|have|has)\s*[:=]?|[:=]"
@@ -123,9 +132,9 @@ def spell(text: str) -> str:
 
 def words(text: str) -> str:
     """Reduce a text to what must be equal: lower case, letters and digits, without articles."""
-    text = re.sub(r"\\[A-Za-z]+", " ", text.lower())
-    found = re.findall(r"[a-z0-9]+", text)
-    return " ".join(word for word in found if word not in ("a", "an", "the") or len(found) == 1)
+    found = re.findall(r"[A-Za-z0-9]+", re.sub(r"\\[A-Za-z]+", " ", text))
+    articles = [word in ("a", "an", "the") or (i == 0 and word in ("A", "An", "The")) for i, word in enumerate(found)]
+    return " ".join([word for word, drop in zip(found, articles, strict=True) if not drop] or found).lower()
 
 
 # ---- Reading
@@ -133,7 +142,7 @@ TOKEN = re.compile(
     r"\s+|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)|(?P<command>\\(?:[A-Za-z]+|.))|(?P<char>.)", re.DOTALL
 )
 TEXT = re.compile(rf"\\(?:{TEXTS})\s*(?=\{{)")
-MATRIX = re.compile(r"\\begin\s*\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?")
+MATRIX = re.compile(r"\\begin\s*\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?")
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~",
     r"\simeq": "~", r"\sim": "~", r"\in": "in", r"\equiv": "=",
@@ -470,6 +479,8 @@ class Reader:
     def text(self, content: str) -> tuple:
         """Read a text: mathematics in it, a letter, or words."""
         content = content.strip()
+        if len(items := [item for item in content.split(",") if item.strip()]) > 1:  # \text{A, B}
+            return ("list", *(self.text(item) for item in items))
         if re.search(r"\d", content):
             return Reader(content).whole()
         if content.lstrip("\\") in FUNCTION_NAMES.split():
@@ -548,7 +559,10 @@ def readings(text: str) -> list[Answer]:
     for each in texts:
         each, percent = re.subn(r"\s*\\?%\s*$|\s*\\text\s*\{\s*\\?(?:%|percent)\s*\}\s*$|\s+percent\s*$", "", each)
         each, unit = split_unit(each)
-        found.append(Answer(plain(Reader(each).whole()), unit, bool(percent)))
+        node = plain(Reader(each).whole())
+        if factor := MAGNITUDES.get((unit or "").partition(" ")[0].lower().removesuffix("s")):  # 3 million
+            node, unit = ("product", node, ("number", Fraction(factor), False)), unit.partition(" ")[2] or None
+        found.append(Answer(node, unit, bool(percent)))
     return found
 
 
@@ -575,7 +589,8 @@ def strip_prefix(text: str) -> str:
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """Split a unit off the end of what holds a number."""
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CFK])\s*\}|([CFK]))\s*$", r"^{\\circ}", text)
+    if match := SCALE.search(text):
+        return text[: match.start()] + r"^{\circ}", match[1] or match[2]
     tail = re.compile(
         rf"(?<=[\w}})!\]])\s*((?:\\(?:{TEXTS})\s*\{{([^{{}}]*)\}}(?:\s*\^\s*\{{?\s*-?\d\s*\}}?)?[\s/\\]*(?:cdot)?\s*)+)$"
     )
@@ -587,7 +602,10 @@ def split_unit(text: str) -> tuple[str, str | None]:
             return text[: match.start()], content.strip()
     if match := PLAIN_UNIT.search(text):
         content = match[2].strip()
-        known = unit_of(content) is not None and len(re.match(r"[A-Za-z]*", content)[0]) > 1
+        single = len(re.match(r"[A-Za-z]*", content)[0]) == 1  # 5 m, but not 5m
+        known = unit_of(content) is not None and not (
+            single and not (match[1] and re.fullmatch(r"[-\d.,/ ]+", text[: match.start()]))
+        )
         word = match[1] and re.search(r"[A-Za-z]{2}", content) and not re.search(r"\b(?:or|and|if|when|for|not|mod)\b", content)
         before = text[: match.start()]
         if (known or word) and not re.search(r"(?:\\[A-Za-z]+|[_^]\{?[^{}]*)$", before):

@@ -18,11 +18,13 @@ kills a worker that misses it and starts another. A repeated pair is not graded 
 
 import importlib.util
 import json
+import math
 import os
 import queue
 import re
 import select
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -71,15 +73,22 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("answers.py"))]
-        self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        self.process, self.buffer = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, bufsize=0), b""
         if self.reply(START_LIMIT) != "ready":
             self.stop()
             raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}`")
 
     def reply(self, deadline: float) -> str | None:
         """Return the next line, "" if the process died, None if the deadline passed."""
-        ready, _, _ = select.select([self.process.stdout], [], [], deadline)
-        return self.process.stdout.readline().decode().strip() if ready else None
+        end = time.monotonic() + deadline
+        while b"\n" not in self.buffer:
+            if not select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+                return None
+            if not (data := os.read(self.process.stdout.fileno(), 4096)):
+                return ""
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.decode()
 
     def stop(self) -> None:
         if self.process is not None:
@@ -103,7 +112,6 @@ class Worker:
             self.start()
         try:
             self.process.stdin.write(json.dumps([gold, prediction]).encode() + b"\n")
-            self.process.stdin.flush()
             reply = self.reply(deadline)
         except BrokenPipeError:
             reply = ""
@@ -137,7 +145,9 @@ class Grader(AbstractContextManager):
         if "overlong" in self.weights and not 0 < buffer <= max_tokens:
             raise ValueError(f"overlong_buffer={buffer} is outside (0, max_tokens={max_tokens}]; choose a part of max_tokens")
         self.overlong = max_tokens, buffer
-        self.deadline, self.grade_truncated, self.counts = deadline, grade_truncated, Counter()
+        if deadline <= 0:
+            raise ValueError(f"deadline={deadline}: expected a positive number of seconds")
+        self.deadline, self.grade_truncated, self.counts, self.lock = deadline, grade_truncated, Counter(), threading.Lock()
         n_workers = n_workers or min(8, os.cpu_count() or 1)
         self.workers, self.idle = [Worker() for _ in range(n_workers)], queue.SimpleQueue()
         for worker in self.workers:
@@ -157,11 +167,11 @@ class Grader(AbstractContextManager):
 
     def ask(self, gold: str, prediction: str) -> str:
         """Return right, wrong, timeout, crashed or capped; the plainest cases need no worker."""
-        if len(prediction) > MAX_LENGTH:
-            return "capped"
         gold, prediction = gold.strip(), prediction.strip()
         if not gold or not prediction:
             return "wrong"
+        if max(len(gold), len(prediction)) > MAX_LENGTH:
+            return "capped"
         if gold == prediction:
             return "right"
         if re.fullmatch(r"-?\d{1,18}", gold) and re.fullmatch(r"-?\d{1,18}", prediction):
@@ -179,7 +189,8 @@ class Grader(AbstractContextManager):
             found.append(self.compare(each, prediction))
             if found[-1] == "right":
                 return "right"
-        self.counts.update(set(found) - {"wrong"})
+        with self.lock:
+            self.counts.update(set(found) - {"wrong"})
         return "timeout" if "timeout" in found else "wrong"
 
     def equal(self, gold: str | Sequence[str], prediction: str) -> bool:
@@ -196,9 +207,14 @@ class Grader(AbstractContextManager):
         if "vlm" in self.weights:
             extracted = candidate(tagged(response) or response).strip() or None
             if finished:
-                kind = (
-                    "right" if answer and vlm_accuracy(response, answer, self.equal) else "wrong" if extracted else "no answer"
-                )
+                kinds = []
+
+                def equal(gold: str, prediction: str) -> bool:
+                    kinds.append(self.judge(gold, prediction))
+                    return kinds[-1] == "right"
+
+                right = bool(answer) and vlm_accuracy(response, answer, equal)
+                kind = "right" if right else "timeout" if "timeout" in kinds else "wrong" if extracted else "no answer"
         elif clean:
             kind = self.judge(answer, extracted)
         right = kind == "right"
@@ -240,6 +256,8 @@ def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Calla
         name, _, weight = part.partition("=")
         try:
             value = float(weight or 1)
+            if not math.isfinite(value):
+                raise ValueError(weight)
         except ValueError as error:
             raise ValueError(f"reward {part!r}: {weight!r} is no weight; expected NAME=NUMBER") from error
         if name not in PARTS:

@@ -47,6 +47,8 @@ SAME = [
     ("5", "**5**"), ("5", r"\color{red}5"), (r"\frac{1}{2},-\frac{1}{2}", r"\pm\frac12"), ("6(x+1)(x-2)", "6x^2-6x-12"),
     (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"), (r"\sin 30^\circ", r"\frac12"), (r"\log_{2} 3", r"\frac{\ln 3}{\ln 2}"), ("2x - y = 3", "y=2x-3"),
     (r"k=\pm 2", r"k=2 \text{ or } k=-2"), ("n!", "n(n-1)!"), (r"\overline{AB}=5", "5"), (r"5\sqrt2", r"\sqrt{50}\text{ cm}"),
+    ("x=5", "y=5"), ("x=1,y=2", "1,2"), ("3000000", "3 million"), ("24", "2 dozen"), ("5", "5 m"), ("3.2 km", "3200 m"), ("|x|<1", "1>|x|"),
+    (r"20^\circ\text{C}", r"20^\circ"), ("A,B", r"\text{A and B}"), (r"\lfloor n/2\rfloor", r"\lfloor\frac{n}{2}\rfloor"),
 ]  # fmt: skip
 DIFFERENT = [
     ("5", "6"), ("1/2", "1/3"), ("(1,2)", "(2,1)"), ("(1,2)", r"\{1,2\}"), ("[1,2]", "(1,2)"), ("1,2", "1"), ("1", "1,2"),
@@ -66,6 +68,12 @@ DIFFERENT = [
     ("Tuesday", "Monday"),
     ("7", r"\ge 7"), ("7", r"\text{not }7"), ("7", "7 or more"), ("7", "at least 7"), ("5 cm", "5 inches"), ("0", r"\emptyset"),
     ("0", r"\text{none}"), ("8", "8 - 1"), ("120", "12 0"), ("2^{2024}", "2^{2023}"), ("2024!", "2023!"), (r"\pi", r"\pi^2"), ("-1", "i"),
+    ("|x|<1", "x<1"), ("|x|+|y|=1", "x+y=1"), ("|x|=1", "x=1"), ("xy=6", "x=6"), ("AB=5", "AC=5"), ("B", r"\text{A and B}"),
+    (r"\text{A and B}", r"\text{B}"), (r"\text{Type A}", r"\text{Type}"), ("5", "it can't be 5"), ("5", "no answer is 5"), ("5", "5 at most"),
+    ("5", "5 squared"), ("5", "5 wrong"), ("101", "101 base two"), (r"5\text{ p.m.}", r"5\text{ a.m.}"), (r"5\text{ L}", r"5\text{ mL}"),
+    ("3 million", "3 billion"), (r"20^\circ\text{C}", r"20^\circ\text{F}"), (r"\lfloor n/4\rfloor", r"\lfloor (n-1)/4\rfloor"),
+    (r"\lfloor p/4\rfloor", r"\lfloor (p+2)/4\rfloor"), ("x=1,y=2", "2,1"), ("0.5", "0.4999999"), ("12345678.5", "12345678.6"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"), ("20", r"\log_0 9"), ("5", "5 dozen"),
 ]  # fmt: skip
 
 

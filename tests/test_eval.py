@@ -41,6 +41,7 @@ def test_maj_at_k_by_hand():
     assert maj_at(3, [0, None, None], [True, False, False]) == 1, "no answer, no vote"
     assert maj_at(2, [0, None, None], [True, False, False]) == pytest.approx(2 / 3), "one subset has no vote at all"
     assert maj_at(2, [None, None], [False, False]) == 0
+    assert maj_at(3, [0, 0, 0], [False, True, True]) == 1, "equal answers are right together"
     assert maj_at(5, [0, 1, 1, 2, 2], [True, False, False, False, False]) == 0
 
 
@@ -99,6 +100,12 @@ def test_equal_answers_are_one_vote():
     group = [record("p", i, *answer) for i, answer in enumerate([*answers, ("7", "cut")])]
     with Grader(n_workers=1) as grader:
         assert cluster(group, grader) == [0, 0, 1, None, 0, 1, None]
+
+
+def test_long_answers_cost_no_deadlines():
+    group = [record("p", i, "x" * (3000 + i // 2), "wrong") for i in range(8)]
+    with Grader(n_workers=1) as grader:
+        assert cluster(group, grader) == [0, 0, 1, 1, 2, 2, 3, 3] and grader.workers[0].process is None
 
 
 def test_figures_of_a_set():

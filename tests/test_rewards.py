@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_answers import HOSTILE
 
 from answers import MAX_LENGTH, MEMORY_LIMIT
-from rewards import Grader, Pairs, count_errors, overlong, read_pairs
+from rewards import Grader, Pairs, Worker, count_errors, overlong, read_pairs
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,20 @@ def test_a_deadline_is_kept_and_the_next_answer_is_graded():
         assert [v.correct for v in submit(grader, "3", ["\\sqrt{9}+0", "\\sqrt{81}"])] == [True, False]
         os.kill(grader.workers[0].process.pid, 9)
         assert grader.equal("2", "\\sqrt{4}+0"), "a process that died is replaced"
+
+
+def test_lines_that_come_together_are_read_one_by_one():
+    """A parent that comes late finds `loading`, `loaded` and the verdict in the pipe."""
+    with Grader(n_workers=1, deadline=5) as grader:
+        assert grader.equal("2", "\\sqrt{4}")
+        worker, reply = grader.workers[0], Worker.reply
+
+        def late(deadline):
+            time.sleep(1)
+            return reply(worker, deadline)
+
+        worker.reply = late
+        assert grader.equal("6", r"\sum_{i=1}^{3} i") and grader.equal("7", r"\sum_{i=1}^{3} i + 1") and not grader.counts
 
 
 def test_repeated_pairs_are_graded_once():
@@ -189,7 +203,7 @@ def test_bad_rewards_are_refused(tmp_path):
     file.write_text("x = 1\n")
     for reward, message in [
         ([str(file)], "defines no function reward"), (["bleu"], "reward 'bleu': neither binary, official, vlm, format, tags, overlong nor a Python"),
-        (["binary=x"], "reward 'binary=x': 'x' is no weight"), (["binary", "binary=2"], "given twice"), ([], "no reward"),
+        (["binary=x"], "reward 'binary=x': 'x' is no weight"), (["binary=nan"], "is no weight"), (["binary", "binary=2"], "given twice"), ([], "no reward"),
         (["overlong"], "needs max_tokens"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):

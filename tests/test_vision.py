@@ -271,6 +271,25 @@ def test_bad_images_say_their_row_before_training(tmp_path, monkeypatch, row, wo
         )
 
 
+def test_a_missing_column_and_transparent_images(tmp_path):
+    def load(row: dict, column: str = "images"):
+        return vision.load_images([row], column, PROCESSOR, ".", 1)[0]
+
+    with pytest.raises(
+        ValueError, match="no row has a column 'images', only .'image', 'prompt'.; name the images' with --images-col"
+    ):
+        load({"prompt": "q", "image": png()})
+    with pytest.raises(ValueError, match="no row has a column 'picture'"):
+        load({"prompt": "q"}, "picture")
+    assert load({"prompt": "q"}) == ()
+    line = np.zeros((56, 56, 4), np.uint8)
+    line[20:24, :, 3] = 255  # black on nothing
+    shown = np.asarray(load({"images": png(line, "RGBA")})[0].open())
+    assert shown.min() == 0 and shown.max() == 255
+    deep = np.linspace(0, 65535, 56 * 56).reshape(56, 56).astype(np.uint16)
+    assert len(np.unique(np.asarray(load({"images": png(deep, "I;16")})[0].open()))) > 200
+
+
 def test_images_for_a_model_without_eyes(world, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"problem": "q", "answer": "1", "images": ["a.png"]}))
@@ -364,7 +383,7 @@ def test_the_published_settings_with_a_tiny_model_under_a_hub_id(image_world, tm
     """`--model Qwen2.5-VL-3B` and data with the published columns: template, freezing and columns follow from the model."""
     monkeypatch.chdir(tmp_path)
     model = tiny_vlm("qwen2_5_vl")
-    model.config.text_config.max_position_embeddings = 4096
+    model.config.text_config.max_position_embeddings = 8192
     save_vlm(model, snapshot("Qwen/Qwen2.5-VL-3B-Instruct"))
     data = {"data": image_world.path("expert.jsonl")}
     train_flow.main(train_flow.Config(model="Qwen2.5-VL-3B", epochs=1, **data))

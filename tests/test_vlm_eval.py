@@ -588,6 +588,50 @@ def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, gr
     assert local.ask([*prompts, "9" * 500]) == [*replies, Reply(None, "not asked: 500 tokens, the judge takes 272")]
 
 
+@pytest.mark.parametrize(
+    ("gold", "response"),
+    [
+        ("B", "<answer>$A$ or $B$</answer>"), ("B", r"<answer>\boxed{A} or \boxed{B}</answer>"), ("2", "<answer>$1$ or $2$</answer>"),
+        ("B", "<answer>The answer is A, or the answer is B</answer>"), ("D", r"\boxed{A}\boxed{B}\boxed{C}\boxed{D}"),
+        ("2", "<answer>$x=1$, $x=2$</answer>"), ("12", "<answer>between $3$ and $12$</answer>"),
+    ],
+)  # fmt: skip
+def test_hedged_answers_earn_nothing(grader, gold, response):
+    assert not options.vlm_accuracy(response, gold, grader.equal)
+
+
+@pytest.mark.parametrize(
+    "reply", ["Rate limit exceeded, please retry", "I cannot determine the answer.", "8/11\n\nQuestion: What is z?", "=" * 128]
+)
+def test_talk_of_a_judge_is_no_answer(reply, tmp_path):
+    (question,) = vlm_eval.load_benchmark("MathVista_MINI", write(tmp_path / "b.tsv", [mathvista(question_type="free_form")]))
+    assert judging.understand(question, reply) is None or len(reply) == 128
+    for said in ("8/11", "**Answer:** 8/11", "<think>\n\n</think>\n\n8/11", "Output: 8/11"):
+        assert judging.understand(question, said) == "8/11"
+
+
+def test_letters_beside_each_other(tmp_path, grader):
+    rows = [{"question": "?", "skill": "spatial", "answer": "A, C"}]
+    (letters,) = vlm_eval.load_benchmark("LogicVista", write(tmp_path / "l.tsv", rows))
+    assert vlm_eval.extract(letters, r"Answer: \boxed{A}, \boxed{C}", grader.equal) == ("AC", "boxed")
+    (choice,) = vlm_eval.load_benchmark(
+        "MathVista_MINI", write(tmp_path / "m.tsv", [mathvista(choices="['30^\\\\circ', '45^\\\\circ']", answer_option="B")])
+    )
+    for response, answer in {
+        r"either \boxed{A} or \boxed{B}": None, "If the answer is B, then x=2, which is false.\nI cannot decide.": None,
+        "The answer is B, or possibly A": None, r"\boxed{B. 45^\circ}": "B", r"$\\boxed{B}$": "B", "B is the correct answer.": "B",
+        r"\boxed{\text{(B)}\ 45^\circ}": "B",
+    }.items():  # fmt: skip
+        assert vlm_eval.extract(choice, response, grader.equal)[0] == answer, response
+
+
+def test_a_cell_that_groups_cannot_read_names_its_row(tmp_path):
+    with pytest.raises(ValueError, match="row 0: .*is not a Python list"):
+        vlm_eval.load_benchmark(
+            "MathVista_MINI", write(tmp_path / "b.tsv", [mathvista(question_type="free_form", skills="[a")])
+        )
+
+
 # ---- Whole evaluations
 @pytest.mark.parametrize("name", vlm_eval.BENCHMARKS)
 def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, name):
@@ -612,7 +656,8 @@ def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, name):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures, said = summary["benchmarks"][name], capsys.readouterr().out
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert figures["questions"] == len(rows) == len(samples) == summary["sets"][name]["problems"]
+    assert figures["questions"] == len(rows) == len(samples)
+    assert len(rows) - figures["unjudged"] == summary["sets"].get(name, {"problems": 0})["problems"]
     assert figures["unjudged"] == sum(bool(sample["error"]) for sample in samples) and name in said
     assert figures["correct"] == sum(sample["correct"] for sample in samples)
     assert all("<|image_pad|><|image_pad|>" not in sample["prompt"] for sample in samples)
