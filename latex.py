@@ -604,7 +604,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
         content = match[2].strip()
         single = len(re.match(r"[A-Za-z]*", content)[0]) == 1  # 5 m, but not 5m
         known = unit_of(content) is not None and not (
-            single and not (match[1] and re.fullmatch(r"[-\d.,/ ]+", text[: match.start()]))
+            single and not (match[1] and re.fullmatch(r"(?:\\times|\\cdot|[-+\d.,/ eE^{}])+", text[: match.start()]))
         )
         word = match[1] and re.search(r"[A-Za-z]{2}", content) and not re.search(r"\b(?:or|and|if|when|for|not|mod)\b", content)
         before = text[: match.start()]

@@ -47,7 +47,7 @@ SAME = [
     ("5", "**5**"), ("5", r"\color{red}5"), (r"\frac{1}{2},-\frac{1}{2}", r"\pm\frac12"), ("6(x+1)(x-2)", "6x^2-6x-12"),
     (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"), (r"\sin 30^\circ", r"\frac12"), (r"\log_{2} 3", r"\frac{\ln 3}{\ln 2}"), ("2x - y = 3", "y=2x-3"),
     (r"k=\pm 2", r"k=2 \text{ or } k=-2"), ("n!", "n(n-1)!"), (r"\overline{AB}=5", "5"), (r"5\sqrt2", r"\sqrt{50}\text{ cm}"),
-    ("x=5", "y=5"), ("x=1,y=2", "1,2"), ("3000000", "3 million"), ("24", "2 dozen"), ("5", "5 m"), ("3.2 km", "3200 m"), ("|x|<1", "1>|x|"),
+    ("x=5", "y=5"), ("x=1,y=2", "1,2"), ("3000000", "3 million"), ("24", "2 dozen"), ("5", "5 m"), ("3.2 km", "3200 m"), ("3e8 m/s", r"3\times 10^8"), ("1.6e-19", r"1.6\times10^{-19} J"), ("|x|<1", "1>|x|"),
     (r"20^\circ\text{C}", r"20^\circ"), ("A,B", r"\text{A and B}"), (r"\lfloor n/2\rfloor", r"\lfloor\frac{n}{2}\rfloor"),
 ]  # fmt: skip
 DIFFERENT = [
