@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -545,6 +546,10 @@ def test_what_a_judge_is_told(tmp_path):
 @pytest.mark.vllm
 def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, grader):
     """The toy judges: it does not understand its task, which has to end in a report and not in a verdict."""
+
+    def said(reply: Reply) -> str:  # the toy seldom comes to an end: what it said is then in the error
+        return reply.text or reply.error.partition("tokens: ")[2].partition(" (try")[0]
+
     model = world.path("model")
     (tmp_path / "template").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     with socket.socket() as free:
@@ -569,12 +574,12 @@ def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, gr
         served = ServerJudge(f"http://127.0.0.1:{port}/v1", "toy", attempts=2, timeout=20)
         prompts = ["7+5*3=", "9-4+2=", "3*3*3="]
         replies = served.ask(prompts)
-        assert all(reply.text for reply in replies), replies
+        assert all(said(reply) for reply in replies), replies
         rows = [choice(r"\boxed{B}"), choice("I waver between A and B.")]
         _, figures, records = run("MathVista_MINI", tmp_path / "m.tsv", rows, grader, served)
         assert records[0]["verdict"] == "correct"
         if records[1]["verdict"] == "unjudged":
-            assert "not understood" in records[1]["error"] and figures["unjudged"] == 1
+            assert re.search("not understood|more than 128 tokens", records[1]["error"]) and figures["unjudged"] == 1
         else:
             assert records[1]["how"] == "judge"
         (unknown,) = ServerJudge(f"http://127.0.0.1:{port}/v1", "another", attempts=3).ask(["7+5="])
@@ -585,7 +590,9 @@ def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, gr
     (dead,) = served.ask(["1+1="])
     assert dead.text is None and "try 2 of 2" in dead.error
     local = LocalJudge(model, max_length=400)
-    assert local.ask([*prompts, "9" * 500]) == [*replies, Reply(None, "not asked: 500 tokens, the judge takes 272")]
+    *same, long = local.ask([*prompts, "9" * 500])
+    assert [said(reply) for reply in same] == [said(reply) for reply in replies]
+    assert long == Reply(None, "not asked: 500 tokens, the judge takes 272")
 
 
 @pytest.mark.parametrize(
