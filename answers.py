@@ -526,12 +526,6 @@ def as_interval(node: tuple) -> tuple | None:
 
 
 # ---- The worker process
-def judge(gold: str, prediction: str) -> bool:
-    """Return the verdict on a pair: this reader's, or math-verify's where it cannot tell."""
-    verdict = equal(gold, prediction)
-    return with_math_verify(gold, prediction) if verdict is None else verdict
-
-
 def with_math_verify(gold: str, prediction: str) -> bool:
     """Compare with math-verify, LaTeX only: its reader of plain expressions evaluates them as Python."""
     from math_verify import LatexExtractionConfig, parse, verify

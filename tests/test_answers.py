@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from answers import equal, judge
+from answers import equal, with_math_verify
 from latex import UnreadableError, boxes, read, unit_of
 
 SAME = [
@@ -75,6 +75,12 @@ DIFFERENT = [
     (r"\lfloor p/4\rfloor", r"\lfloor (p+2)/4\rfloor"), ("x=1,y=2", "2,1"), ("0.5", "0.4999999"), ("12345678.5", "12345678.6"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"), ("20", r"\log_0 9"), ("5", "5 dozen"),
 ]  # fmt: skip
+
+
+def judge(gold: str, prediction: str) -> bool:
+    """Decide as a worker does: math-verify is asked where the reader cannot tell."""
+    verdict = equal(gold, prediction)
+    return with_math_verify(gold, prediction) if verdict is None else verdict
 
 
 @pytest.mark.parametrize(("gold", "prediction"), SAME)
