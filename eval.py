@@ -34,11 +34,11 @@ import parallel
 import rollout
 import toy
 import vision
-import vlm_eval
+from evals import vlm as vlm_eval
+from evals.judge import make_judge
+from evals.report import write_report
 from flow import keyed_seed
-from judge import make_judge
 from parallel import is_first, on_first, start
-from report import write_report
 from rewards import Grader
 from run import asked_to_stop, check_positive, launch, with_defaults
 
@@ -62,7 +62,9 @@ BENCHMARKS = {
     "amc": Benchmark("AI-MO/aimo-validation-amc", split="train"),
     "math500": Benchmark("HuggingFaceH4/MATH-500"),
     "minerva": Benchmark("math-ai/minervamath", problem_column="question"),
-    "olympiad_bench": Benchmark("math-ai/olympiadbench", problem_column="question", answer_column="final_answer"),
+    "olympiad_bench": Benchmark(
+        "math-ai/olympiadbench", problem_column="question", answer_column="final_answer"
+    ),
     "gsm8k": Benchmark("openai/gsm8k", subset="main", problem_column="question"),
 }
 
@@ -71,18 +73,26 @@ BENCHMARKS = {
 class Config(rollout.Sampler):
     """Settings of an evaluation."""
 
-    data: tuple[str, ...] | None = None  # Sets: a name (aime24 ... gsm8k), NAME=SOURCE or SOURCE, a file, folder or hub id
+    data: tuple[str, ...] | None = (
+        None  # Sets: a name (aime24 ... gsm8k), NAME=SOURCE or SOURCE, a file, folder or hub id
+    )
     split: str = "test"  # Split of a hub data set
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default as in training
+    reward: tuple[str, ...] | None = (
+        None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default as in training
+    )
     grader_deadline: float = 5.0  # Seconds for grading one answer
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     top_p: float = 1.0  # Nucleus of the sampling
     chunk: int = 2048  # Responses between writes: what an interruption loses at most
-    judge_url: str | None = None  # OpenAI-compatible server whose model reads answers that the rules of a benchmark cannot
+    judge_url: str | None = (
+        None  # OpenAI-compatible server whose model reads answers that the rules of a benchmark cannot
+    )
     judge_model: str | None = None  # Its model; without a URL a model in this process, by vLLM
-    out: str | None = None  # Folder of the evaluation; by default runs/eval-MODEL. With --compare: where comparison.md goes
+    out: str | None = (
+        None  # Folder of the evaluation; by default runs/eval-MODEL. With --compare: where comparison.md goes
+    )
     compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
     seed: int = 0  # Seed of the sampling
 
@@ -102,8 +112,13 @@ def maj_at(k: int, answers: Sequence[int | None], right: Sequence[bool], seed: i
     n, kinds = len(answers), sorted({answer for answer in answers if answer is not None})
     if not kinds:
         return 0.0
-    votes = np.array([[answer == kind for kind in kinds] for answer in answers], dtype=float)  # (n, answers)
-    good = np.array([any(r for a, r in zip(answers, right, strict=True) if a == kind) for kind in kinds], dtype=float)
+    votes = np.array(
+        [[answer == kind for kind in kinds] for answer in answers], dtype=float
+    )  # (n, answers)
+    good = np.array(
+        [any(r for a, r in zip(answers, right, strict=True) if a == kind) for kind in kinds],
+        dtype=float,
+    )
     if math.comb(n, k) <= N_SUBSETS:
         subsets = np.array(list(combinations(range(n), k)))
     else:
@@ -119,7 +134,12 @@ def bootstrap(values: np.ndarray, rates: bool = True, seed: int = 0) -> np.ndarr
     Where all rates are 0, or all 1, there is nothing to resample: the bound is the exact binomial one.
     """
     n, rng = len(values), np.random.default_rng(seed)
-    means = np.concatenate([rng.multinomial(n, [1 / n] * n, size=500) @ values for _ in range(N_RESAMPLES // 500)]) / n
+    means = (
+        np.concatenate(
+            [rng.multinomial(n, [1 / n] * n, size=500) @ values for _ in range(N_RESAMPLES // 500)]
+        )
+        / n
+    )
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     if rates:
         bound = 0.025 ** (1 / n)
@@ -145,10 +165,15 @@ def summarise(records: Sequence[dict]) -> dict:
     for k in range(1, n + 1):
         columns["pass", k] = [pass_at(k, n, int(c)) for c in right]
     for k in sizes(n):
-        columns["maj", k] = [maj_at(k, [r["cluster"] for r in group], [r["correct"] for r in group]) for group in groups]
+        columns["maj", k] = [
+            maj_at(k, [r["cluster"] for r in group], [r["correct"] for r in group])
+            for group in groups
+        ]
     values = np.array(list(columns.values())).T
     figures = {"problems": len(groups), "samples": n, "avg": {}, "pass": {}, "maj": {}}
-    for (kind, k), mean, low, high in zip(columns, values.mean(axis=0), *bootstrap(values), strict=True):
+    for (kind, k), mean, low, high in zip(
+        columns, values.mean(axis=0), *bootstrap(values), strict=True
+    ):
         interval = {"mean": float(mean), "low": float(low), "high": float(high)}
         if kind == "avg":
             figures["avg"] = interval
@@ -157,7 +182,10 @@ def summarise(records: Sequence[dict]) -> dict:
     lengths, share = [record["tokens"] for record in records], 1 / len(records)
     figures["truncated"] = share * sum(record["finish_reason"] == "length" for record in records)
     figures["boxed"] = share * sum(record["extracted"] is not None for record in records)
-    figures |= {"length_mean": float(np.mean(lengths)), "length_p95": float(np.quantile(lengths, 0.95))}
+    figures |= {
+        "length_mean": float(np.mean(lengths)),
+        "length_p95": float(np.quantile(lengths, 0.95)),
+    }
     figures["timeouts"] = sum(record["verdict"] == "timeout" for record in records)
     return figures
 
@@ -165,13 +193,25 @@ def summarise(records: Sequence[dict]) -> dict:
 def table(rows: dict[str, dict]) -> str:
     """Lay out figures of summarise(), one row a set, as Markdown that reads well on the screen too."""
     ks = sizes(max(row["samples"] for row in rows.values()))[1:]
-    lines = [["", "avg@n", "95 % interval", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in ks)]]
+    lines = [
+        ["", "avg@n", "95 % interval", *(f"{kind}@{k}" for kind in ("pass", "maj") for k in ks)]
+    ]
     lines[0] += ["problems", "n", "length", "p95", "cut", "boxed", "timeouts"]
     for name, row in rows.items():
-        shown = [f"{row['avg']['mean']:.1%}", f"{100 * row['avg']['low']:.1f} – {100 * row['avg']['high']:.1f}"]
+        shown = [
+            f"{row['avg']['mean']:.1%}",
+            f"{100 * row['avg']['low']:.1f} – {100 * row['avg']['high']:.1f}",
+        ]
         shown += [percent(row[kind].get(str(k))) for kind in ("pass", "maj") for k in ks]
-        shown += [str(row["problems"]), str(row["samples"]), f"{row['length_mean']:.1f}", f"{row['length_p95']:.0f}"]
-        lines.append([name, *shown, f"{row['truncated']:.1%}", f"{row['boxed']:.1%}", str(row["timeouts"])])
+        shown += [
+            str(row["problems"]),
+            str(row["samples"]),
+            f"{row['length_mean']:.1f}",
+            f"{row['length_p95']:.0f}",
+        ]
+        lines.append(
+            [name, *shown, f"{row['truncated']:.1%}", f"{row['boxed']:.1%}", str(row["timeouts"])]
+        )
     return markdown(lines)
 
 
@@ -195,7 +235,11 @@ def load_sets(specifications: Sequence[str], config, model: rollout.Model, quest
     """
     sets = {}
     for specification in specifications:
-        name, _, source = ("", "", specification) if Path(specification).exists() else specification.partition("=")
+        name, _, source = (
+            ("", "", specification)
+            if Path(specification).exists()
+            else specification.partition("=")
+        )
         if name in sets:
             raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
         if name in vlm_eval.BENCHMARKS:
@@ -203,7 +247,10 @@ def load_sets(specifications: Sequence[str], config, model: rollout.Model, quest
             continue
         if not source and name in BENCHMARKS:
             source, subset, *columns = BENCHMARKS[name]
-            asked = replace(config, **dict(zip(("split", "problem_column", "answer_column"), columns, strict=True)))
+            asked = replace(
+                config,
+                **dict(zip(("split", "problem_column", "answer_column"), columns, strict=True)),
+            )
         else:
             source, subset, asked = source or name, None, config
             name = name if source != name else ""
@@ -211,23 +258,34 @@ def load_sets(specifications: Sequence[str], config, model: rollout.Model, quest
         if name in sets:
             raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
         sets[name] = rollout.load_problems(source, asked, model, subset)
-        if double := [i for i, count in Counter(problem.id for problem in sets[name]).items() if count > 1]:
+        if double := [
+            i for i, count in Counter(problem.id for problem in sets[name]).items() if count > 1
+        ]:
             raise ValueError(
                 f"{source}: {len(double)} ids stand more than once, as {double[0]!r}; make them unique or leave out id"
             )
     return sets
 
 
-def load_vlm_benchmark(name: str, file: str, config, model: rollout.Model, questions: dict | None) -> list[rollout.Problem]:
+def load_vlm_benchmark(
+    name: str, file: str, config, model: rollout.Model, questions: dict | None
+) -> list[rollout.Problem]:
     """Load a vision-language benchmark; its own prompts go into the chat template without an instruction."""
     if not file:
         raise ValueError(f"{name} needs its TSV file: --data {name}=FILE")
     if questions is None or getattr(config, "samples", 1) > 1:
-        raise ValueError(f"{name} is scored from one sample a question, by eval.py --samples 1; take another set here")
+        raise ValueError(
+            f"{name} is scored from one sample a question, by eval.py --samples 1; take another set here"
+        )
     if model.processor is None:
-        raise ValueError(f"{name} has images, and {model.path} takes none; expected a vision-language model")
+        raise ValueError(
+            f"{name} has images, and {model.path} takes none; expected a vision-language model"
+        )
     questions[name] = vlm_eval.load_benchmark(name, file)
-    rows = [{"id": q.index, "prompt": q.prompt, "answer": q.gold, "images": list(q.images)} for q in questions[name]]
+    rows = [
+        {"id": q.index, "prompt": q.prompt, "answer": q.gold, "images": list(q.images)}
+        for q in questions[name]
+    ]
     template = "bare" if model.tokenizer.chat_template else "none"
     columns = {"problem_column": "prompt", "answer_column": "answer", "images_column": "images"}
     return rollout.make_problems(rows, file, replace(config, template=template, **columns), model)
@@ -255,7 +313,9 @@ def sample(engine, name: str, problems: Sequence[rollout.Problem], grader: Grade
             }
         )  # fmt: skip
     groups = [records[i : i + sampling.n] for i in range(0, len(records), sampling.n)]
-    numbers = on_first(lambda: list(grader.threads.map(lambda group: cluster(group, grader), groups)))
+    numbers = on_first(
+        lambda: list(grader.threads.map(lambda group: cluster(group, grader), groups))
+    )
     for group, found in zip(groups, numbers, strict=True):
         for record, number in zip(group, found, strict=True):
             record["cluster"] = number
@@ -272,7 +332,14 @@ def cluster(group: Sequence[dict], grader: Grader) -> list[int | None]:
             found.append(None)
             continue
         lost = record["verdict"] == "timeout"  # it would be again: only its text is compared
-        number = next((i for i, o in enumerate(representatives) if answer == o or (not lost and grader.equal(o, answer))), None)
+        number = next(
+            (
+                i
+                for i, o in enumerate(representatives)
+                if answer == o or (not lost and grader.equal(o, answer))
+            ),
+            None,
+        )
         if number is None:
             number = len(representatives)
             representatives.append(answer)
@@ -280,7 +347,9 @@ def cluster(group: Sequence[dict], grader: Grader) -> list[int | None]:
     return found
 
 
-def evaluate(engine, name: str, problems, grader: Grader, sampling: rollout.Sampling, seed: int = 0) -> dict:
+def evaluate(
+    engine, name: str, problems, grader: Grader, sampling: rollout.Sampling, seed: int = 0
+) -> dict:
     """Sample and grade a set and return its figures; all ranks together."""
     return summarise(sample(engine, name, problems, grader, sampling, seed))
 
@@ -300,13 +369,25 @@ def versions() -> dict[str, str]:
 def open_folder(config: Config) -> Path:
     """Make the folder, or find it with the same settings; ValueError if it holds something else."""
     folder = Path(config.out or f"runs/eval-{Path(config.model).name}")
-    settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("out", "judge_url", "judge_model")}))
+    settings = json.loads(
+        json.dumps(
+            {
+                k: v
+                for k, v in asdict(config).items()
+                if k not in ("out", "judge_url", "judge_model")
+            }
+        )
+    )
     file = folder / "config.json"
     if file.exists():
         stored = json.loads(file.read_text())["config"]
         if changed := [name for name in settings if settings[name] != stored.get(name)]:
-            was = ", ".join(f"{name}={stored.get(name)!r} (now {settings[name]!r})" for name in changed)
-            raise ValueError(f"{folder} holds an evaluation with {was}; give the same settings, or another --out")
+            was = ", ".join(
+                f"{name}={stored.get(name)!r} (now {settings[name]!r})" for name in changed
+            )
+            raise ValueError(
+                f"{folder} holds an evaluation with {was}; give the same settings, or another --out"
+            )
         return folder
     if folder.exists() and any(path.name != "config.writing" for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
@@ -329,7 +410,9 @@ def read_samples(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
-def go_on(folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: int) -> tuple[int, list[dict]]:
+def go_on(
+    folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: int
+) -> tuple[int, list[dict]]:
     """Return how many chunks are whole and their records, and cut samples.jsonl off behind them."""
     file = folder / "samples.jsonl"
     if not file.exists():
@@ -338,7 +421,10 @@ def go_on(folder: Path, chunks: Sequence[tuple[str, list[rollout.Problem]]], n: 
     for name, problems in chunks:
         wanted = [(name, p.id, k, p.text, p.answer) for p in problems for k in range(n)]
         there = records[whole : whole + len(wanted)]
-        if [tuple(r[key] for key in ("set", "problem", "sample", "question", "answer")) for r in there] != wanted:
+        if [
+            tuple(r[key] for key in ("set", "problem", "sample", "question", "answer"))
+            for r in there
+        ] != wanted:
             break
         whole, done = whole + len(wanted), done + 1
     kept = file.read_bytes().split(b"\n")[:whole]
@@ -351,11 +437,16 @@ def compare(config: Config) -> str:
     a, b = (by_problem(folder) for folder in config.compare)
     names = [name for name in a if name in b]
     if not names:
-        raise ValueError(f"--compare {' '.join(config.compare)}: no set in common; one has {list(a)}, the other {list(b)}")
+        raise ValueError(
+            f"--compare {' '.join(config.compare)}: no set in common; one has {list(a)}, the other {list(b)}"
+        )
     lines = [["", "problems", "A", "B", "B − A", "95 % interval", "better", "worse", "sign test p"]]
     flips = []
     unjudged = {
-        (r["set"], r["problem"]) for folder in config.compare for r in read_samples(folder) if r["verdict"] == "unjudged"
+        (r["set"], r["problem"])
+        for folder in config.compare
+        for r in read_samples(folder)
+        if r["verdict"] == "unjudged"
     }
     for name in names:
         for side in (a, b):
@@ -369,13 +460,32 @@ def compare(config: Config) -> str:
         difference = means[1] - means[0]
         low, high = bootstrap(difference[:, None], rates=False)[:, 0]
         better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-        row = [str(len(ids)), f"{means[0].mean():.1%}", f"{means[1].mean():.1%}", f"{100 * difference.mean():+.1f}"]
+        row = [
+            str(len(ids)),
+            f"{means[0].mean():.1%}",
+            f"{means[1].mean():.1%}",
+            f"{100 * difference.mean():+.1f}",
+        ]
         lines.append(
-            [name, *row, f"{100 * low:+.1f} – {100 * high:+.1f}", str(better), str(worse), f"{sign_test(better, worse):.3g}"]
+            [
+                name,
+                *row,
+                f"{100 * low:+.1f} – {100 * high:+.1f}",
+                str(better),
+                str(worse),
+                f"{sign_test(better, worse):.3g}",
+            ]
         )
         for i, before, after in zip(ids, *means, strict=True):
             if (before > 0.5) != (after > 0.5):
-                flips.append([f"{name} {i}", f"{before:.0%}", f"{after:.0%}", "won" if after > before else "lost"])
+                flips.append(
+                    [
+                        f"{name} {i}",
+                        f"{before:.0%}",
+                        f"{after:.0%}",
+                        "won" if after > before else "lost",
+                    ]
+                )
     flips.sort(key=lambda flip: flip[-1])
     text = f"A: {config.compare[0]}\n\nB: {config.compare[1]}\n\n{markdown(lines)}\n\n{len(flips)} problems flipped\n"
     return text + ("\n" + markdown([["problem", "A", "B", ""], *flips]) + "\n" if flips else "")
@@ -402,9 +512,13 @@ def check(config: Config) -> None:
     check_positive(config, *names.split())
     rollout.check_engine(config, dist.get_world_size())
     if config.samples > 1 and config.temperature == 0:
-        raise ValueError(f"samples={config.samples} at temperature 0 are copies; raise --temperature, or take one sample")
+        raise ValueError(
+            f"samples={config.samples} at temperature 0 are copies; raise --temperature, or take one sample"
+        )
     if config.temperature < 0 or config.top_p > 1:
-        raise ValueError(f"temperature={config.temperature}, top_p={config.top_p}: expected at least 0, and at most 1")
+        raise ValueError(
+            f"temperature={config.temperature}, top_p={config.top_p}: expected at least 0, and at most 1"
+        )
 
 
 def main(config: Config) -> None:
@@ -422,18 +536,24 @@ def main(config: Config) -> None:
     model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if not config.data:
         known = ", ".join(BENCHMARKS)
-        raise ValueError(f"no data given; expected --data with sets: {known}, or files with columns problem and answer")
+        raise ValueError(
+            f"no data given; expected --data with sets: {known}, or files with columns problem and answer"
+        )
     config = rollout.fill_in(config, model)
     questions: dict[str, list[vlm_eval.Question]] = {}
     sets = load_sets(config.data, config, model, questions)
     size = max(1, config.chunk // config.samples)
-    chunks = [(name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)]
+    chunks = [
+        (name, sets[name][i : i + size]) for name in sets for i in range(0, len(sets[name]), size)
+    ]
     folder, records, engine = on_first(lambda: open_folder(config)), [], None
     if (config.judge_url or config.judge_model) and not questions:
         raise ValueError(
             f"a judge is given, and no set of {list(sets)} asks one; leave it out, or add a vision-language benchmark"
         )
-    judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl", config.trust_remote_code)
+    judge = make_judge(
+        config.judge_url, config.judge_model, folder / "judge.jsonl", config.trust_remote_code
+    )
 
     def found() -> int:
         done, before = go_on(folder, chunks, config.samples)
@@ -443,13 +563,19 @@ def main(config: Config) -> None:
     n_done = on_first(found)
     sampling = rollout.Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    with Grader(config.reward, n_workers, config.grader_deadline, max_tokens=config.max_tokens) as grader:
+    with Grader(
+        config.reward, n_workers, config.grader_deadline, max_tokens=config.max_tokens
+    ) as grader:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
-            engine = rollout.make_engine(model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype))
+            engine = rollout.make_engine(
+                model, config, parallel.DEVICE, parallel.compute_dtype(config.dtype)
+            )
         total = sum(len(problems) for _, problems in chunks)
         before = sum(len(problems) for _, problems in chunks[:n_done])
-        with tqdm(total=total, initial=before, desc="eval", unit="problem", disable=not is_first()) as bar:
+        with tqdm(
+            total=total, initial=before, desc="eval", unit="problem", disable=not is_first()
+        ) as bar:
             for name, problems in chunks[n_done:]:
                 if asked_to_stop():
                     if is_first():
@@ -465,18 +591,41 @@ def main(config: Config) -> None:
         if engine and judge:
             engine.sleep()  # a judge in this process needs its room
         if is_first():
-            benchmarks = {name: score_benchmark(name, questions[name], records, grader, judge) for name in questions}
-            finish(folder, records, benchmarks, {"judge_url": config.judge_url, "judge_model": config.judge_model})
+            benchmarks = {
+                name: score_benchmark(name, questions[name], records, grader, judge)
+                for name in questions
+            }
+            finish(
+                folder,
+                records,
+                benchmarks,
+                {"judge_url": config.judge_url, "judge_model": config.judge_model},
+            )
 
 
-def score_benchmark(name: str, questions: Sequence[vlm_eval.Question], records: Sequence[dict], grader: Grader, judge) -> dict:
+def score_benchmark(
+    name: str,
+    questions: Sequence[vlm_eval.Question],
+    records: Sequence[dict],
+    grader: Grader,
+    judge,
+) -> dict:
     """Score a vision-language benchmark by its own rules; put the verdicts into its records and return the figures."""
     own = [record for record in records if record["set"] == name]
-    figures, found = vlm_eval.score(name, questions, [record["response"] for record in own], grader, judge)
+    figures, found = vlm_eval.score(
+        name, questions, [record["response"] for record in own], grader, judge
+    )
     words = {"correct": "right", "wrong": "wrong"}
     for record, verdict in zip(own, found, strict=True):
-        record |= {"extracted": verdict["extracted"], "how": verdict["how"], "error": verdict.get("error")}
-        record |= {"correct": verdict["verdict"] == "correct", "verdict": words.get(verdict["verdict"], "unjudged")}
+        record |= {
+            "extracted": verdict["extracted"],
+            "how": verdict["how"],
+            "error": verdict.get("error"),
+        }
+        record |= {
+            "correct": verdict["verdict"] == "correct",
+            "verdict": words.get(verdict["verdict"], "unjudged"),
+        }
         record["cluster"] = 0 if verdict["extracted"] else None
     print(vlm_eval.unjudged(found))
     return figures
@@ -485,10 +634,19 @@ def score_benchmark(name: str, questions: Sequence[vlm_eval.Question], records: 
 def finish(folder: Path, records: Sequence[dict], benchmarks: dict[str, dict], judge: dict) -> None:
     """Write verdicts of benchmarks, summary and report of an evaluation, and print its tables."""
     if benchmarks:
-        write_whole(folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    judged = [record for record in records if record["verdict"] != "unjudged"]  # neither right nor wrong
-    figures = {name: summarise([r for r in judged if r["set"] == name]) for name in dict.fromkeys(r["set"] for r in judged)}
-    text = (table(figures) if figures else "nothing was judged") + (f"\n\n{vlm_eval.table(benchmarks)}" if benchmarks else "")
+        write_whole(
+            folder / "samples.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+        )
+    judged = [
+        record for record in records if record["verdict"] != "unjudged"
+    ]  # neither right nor wrong
+    figures = {
+        name: summarise([r for r in judged if r["set"] == name])
+        for name in dict.fromkeys(r["set"] for r in judged)
+    }
+    text = (table(figures) if figures else "nothing was judged") + (
+        f"\n\n{vlm_eval.table(benchmarks)}" if benchmarks else ""
+    )
     summary = json.loads((folder / "config.json").read_text())
     summary["config"] |= judge
     summary |= {"sets": figures, "benchmarks": benchmarks}

@@ -50,7 +50,9 @@ def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tenso
 
 
 CONTEXTS = {  # name: (latents (B, S, D), mask (B, S) bool, shift) -> context (B, S, D), where it exists (B, S) bool
-    "previous": lambda latents, mask, shift: neighbour(latents, mask, -shift),  # official `token_post`
+    "previous": lambda latents, mask, shift: neighbour(
+        latents, mask, -shift
+    ),  # official `token_post`
     "next": lambda latents, mask, shift: neighbour(latents, mask, shift),  # official `token_pre`
     "self": lambda latents, mask, shift: neighbour(latents, mask, 0),  # official `identity`
 }
@@ -65,21 +67,33 @@ class FlowConfig:
     width: int | None = None  # of the network; None: dim
     contexts: tuple[str, ...] = ("previous",)
     shift: int = 1  # distance of the neighbour, in positions
-    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # where the policy is tapped, as fractions of its depth
+    percentiles: tuple[float, ...] = (
+        0.25,
+        0.5,
+        0.75,
+    )  # where the policy is tapped, as fractions of its depth
 
     def __post_init__(self):
         if not self.contexts or not set(self.contexts) <= CONTEXTS.keys():
-            raise ValueError(f"contexts={self.contexts}: expected one or more of {', '.join(CONTEXTS)}")
+            raise ValueError(
+                f"contexts={self.contexts}: expected one or more of {', '.join(CONTEXTS)}"
+            )
         if not self.percentiles or not all(0 <= p <= 1 for p in self.percentiles):
-            raise ValueError(f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75")
+            raise ValueError(
+                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75"
+            )
         if self.n_blocks < 1 or self.shift < 1:
-            raise ValueError(f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1")
+            raise ValueError(
+                f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1"
+            )
 
 
 def check_times(times: Sequence[float]) -> None:
     """Raise ValueError unless all times are in (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
     if not times or not all(0 < t < 1 for t in times):
-        raise ValueError(f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite")
+        raise ValueError(
+            f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite"
+        )
 
 
 # ---- Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
@@ -142,7 +156,12 @@ class VelocityNet(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2], self.layer_embed.mlp[0], self.layer_embed.mlp[2]):
+        for linear in (
+            self.time_embed.mlp[0],
+            self.time_embed.mlp[2],
+            self.layer_embed.mlp[0],
+            self.layer_embed.mlp[2],
+        ):
             nn.init.normal_(linear.weight, std=0.02)
         for module in (*self.res_blocks, self.final_layer):  # modulations and output start at zero
             nn.init.zeros_(module.adaLN_modulation[1].weight)
@@ -163,7 +182,9 @@ class Flow(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.model = VelocityNet(config.dim, config.dim, config.width or config.dim, config.n_blocks)
+        self.model = VelocityNet(
+            config.dim, config.dim, config.width or config.dim, config.n_blocks
+        )
 
     def forward(self, *arguments: Tensor) -> Tensor:
         return self.model(*arguments)
@@ -195,7 +216,13 @@ class Pairs:
         return values.expand(self.exists.shape)[self.exists]
 
 
-def pair(config: FlowConfig, latents: Sequence[Tensor], depths: Sequence[float], mask: Tensor, targets: Tensor) -> Pairs:
+def pair(
+    config: FlowConfig,
+    latents: Sequence[Tensor],
+    depths: Sequence[float],
+    mask: Tensor,
+    targets: Tensor,
+) -> Pairs:
     """Pair target latents with their contexts.
 
     A latent (B, S, D) and a depth in [0, 1) for each tap; mask (B, S) bool is false for padding; targets (B, S) bool
@@ -216,7 +243,9 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def draw(config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device="cpu") -> tuple[Tensor, Tensor]:
+def draw(
+    config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device="cpu"
+) -> tuple[Tensor, Tensor]:
     """Draw x_0 (L, C, M, D) and standard normal z (L, C, M) for episodes with `lengths` targets, each from its own key."""
     grid, noise, z = (len(config.percentiles), len(config.contexts)), [], []
     for key, length in zip(keys, lengths, strict=True):
@@ -233,7 +262,9 @@ def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return t * x_1 + (1 - t) * x_0, x_1 - x_0
 
 
-def velocity_error(flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+def velocity_error(
+    flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor, x_0: Tensor, t: Tensor
+) -> Tensor:
     """Return delta(t) = mean_D (v - u)^2 of each row, (P,) float32, for times t (P,)."""
     x_t, u = interpolate(x_1.float(), x_0, t)
     return (flow(x_t, t, context, depth).float() - u).square().mean(dim=-1)
@@ -243,7 +274,9 @@ def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Te
     """Return each row's offline loss, delta at t = sigmoid(z), (P,), from draw(); leave the gradient of its sum on the flow."""
     noise, t, losses = noise[pairs.exists], z[pairs.exists].sigmoid(), []
     for rows in torch.arange(len(t), device=t.device).split(ROWS_PER_CALL):
-        loss = velocity_error(flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows], t[rows])
+        loss = velocity_error(
+            flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows], t[rows]
+        )
         loss.sum().backward()
         losses.append(loss.detach())
     return torch.cat(losses)
@@ -266,16 +299,24 @@ def score_and_learn(
     """
     noise, n_layers, n_contexts = noise[pairs.exists], *pairs.exists.shape[:2]
     score, loss, zeros = (torch.zeros(len(noise), device=noise.device) for _ in range(3))
-    weight = zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)  # a target's loss is a mean
+    weight = (
+        zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)
+    )  # a target's loss is a mean
     random_t = None if z is None else z[pairs.exists].sigmoid()
     for learn in (True, False):  # only rows that are learnt from keep activations for a backward
         chosen = ((weight != 0) == learn).nonzero().squeeze(1)
         for rows in chosen.split(ROWS_PER_CALL) if len(chosen) else ():
             arguments = (flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows])
             with torch.set_grad_enabled(learn and random_t is None):
-                errors = torch.stack([velocity_error(*arguments, torch.full_like(weight[rows], t)) for t in times])
+                errors = torch.stack(
+                    [velocity_error(*arguments, torch.full_like(weight[rows], t)) for t in times]
+                )
             with torch.set_grad_enabled(learn):
-                row_loss = errors.mean(dim=0) if random_t is None else velocity_error(*arguments, random_t[rows])
+                row_loss = (
+                    errors.mean(dim=0)
+                    if random_t is None
+                    else velocity_error(*arguments, random_t[rows])
+                )
             if learn:
                 (weight[rows] * row_loss).sum().backward()
             score[rows] = deviation_score(errors.detach(), times)
@@ -287,7 +328,10 @@ def score_and_learn(
 def save_flow(flow: Flow, folder: str | Path) -> None:
     """Write `flow.safetensors` into the folder, whole or not at all; of a sharded flow, every rank must call this."""
     folder, temporary = Path(folder), Path(folder) / f"{FLOW_FILE}.writing"
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in flow.state_dict().items()}
+    whole = {
+        name: t.full_tensor() if isinstance(t, DTensor) else t
+        for name, t in flow.state_dict().items()
+    }
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -307,17 +351,27 @@ def load_flow(path: str | Path, dim: int, **expected) -> Flow:
     any. An official file does not say its contexts, which must then be given, nor its taps. ValueError if it does not fit.
     """
     path = Path(path)
-    found = [p for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path]) if p.is_file()]
+    found = [
+        p
+        for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path])
+        if p.is_file()
+    ]
     if not found:
-        raise ValueError(f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first")
+        raise ValueError(
+            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first"
+        )
     where = f"the flow {found[0]}"
-    expected = {"dim": dim} | {name: as_tuple(value) for name, value in expected.items() if value is not None}
+    expected = {"dim": dim} | {
+        name: as_tuple(value) for name, value in expected.items() if value is not None
+    }
     if found[0].suffix == ".bin":
         state, config = read_official(found[0], expected)
     else:
         with safe_open(found[0], "pt") as file:
             if not (saved := (file.metadata() or {}).get("config")):
-                raise ValueError(f"{where} holds no configuration; expected a file written by train_flow.py")
+                raise ValueError(
+                    f"{where} holds no configuration; expected a file written by train_flow.py"
+                )
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = FlowConfig(**{name: as_tuple(value) for name, value in json.loads(saved).items()})
     for name, value in expected.items():
@@ -339,10 +393,14 @@ def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowCo
     """Read a `flow_model.bin`: its tensors, and the configuration that their shapes tell."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model.input_proj.weight" not in state:
-        raise ValueError(f"{path} is no official flow: 'model.input_proj.weight' is missing; found {sorted(state)[:5]}")
+        raise ValueError(
+            f"{path} is no official flow: 'model.input_proj.weight' is missing; found {sorted(state)[:5]}"
+        )
     if "contexts" not in expected:
         hint = "the official offline training conditions on the next token: --contexts next"
-        raise ValueError(f"{path} does not say which context it was trained with; name it with --contexts ({hint})")
+        raise ValueError(
+            f"{path} does not say which context it was trained with; name it with --contexts ({hint})"
+        )
     width, dim = state["model.input_proj.weight"].shape
     n_blocks = len({name.split(".")[2] for name in state if name.startswith("model.res_blocks.")})
     given = {k: expected[k] for k in ("contexts", "percentiles", "shift") if k in expected}

@@ -14,10 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(
+    f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+)
 
 
 # ---- Ranks
@@ -29,7 +37,11 @@ def start() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     # hours: ranks wait for the slowest to sample; a rank that dies is noticed by torchrun, which ends the others
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=4), **alone)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+        timeout=timedelta(hours=4),
+        **alone,
+    )
 
 
 def is_first() -> bool:
@@ -57,21 +69,33 @@ def on_first(work: Callable):
 # ---- Sharding: every rank holds a part of each weight, its gradient and its optimiser state (FSDP2)
 def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
     """Return the dtype of forward and backward: auto is bfloat16 on a GPU, float32 elsewhere."""
-    return getattr(torch, name) if name != "auto" else torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return (
+        getattr(torch, name)
+        if name != "auto"
+        else torch.bfloat16
+        if DEVICE.type == "cuda"
+        else torch.float32
+    )
 
 
-def shard(module: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, cpu_offload: bool = False) -> None:
+def shard(
+    module: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, cpu_offload: bool = False
+) -> None:
     """Shard a module in place: float32 weights, forward and backward in `dtype`, gradients summed over ranks in float32.
 
     Each of `layers` is gathered by itself while it runs, the rest with the module; nothing stays gathered after a forward
     (a root that does would keep stale weights over an optimiser step). cpu_offload keeps weights and optimiser on the host.
     """
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     offload = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda") if cpu_offload else OffloadPolicy()
     for part in (*layers, module):
         part.to(torch.float32)
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload)
+        fully_shard(
+            part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
+        )
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
 
@@ -92,7 +116,9 @@ def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> No
     module.reshard()
 
 
-def full_weights(module: nn.Module, dtype: torch.dtype, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def full_weights(
+    module: nn.Module, dtype: torch.dtype, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
     """Yield name, without the prefix, and whole tensor of the state dict, one at a time; every rank must take them all."""
     for name, tensor in module.state_dict().items():
         part = tensor.to(device=DEVICE, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
@@ -124,9 +150,15 @@ class Learner:
 
     def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
         self.module, self.parameters = module, [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
-        for p in self.parameters:  # what AdamW makes at its first step: now a checkpoint always holds all of it
-            moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        for p in (
+            self.parameters
+        ):  # what AdamW makes at its first step: now a checkpoint always holds all of it
+            moments = {
+                name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+            }
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
     def step(self, lr: float, max_norm: float, denominator: float = 1.0) -> float:

@@ -36,9 +36,9 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Literal, NamedTuple
 
-from answers import MAX_LENGTH
-from latex import boxes
-from options import candidate, tag_format, tagged, vlm_accuracy
+from grading.answers import MAX_LENGTH
+from grading.latex import boxes
+from grading.options import candidate, tag_format, tagged, vlm_accuracy
 
 PARTS = ("binary", "official", "vlm", "format", "tags", "overlong")
 START_LIMIT = 120  # seconds for a worker to start, or to import math-verify
@@ -56,7 +56,10 @@ class Verdict(NamedTuple):
 
 def degenerate(response: str) -> bool:
     """Return whether a response is garbage by the official rules: a pattern five times in a row, or mostly odd characters."""
-    odd = sum(not (c.isascii() or "\u0370" <= c <= "\u03ff" or "\u2000" <= c <= "\u2bff") for c in response)
+    odd = sum(
+        not (c.isascii() or "\u0370" <= c <= "\u03ff" or "\u2000" <= c <= "\u2bff")
+        for c in response
+    )
     return re.search(r"(.{5,200}?)\1{4}", response) is not None or odd > 0.3 * len(response)
 
 
@@ -72,8 +75,9 @@ class Worker:
     process = None
 
     def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("answers.py"))]
-        self.process, self.buffer = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, bufsize=0), b""
+        command = [sys.executable, "-m", "grading.answers"]
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
+        self.process, self.buffer = Popen(command, cwd=Path(__file__).parent, **pipes), b""
         if self.reply(START_LIMIT) != "ready":
             self.stop()
             raise RuntimeError(f"a grading process does not start; try `{' '.join(command)}`")
@@ -82,7 +86,9 @@ class Worker:
         """Return the next line, "" if the process died, None if the deadline passed."""
         end = time.monotonic() + deadline
         while b"\n" not in self.buffer:
-            if not select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            if not select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[
+                0
+            ]:
                 return None
             if not (data := os.read(self.process.stdout.fileno(), 4096)):
                 return ""
@@ -143,11 +149,18 @@ class Grader(AbstractContextManager):
             raise ValueError("the reward part overlong needs max_tokens, the longest response")
         buffer = max_tokens // 5 if overlong_buffer is None else overlong_buffer
         if "overlong" in self.weights and not 0 < buffer <= max_tokens:
-            raise ValueError(f"overlong_buffer={buffer} is outside (0, max_tokens={max_tokens}]; choose a part of max_tokens")
+            raise ValueError(
+                f"overlong_buffer={buffer} is outside (0, max_tokens={max_tokens}]; choose a part of max_tokens"
+            )
         self.overlong = max_tokens, buffer
         if deadline <= 0:
             raise ValueError(f"deadline={deadline}: expected a positive number of seconds")
-        self.deadline, self.grade_truncated, self.counts, self.lock = deadline, grade_truncated, Counter(), threading.Lock()
+        self.deadline, self.grade_truncated, self.counts, self.lock = (
+            deadline,
+            grade_truncated,
+            Counter(),
+            threading.Lock(),
+        )
         n_workers = n_workers or min(8, os.cpu_count() or 1)
         self.workers, self.idle = [Worker() for _ in range(n_workers)], queue.SimpleQueue()
         for worker in self.workers:
@@ -201,7 +214,9 @@ class Grader(AbstractContextManager):
         """Return the verdict on one response; `finished` says that it ended by itself."""
         found, finished = boxes(response), finished or self.grade_truncated
         extracted = found[-1] if found else None
-        boxed = finished and 0 < len(found) < 5  # no box, no credit; five or more are a way of guessing (official rules)
+        boxed = (
+            finished and 0 < len(found) < 5
+        )  # no box, no credit; five or more are a way of guessing (official rules)
         clean = boxed and bool(answer) and not ("official" in self.weights and degenerate(response))
         kind = "cut" if not finished else "no answer" if not boxed else "wrong"
         if "vlm" in self.weights:
@@ -214,7 +229,15 @@ class Grader(AbstractContextManager):
                     return kinds[-1] == "right"
 
                 right = bool(answer) and vlm_accuracy(response, answer, equal)
-                kind = "right" if right else "timeout" if "timeout" in kinds else "wrong" if extracted else "no answer"
+                kind = (
+                    "right"
+                    if right
+                    else "timeout"
+                    if "timeout" in kinds
+                    else "wrong"
+                    if extracted
+                    else "no answer"
+                )
         elif clean:
             kind = self.judge(answer, extracted)
         right = kind == "right"
@@ -225,9 +248,18 @@ class Grader(AbstractContextManager):
             elif name == "overlong":
                 parts[name] = overlong(n_tokens, *self.overlong)
             else:
-                scores = {"binary": right, "vlm": right, "official": 1.0 if right else 0.5 * clean, "format": boxed}
-                parts[name] = float(finished and tag_format(response) if name == "tags" else scores[name])
-        if not {"binary", "official", "vlm"} & self.weights.keys() and self.functions:  # the user's function decides
+                scores = {
+                    "binary": right,
+                    "vlm": right,
+                    "official": 1.0 if right else 0.5 * clean,
+                    "format": boxed,
+                }
+                parts[name] = float(
+                    finished and tag_format(response) if name == "tags" else scores[name]
+                )
+        if (
+            not {"binary", "official", "vlm"} & self.weights.keys() and self.functions
+        ):  # the user's function decides
             right = parts[next(iter(self.functions))] >= 1
             kind = kind if kind == "cut" else "right" if right else "wrong"
         reward = sum(weight * parts[name] for name, weight in self.weights.items())
@@ -245,13 +277,17 @@ class Grader(AbstractContextManager):
         return self.batches.submit(lambda: list(self.threads.map(grade, asked, episodes)))
 
 
-def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Callable[[str, str], float]]]:
+def read_parts(
+    reward: Sequence[str],
+) -> tuple[dict[str, float], dict[str, Callable[[str, str], float]]]:
     """Read NAME or NAME=WEIGHT; return weights and the user's functions by name. ValueError for what is neither."""
     weights, functions = {}, {}
     if {"binary", "official"} & {part.partition("=")[0] for part in reward} and any(
         p.partition("=")[0] == "vlm" for p in reward
     ):
-        raise ValueError(f"reward {' '.join(reward)}: vlm reads answers by other rules than binary and official; choose one")
+        raise ValueError(
+            f"reward {' '.join(reward)}: vlm reads answers by other rules than binary and official; choose one"
+        )
     for part in reward:
         name, _, weight = part.partition("=")
         try:
@@ -259,7 +295,9 @@ def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Calla
             if not math.isfinite(value):
                 raise ValueError(weight)
         except ValueError as error:
-            raise ValueError(f"reward {part!r}: {weight!r} is no weight; expected NAME=NUMBER") from error
+            raise ValueError(
+                f"reward {part!r}: {weight!r} is no weight; expected NAME=NUMBER"
+            ) from error
         if name not in PARTS:
             function = load_reward(name)
             name = Path(name).stem
@@ -275,7 +313,9 @@ def read_parts(reward: Sequence[str]) -> tuple[dict[str, float], dict[str, Calla
 def load_reward(path: str) -> Callable[[str, str], float]:
     """Load `reward(problem, response)` from a user's Python file."""
     if not (path.endswith(".py") and Path(path).is_file()):
-        kinds = f"neither {', '.join(PARTS)} nor a Python file that defines reward(problem, response)"
+        kinds = (
+            f"neither {', '.join(PARTS)} nor a Python file that defines reward(problem, response)"
+        )
         raise ValueError(f"reward {path!r}: {kinds}")
     name = f"reward_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -322,26 +362,44 @@ def count_errors(settings: Pairs) -> dict[str, dict[str, float]]:
     with Grader(n_workers=settings.workers, deadline=settings.deadline) as grader:
         for group, pairs in read_pairs(settings.file).items():
             began, before = time.perf_counter(), grader.counts["timeout"]
-            found = list(grader.threads.map(lambda pair: grader.equal(pair["gold"], pair["pred"]), pairs))
+            found = list(
+                grader.threads.map(lambda pair: grader.equal(pair["gold"], pair["pred"]), pairs)
+            )
             wrong = [
                 (is_equal, pair["expected"])
                 for is_equal, pair in zip(found, pairs, strict=True)
                 if is_equal != pair["expected"]
             ]
-            figures = {"n": len(pairs), "errors": len(wrong), "false_accepts": sum(is_equal for is_equal, _ in wrong)}
-            rows[group] = figures | {"timeouts": grader.counts["timeout"] - before, "seconds": time.perf_counter() - began}
-    rows["total"] = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
+            figures = {
+                "n": len(pairs),
+                "errors": len(wrong),
+                "false_accepts": sum(is_equal for is_equal, _ in wrong),
+            }
+            rows[group] = figures | {
+                "timeouts": grader.counts["timeout"] - before,
+                "seconds": time.perf_counter() - began,
+            }
+    rows["total"] = {
+        name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))
+    }
     return rows
 
 
 def main(settings: Pairs) -> None:
     """Print the count of errors as a table."""
     rows = count_errors(settings)
-    print(f"{'group':14}{'pairs':>9}{'errors':>9}{'':>9}{'false accepts':>15}{'':>9}{'timeouts':>10}{'seconds':>10}")
+    print(
+        f"{'group':14}{'pairs':>9}{'errors':>9}{'':>9}{'false accepts':>15}{'':>9}{'timeouts':>10}{'seconds':>10}"
+    )
     for group, row in rows.items():
-        errors, accepts = f"{row['errors']:>9}{row['errors'] / row['n']:>9.3%}", f"{row['false_accepts']:>15}"
+        errors, accepts = (
+            f"{row['errors']:>9}{row['errors'] / row['n']:>9.3%}",
+            f"{row['false_accepts']:>15}",
+        )
         share = f"{row['false_accepts'] / row['n']:>9.3%}"
-        print(f"{group:14}{row['n']:>9}{errors}{accepts}{share}{row['timeouts']:>10}{row['seconds']:>10.2f}")
+        print(
+            f"{group:14}{row['n']:>9}{errors}{accepts}{share}{row['timeouts']:>10}{row['seconds']:>10.2f}"
+        )
     if settings.json:
         Path(settings.json).write_text(json.dumps(rows, indent=1))
 

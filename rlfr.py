@@ -62,16 +62,33 @@ class Batch:
 
 def collate(rows: Sequence[Row]) -> Batch:
     """Make a batch of (prompt, response) token ids, each with at least one token, or (prompt, response, images)."""
-    pairs, images = [row[:2] for row in rows], [image for row in rows for image in row[2:] and row[2]]
+    pairs, images = (
+        [row[:2] for row in rows],
+        [image for row in rows for image in row[2:] and row[2]],
+    )
     lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
-    assert all(0 < start < end for start, end in lengths), "an episode needs a prompt token and a response token"
+    assert all(0 < start < end for start, end in lengths), (
+        "an episode needs a prompt token and a response token"
+    )
     width = max(end for _, end in lengths)
-    ids = [[*prompt, *response] + [0] * (width - end) for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)]
+    ids = [
+        [*prompt, *response] + [0] * (width - end)
+        for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)
+    ]
     start, end = torch.tensor(lengths, device=DEVICE).T[:, :, None]  # (B, 1) each
     position = torch.arange(width, device=DEVICE)
-    attention_mask, response_mask = position < end, position[: int((end - start).max())] < end - start
+    attention_mask, response_mask = (
+        position < end,
+        position[: int((end - start).max())] < end - start,
+    )
     targets = attention_mask & (position >= start)
-    return Batch(torch.tensor(ids, device=DEVICE), attention_mask, targets, response_mask, *vision.stack(images, DEVICE))
+    return Batch(
+        torch.tensor(ids, device=DEVICE),
+        attention_mask,
+        targets,
+        response_mask,
+        *vision.stack(images, DEVICE),
+    )
 
 
 def micro_batches(
@@ -86,7 +103,9 @@ def micro_batches(
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
     plans = []
     for r in range(n_ranks):  # dealt back and forth: 0 1 2 2 1 0 0 1 2 ...
-        share = [i for place, i in enumerate(order) if place % (2 * n_ranks) in (r, 2 * n_ranks - 1 - r)]
+        share = [
+            i for place, i in enumerate(order) if place % (2 * n_ranks) in (r, 2 * n_ranks - 1 - r)
+        ]
         plan: list[list[int]] = []
         while share:
             size = max(1, token_budget // lengths[share[0]])
@@ -115,7 +134,9 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    def scaled_logits(
+        hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
+    ) -> Tensor:
         logits = (hidden @ weight.T).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -124,7 +145,9 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, softcap):
         logp, entropy, lse = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, CHUNK_LOGITS // len(weight))):
+        for rows in torch.arange(len(hidden), device=hidden.device).split(
+            max(1, CHUNK_LOGITS // len(weight))
+        ):
             z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
             lse[rows] = z.logsumexp(dim=-1)
             logp[rows] = z.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
@@ -138,17 +161,37 @@ class TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         temperature, softcap = ctx.scaling
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(max(1, CHUNK_LOGITS // len(weight))):
+        d_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
+        for rows in torch.arange(len(hidden), device=hidden.device).split(
+            max(1, CHUNK_LOGITS // len(weight))
+        ):
             z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
-            slope = 1 / temperature if softcap is None else (1 - (z * (temperature / softcap)).square()) / temperature
+            slope = (
+                1 / temperature
+                if softcap is None
+                else (1 - (z * (temperature / softcap)).square()) / temperature
+            )
             log_p = z.sub_(lse[rows, None])
             d = log_p.exp()
-            d *= log_p.add_(entropy[rows, None]).mul_(-g_entropy[rows, None]).sub_(g_logp[rows, None])
-            d = d.scatter_add_(1, targets[rows, None], g_logp[rows, None]).mul_(slope).to(hidden.dtype)
+            d *= (
+                log_p.add_(entropy[rows, None])
+                .mul_(-g_entropy[rows, None])
+                .sub_(g_logp[rows, None])
+            )
+            d = (
+                d.scatter_add_(1, targets[rows, None], g_logp[rows, None])
+                .mul_(slope)
+                .to(hidden.dtype)
+            )
             d_hidden[rows] = d @ weight
-            if d_weight is not None:  # summed in float32, without a temporary where the dtypes allow it
-                d_weight.addmm_(d.T, hidden[rows]) if d.dtype == torch.float32 else d_weight.add_(d.T @ hidden[rows])
+            if (
+                d_weight is not None
+            ):  # summed in float32, without a temporary where the dtypes allow it
+                d_weight.addmm_(d.T, hidden[rows]) if d.dtype == torch.float32 else d_weight.add_(
+                    d.T @ hidden[rows]
+                )
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
@@ -171,10 +214,19 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         text, head = model.config.get_text_config(), model.get_output_embeddings()
-        self.n_layers, self.softcap = text.num_hidden_layers, getattr(text, "final_logit_softcapping", None)
-        scaled = [name for name in ("logit_scale", "logits_scaling") if getattr(text, name, None) not in (None, 1)]
+        self.n_layers, self.softcap = (
+            text.num_hidden_layers,
+            getattr(text, "final_logit_softcapping", None),
+        )
+        scaled = [
+            name
+            for name in ("logit_scale", "logits_scaling")
+            if getattr(text, name, None) not in (None, 1)
+        ]
         if scaled or getattr(head, "bias", None) is not None:
-            raise ValueError(f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head")
+            raise ValueError(
+                f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head"
+            )
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -199,10 +251,18 @@ class Policy(nn.Module):
         if self.tower is None:
             return {}, 0.0
         kinds = (batch.input_ids == self.model.config.image_token_id) & ~batch.targets
-        seen = {"mm_token_type_ids": kinds.int()}  # 1 image, 0 text: left out, positions would be wrong, silently
+        seen = {
+            "mm_token_type_ids": kinds.int()
+        }  # 1 image, 0 text: left out, positions would be wrong, silently
         if batch.pixel_values is not None:
-            return seen | {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}, 0.0
-        size, patch = self.model.config.vision_config.spatial_merge_size, self.tower.patch_embed.proj.weight[0]
+            return seen | {
+                "pixel_values": batch.pixel_values,
+                "image_grid_thw": batch.image_grid_thw,
+            }, 0.0
+        size, patch = (
+            self.model.config.vision_config.spatial_merge_size,
+            self.tower.patch_embed.proj.weight[0],
+        )
         grid = torch.tensor([[1, size, size]], device=patch.device)
         output = self.tower(patch.new_zeros(size * size, patch.numel()), grid_thw=grid)
         parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
@@ -230,7 +290,9 @@ class Policy(nn.Module):
             embedding = self.model.get_input_embeddings()
             hooks.append(embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,)))
         try:
-            output = body(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False, **images)
+            output = body(
+                input_ids=ids, attention_mask=batch.attention_mask, use_cache=False, **images
+            )
         except LastTap:
             return Scored(None, None, [latents[index] for index in taps])
         finally:
@@ -240,15 +302,21 @@ class Policy(nn.Module):
         hidden = output.last_hidden_state[before] + nothing  # (M, D)
         weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
-        return Scored(batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps])
+        return Scored(
+            batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps]
+        )
 
 
-def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none") -> Policy:
+def load_policy(
+    path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none"
+) -> Policy:
     """Load a Hugging Face decoder to host memory, as it is stored; dropout must be off, or its scores would not repeat."""
     model = vision.load_model(path, "auto", trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
-            raise ValueError(f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json")
+            raise ValueError(
+                f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json"
+            )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train())
@@ -258,7 +326,9 @@ def load_policy(path: str, trust_remote_code: bool = False, checkpointing: bool 
 
 
 # ---- Flow reward (paper: flow reward shaping)
-def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1) -> Tensor:
+def normalise(
+    score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1
+) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1], or [-1, 1] if bilateral; zero outside mask.
 
     The power is applied in [0, 1]. `group_size` rows share a minimum and maximum: 1 (paper), or G to keep what tells the
@@ -273,7 +343,9 @@ def normalise(score: Tensor, mask: Tensor, bilateral: bool = False, power: float
     return torch.where(rows & (spread > 0), unit, 0.0).view(mask.shape)
 
 
-def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilateral: bool = False) -> Tensor:
+def select(
+    score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilateral: bool = False
+) -> Tensor:
     """Keep the tails of normalised scores (B, T): beyond the threshold, then the k largest; zero elsewhere.
 
     A threshold of 0 and a top_k of None keep everything. Bilateral keeps scores beyond the threshold on both sides and
@@ -285,7 +357,9 @@ def select(score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilate
         return score
     kept = torch.zeros_like(score, dtype=torch.bool)
     for largest in (True, False) if bilateral else (True,):
-        kept.scatter_(1, score.topk(top_k // 2 if bilateral else top_k, dim=1, largest=largest).indices, True)
+        kept.scatter_(
+            1, score.topk(top_k // 2 if bilateral else top_k, dim=1, largest=largest).indices, True
+        )
     few = (score != 0).sum(dim=1, keepdim=True) < top_k
     return torch.where(kept | few, score, 0.0)
 
@@ -325,7 +399,9 @@ def token_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     return returns * mask
 
 
-def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+def entropy_advantage(
+    advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0
+) -> Tensor:
     """Return A_k + min(alpha * H_k, |A_k| / kappa), (B, T), no gradient through H: the entropy-shaping baseline."""
     return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
 
@@ -364,7 +440,9 @@ def policy_loss(
 def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
     """Return the per-token KL estimate (B, T), d = logp - ref_logp: k1 = d (no gradient on average), k2 = d^2/2, k3 = e^-d - 1 + d."""
     d = logp - ref_logp
-    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[
+        kind
+    ]()
 
 
 def importance_weights(
@@ -388,7 +466,9 @@ def importance_weights(
         ratio = difference.sum(dim=1, keepdim=True).exp().expand_as(ratio)
     if mode == "none":
         ratio = torch.ones_like(ratio)
-    return torch.where(ratio > cap, 0.0, ratio) if mode == "mask" else ratio.clamp(max=cap), statistics
+    return torch.where(ratio > cap, 0.0, ratio) if mode == "mask" else ratio.clamp(
+        max=cap
+    ), statistics
 
 
 def online_flow_weights(
@@ -401,11 +481,17 @@ def online_flow_weights(
     quantile_mask (default mask; the official code includes padding) have w = 1, others w = soft. None accepts all.
     Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """
-    rows = torch.ones(len(mask), device=mask.device) if correct is None else torch.where(correct, 1.0, soft)
+    rows = (
+        torch.ones(len(mask), device=mask.device)
+        if correct is None
+        else torch.where(correct, 1.0, soft)
+    )
     tokens = mask.float()
     if entropy is not None:
         seen = entropy.masked_fill(~(mask if quantile_mask is None else quantile_mask), torch.nan)
-        tokens = tokens * torch.where(entropy >= seen.nanquantile(quantile, dim=1, keepdim=True), 1.0, soft)
+        tokens = tokens * torch.where(
+            entropy >= seen.nanquantile(quantile, dim=1, keepdim=True), 1.0, soft
+        )
     return tokens / tokens.sum(dim=1, keepdim=True), rows
 
 

@@ -45,7 +45,10 @@ def launch(main: Callable, config_class, presets: dict[str, dict]) -> None:
         if STOP_SIGNALS:
             os._exit(128 + number)
         STOP_SIGNALS.append(number)
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once", file=sys.stderr)
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once",
+            file=sys.stderr,
+        )
 
     recorder = get_error_handler()
     recorder.initialize()
@@ -61,9 +64,13 @@ def launch(main: Callable, config_class, presets: dict[str, dict]) -> None:
     except BaseException as error:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            time.sleep(10)  # a rank that others lost has more to say, and torchrun's last word is the first error recorded
+            time.sleep(
+                10
+            )  # a rank that others lost has more to say, and torchrun's last word is the first error recorded
         recorder.record_exception(error)
-        if not (dist.is_initialized() and dist.get_rank() > 0 and isinstance(error, ValueError)):  # the first rank shows it
+        if not (
+            dist.is_initialized() and dist.get_rank() > 0 and isinstance(error, ValueError)
+        ):  # the first rank shows it
             print("\n" + traceback.format_exc(), end="", file=sys.stderr)
         leave(1)
     leave(0)
@@ -106,13 +113,20 @@ def parse_config(config_class, presets: dict[str, dict]):
     known, _ = peek.parse_known_args()
     values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
     if foreign := sorted(values.keys() - config_class.__dataclass_fields__.keys()):
-        raise ValueError(f"--resume {known.resume}: that run has {foreign}, settings of another script")
-    return tyro.cli(config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()}))
+        raise ValueError(
+            f"--resume {known.resume}: that run has {foreign}, settings of another script"
+        )
+    return tyro.cli(
+        config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()})
+    )
 
 
 def with_defaults(config, **values):
     """Return the configuration with each of the values that it has a field for, and None in it, filled in."""
-    return replace(config, **{name: value for name, value in values.items() if getattr(config, name, "") is None})
+    return replace(
+        config,
+        **{name: value for name, value in values.items() if getattr(config, name, "") is None},
+    )
 
 
 def check_positive(config, *names: str) -> None:
@@ -172,23 +186,32 @@ class Run:
         self.folder = on_first(lambda: self.choose_folder(default_name))
         self.saving: Future | None = None
         self.saved: int | None = None  # step of the last checkpoint, begun or found
-        self.saver, self.group = ThreadPoolExecutor(1), dist.new_group(backend="gloo")  # for collectives beside the run's own
+        self.saver, self.group = (
+            ThreadPoolExecutor(1),
+            dist.new_group(backend="gloo"),
+        )  # for collectives beside the run's own
 
     def choose_folder(self, default_name: str) -> Path:
         """Return the run's folder; ValueError if it cannot be begun, or resumed, with these settings."""
         config, number = self.config, 1
         self.folder = Path(config.resume or config.folder or f"runs/{default_name}")
         if config.track != "none" and find_spec(config.track) is None:
-            raise ValueError(f"track={config.track!r} is not installed; run `pip install {config.track}`, or leave --track out")
+            raise ValueError(
+                f"track={config.track!r} is not installed; run `pip install {config.track}`, or leave --track out"
+            )
         if config.resume:
             stored = self.stored_config(config.resume)
             for name in sorted((stored | self.settings).keys() - self.FREE):
                 was, now = stored.get(name), self.settings.get(name)
                 if was != now:
                     reason = f"that run has {name}={was!r}, this one asks for {now!r}"
-                    raise ValueError(f"--resume {self.folder}: {reason}; give the same settings, or start a new run")
+                    raise ValueError(
+                        f"--resume {self.folder}: {reason}; give the same settings, or start a new run"
+                    )
         elif config.folder and (self.folder / "config.json").exists():
-            raise ValueError(f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder")
+            raise ValueError(
+                f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder"
+            )
         while not config.resume and (self.folder / "config.json").exists():
             self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
         return self.folder
@@ -198,7 +221,9 @@ class Run:
         """Return the settings that a run was started with."""
         path = Path(folder) / "config.json"
         if not path.exists():
-            raise ValueError(f"--resume {folder}: no config.json there; expected the folder of an earlier run")
+            raise ValueError(
+                f"--resume {folder}: no config.json there; expected the folder of an earlier run"
+            )
         return json.loads(path.read_text())
 
     def begin(self, state: dict) -> None:
@@ -209,7 +234,9 @@ class Run:
         if newest := on_first(self.prepare_folder):
             dcp.load(state, checkpoint_id=newest, process_group=self.group)
             self.saved = self.step_of(newest)
-        self.tracker = open_tracker(self.config.track if is_first() else "none", self.folder, self.settings)
+        self.tracker = open_tracker(
+            self.config.track if is_first() else "none", self.folder, self.settings
+        )
 
     def prepare_folder(self) -> Path | None:
         """Make the folder, or clear it of what a dead run left behind its newest checkpoint, which is returned."""
@@ -225,7 +252,11 @@ class Run:
         newest = (self.checkpoints() or [None])[-1]
         step, metrics = self.step_of(newest) if newest else 0, self.folder / "metrics.jsonl"
         if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [
+                line
+                for line in metrics.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             metrics.with_suffix(".writing").write_text("".join(kept))
             metrics.with_suffix(".writing").replace(metrics)
@@ -239,7 +270,11 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Return whole checkpoints, oldest first."""
-        found = [p for p in (self.folder / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+        found = [
+            p
+            for p in (self.folder / "checkpoints").glob("step-*")
+            if p.name.removeprefix("step-").isdigit()
+        ]
         return sorted(found, key=self.step_of)
 
     @staticmethod
@@ -262,12 +297,16 @@ class Run:
                 if is_first():
                     writing.rename(folder)
                     for old in self.checkpoints()[: -self.config.keep]:
-                        shutil.rmtree(old.rename(old.with_name(f"{old.name}.writing")))  # never half there under its name
+                        shutil.rmtree(
+                            old.rename(old.with_name(f"{old.name}.writing"))
+                        )  # never half there under its name
             except BaseException as error:  # DCP's own error is none of Exception's
                 shutil.rmtree(writing, ignore_errors=True)
                 room = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free there"
                 hint = "what was saved before is whole; make room, then --resume"
-                raise OSError(f"could not write {folder} ({room}): {str(error).strip().splitlines()[-1]}; {hint}") from error
+                raise OSError(
+                    f"could not write {folder} ({room}): {str(error).strip().splitlines()[-1]}; {hint}"
+                ) from error
 
         self.saving = self.saver.submit(publish)
 
@@ -308,9 +347,13 @@ def open_tracker(kind: str, folder: Path, settings: dict):
     if kind == "wandb":
         import wandb
 
-        wandb.init(project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow")
+        wandb.init(
+            project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
+        )
         return lambda metrics, step: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")
-    return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+    return lambda metrics, step: [
+        writer.add_scalar(name, value, step) for name, value in metrics.items()
+    ]

@@ -37,7 +37,14 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}  # operations in a problem -> chance of a hasty solution
+HASTY = {
+    3: 0.05,
+    4: 0.2,
+    5: 0.6,
+    6: 0.8,
+    7: 0.85,
+    8: 0.9,
+}  # operations in a problem -> chance of a hasty solution
 SLIP = 0.02  # chance that a careful demonstrator gets a step wrong
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 QUESTION = "sum>"  # what the text of a drawn problem says
@@ -48,7 +55,10 @@ FONT = (  # five columns, seven rows a digit
     "00110010001000011110100011000101110 11111000010001000100010000100001000 01110100011000101110100011000101110 "
     "01110100011000101111000010001001100"
 )
-GLYPHS = [np.kron(np.array(list(bits), np.uint8).reshape(7, 5), np.ones((3, 3), np.uint8)) for bits in FONT.split()]
+GLYPHS = [
+    np.kron(np.array(list(bits), np.uint8).reshape(7, 5), np.ones((3, 3), np.uint8))
+    for bits in FONT.split()
+]
 
 # Defaults of the training scripts that fit this world (the published ones stand in the scripts).
 TRAIN_RL = dict(
@@ -57,7 +67,14 @@ TRAIN_RL = dict(
 )  # fmt: skip
 EVALUATE = dict(model="toy", template="none", max_tokens=96, reward=("binary",))
 TRAIN_FLOW = dict(
-    model="toy", lr=2e-3, epochs=4, batch_size=32, flow_blocks=2, noise_repeats=1, template="none", save_every=100
+    model="toy",
+    lr=2e-3,
+    epochs=4,
+    batch_size=32,
+    flow_blocks=2,
+    noise_repeats=1,
+    template="none",
+    save_every=100,
 )
 PRESETS = {  # of each script
     name: {"toy": preset, "toy-vl": preset | {"model": "toy-vl"}}
@@ -76,8 +93,12 @@ class World:
     hidden_size: int = 128  # Width of the base model
     n_layers: int = 4  # Decoder layers of the base model
     n_train: int = 4000  # Training problems
-    n_test: int = 256  # Held-out problems: no chain among them is a training problem or a demonstration
-    n_expert: int = 2000  # Expert solutions for the offline start of the flow: careful, without a slip
+    n_test: int = (
+        256  # Held-out problems: no chain among them is a training problem or a demonstration
+    )
+    n_expert: int = (
+        2000  # Expert solutions for the offline start of the flow: careful, without a slip
+    )
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
 
@@ -96,7 +117,9 @@ WORLDS = {"toy": World(), "toy-vl": World("runs/toy-vl", images=True)}
 
 def make_problem(rng: random.Random, signs: str = "+-*") -> str:
     """A chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
-    operations = [f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(rng.choice(list(HASTY)))]
+    operations = [
+        f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(rng.choice(list(HASTY)))
+    ]
     return f"{rng.randint(0, 9)}" + "".join(operations) + ">"
 
 
@@ -138,7 +161,9 @@ def make_tokenizer(images: bool = False) -> Qwen2Tokenizer:
     vocab = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
     specials = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, pad_token=PAD, eos_token=EOS)
-    tokenizer.add_special_tokens({"additional_special_tokens": specials + ["<|video_pad|>"] * images})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": specials + ["<|video_pad|>"] * images}
+    )
     return tokenizer
 
 
@@ -155,7 +180,11 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     if not world.images:
         return Qwen2ForCausalLM(Qwen2Config(**text))
     # a row of cells differs in its columns alone: most of the rotations, and fast ones, are for them
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [1, 1, 14]}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 30.0,
+        "mrope_section": [1, 1, 14],
+    }
     tower = dict(
         depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=world.hidden_size,
         fullatt_block_indexes=[0], initializer_range=0.05,
@@ -163,7 +192,9 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
     names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
     tokens = {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=True, **tokens)
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=tower, tie_word_embeddings=True, **tokens
+    )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -174,14 +205,25 @@ def make_processor() -> Qwen2VLImageProcessorPil:
 
 def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer) -> None:
     """Fit the vision tower, and the embedding, so that a drawn digit's vector is likest to the embedding of that digit."""
-    rng, tower, words = random.Random(f"drawings {world.seed}"), model.model.visual, model.get_input_embeddings().weight
-    optimizer, processor = torch.optim.AdamW([*tower.parameters(), words], lr=world.lr), make_processor()
+    rng, tower, words = (
+        random.Random(f"drawings {world.seed}"),
+        model.model.visual,
+        model.get_input_embeddings().weight,
+    )
+    optimizer, processor = (
+        torch.optim.AdamW([*tower.parameters(), words], lr=world.lr),
+        make_processor(),
+    )
     bar = tqdm(range(world.steps // 3), desc="toy: vision tower", unit="step")
     for _ in bar:
         problems = [make_problem(rng) for _ in range(world.batch_size // 2)]
         seen = processor(images=[draw(p, rng) for p in problems], return_tensors="pt")
-        digits = torch.tensor(tokenizer.encode("".join(c for p in problems for c in p if c.isdigit())))
-        vectors = tower(seen["pixel_values"], grid_thw=seen["image_grid_thw"]).pooler_output  # one a cell
+        digits = torch.tensor(
+            tokenizer.encode("".join(c for p in problems for c in p if c.isdigit()))
+        )
+        vectors = tower(
+            seen["pixel_values"], grid_thw=seen["image_grid_thw"]
+        ).pooler_output  # one a cell
         loss = torch.nn.functional.cross_entropy(vectors @ words.T, digits)
         loss.backward()
         optimizer.step()
@@ -189,22 +231,39 @@ def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer)
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def train_base(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer, forbidden: set[str]) -> None:
+def train_base(
+    world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer, forbidden: set[str]
+) -> None:
     """Fit the base model to demonstrations; the loss is on the solution's tokens."""
     rng = random.Random(f"demonstrations {world.seed}")
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=world.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, world.lr, total_steps=world.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, world.lr, total_steps=world.steps, pct_start=0.1
+    )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for _ in bar:
         made = (make_problem(rng, world.signs) for _ in range(2 * world.batch_size))
         problems = [p for p in made if p not in forbidden][: world.batch_size]
-        solutions = [solve(p, rng, hasty=rng.random() < HASTY[p.count(" ")])[0] + EOS for p in problems]
+        solutions = [
+            solve(p, rng, hasty=rng.random() < HASTY[p.count(" ")])[0] + EOS for p in problems
+        ]
         prompts, seen = show(problems, rng) if world.images else (problems, {})
-        rows = [(tokenizer.encode(p), tokenizer.encode(s)) for p, s in zip(prompts, solutions, strict=True)]
+        rows = [
+            (tokenizer.encode(p), tokenizer.encode(s))
+            for p, s in zip(prompts, solutions, strict=True)
+        ]
         # right-padded: causal attention never looks at the padding
-        ids = pad_sequence([torch.tensor(p + s) for p, s in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
-        labels = pad_sequence([torch.tensor([-100] * len(p) + s) for p, s in rows], batch_first=True, padding_value=-100)
+        ids = pad_sequence(
+            [torch.tensor(p + s) for p, s in rows],
+            batch_first=True,
+            padding_value=tokenizer.pad_token_id,
+        )
+        labels = pad_sequence(
+            [torch.tensor([-100] * len(p) + s) for p, s in rows],
+            batch_first=True,
+            padding_value=-100,
+        )
         if world.images:
             seen["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         loss = model(input_ids=ids, labels=labels, **seen).loss
@@ -220,20 +279,31 @@ def show(problems: list[str], rng: random.Random) -> tuple[list[str], dict]:
     """Prompts of drawn problems, with a placeholder for each cell, and the drawings' pixel values."""
     cells = [sum(c.isdigit() for c in problem) for problem in problems]
     prompts = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>{QUESTION}" for n in cells]
-    return prompts, dict(make_processor()(images=[draw(p, rng) for p in problems], return_tensors="pt"))
+    return prompts, dict(
+        make_processor()(images=[draw(p, rng) for p in problems], return_tensors="pt")
+    )
 
 
 def make(world: World = World()) -> World:
     """Make the world in its folder, or find it there; the folder appears only when it is whole."""
     folder = Path(world.folder)
-    settings = json.loads(json.dumps(asdict(world) | {"folder": None, "hasty": HASTY, "slip": SLIP}))
-    if (folder / "world.json").exists() and json.loads((folder / "world.json").read_text()) == settings:
+    settings = json.loads(
+        json.dumps(asdict(world) | {"folder": None, "hasty": HASTY, "slip": SLIP})
+    )
+    if (folder / "world.json").exists() and json.loads(
+        (folder / "world.json").read_text()
+    ) == settings:
         return world
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
-        raise ValueError(f"{folder} exists and is not an embedded world; name another folder or remove it")
+        raise ValueError(
+            f"{folder} exists and is not an embedded world; name another folder or remove it"
+        )
     rng = random.Random(f"problems {world.seed}")
     problems = list(
-        dict.fromkeys(make_problem(rng, world.signs) for _ in range(2 * (world.n_train + world.n_test + world.n_expert)))
+        dict.fromkeys(
+            make_problem(rng, world.signs)
+            for _ in range(2 * (world.n_train + world.n_test + world.n_expert))
+        )
     )
     test, rest = problems[: world.n_test], problems[world.n_test :]
     train, expert = rest[: world.n_train], rest[world.n_train : world.n_train + world.n_expert]
@@ -243,7 +313,12 @@ def make(world: World = World()) -> World:
         with open(making / f"{name}.jsonl", "w") as file:
             for i, problem in enumerate(part):
                 solution, answer = solve(problem)
-                row = {"id": f"{name}-{i}", "problem": problem, "solution": solution, "answer": answer}
+                row = {
+                    "id": f"{name}-{i}",
+                    "problem": problem,
+                    "solution": solution,
+                    "answer": answer,
+                }
                 if world.images:
                     row |= {"prompt": f"<image>{QUESTION}", "images": [encode(draw(problem, rng))]}
                 file.write(json.dumps(row) + "\n")

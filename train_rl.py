@@ -40,7 +40,9 @@ class Config(RunConfig, rollout.Sampler):
     """Settings of a training run; None is filled in from the model."""
 
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    eval_data: tuple[str, ...] | None = None  # Sets, as --data of eval.py: before and after training and every `eval_every`
+    eval_data: tuple[str, ...] | None = (
+        None  # Sets, as --data of eval.py: before and after training and every `eval_every`
+    )
     prompts: int = 128  # N, prompts a step
     group_size: int = 8  # G, samples a prompt
     train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
@@ -50,30 +52,54 @@ class Config(RunConfig, rollout.Sampler):
     top_p: float = 1.0  # Refused below 1
     top_k: int = 0  # Refused above 0
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
-    max_rounds: int = 4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
-    reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
-    overlong_buffer: int | None = None  # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
+    max_rounds: int = (
+        4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
+    )
+    reward: tuple[str, ...] | None = (
+        None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
+    )
+    overlong_buffer: int | None = (
+        None  # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
+    )
     grade_truncated: bool = False  # Let a response that ran out of room score
     grader_deadline: float = 5.0  # Seconds for grading one answer
-    shaping: Literal["flow", "entropy", "none"] = "flow"  # Dense part of the advantage; none is plain RLVR
+    shaping: Literal["flow", "entropy", "none"] = (
+        "flow"  # Dense part of the advantage; none is plain RLVR
+    )
     baseline: rlfr.Baseline = "grpo"  # How the outcome reward becomes an advantage
     gamma: float = 1.0  # Discount of the flow reward
-    flow: str | None = None  # Flow of the offline start: folder or file; by default runs/flow-MODEL/flow
+    flow: str | None = (
+        None  # Flow of the offline start: folder or file; by default runs/flow-MODEL/flow
+    )
     flow_coef: float = 0.01  # Scale of the flow reward
-    reward_times: tuple[float, ...] = (0.8,)  # T_r, times at which the velocity deviation is taken, in (0, 1)
+    reward_times: tuple[float, ...] = (
+        0.8,
+    )  # T_r, times at which the velocity deviation is taken, in (0, 1)
     flow_threshold: float = 0.6  # Normalised scores below are dropped, in [0, 1]
-    flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: all above the threshold
+    flow_top_k: int | None = (
+        15  # Tokens of a response that get a flow reward; None: all above the threshold
+    )
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
-    flow_scope: Literal["response", "group"] = "response"  # What is normalised together; response as in the paper
-    contexts: tuple[str, ...] | None = None  # Expected context modes; None: the flow's. An official file needs them
+    flow_scope: Literal["response", "group"] = (
+        "response"  # What is normalised together; response as in the paper
+    )
+    contexts: tuple[str, ...] | None = (
+        None  # Expected context modes; None: the flow's. An official file needs them
+    )
     percentiles: tuple[float, ...] | None = None  # Expected taps; None: the flow's
     freeze_flow: bool = False  # No online flow update
     flow_lr: float = 1e-4  # Learning rate of the online flow update
-    flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes that the flow learns from
-    flow_entropy_quantile: float | None = None  # Learn only from tokens at or above this quantile of entropy
+    flow_accept: Literal["correct", "all"] = (
+        "correct"  # Rejection sampling: episodes that the flow learns from
+    )
+    flow_entropy_quantile: float | None = (
+        None  # Learn only from tokens at or above this quantile of entropy
+    )
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
-    flow_times: Literal["reward", "random"] = "reward"  # Times of the flow's learning; random as in the offline start
+    flow_times: Literal["reward", "random"] = (
+        "reward"  # Times of the flow's learning; random as in the offline start
+    )
     entropy_alpha: float = 0.4  # Scale of the entropy advantage
     entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
     lr: float = 1e-6  # Peak learning rate of the policy
@@ -84,13 +110,21 @@ class Config(RunConfig, rollout.Sampler):
     clip_low: float = 0.2  # PPO clip below 1
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
     ratio_cap: float = 3.0  # Largest probability ratio
-    normalisation: rlfr.Normalisation = "sequence"  # Loss: mean of means, token: global mean, constant: Dr. GRPO
+    normalisation: rlfr.Normalisation = (
+        "sequence"  # Loss: mean of means, token: global mean, constant: Dr. GRPO
+    )
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
-    mismatch: Literal["none", "token", "sequence", "mask"] = "token"  # Sampler-trainer mismatch: truncate by, or mask
+    mismatch: Literal["none", "token", "sequence", "mask"] = (
+        "token"  # Sampler-trainer mismatch: truncate by, or mask
+    )
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
-    freeze: rlfr.Freeze | None = None  # What does not learn; by default vision, the tower of a vision-language model
-    gradient_checkpointing: bool | None = None  # Recompute activations in the backward; by default above 1B parameters
+    freeze: rlfr.Freeze | None = (
+        None  # What does not learn; by default vision, the tower of a vision-language model
+    )
+    gradient_checkpointing: bool | None = (
+        None  # Recompute activations in the backward; by default above 1B parameters
+    )
     tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
     cpu_offload: bool = False  # Keep them there always: slower steps, least GPU memory
@@ -117,17 +151,25 @@ def check(config: Config) -> None:
         )
     rollout.check_engine(config, dist.get_world_size())
     if config.group_size == 1 and config.baseline != "reinforce":
-        raise ValueError(f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce")
+        raise ValueError(
+            f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce"
+        )
     if config.prompts * config.group_size % config.train_batch:
         product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.prompts * config.group_size}"
-        raise ValueError(f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it")
+        raise ValueError(
+            f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it"
+        )
     if config.train_batch % dist.get_world_size():
-        raise ValueError(f"train_batch={config.train_batch} is not a multiple of the {dist.get_world_size()} ranks; choose one")
+        raise ValueError(
+            f"train_batch={config.train_batch} is not a multiple of the {dist.get_world_size()} ranks; choose one"
+        )
     for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
         if not 0 <= (getattr(config, name) or 0) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} is outside [0, 1]")
     fl.check_times(config.reward_times)
-    fl.FlowConfig(1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,))  # checks them
+    fl.FlowConfig(
+        1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,)
+    )  # checks them
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
@@ -137,28 +179,54 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     if config.model in toy.WORLDS:
         world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name = world.path("model")
-        config = with_defaults(config, data=world.path("train.jsonl"), eval_data=(world.path("test.jsonl"),))
+        config = with_defaults(
+            config, data=world.path("train.jsonl"), eval_data=(world.path("test.jsonl"),)
+        )
         if config.shaping == "flow" and config.flow is None:
             on_first(lambda: make_toy_flow(config.model, flow_folder))
     config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
     model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
     if config.data is None:
-        raise ValueError("no data given; expected --data with problems (columns problem and answer)")
+        raise ValueError(
+            "no data given; expected --data with problems (columns problem and answer)"
+        )
     config = rollout.fill_in(config, model)
     positions = model.config.get_text_config().max_position_embeddings
     if config.max_prompt_tokens + config.max_tokens > positions:
         room = f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens}"
-        raise ValueError(f"{room} is more than the model's {positions} positions; lower one of them")
+        raise ValueError(
+            f"{room} is more than the model's {positions} positions; lower one of them"
+        )
     return config, model
 
 
 def make_toy_flow(model: str, folder: str) -> None:
     """Run the offline start of an embedded world, in one process, unless it has been run."""
     if not Path(folder, "flow", fl.FLOW_FILE).exists():
-        arguments = ["--resume" if Path(folder, "config.json").exists() else "--folder", folder, "--model", model]
-        of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        alone = {name: value for name, value in os.environ.items() if name not in of_ranks and "TORCHELASTIC" not in name}
-        subprocess.run([sys.executable, Path(__file__).with_name("train_flow.py"), *arguments], check=True, env=alone)
+        arguments = [
+            "--resume" if Path(folder, "config.json").exists() else "--folder",
+            folder,
+            "--model",
+            model,
+        ]
+        of_ranks = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
+        alone = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in of_ranks and "TORCHELASTIC" not in name
+        }
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("train_flow.py"), *arguments],
+            check=True,
+            env=alone,
+        )
 
 
 # ---- The phases of a step
@@ -179,13 +247,20 @@ def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: 
         rows = [index for _, index in places]
         chosen = [problems[index] for index in rows]
         seeds = [fl.keyed_seed("roll out", config.seed, *place) for place in places]
-        usual = lengths[lengths > 0].mean().nan_to_num(config.max_tokens)  # for a problem that was not sampled before
+        usual = (
+            lengths[lengths > 0].mean().nan_to_num(config.max_tokens)
+        )  # for a problem that was not sampled before
         response = torch.where(lengths > 0, lengths, usual)[rows].tolist()
-        expected = [len(problem.prompt_ids) + group * length for problem, length in zip(chosen, response, strict=True)]
+        expected = [
+            len(problem.prompt_ids) + group * length
+            for problem, length in zip(chosen, response, strict=True)
+        ]
         prompts = [problem.prompt_ids for problem in chosen]
         images = [problem.images for problem in chosen]
         episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected, images)
-        lengths[rows] = torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
+        lengths[rows] = (
+            torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
+        )
         return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
 
     if not config.dynamic_sampling:
@@ -218,15 +293,21 @@ class Scores:
     flow_mask: Tensor  # tokens with a flow score: all of mask, but for the last one where the context is the next
 
 
-def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config, step: int) -> tuple[Scores, dict[str, float]]:
+def score(
+    policy, reference, flow, episodes, verdicts: Verdicts, config: Config, step: int
+) -> tuple[Scores, dict[str, float]]:
     """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
 
     The flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
-    lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=parallel.DEVICE)
+    lengths = torch.tensor(
+        [len(episode.response_ids) for episode in episodes], device=parallel.DEVICE
+    )
     mask = torch.arange(int(lengths.max()), device=parallel.DEVICE) < lengths[:, None]
     sampled_logp = torch.zeros(mask.shape, device=parallel.DEVICE)
-    sampled_logp[mask] = torch.tensor([x for episode in episodes for x in episode.logp], device=parallel.DEVICE)
+    sampled_logp[mask] = torch.tensor(
+        [x for episode in episodes for x in episode.logp], device=parallel.DEVICE
+    )
     found = torch.zeros(5, *mask.shape, device=parallel.DEVICE)  # this rank's part of what follows
     old_logp, entropy, ref_logp, flow_score, flow_mask = found
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
@@ -234,7 +315,9 @@ def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config,
     if flow:
         parallel.begin_calls(flow)
     pairs = [(episode.prompt_ids, episode.response_ids, episode.images) for episode in episodes]
-    batches = rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size())
+    batches = rlfr.micro_batches(
+        pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
+    )
     for rows, batch in tqdm(batches, desc="score", leave=False, delay=3, disable=not is_first()):
         targets = batch.response_mask
         here = (rows, slice(targets.shape[1]))  # where the micro-batch is in (B, T)
@@ -249,17 +332,25 @@ def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config,
         keys = [("flow noise", config.seed, step, i) for i in rows]
         noise, z = fl.draw(flow.config, keys, targets.sum(dim=1).tolist(), parallel.DEVICE)
         weight = None
-        if not config.freeze_flow:  # the first micro-batch waits for the verdicts, while the accelerator works
+        if (
+            not config.freeze_flow
+        ):  # the first micro-batch waits for the verdicts, while the accelerator works
             everyone = config.flow_accept == "all"
-            accepted = torch.tensor([everyone or verdict.correct for verdict in verdicts()], device=parallel.DEVICE)
+            accepted = torch.tensor(
+                [everyone or verdict.correct for verdict in verdicts()], device=parallel.DEVICE
+            )
             quantile, soft = config.flow_entropy_quantile, config.flow_soft
             seen = None if quantile is None else entropy[here]
-            token_weight, row_weight = rlfr.online_flow_weights(targets, accepted[rows], seen, quantile, soft)
+            token_weight, row_weight = rlfr.online_flow_weights(
+                targets, accepted[rows], seen, quantile, soft
+            )
             total = torch.where(accepted, 1.0, soft).sum()  # over all ranks
             learnt = bool(total > 0)
             weight = (token_weight * row_weight[:, None] / total.clamp(min=1e-9))[targets]
         learn_at = z if config.flow_times == "random" else None
-        token_score, token_loss = fl.score_and_learn(flow, rows_of_flow, noise, config.reward_times, weight, learn_at)
+        token_score, token_loss = fl.score_and_learn(
+            flow, rows_of_flow, noise, config.reward_times, weight, learn_at
+        )
         flow_score[here] = batch.unflatten(token_score)
         flow_mask[here] = batch.unflatten(rows_of_flow.exists.any(dim=1).any(dim=0)).float()
         flow_loss += 0.0 if weight is None else (weight * token_loss).sum()
@@ -267,24 +358,37 @@ def score(policy, reference, flow, episodes, verdicts: Verdicts, config: Config,
         parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt)
     parallel.sum_over_ranks(found)
     scores = Scores(mask, sampled_logp, *found[:4], found[4].bool())
-    return scores, {"flow/loss": parallel.sum_over_ranks(flow_loss).item()} if flow and not config.freeze_flow else {}
+    return scores, {
+        "flow/loss": parallel.sum_over_ranks(flow_loss).item()
+    } if flow and not config.freeze_flow else {}
 
 
-def shape_advantage(scores: Scores, reward: Tensor, config: Config) -> tuple[Tensor, dict[str, float]]:
+def shape_advantage(
+    scores: Scores, reward: Tensor, config: Config
+) -> tuple[Tensor, dict[str, float]]:
     """Return the advantage of each token (B, T): outcome part, and the dense part that `shaping` chooses."""
     mask, metrics = scores.mask, {}
     advantage = rlfr.outcome_advantage(reward, config.group_size, config.baseline)[:, None] * mask
     if config.shaping == "flow":
         scope = config.group_size if config.flow_scope == "group" else 1
-        unit = rlfr.normalise(scores.flow_score, scores.flow_mask, config.flow_bilateral, config.flow_power, scope)
+        unit = rlfr.normalise(
+            scores.flow_score, scores.flow_mask, config.flow_bilateral, config.flow_power, scope
+        )
         kept = rlfr.select(unit, config.flow_threshold, config.flow_top_k, config.flow_bilateral)
         flow_reward = -config.flow_coef * kept
         advantage = advantage + rlfr.token_returns(flow_reward, mask, config.gamma)
-        metrics["flow/score"] = (scores.flow_score.sum() / scores.flow_mask.sum().clamp(min=1)).item()
+        metrics["flow/score"] = (
+            scores.flow_score.sum() / scores.flow_mask.sum().clamp(min=1)
+        ).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
         metrics["flow/tokens"] = (kept != 0).sum(dim=1).float().mean().item()
     if config.shaping == "entropy":
-        shaped = rlfr.entropy_advantage(advantage, scores.entropy, config.entropy_alpha, config.entropy_kappa) * mask
+        shaped = (
+            rlfr.entropy_advantage(
+                advantage, scores.entropy, config.entropy_alpha, config.entropy_kappa
+            )
+            * mask
+        )
         metrics["entropy_advantage"] = (shaped - advantage)[mask].mean().item()
         advantage = shaped
     if config.baseline == "reinforce++":
@@ -297,17 +401,25 @@ def update_policy(policy, learner, episodes, scores: Scores, advantage, weight, 
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
     share, grad_norm = config.train_batch / len(episodes), 0.0
     loss_sum, kl_sum, clipped_sum = sums = torch.zeros(3, device=parallel.DEVICE)
-    for mini in tqdm(order.split(config.train_batch), desc="update", leave=False, delay=3, disable=not is_first()):
+    for mini in tqdm(
+        order.split(config.train_batch), desc="update", leave=False, delay=3, disable=not is_first()
+    ):
         n_tokens = int(scores.mask[mini].sum())  # over all micro-batches and ranks: one denominator
-        pairs = [(episodes[i].prompt_ids, episodes[i].response_ids, episodes[i].images) for i in mini]
-        for rows, batch in rlfr.micro_batches(pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()):
+        pairs = [
+            (episodes[i].prompt_ids, episodes[i].response_ids, episodes[i].images) for i in mini
+        ]
+        for rows, batch in rlfr.micro_batches(
+            pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
+        ):
             mask = batch.response_mask
             here = (mini[rows], slice(mask.shape[1]))
             logp = policy(batch, config.temperature).logp
             clips = (config.clip_low, config.clip_high, config.ratio_cap)
             loss, clipped = rlfr.policy_loss(logp, scores.old_logp[here], advantage[here], *clips)
             loss = loss * weight[here]
-            token_weight = rlfr.token_weights(mask, config.normalisation, len(mini), n_tokens, config.max_tokens)
+            token_weight = rlfr.token_weights(
+                mask, config.normalisation, len(mini), n_tokens, config.max_tokens
+            )
             if config.kl_coef:
                 kl = rlfr.kl_divergence(logp, scores.ref_logp[here], config.kl_kind)
                 loss = loss + config.kl_coef * kl
@@ -317,9 +429,9 @@ def update_policy(policy, learner, episodes, scores: Scores, advantage, weight, 
             loss_sum += share * loss.detach()
             clipped_sum += share * (clipped & mask).sum() / n_tokens
         grad_norm += share * learner.step(lr, config.clip_norm)
-    figures = dict(zip(("loss", "kl", "clipped"), parallel.sum_over_ranks(sums).tolist(), strict=True)) | {
-        "grad_norm": grad_norm
-    }
+    figures = dict(
+        zip(("loss", "kl", "clipped"), parallel.sum_over_ranks(sums).tolist(), strict=True)
+    ) | {"grad_norm": grad_norm}
     return {f"policy/{name}": value for name, value in figures.items()}
 
 
@@ -336,15 +448,24 @@ def main(config: Config) -> None:
     evaluated = replace(config, split=config.eval_split)
     held_out = load_sets(config.eval_data or (), evaluated, model)
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    limits = (config.grader_deadline, config.grade_truncated, config.max_tokens, config.overlong_buffer)
+    limits = (
+        config.grader_deadline,
+        config.grade_truncated,
+        config.max_tokens,
+        config.overlong_buffer,
+    )
     grader = Grader(config.reward, n_workers, *limits)
     flow, reference, dtype = None, None, parallel.compute_dtype(config.dtype)
     if config.shaping == "flow":
         dim = model.config.get_text_config().hidden_size
-        flow = fl.load_flow(config.flow, dim, contexts=config.contexts, percentiles=config.percentiles)
+        flow = fl.load_flow(
+            config.flow, dim, contexts=config.contexts, percentiles=config.percentiles
+        )
     engine = rollout.make_engine(model, config, parallel.DEVICE, dtype)
     engine.sleep()  # the policy has the GPU while it is sharded
-    policy = rlfr.load_policy(model.path, config.trust_remote_code, config.gradient_checkpointing, config.freeze)
+    policy = rlfr.load_policy(
+        model.path, config.trust_remote_code, config.gradient_checkpointing, config.freeze
+    )
     parallel.shard(policy, policy.blocks, dtype, config.cpu_offload)
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), config.weight_decay)}
     if config.kl_coef:
@@ -361,7 +482,9 @@ def main(config: Config) -> None:
     if is_first():
         print(config)
         sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
-        print(f"{sizes}, {dist.get_world_size()} ranks, {parallel.DEVICE} in {dtype}, run folder {run.folder}")
+        print(
+            f"{sizes}, {dist.get_world_size()} ranks, {parallel.DEVICE} in {dtype}, run folder {run.folder}"
+        )
 
     def sync() -> None:
         """Give the engine the policy's weights, and room."""
@@ -378,7 +501,10 @@ def main(config: Config) -> None:
     def assess() -> dict[str, dict]:
         """Evaluate the policy on the held-out sets; return figures by set and kind of sampling."""
         samplings = [("sampled", config.eval_samples, config.temperature), ("greedy", 1, 0.0)]
-        samplings = {kind: rollout.Sampling(n, temperature, config.max_tokens) for kind, n, temperature in samplings}
+        samplings = {
+            kind: rollout.Sampling(n, temperature, config.max_tokens)
+            for kind, n, temperature in samplings
+        }
         sync()
         found: dict[str, dict] = {name: {} for name in held_out}
         with torch.random.fork_rng():  # an engine may draw from the global generator
@@ -389,19 +515,25 @@ def main(config: Config) -> None:
         return found
 
     summary_file = run.folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if progress["step"] and summary_file.exists() else {}
+    summary = (
+        json.loads(summary_file.read_text()) if progress["step"] and summary_file.exists() else {}
+    )
     if held_out and "before" not in summary:
         summary["before"] = assess()
         run.write_json("summary.json", summary)
 
-    bar = tqdm(initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first())
+    bar = tqdm(
+        initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first()
+    )
     while (step := progress["step"]) < total_steps and not asked_to_stop():
         laps = [time.perf_counter()]
         grader.counts.clear()
         # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
         sync()
         laps.append(time.perf_counter())
-        episodes, verdicts, cursor = roll_out(engine, grader, problems, progress["lengths"], config, progress["cursor"])
+        episodes, verdicts, cursor = roll_out(
+            engine, grader, problems, progress["lengths"], config, progress["cursor"]
+        )
         rest()
         laps.append(time.perf_counter())
 
@@ -415,11 +547,15 @@ def main(config: Config) -> None:
         # ---- 4. Shape and advantage
         advantage, shaping_metrics = shape_advantage(scores, reward, config)
         correction = (config.mismatch, config.mismatch_cap)
-        weight, mismatch = rlfr.importance_weights(scores.old_logp, scores.sampled_logp, scores.mask, *correction)
+        weight, mismatch = rlfr.importance_weights(
+            scores.old_logp, scores.sampled_logp, scores.mask, *correction
+        )
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
-        policy_metrics = update_policy(policy, learners["policy"], episodes, scores, advantage, weight, config, step, lr)
+        policy_metrics = update_policy(
+            policy, learners["policy"], episodes, scores, advantage, weight, config, step, lr
+        )
 
         # ---- 6. Update the flow
         if "flow" in learners:
@@ -428,22 +564,41 @@ def main(config: Config) -> None:
 
         # ---- 7. Log, evaluate, save
         progress |= {"step": step + 1, "cursor": cursor}
-        mask, n_truncated = scores.mask, sum(episode.finish_reason == "length" for episode in episodes)
+        mask, n_truncated = (
+            scores.mask,
+            sum(episode.finish_reason == "length" for episode in episodes),
+        )
         metrics = {"reward": reward.mean().item(), "correct": correct, "lr": lr, "cursor": cursor}
-        metrics["varied_groups"] = rlfr.varied_groups(reward, config.group_size).float().mean().item()
-        metrics |= {"length": mask.sum(dim=1).float().mean().item(), "truncated": n_truncated / len(episodes)}
-        metrics |= {"entropy": scores.entropy[mask].mean().item(), "advantage_abs": advantage[mask].abs().mean().item()}
+        metrics["varied_groups"] = (
+            rlfr.varied_groups(reward, config.group_size).float().mean().item()
+        )
+        metrics |= {
+            "length": mask.sum(dim=1).float().mean().item(),
+            "truncated": n_truncated / len(episodes),
+        }
+        metrics |= {
+            "entropy": scores.entropy[mask].mean().item(),
+            "advantage_abs": advantage[mask].abs().mean().item(),
+        }
         for part in verdicts()[0].parts:
-            metrics[f"reward/{part}"] = sum(verdict.parts[part] for verdict in verdicts()) / len(episodes)
+            metrics[f"reward/{part}"] = sum(verdict.parts[part] for verdict in verdicts()) / len(
+                episodes
+            )
         for trouble in ("timeout", "crashed", "capped"):
-            metrics[f"grader/{trouble}"] = parallel.sum_over_ranks(torch.tensor(float(grader.counts[trouble]))).item()
+            metrics[f"grader/{trouble}"] = parallel.sum_over_ranks(
+                torch.tensor(float(grader.counts[trouble]))
+            ).item()
         metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
         if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
             for name, kinds in assess().items():
-                metrics |= {f"eval/{name}/{kind}": figures["avg"]["mean"] for kind, figures in kinds.items()}
+                metrics |= {
+                    f"eval/{name}/{kind}": figures["avg"]["mean"] for kind, figures in kinds.items()
+                }
         laps.append(time.perf_counter())
         phases = ("sync", "roll_out", "score", "verify", "update", "evaluate")
-        metrics |= {f"time/{phase}": b - a for phase, (a, b) in zip(phases, pairwise(laps), strict=True)}
+        metrics |= {
+            f"time/{phase}": b - a for phase, (a, b) in zip(phases, pairwise(laps), strict=True)
+        }
         metrics["time/step"] = laps[-1] - laps[0]
         if parallel.DEVICE.type == "cuda":
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -461,8 +616,16 @@ def main(config: Config) -> None:
     # ---- What came of it
     if not run.end(state, total_steps):
         return
-    weights = {name: tensor.cpu() for name, tensor in parallel.full_weights(policy, dtype, prefix="model.") if is_first()}
-    on_first(lambda: export(policy.model, weights, [model.tokenizer, model.processor], run.folder / "policy"))
+    weights = {
+        name: tensor.cpu()
+        for name, tensor in parallel.full_weights(policy, dtype, prefix="model.")
+        if is_first()
+    }
+    on_first(
+        lambda: export(
+            policy.model, weights, [model.tokenizer, model.processor], run.folder / "policy"
+        )
+    )
     if flow:
         fl.save_flow(flow, run.folder / "flow")
     if held_out:
@@ -472,7 +635,10 @@ def main(config: Config) -> None:
         rows = {}
         for name in held_out:
             for when in ("before", "after"):
-                rows |= {f"{name} {when}, {kind}": figures for kind, figures in summary[when][name].items()}
+                rows |= {
+                    f"{name} {when}, {kind}": figures
+                    for kind, figures in summary[when][name].items()
+                }
         print(table(rows))
     if is_first():
         print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
@@ -481,7 +647,9 @@ def main(config: Config) -> None:
 
 def export(model, weights: dict[str, Tensor], processors: list, folder: Path) -> None:
     """Write the policy as Hugging Face does: weights, configurations, tokenizer and, where there is one, image processor."""
-    stored = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}  # tied ones once
+    stored = {
+        name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors
+    }  # tied ones once
     weights = {name: tensor for name, tensor in weights.items() if name in stored}
     with torch.device("meta"):  # one that is not sharded, in the dtype of the weights
         plain = type(model)(model.config).to(next(iter(weights.values())).dtype)

@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -37,16 +43,31 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
     return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None, trust_remote_code: bool = False):
+def load_processor(
+    path: str,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
+):
     """Load a model's image processor: torchvision's, else Pillow's, to the same effect; None: the model's limits."""
-    limits = {k: v for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items() if v is not None}
+    limits = {
+        k: v
+        for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items()
+        if v is not None
+    }
     try:
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **limits)
+        processor = AutoImageProcessor.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **limits
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no image processor ({error}); expected its preprocessor_config.json") from error
+        raise ValueError(
+            f"{path} has no image processor ({error}); expected its preprocessor_config.json"
+        ) from error
     low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
     if not 0 < low <= high:
-        raise ValueError(f"min_pixels={low}, max_pixels={high}: expected two positive numbers, the first not the larger")
+        raise ValueError(
+            f"min_pixels={low}, max_pixels={high}: expected two positive numbers, the first not the larger"
+        )
     return processor
 
 
@@ -75,7 +96,10 @@ class Image:
     def pixel_values(self) -> Tensor:
         """Return its patches (t*h*w, channels * temporal_patch_size * patch_size**2): normalised, flat."""
         found = self.processor(images=[self.open()], return_tensors="pt")
-        assert tuple(found["image_grid_thw"][0].tolist()) == self.grid, (found["image_grid_thw"], self.grid)
+        assert tuple(found["image_grid_thw"][0].tolist()) == self.grid, (
+            found["image_grid_thw"],
+            self.grid,
+        )
         return found["pixel_values"]
 
 
@@ -86,7 +110,9 @@ def decode(source: bytes | str):
     with Pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.mode.startswith("I;16"):  # 16 bits: convert() would cut values off at 255
             image = image.point(lambda value: value / 256).convert("L")
-        if "A" in image.mode or "transparency" in image.info:  # on white: a drawing on nothing is as a rule black
+        if (
+            "A" in image.mode or "transparency" in image.info
+        ):  # on white: a drawing on nothing is as a rule black
             layer = image.convert("RGBA")
             image = Pillow.alpha_composite(Pillow.new("RGBA", layer.size, "white"), layer)
         return image.convert("RGB")
@@ -99,13 +125,19 @@ def find_source(value, media_dir: str) -> bytes | str:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{value!r:.60} is no image; expected a path, base64, bytes or a dict of bytes and path")
+        raise ValueError(
+            f"{value!r:.60} is no image; expected a path, base64, bytes or a dict of bytes and path"
+        )
     if os.path.isfile(path := os.path.join(media_dir, value)):
         return path
     try:
-        return base64.b64decode("".join((value.partition("base64,")[2] or value).split()), validate=True)
+        return base64.b64decode(
+            "".join((value.partition("base64,")[2] or value).split()), validate=True
+        )
     except ValueError:
-        raise ValueError(f"no file {path!r:.200}; put it there, or name another --media-dir") from None
+        raise ValueError(
+            f"no file {path!r:.200}; put it there, or name another --media-dir"
+        ) from None
 
 
 def grid_of(processor, width: int, height: int) -> tuple[int, int, int]:
@@ -116,20 +148,40 @@ def grid_of(processor, width: int, height: int) -> tuple[int, int, int]:
         if fitted == size:
             return 1, height // processor.patch_size, width // processor.patch_size
         height, width = size = fitted
-    raise ValueError(f"{width} x {height} pixels do not fit between {limits[0]} and {limits[1]}; move these limits apart")
+    raise ValueError(
+        f"{width} x {height} pixels do not fit between {limits[0]} and {limits[1]}; move these limits apart"
+    )
 
 
-def load_images(rows: Sequence[dict], column: str, processor, media_dir: str, limit: int) -> list[tuple[Image, ...]]:
+def load_images(
+    rows: Sequence[dict], column: str, processor, media_dir: str, limit: int
+) -> list[tuple[Image, ...]]:
     """Return each row's images, decoded for a check, by all ranks together; ValueError with the row that has a bad one."""
-    near = [name for name in rows[0] if name in ("image", "picture", "pictures", "images", "image_path") and name != column]
-    if processor is not None and not any(column in row for row in rows) and (column != "images" or near):
-        raise ValueError(f"no row has a column {column!r}, only {sorted(rows[0])}; name the images' with --images-column")
+    near = [
+        name
+        for name in rows[0]
+        if name in ("image", "picture", "pictures", "images", "image_path") and name != column
+    ]
+    if (
+        processor is not None
+        and not any(column in row for row in rows)
+        and (column != "images" or near)
+    ):
+        raise ValueError(
+            f"no row has a column {column!r}, only {sorted(rows[0])}; name the images' with --images-column"
+        )
     values = [row.get(column) for row in rows]
-    values = [[] if value is None else value if isinstance(value, list) else [value] for value in values]
+    values = [
+        [] if value is None else value if isinstance(value, list) else [value] for value in values
+    ]
     if processor is None and (seen := [i for i, value in enumerate(values) if value]):
-        raise ValueError(f"row {seen[0]} has images, and the model takes none; expected a model of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"row {seen[0]} has images, and the model takes none; expected a model of {', '.join(FAMILIES)}"
+        )
     if many := [i for i, value in enumerate(values) if len(value) > limit]:
-        raise ValueError(f"row {many[0]} has {len(values[many[0]])} images, more than {limit}; raise --max-images or drop it")
+        raise ValueError(
+            f"row {many[0]} has {len(values[many[0]])} images, more than {limit}; raise --max-images or drop it"
+        )
 
     def check(i: int, value) -> tuple[int, int, int]:
         try:
@@ -138,7 +190,9 @@ def load_images(rows: Sequence[dict], column: str, processor, media_dir: str, li
             raise ValueError(f"row {i}: an image cannot be read: {error}") from error
 
     def check_share(share: range) -> dict | ValueError:
-        bar = tqdm(share, desc="images", unit="row", leave=False, delay=3, disable=dist.get_rank() > 0)
+        bar = tqdm(
+            share, desc="images", unit="row", leave=False, delay=3, disable=dist.get_rank() > 0
+        )
         try:
             return {i: [check(i, value) for value in values[i]] for i in bar if values[i]}
         except ValueError as error:
@@ -150,12 +204,17 @@ def load_images(rows: Sequence[dict], column: str, processor, media_dir: str, li
         raise error
     grids = {i: found for share in shares for i, found in share.items()}
     return [
-        tuple(Image(find_source(v, media_dir), processor, grid) for v, grid in zip(value, grids.get(i, []), strict=True))
+        tuple(
+            Image(find_source(v, media_dir), processor, grid)
+            for v, grid in zip(value, grids.get(i, []), strict=True)
+        )
         for i, value in enumerate(values)
     ]
 
 
-def stack(images: Sequence[Image], device: torch.device | str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def stack(
+    images: Sequence[Image], device: torch.device | str
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Return pixel values (n_patches, dim) and grids (n_images, 3) of a batch's images, each prepared once; None if none."""
     if not images:
         return None, None
@@ -170,14 +229,18 @@ def place(text: str, n_images: int, row: int) -> str:
     """Put images into a text: at each `<image>`, or in front where there is none; ValueError if the counts differ."""
     seen = text.count(PLACEHOLDER)
     if seen not in (0, n_images) or (seen and not n_images):
-        raise ValueError(f"row {row} has {n_images} images and {seen} placeholders {PLACEHOLDER}; expected as many, or none")
+        raise ValueError(
+            f"row {row} has {n_images} images and {seen} placeholders {PLACEHOLDER}; expected as many, or none"
+        )
     return text.replace(PLACEHOLDER, SPAN) if seen else SPAN * n_images + text
 
 
 def expand(ids: Sequence[int], images: Sequence[Image], pad: int | None, row: int) -> list[int]:
     """Repeat each image's placeholder token for each of its vectors; ValueError if the counts differ."""
     if (seen := list(ids).count(pad)) != len(images):
-        raise ValueError(f"row {row} has {len(images)} images and {seen} tokens {PAD} in its prompt; drop {PAD} from the text")
+        raise ValueError(
+            f"row {row} has {len(images)} images and {seen} tokens {PAD} in its prompt; drop {PAD} from the text"
+        )
     sizes = iter(images)
     return [token for i in ids for token in [i] * (next(sizes).n_tokens if i == pad else 1)]
 

@@ -18,7 +18,13 @@ def machine() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        processor = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip(" \t:")
+        processor = (
+            Path("/proc/cpuinfo")
+            .read_text()
+            .partition("model name")[2]
+            .partition("\n")[0]
+            .strip(" \t:")
+        )
         device = f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
     return f"{device}; torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -40,7 +46,11 @@ def in_child(prepare: Callable, settings, variant: str, queue) -> None:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     queue.put((statistics.median(seconds[1:]), peak - before))
 
 
@@ -60,7 +70,11 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
         seconds, peak = queue.get()
         rows.append({"variant": variant, "seconds": seconds, "peak_mb": peak / 1e6})
     base = rows[-1]
-    ratio = {f"{row['variant']} {key}": row[key] / base[key] for row in rows[:-1] for key in ("seconds", "peak_mb")}
+    ratio = {
+        f"{row['variant']} {key}": row[key] / base[key]
+        for row in rows[:-1]
+        for key in ("seconds", "peak_mb")
+    }
     print(f"{title}\n{machine()}\n{'':28}{'seconds':>10}{'extra peak MB':>16}")
     for row in rows:
         print(f"{row['variant']:28}{row['seconds']:>10.3f}{row['peak_mb']:>16.0f}")

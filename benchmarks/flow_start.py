@@ -39,11 +39,15 @@ def prepare(settings: Settings, variant: str):
         hidden_size=settings.dim, intermediate_size=4 * settings.dim, num_hidden_layers=settings.layers,
         num_attention_heads=settings.dim // 32, num_key_value_heads=settings.dim // 32, vocab_size=settings.vocabulary,
     )  # fmt: skip
-    policy = rlfr.Policy(AutoModelForCausalLM.from_config(config)).to(rlfr.DEVICE).requires_grad_(False)
+    policy = (
+        rlfr.Policy(AutoModelForCausalLM.from_config(config)).to(rlfr.DEVICE).requires_grad_(False)
+    )
     flow_config = fl.FlowConfig(settings.dim)
     flow = fl.Flow(flow_config).to(rlfr.DEVICE)
     learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
-    ids = torch.randint(settings.vocabulary, (settings.sequences, settings.prompt + settings.response)).tolist()
+    ids = torch.randint(
+        settings.vocabulary, (settings.sequences, settings.prompt + settings.response)
+    ).tolist()
     batch = rlfr.collate([(row[: settings.prompt], row[settings.prompt :]) for row in ids])
     taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
     depths = [tap / settings.layers for tap in taps]
@@ -54,7 +58,9 @@ def prepare(settings: Settings, variant: str):
             if ours:
                 latents = policy(batch, taps=taps, latents_only=True).latents
             else:
-                output = policy.model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+                output = policy.model(
+                    batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+                )
                 latents = [output.hidden_states[tap + 1] for tap in taps]
         targets = batch.targets if ours else batch.attention_mask
         pairs = fl.pair(flow_config, latents, depths, batch.attention_mask, targets)

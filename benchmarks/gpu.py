@@ -64,11 +64,16 @@ def write_inputs(folder: Path, settings: Settings) -> None:
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    fl.save_flow(fl.Flow(fl.FlowConfig(hidden, n_blocks=6 if settings.shape == "7B" else 4)), folder / "flow")
+    fl.save_flow(
+        fl.Flow(fl.FlowConfig(hidden, n_blocks=6 if settings.shape == "7B" else 4)), folder / "flow"
+    )
     problems = [
-        {"problem": f"{i:0{settings.prompt_tokens}d}", "answer": "1"} for i in range(settings.prompts)
+        {"problem": f"{i:0{settings.prompt_tokens}d}", "answer": "1"}
+        for i in range(settings.prompts)
     ]  # bytes are tokens
-    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    (folder / "problems.jsonl").write_text(
+        "".join(json.dumps(problem) + "\n" for problem in problems)
+    )
 
 
 def matrix_rate(n: int) -> float:
@@ -111,13 +116,17 @@ def main(settings: Settings) -> dict:
                 offload=settings.offload, flow_accept="all", grade_truncated=True, save_every=0,
             )
         )  # fmt: skip
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
     figures = {name: statistics.median(line[name] for line in lines[1:]) for name in lines[-1]}
     length, work = figures["length"], operations(settings, figures["length"])
     counted = {"roll_out": episodes * length, "score": episodes * (settings.prompt_tokens + length)}
     counted["update"] = counted["score"]
     print(f"{settings.shape} shape, {episodes} episodes of {length:.0f} tokens\n{machine()}")
-    print(f"bfloat16 matrix product: {rate / 1e12:.1f} TFLOP/s\n{'':10}{'seconds':>10}{'tokens/s':>12}{'utilisation':>13}")
+    print(
+        f"bfloat16 matrix product: {rate / 1e12:.1f} TFLOP/s\n{'':10}{'seconds':>10}{'tokens/s':>12}{'utilisation':>13}"
+    )
     rows = {}
     for phase in ("sync", "roll_out", "score", "verify", "update", "step"):
         seconds = figures[f"time/{phase}"]
@@ -126,12 +135,22 @@ def main(settings: Settings) -> dict:
             rows[phase]["tokens_per_second"] = counted[phase] / seconds
         if phase in work:
             rows[phase]["utilisation"] = work[phase] / seconds / rate
-        cells = [f"{rows[phase].get('tokens_per_second', 0):12.0f}" if phase in counted else " " * 12]
+        cells = [
+            f"{rows[phase].get('tokens_per_second', 0):12.0f}" if phase in counted else " " * 12
+        ]
         cells += [f"{rows[phase]['utilisation']:13.1%}" if phase in work else ""]
         print(f"{phase:10}{seconds:10.2f}{''.join(cells)}")
     peak = figures.get("memory/peak_gb", 0.0)
-    print(f"peak memory of the trainer: {peak:.1f} GB; mismatch ratio: max {figures['mismatch/ratio_max']:.3f}")
-    result = {"machine": machine(), "settings": asdict(settings), "rate": rate, "phases": rows, "peak_gb": peak}
+    print(
+        f"peak memory of the trainer: {peak:.1f} GB; mismatch ratio: max {figures['mismatch/ratio_max']:.3f}"
+    )
+    result = {
+        "machine": machine(),
+        "settings": asdict(settings),
+        "rate": rate,
+        "phases": rows,
+        "peak_gb": peak,
+    }
     if settings.json:
         Path(settings.json).write_text(json.dumps(result | {"figures": figures}, indent=1))
     return result

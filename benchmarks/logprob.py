@@ -30,7 +30,9 @@ class Settings:
 def prepare(settings: Settings, variant: str):
     torch.manual_seed(0)
     hidden = torch.randn(settings.tokens, settings.dim, device=rlfr.DEVICE, requires_grad=True)
-    weight = (torch.randn(settings.vocabulary, settings.dim, device=rlfr.DEVICE) / settings.dim**0.5).requires_grad_()
+    weight = (
+        torch.randn(settings.vocabulary, settings.dim, device=rlfr.DEVICE) / settings.dim**0.5
+    ).requires_grad_()
     targets = torch.randint(settings.vocabulary, (settings.tokens,), device=rlfr.DEVICE)
 
     def work():
@@ -38,7 +40,10 @@ def prepare(settings: Settings, variant: str):
             logp, entropy = rlfr.TokenLogProbs.apply(hidden, weight, targets, 1.0, None)
         else:
             log_p = (hidden @ weight.T).log_softmax(dim=-1)
-            logp, entropy = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
+            logp, entropy = (
+                log_p.gather(1, targets[:, None]).squeeze(1),
+                -(log_p.exp() * log_p).sum(dim=-1),
+            )
         (logp.sum() + 0.1 * entropy.sum()).backward()
         hidden.grad = weight.grad = None
 
@@ -46,4 +51,9 @@ def prepare(settings: Settings, variant: str):
 
 
 if __name__ == "__main__":
-    compare("log-probs and entropies, forward and backward", prepare, tyro.cli(Settings), ["chunks (ours)", "full logits"])
+    compare(
+        "log-probs and entropies, forward and backward",
+        prepare,
+        tyro.cli(Settings),
+        ["chunks (ours)", "full logits"],
+    )

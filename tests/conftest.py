@@ -7,7 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the libraries are imported
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}  # read when the libraries are imported
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models there
 
 import pytest  # noqa: E402
@@ -35,7 +38,16 @@ def world(tmp_path_factory) -> toy.World:
     """The embedded world in small: a base model that has seen little, few problems."""
     folder = tmp_path_factory.mktemp("world") / "toy"
     return toy.make(
-        toy.World(str(folder), steps=30, batch_size=32, hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48)
+        toy.World(
+            str(folder),
+            steps=30,
+            batch_size=32,
+            hidden_size=32,
+            n_layers=3,
+            n_train=64,
+            n_test=16,
+            n_expert=48,
+        )
     )
 
 
@@ -70,15 +82,29 @@ def tiny_vlm(family: str):
     """A random model of a vision-language family, for the image world's tokenizer; its words are far from certain."""
     tokenizer = toy.make_tokenizer(images=True)
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, opened, closed = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
-    ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": opened, "vision_end_token_id": closed}
+    image, video, opened, closed = (
+        tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names
+    )
+    ids = {
+        "image_token_id": image,
+        "video_token_id": video,
+        "vision_start_token_id": opened,
+        "vision_end_token_id": closed,
+    }
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]}
     text = dict(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, rope_parameters=rope,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    tower = dict(hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=64, patch_size=14, initializer_range=0.2)
+    tower = dict(
+        hidden_size=32,
+        num_heads=2,
+        intermediate_size=48,
+        out_hidden_size=64,
+        patch_size=14,
+        initializer_range=0.2,
+    )
     if family == "qwen2_vl":
         tower = dict(depth=2, embed_dim=32, num_heads=2, mlp_ratio=2, hidden_size=64)
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=tower, **ids)
@@ -87,7 +113,10 @@ def tiny_vlm(family: str):
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **ids)
     else:
         tower |= dict(depth=3, deepstack_visual_indexes=[0, 1], num_position_embeddings=16)
-        text |= dict(head_dim=32, rope_parameters=rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
+        text |= dict(
+            head_dim=32,
+            rope_parameters=rope | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        )
         config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **ids)
     torch.manual_seed(0)
     return transformers.AutoModelForImageTextToText.from_config(config)
@@ -103,7 +132,11 @@ def save_vlm(model, folder) -> str:
 def drawing(problem: str, processor) -> vision.Image:
     """A drawn problem as the data set gives it."""
     (images,) = vision.load_images(
-        [{"images": toy.encode(toy.draw(problem, random.Random(problem)))}], "images", processor, ".", 1
+        [{"images": toy.encode(toy.draw(problem, random.Random(problem)))}],
+        "images",
+        processor,
+        ".",
+        1,
     )
     return images[0]
 
@@ -116,7 +149,9 @@ def read_lines(path) -> list[dict]:
 def load_problems(file: str) -> list[rollout.Problem]:
     """Load problems of the small world."""
     config = evaluation.Config(template="none", max_prompt_tokens=64, problem_column="problem")
-    return rollout.load_problems(file, config, rollout.find_model(str(Path(file).with_name("model"))))
+    return rollout.load_problems(
+        file, config, rollout.find_model(str(Path(file).with_name("model")))
+    )
 
 
 def figures(folder) -> list[dict]:
@@ -129,7 +164,9 @@ def last_state(folder) -> dict:
     """Tensors and numbers of the newest checkpoint, flat."""
     newest = max((Path(folder) / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
     dcp_to_torch_save(newest, Path(folder) / "state.pt")
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(torch.load(Path(folder) / "state.pt", weights_only=True))
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(
+        torch.load(Path(folder) / "state.pt", weights_only=True)
+    )
     return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
 
 
@@ -141,5 +178,8 @@ def flags(config) -> list[str]:
         if value is True:
             given.append(f"--{name.replace('_', '-')}")
         elif value != default and value is not None:
-            given += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+            given += [
+                f"--{name.replace('_', '-')}",
+                *(map(str, value) if isinstance(value, tuple) else [str(value)]),
+            ]
     return given

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from answers import equal, with_math_verify
-from latex import UnreadableError, boxes, read, unit_of
+from grading.answers import equal, with_math_verify
+from grading.latex import UnreadableError, boxes, read, unit_of
 
 SAME = [
     (r"\frac{1}{2}", "0.5"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("12 000", "12000"), (r"12\,000", "12000"),
@@ -108,7 +108,10 @@ def test_what_cannot_be_read_goes_to_math_verify():
 
 
 def test_units():
-    assert unit_of("cm^2") == ("length2", unit_of("square centimeters")[1]) and unit_of("apples") is None
+    assert (
+        unit_of("cm^2") == ("length2", unit_of("square centimeters")[1])
+        and unit_of("apples") is None
+    )
     assert unit_of("km/h")[0] == "length1 time-1"
 
 
@@ -138,5 +141,8 @@ def test_boxes():
 
 def test_extraction_of_a_megabyte_is_quick():
     began = time.perf_counter()
-    assert boxes(r"\boxed{" * 150_000) == [] and len(boxes("{" * 100_000 + r"\boxed{1}" * 50_000)) == 50_000
+    assert (
+        boxes(r"\boxed{" * 150_000) == []
+        and len(boxes("{" * 100_000 + r"\boxed{1}" * 50_000)) == 50_000
+    )
     assert time.perf_counter() - began < 5

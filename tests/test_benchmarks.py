@@ -22,8 +22,21 @@ def test_every_benchmark_is_here():
 def test_whole_steps(tmp_path):
     """The benchmark for a GPU, on whatever there is: all phases, and operations that agree with a count of parameters."""
     file = tmp_path / "figures.json"
-    arguments = ["--shape", "tiny", "--prompts", "2", "--group-size", "2", "--response-tokens", "16", "--json", str(file)]
-    done = subprocess.run([sys.executable, str(FOLDER / "gpu.py"), *arguments], capture_output=True, text=True)
+    arguments = [
+        "--shape",
+        "tiny",
+        "--prompts",
+        "2",
+        "--group-size",
+        "2",
+        "--response-tokens",
+        "16",
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "gpu.py"), *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures["phases"].keys() == {"sync", "roll_out", "score", "verify", "update", "step"}
@@ -35,7 +48,15 @@ def test_whole_steps(tmp_path):
 def test_benchmark(name, tmp_path):
     file = tmp_path / "figures.json"
     (tmp_path / "pairs.jsonl").write_text('{"gold": "1/2", "pred": "0.5", "expected": true}\n' * 3)
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *SMALL[name], "--repeats", "1", "--json", str(file)]
+    command = [
+        sys.executable,
+        str(FOLDER / f"{name}.py"),
+        *SMALL[name],
+        "--repeats",
+        "1",
+        "--json",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())

@@ -35,7 +35,9 @@ def command(script: str, arguments: list[str], n_ranks: int = 2, *options: str) 
 
 def start(*arguments, **options) -> subprocess.Popen:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams, **options)
+    return subprocess.Popen(
+        command(*arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams, **options
+    )
 
 
 def finish(*arguments) -> str:
@@ -47,7 +49,9 @@ def finish(*arguments) -> str:
 
 def ranks_of(torchrun: subprocess.Popen) -> list[int]:
     """Process ids of the ranks."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True).stdout
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(torchrun.pid)], capture_output=True, text=True
+    ).stdout
     return [int(pid) for pid in found.split()]
 
 
@@ -103,7 +107,11 @@ def assert_same_run(folder: str, other: str) -> None:
 
 def test_two_ranks_follow_one_process(one, two):
     assert_same_run(one, two)
-    assert sorted(p.name for p in Path(two, "checkpoints").iterdir()) == ["step-3", "step-4", "step-5"], "--keep"
+    assert sorted(p.name for p in Path(two, "checkpoints").iterdir()) == [
+        "step-3",
+        "step-4",
+        "step-5",
+    ], "--keep"
     for name in ("policy/model.safetensors", "flow/flow.safetensors"):
         assert Path(one, name).stat().st_size == Path(two, name).stat().st_size
 
@@ -139,22 +147,33 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
         model, other = Path(config.model), tmp_path / "model"
         shutil.copytree(model, other)
         torch.manual_seed(0)
-        heads = Qwen2Config.from_pretrained(model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
+        heads = Qwen2Config.from_pretrained(
+            model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2
+        )
         Qwen2ForCausalLM(heads).save_pretrained(other)
         config = replace(config, model=str(other), shaping="none", flow=None)
-        for left in Path("/dev/shm").glob("-tp:*cpushm*"):  # vLLM on a CPU leaves it behind and stumbles over it
+        for left in Path("/dev/shm").glob(
+            "-tp:*cpushm*"
+        ):  # vLLM on a CPU leaves it behind and stumbles over it
             left.unlink()
-    config = replace(config, engine="vllm", tensor_parallel=tensor_parallel, steps=2, max_sequences=32)
+    config = replace(
+        config, engine="vllm", tensor_parallel=tensor_parallel, steps=2, max_sequences=32
+    )
     output = finish("train_rl.py", flags(replace(config, folder=str(tmp_path / "two"))))
     assert "engine: vllm on cpu" in output
     alone = str(tmp_path / "one")
     train_rl.main(replace(config, tensor_parallel=1, folder=alone))
     a, b = figures(tmp_path / "two")[0], figures(alone)[0]
-    assert a == pytest.approx(b, rel=1e-3, abs=1e-3) and a["reward"] == b["reward"] and a["length"] == b["length"]
+    assert (
+        a == pytest.approx(b, rel=1e-3, abs=1e-3)
+        and a["reward"] == b["reward"]
+        and a["length"] == b["length"]
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}]
+    "options",
+    [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}],
 )
 def test_where_weights_live_changes_nothing(config, one, tmp_path, options):
     train_rl.main(replace(config, folder=str(tmp_path / "run"), **options))
@@ -166,7 +185,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
     state = last_state(tmp_path / "run")
     assert all(t.dtype == torch.float32 for name, t in state.items() if "['module']" in name)
     exported = rlfr.load_policy(str(tmp_path / "run" / "policy"))
-    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}, "what the engine sampled with"
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}, (
+        "what the engine sampled with"
+    )
     policy = rlfr.load_policy(config.model)
     parallel.shard(policy, policy.layers, torch.bfloat16)
     scored = policy(rlfr.collate([([1, 2], [3, 4])]), 1.0, taps=[1])
@@ -198,9 +219,15 @@ def test_micro_batches_of_all_ranks():
     rng = random.Random(0)
     pairs = [([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
     for n_ranks in (1, 2, 3, 8):
-        plans = [[rows for rows, _ in rlfr.micro_batches(pairs, 100, rank, n_ranks)] for rank in range(n_ranks)]
+        plans = [
+            [rows for rows, _ in rlfr.micro_batches(pairs, 100, rank, n_ranks)]
+            for rank in range(n_ranks)
+        ]
         assert sorted(i for plan in plans for rows in plan for i in rows) == list(range(24))
-        assert len({len(plan) for plan in plans}) == 1 and len({sum(map(len, plan)) for plan in plans}) == 1
+        assert (
+            len({len(plan) for plan in plans}) == 1
+            and len({sum(map(len, plan)) for plan in plans}) == 1
+        )
         tokens = [sum(sum(map(len, pairs[i])) for rows in plan for i in rows) for plan in plans]
         assert max(tokens) < 1.5 * min(tokens)
         for rows in (rows for plan in plans for rows in plan):
@@ -221,7 +248,11 @@ class Recorder:
 
 def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
     """Ranks play one after the other: each takes the share that its number gives, and results come back in order."""
-    prompts, seeds, expected = [[i] for i in range(7)], [10 * i for i in range(7)], [1, 9, 1, 1, 4, 4, 2]
+    prompts, seeds, expected = (
+        [[i] for i in range(7)],
+        [10 * i for i in range(7)],
+        [1, 9, 1, 1, 4, 4, 2],
+    )
     engines = [Recorder() for _ in range(2)]
     dealt: list = [None, None]
     monkeypatch.setattr(rollout.dist, "get_world_size", lambda: 2)
@@ -233,8 +264,12 @@ def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
             found[:] = [each if each is not None else [own[0]] * 100 for each in dealt]
 
         monkeypatch.setattr(rollout.dist, "all_gather_object", gather)
-        episodes = rollout.generate_on_all_ranks(engines[rank], prompts, rollout.Sampling(2), seeds, expected)
-    assert [episode.response_ids[0] for episode in episodes] == [s + i for s in seeds for i in range(2)]
+        episodes = rollout.generate_on_all_ranks(
+            engines[rank], prompts, rollout.Sampling(2), seeds, expected
+        )
+    assert [episode.response_ids[0] for episode in episodes] == [
+        s + i for s in seeds for i in range(2)
+    ]
     loads = [sum(expected[p[0]] for p in engine.asked[0][0]) for engine in engines]
     assert sum(loads) == sum(expected) and max(loads) - min(loads) <= 1
 
@@ -261,7 +296,10 @@ def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, 
         told = f"killed {delay:.2f} s after step {step}, left {left}"
         assert figures(folder) == figures(two), told
         a, b = last_state(folder), last_state(two)
-        assert all(torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name] for name, x in a.items()), told
+        assert all(
+            torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name]
+            for name, x in a.items()
+        ), told
         assert_same_run(one, folder + "-alone")
         assert not list(Path(folder).rglob("*.writing"))
 
@@ -276,10 +314,15 @@ def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
     long = replace(config, folder=folder, steps=300, save_every=1000)
     process = start("train_rl.py", flags(long), n_ranks)
     wait_for_step(folder, 2, process)
-    os.kill((ranks_of(process) if n_ranks > 1 else [process.pid])[0], signal.SIGTERM if n_ranks > 1 else signal.SIGINT)
+    os.kill(
+        (ranks_of(process) if n_ranks > 1 else [process.pid])[0],
+        signal.SIGTERM if n_ranks > 1 else signal.SIGINT,
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output[-4000:]
-    assert "finishing this step, then saving" in output and f"go on with --resume {folder}" in output
+    assert (
+        "finishing this step, then saving" in output and f"go on with --resume {folder}" in output
+    )
     (saved,) = Path(folder, "checkpoints").iterdir()
     done = len(figures(folder))
     assert saved.name == f"step-{done}" and 2 <= done < 300
@@ -288,7 +331,11 @@ def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
 
 def test_a_second_signal_exits_at_once(config, tmp_path):
     folder = str(tmp_path / "run")
-    process = start("train_rl.py", flags(replace(config, folder=folder, steps=300, prompts=64, train_batch=256)), 1)
+    process = start(
+        "train_rl.py",
+        flags(replace(config, folder=folder, steps=300, prompts=64, train_batch=256)),
+        1,
+    )
     wait_for_step(folder, 1, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
@@ -313,7 +360,10 @@ def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
         "import os\ncalls = 0\ndef reward(problem, response):\n    global calls\n    calls += 1\n"
         "    if calls > 20 and os.environ['RANK'] == '1': raise RuntimeError('planted')\n    return float(len(response) % 3)\n"
     )
-    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)))
+    process = start(
+        "train_rl.py",
+        flags(replace(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)),
+    )
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     last = output[output.rindex("Root Cause") :]
@@ -321,9 +371,14 @@ def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
 
 
 def test_bad_settings_say_so_once_more_at_the_end(config, tmp_path):
-    process = start("train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), train_batch=1)))
+    process = start(
+        "train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), train_batch=1))
+    )
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "train_batch=1 is not a multiple of the 2 ranks; choose one" in output[-400:]
+    assert (
+        process.returncode != 0
+        and "train_batch=1 is not a multiple of the 2 ranks; choose one" in output[-400:]
+    )
     assert not (tmp_path / "run").exists()
 
 

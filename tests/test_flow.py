@@ -41,10 +41,15 @@ def test_velocity_error_of_a_linear_field():
 def test_the_best_field_of_one_point_has_no_error():
     x_1, x_0, _ = rows()
 
-    def straight(x_t, t, context, depth):  # the conditional field towards x_1 is (x_1 - x_t)/(1 - t)
+    def straight(
+        x_t, t, context, depth
+    ):  # the conditional field towards x_1 is (x_1 - x_t)/(1 - t)
         return (x_1 - x_t) / (1 - t[:, None])
 
-    assert fl.velocity_error(straight, x_1, x_1, torch.zeros(6), x_0, torch.full((6,), 0.8)).max() < 1e-10
+    assert (
+        fl.velocity_error(straight, x_1, x_1, torch.zeros(6), x_0, torch.full((6,), 0.8)).max()
+        < 1e-10
+    )
 
 
 def test_each_time_has_its_own_weight():
@@ -93,7 +98,12 @@ def test_score_and_loss_share_a_forward_and_its_gradient():
     assert len(calls) == 2, "one forward a time serves score and loss"
     got = [p.grad.clone() for p in field.parameters()]
     field.zero_grad()
-    errors = torch.stack([fl.velocity_error(field, x_1, context, torch.zeros(5), x_0, torch.full((5,), t)) for t in (0.5, 0.8)])
+    errors = torch.stack(
+        [
+            fl.velocity_error(field, x_1, context, torch.zeros(5), x_0, torch.full((5,), t))
+            for t in (0.5, 0.8)
+        ]
+    )
     (weight * errors.mean(dim=0)).sum().backward()
     torch.testing.assert_close(got, [p.grad for p in field.parameters()])
     torch.testing.assert_close(loss, errors.mean(dim=0).detach())
@@ -108,7 +118,9 @@ def test_learning_at_random_times_leaves_the_score_alone():
     score, _ = fl.score_and_learn(fixed, pairs, x_0[None, None], [0.8], torch.ones(5))
     score_random, loss = fl.score_and_learn(random, pairs, x_0[None, None], [0.8], torch.ones(5), z)
     torch.testing.assert_close(score, score_random)
-    expected = fl.velocity_error(random, x_1, context, torch.zeros(5), x_0, z.flatten().sigmoid()).detach()
+    expected = fl.velocity_error(
+        random, x_1, context, torch.zeros(5), x_0, z.flatten().sigmoid()
+    ).detach()
     torch.testing.assert_close(loss, expected)
     assert random.a.grad != fixed.a.grad
 
@@ -143,12 +155,17 @@ def test_a_new_network_predicts_no_velocity():
 
 
 def test_saved_flow_comes_back(tmp_path):
-    config = fl.FlowConfig(dim=8, n_blocks=2, width=12, contexts=("next", "self"), shift=2, percentiles=(0.1, 0.9))
+    config = fl.FlowConfig(
+        dim=8, n_blocks=2, width=12, contexts=("next", "self"), shift=2, percentiles=(0.1, 0.9)
+    )
     flow = random_flow(config)
     fl.save_flow(flow, tmp_path)
     loaded = fl.load_flow(tmp_path, 8)
     assert loaded.config == config
-    assert all(torch.equal(a, b) for a, b in zip(flow.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(flow.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["flow.safetensors"]
 
 
@@ -166,7 +183,10 @@ def test_official_checkpoint_loads(tmp_path):
     [
         ({"dim": 16}, ["dim=8", "(8, 8)", "expected dim=16"]),
         ({"dim": 8, "n_blocks": 6}, ["n_blocks=2", "2 blocks", "expected n_blocks=6"]),
-        ({"dim": 8, "contexts": ("next",)}, ["contexts=('previous',)", "expected contexts=('next',)"]),
+        (
+            {"dim": 8, "contexts": ("next",)},
+            ["contexts=('previous',)", "expected contexts=('next',)"],
+        ),
     ],
 )
 def test_flow_that_does_not_fit(tmp_path, expected, words):
@@ -185,7 +205,9 @@ def test_broken_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="--contexts"):
         fl.load_flow(file, 8)
     torch.save({k: v for k, v in state.items() if "time_embed.mlp.0" not in k}, file)
-    with pytest.raises(ValueError, match="(?s)cut, or of another network.*Missing key.*model.time_embed.mlp.0.bias"):
+    with pytest.raises(
+        ValueError, match="(?s)cut, or of another network.*Missing key.*model.time_embed.mlp.0.bias"
+    ):
         fl.load_flow(file, 8, contexts=("next",))
     torch.save(state | {"model.gate.weight": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="(?s)Unexpected key.*model.gate.weight"):
@@ -222,5 +244,7 @@ def test_settings_of_a_flow(settings, words):
 
 @pytest.mark.parametrize("times", [(1.0,), (0.8, 1.0), (0.0,), (1.2,), ()])
 def test_reward_times(times):
-    with pytest.raises(ValueError, match=r"in \(0, 1\), as 0.8; the weight t/\(1-t\) of 1 is infinite"):
+    with pytest.raises(
+        ValueError, match=r"in \(0, 1\), as 0.8; the weight t/\(1-t\) of 1 is infinite"
+    ):
         fl.check_times(times)

@@ -28,7 +28,13 @@ def near(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def network(tensors: dict, **shape) -> fl.VelocityNet:
     net = fl.VelocityNet(**shape)
-    net.load_state_dict({k.removeprefix("flow.model."): v for k, v in tensors.items() if k.startswith("flow.model.")})
+    net.load_state_dict(
+        {
+            k.removeprefix("flow.model."): v
+            for k, v in tensors.items()
+            if k.startswith("flow.model.")
+        }
+    )
     return net
 
 
@@ -36,7 +42,11 @@ def network(tensors: dict, **shape) -> fl.VelocityNet:
 def test_i_velocity_network(name):
     facts, x = fixture(name)
     net = network(
-        x, dim=facts["in_channels"], context_dim=facts["cond_channels"], width=facts["width"], n_blocks=facts["depth"]
+        x,
+        dim=facts["in_channels"],
+        context_dim=facts["cond_channels"],
+        width=facts["width"],
+        n_blocks=facts["depth"],
     )
     near(net.time_embed.features(x["in.t"]), x["mid.t_sin"])
     near(net.time_embed(x["in.t"]), x["mid.t_emb"])
@@ -53,7 +63,9 @@ def test_ii_velocity_deviation():
     for name, case in facts["cases"].items():
         times = case["timesteps"]
         arguments = (net, x["in.target"], x["in.cond"], depth, x["in.noise"])
-        errors = torch.stack([fl.velocity_error(*arguments, torch.full_like(depth, t)) for t in times])
+        errors = torch.stack(
+            [fl.velocity_error(*arguments, torch.full_like(depth, t)) for t in times]
+        )
         near(errors.mean(dim=0), x[f"out.loss[{name}]"])
         if len(times) == 1:
             near(fl.deviation_score(errors, times), x[f"out.score[{name}]"])
@@ -73,20 +85,26 @@ def test_ii_scores_of_sequences():
     everything = torch.ones(batch, size, dtype=torch.bool)
     for name, case in facts["cases"].items():
         assert len(set(case["shifts"])) == 1
-        config = fl.FlowConfig(dim, facts["depth"], None, tuple(MODES[m] for m in case["modes"]), case["shifts"][0])
+        config = fl.FlowConfig(
+            dim, facts["depth"], None, tuple(MODES[m] for m in case["modes"]), case["shifts"][0]
+        )
         flow = fl.Flow(config)
         flow.model = network(x, dim=dim, context_dim=dim, width=dim, n_blocks=facts["depth"])
         pairs = fl.pair(config, latents, [tap / n_layers for tap in taps], everything, everything)
         noise = torch.zeros(len(taps), len(case["modes"]), batch * size, dim)
         for layer in range(len(taps)):
             for mode in range(len(case["modes"])):
-                noise[layer, mode, pairs.exists[layer, mode]] = x[f"noise[{name}].layer{layer}.mode{mode}"]
+                noise[layer, mode, pairs.exists[layer, mode]] = x[
+                    f"noise[{name}].layer{layer}.mode{mode}"
+                ]
         score, loss = fl.score_and_learn(flow, pairs, noise, [t])
         actions = slice(size - facts["num_actions"], size)
         near(score.view(batch, size)[:, actions], x[f"out.action_flow_score[{name}]"])
         near(loss.view(batch, size)[:, actions], x[f"out.action_flow_loss[{name}]"])
         for layer, tap in enumerate(taps):
-            alone = fl.pair(config, latents[layer : layer + 1], [tap / n_layers], everything, everything)
+            alone = fl.pair(
+                config, latents[layer : layer + 1], [tap / n_layers], everything, everything
+            )
             score, loss = fl.score_and_learn(flow, alone, noise[layer : layer + 1], [t])
             near(score.view(batch, size), x[f"out.score_layer{layer}[{name}]"])
             near(loss.view(batch, size), x[f"out.loss_layer{layer}[{name}]"])
@@ -94,12 +112,18 @@ def test_ii_scores_of_sequences():
 
 def test_iii_offline_loss():
     facts, x = fixture("iii_pretrain_loss")
-    n_layers, taps, repeats = facts["num_hidden_layers"], facts["hook_layers"], facts["flow_batch_mul"]
+    n_layers, taps, repeats = (
+        facts["num_hidden_layers"],
+        facts["hook_layers"],
+        facts["flow_batch_mul"],
+    )
     dim = x["in.target"].shape[1]
     net = network(x, dim=dim, context_dim=dim, width=dim, n_blocks=facts["depth"])
     depth = torch.full_like(x["in.u"], facts["layer"])
     near(x["in.u"].sigmoid(), x["mid.t"])
-    errors = fl.velocity_error(net, x["in.target"], x["in.cond"], depth, x["in.noise"], x["in.u"].sigmoid())
+    errors = fl.velocity_error(
+        net, x["in.target"], x["in.cond"], depth, x["in.noise"], x["in.u"].sigmoid()
+    )
     mask = x["in.mask"].bool()
     near(errors[mask].mean(), x["out.loss_masked"])
     near(errors.mean(), x["out.loss_unmasked"])
@@ -111,16 +135,22 @@ def test_iii_offline_loss():
         config = fl.FlowConfig(dim, facts["depth"], None, (MODES[mode],), facts["shift"])
         layer_losses = []
         for layer, tap in enumerate(taps):
-            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[0, 0]  # where the fixture has draws
+            exists = fl.pair(config, latents[:1], [0.0], everything, everything).exists[
+                0, 0
+            ]  # where the fixture has draws
             sums, count = 0.0, 0
             for repeat in range(repeats):
                 n = int(exists.sum())
                 noise, z = torch.zeros(targets.numel(), dim), torch.zeros(targets.numel())
                 noise[exists] = x[f"noise[{mode}].layer{layer}"][repeat * n : (repeat + 1) * n]
                 z[exists] = x[f"u[{mode}].layer{layer}"][repeat * n : (repeat + 1) * n]
-                pairs = fl.pair(config, latents[layer : layer + 1], [tap / n_layers], everything, targets)
+                pairs = fl.pair(
+                    config, latents[layer : layer + 1], [tap / n_layers], everything, targets
+                )
                 chosen = targets.flatten()
-                losses = fl.matching_loss(net, pairs, noise[chosen][None, None], z[chosen][None, None])
+                losses = fl.matching_loss(
+                    net, pairs, noise[chosen][None, None], z[chosen][None, None]
+                )
                 sums, count = sums + losses.sum(), count + len(losses)
             near(sums / count, x[f"out.loss_layer{layer}[{mode}]"])
             layer_losses.append(sums / count)
@@ -131,7 +161,9 @@ def test_iii_offline_loss():
 def test_iv_normalise(side):
     facts, x = fixture("iv_normalise_postprocess")
     mask = x["in.mask_right_padded" if side == "rp" else "in.mask_left_padded"]
-    padded = ~mask.all(dim=1)  # departure: a full row starts from its minimum, not from its second-smallest value
+    padded = ~mask.all(
+        dim=1
+    )  # departure: a full row starts from its minimum, not from its second-smallest value
     assert padded.any() and not padded.all()
     for case, options in {
         "minmax": {},
@@ -139,11 +171,16 @@ def test_iv_normalise(side):
         "minmax_gamma2": {"power": 2.0},
         "minmax_gamma0.5": {"power": 0.5},
     }.items():
-        got, expected = rlfr.normalise(x["in.score"], mask, **options), x[f"out.norm[{case}].{side}"]
+        got, expected = (
+            rlfr.normalise(x["in.score"], mask, **options),
+            x[f"out.norm[{case}].{side}"],
+        )
         near(got[padded], expected[padded])
         low = -1 if options.get("bilateral") else 0
         assert got.isfinite().all() and got.min() >= low and got.max() <= 1
-        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(got[~padded], expected[~padded], equal_nan=True)
+        assert (got[~padded].amin(dim=1) == low).all() and not torch.allclose(
+            got[~padded], expected[~padded], equal_nan=True
+        )
 
 
 def test_iv_select():
@@ -162,13 +199,20 @@ def test_iv_select():
 def test_v_returns_and_advantages():
     facts, x = fixture("v_returns_advantages")
     mask, group_size = x["in.action_mask"], facts["samples_per_prompt"]
-    baselines = {"group_norm": "grpo", "rloo": "rloo", "reinforce_baseline": "reinforce++", "reinforce": "reinforce"}
+    baselines = {
+        "group_norm": "grpo",
+        "rloo": "rloo",
+        "reinforce_baseline": "reinforce++",
+        "reinforce": "reinforce",
+    }
     kl = rlfr.kl_divergence(x["in.log_probs"], x["in.base_log_probs"], "k1") * mask
     near(kl, x["in.kl_k1"])
     score = rlfr.select(x["in.flow_score_normalised"], facts["threshold"], facts["topk"])
     near(score, x["mid.flow_score_postprocessed"])
     last = mask & ~mask.roll(-1, dims=1).index_fill(1, torch.tensor(mask.shape[1] - 1), False)
-    for case in [name[len("out.token_reward[") : -1] for name in x if name.startswith("out.token_reward[")]:
+    for case in [
+        name[len("out.token_reward[") : -1] for name in x if name.startswith("out.token_reward[")
+    ]:
         estimator, *settings = case.split(",")
         kl_coef, flow_coef, gamma = (float(setting.split("=")[1]) for setting in settings)
         outcome = rlfr.outcome_advantage(x["in.outcome_reward"], group_size, baselines[estimator])
@@ -178,7 +222,9 @@ def test_v_returns_and_advantages():
         near(reward.sum(dim=1), x[f"out.return_sum[{case}]"])
         near(rlfr.token_returns(reward, mask, gamma), x[f"out.returns[{case}]"])
         near(rlfr.token_returns(reward, mask, gamma), x[f"out.advantages[{case}]"])
-        if gamma == 1:  # our advantage: the outcome at every token plus the returns of the dense part
+        if (
+            gamma == 1
+        ):  # our advantage: the outcome at every token plus the returns of the dense part
             dense = rlfr.token_returns(-kl_coef * kl - flow_coef * score, mask)
             near((outcome[:, None] + dense) * mask, x[f"out.advantages[{case}]"])
     # generalised advantage estimation is a discounted sum of temporal differences
@@ -193,11 +239,16 @@ def test_v_returns_and_advantages():
 
 def test_vi_policy_loss():
     facts, x = fixture("vi_policy_loss_kl")
-    mask, cases = x["in.mask"], {"plain_eps0.2": ("sequence", 0.2), "dapo_eps0.2_high0.28": ("token", 0.28)}
+    mask, cases = (
+        x["in.mask"],
+        {"plain_eps0.2": ("sequence", 0.2), "dapo_eps0.2_high0.28": ("token", 0.28)},
+    )
     cases["as_shipped_use_dapo"] = cases["plain_eps0.2"]
     for name, (normalisation, clip_high) in cases.items():
         logp = x["in.log_probs"].clone().requires_grad_()
-        loss, _ = rlfr.policy_loss(logp, x["in.old_log_probs"], x["in.advantages"], 0.2, clip_high, facts["ratio_cap"])
+        loss, _ = rlfr.policy_loss(
+            logp, x["in.old_log_probs"], x["in.advantages"], 0.2, clip_high, facts["ratio_cap"]
+        )
         weights = rlfr.token_weights(mask, normalisation, len(mask), int(mask.sum()), mask.shape[1])
         total = (loss * weights).sum()
         total.backward()
@@ -215,7 +266,9 @@ def test_vi_kl_and_log_probs():
         weights = rlfr.token_weights(mask, "sequence", len(mask), int(mask.sum()), mask.shape[1])
         near((kl * weights).sum(), x[f"out.kl_loss[{kind}]"])
     logits = x["in.logits"].flatten(0, 1)  # an identity as the head makes hidden states logits
-    logp, entropy = rlfr.TokenLogProbs.apply(logits, torch.eye(logits.shape[1]), x["in.labels"].flatten(), 1.0, None)
+    logp, entropy = rlfr.TokenLogProbs.apply(
+        logits, torch.eye(logits.shape[1]), x["in.labels"].flatten(), 1.0, None
+    )
     near(logp.view_as(x["out.log_probs_from_logits"]), x["out.log_probs_from_logits"])
     near(entropy.view_as(x["out.entropy_from_logits"]), x["out.entropy_from_logits"])
 
@@ -247,7 +300,9 @@ def test_viii_official_rewards():
             header, ends = HEADERS[case["template"]]
             response = case["query"].split(header, 1)[1]
             cuts = [response.find(end) if end else len(response) for end in ends if end in response]
-            got = grader.grade("", case["gold"], response[: min(cuts)] if cuts else response, bool(cuts)).reward
+            got = grader.grade(
+                "", case["gold"], response[: min(cuts)] if cuts else response, bool(cuts)
+            ).reward
             expected = UNMARKED.get(case["name"], case["score"])
             if "(false negative)" in case["name"]:
                 expected = 1.0
@@ -275,7 +330,9 @@ def test_ix_tokens_are_kept():
         responses = [row[case["input_len"] :] for row in case["seq"]]
         batch = rlfr.collate(list(zip(prompts, responses, strict=True)))
         assert batch.input_ids.tolist() == case["seq"]
-        assert batch.input_ids[batch.targets].tolist() == [token for row in responses for token in row]
+        assert batch.input_ids[batch.targets].tolist() == [
+            token for row in responses for token in row
+        ]
         rewritten += case["out_sequences"] != case["seq"]
     assert rewritten, "the fixture holds a row that the official code rewrites"
 
@@ -284,7 +341,9 @@ def test_x_online_flow_loss():
     facts, x = fixture("x_online_flow_loss")
     mask, loss = x["in.action_mask"].bool(), x["in.flow_loss"]
     width = loss.shape[1]
-    logits = x["in.logits"][:, -width:]  # the official slice: entropy where the token itself is, not before it
+    logits = x["in.logits"][
+        :, -width:
+    ]  # the official slice: entropy where the token itself is, not before it
     z = logits.log_softmax(dim=-1)
     near(-(z.exp() * z).sum(dim=-1), x["mid.entropy"])
     for name, case in facts["cases"].items():
@@ -295,7 +354,9 @@ def test_x_online_flow_loss():
             x["mid.entropy"] if "trajectory_entropy" in kinds else None,
             facts["entropy_quantile"],
             float(soft),
-            quantile_mask=torch.ones_like(mask),  # the official quantile counts padding; ours does not, by default
+            quantile_mask=torch.ones_like(
+                mask
+            ),  # the official quantile counts padding; ours does not, by default
         )
         got = ((tokens * loss).sum(dim=1) * rows).sum() / rows.sum()
         near(got, torch.tensor(case["update_flow_loss"]))

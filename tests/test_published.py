@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_lines
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import run as runs
 import toy
@@ -53,8 +60,16 @@ def save_tokenizer(world, folder: Path, llama: bool) -> None:
     """Save the embedded world's tokenizer, for a Llama with that family's special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(world.path("model"))
     if llama:
-        specials = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end_of_text|>")
+        specials = [
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|end_of_text|>",
+        ]
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end_of_text|>"
+        )
         tokenizer.add_special_tokens({"additional_special_tokens": specials})
     tokenizer.save_pretrained(folder)
 
@@ -69,16 +84,22 @@ def save_tokenizer(world, folder: Path, llama: bool) -> None:
         ("Qwen2.5-VL-7B-Instruct", 6, 2, 3072, "qwen_tag"),
     ],
 )
-def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, repeats, tokens, template):
+def test_model_and_data_are_enough(
+    world, monkeypatch, capsys, short, blocks, repeats, tokens, template
+):
     name = next(name for name in CONFIGS if name.endswith(short))
     CONFIGS[name].save_pretrained(snapshot(name))
     save_tokenizer(world, snapshot(name), llama="Llama" in name)
     if "VL" in name:
         toy.make_processor().save_pretrained(snapshot(name))
     for given in (short, name):  # a short name, a hub id
-        monkeypatch.setattr(sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"])
+        monkeypatch.setattr(
+            sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"]
+        )
         rl, model = train_rl.resolve(runs.parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
-        offline, _ = train_flow.resolve(runs.parse_config(train_flow.Config, toy.PRESETS["train_flow"]))
+        offline, _ = train_flow.resolve(
+            runs.parse_config(train_flow.Config, toy.PRESETS["train_flow"])
+        )
         assert model.path == name
     said = capsys.readouterr().out
     assert (
@@ -86,19 +107,57 @@ def test_model_and_data_are_enough(world, monkeypatch, capsys, short, blocks, re
         and f"max_tokens={tokens}" in said
         and f"template={template}" in said
     )
-    assert (offline.flow_blocks, offline.noise_repeats, offline.template) == (blocks, repeats, template)
-    assert (offline.lr, offline.warmup, offline.weight_decay, offline.epochs) == (1e-4, 0.1, 0.01, 2)
+    assert (offline.flow_blocks, offline.noise_repeats, offline.template) == (
+        blocks,
+        repeats,
+        template,
+    )
+    assert (offline.lr, offline.warmup, offline.weight_decay, offline.epochs) == (
+        1e-4,
+        0.1,
+        0.01,
+        2,
+    )
     assert (offline.batch_size, offline.cutoff) == (128, 8192)
-    assert rl.max_prompt_tokens == offline.max_prompt_tokens == (4096 if template == "qwen_tag" else 1024)
+    assert (
+        rl.max_prompt_tokens
+        == offline.max_prompt_tokens
+        == (4096 if template == "qwen_tag" else 1024)
+    )
     assert (rl.max_tokens, rl.template, rl.reward) == (
         tokens,
         template,
         ("vlm", "tags=0.5") if template == "qwen_tag" else ("binary",),
     )
-    assert (rl.prompts, rl.group_size, rl.train_batch, rl.lr, rl.lr_floor, rl.warmup) == (128, 8, 128, 1e-6, 0.1, 0.03)
-    assert (rl.clip_norm, rl.temperature, rl.top_p, rl.kl_coef, rl.flow_lr, rl.epochs) == (1.0, 1.0, 1.0, 0.0, 1e-4, 5)
-    assert (rl.flow_coef, rl.flow_threshold, rl.flow_top_k, rl.reward_times) == (0.01, 0.6, 15, (0.8,))
-    assert (rl.shaping, rl.baseline, rl.clip_low, rl.clip_high, rl.normalisation) == ("flow", "grpo", 0.2, 0.2, "sequence")
+    assert (rl.prompts, rl.group_size, rl.train_batch, rl.lr, rl.lr_floor, rl.warmup) == (
+        128,
+        8,
+        128,
+        1e-6,
+        0.1,
+        0.03,
+    )
+    assert (rl.clip_norm, rl.temperature, rl.top_p, rl.kl_coef, rl.flow_lr, rl.epochs) == (
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        1e-4,
+        5,
+    )
+    assert (rl.flow_coef, rl.flow_threshold, rl.flow_top_k, rl.reward_times) == (
+        0.01,
+        0.6,
+        15,
+        (0.8,),
+    )
+    assert (rl.shaping, rl.baseline, rl.clip_low, rl.clip_high, rl.normalisation) == (
+        "flow",
+        "grpo",
+        0.2,
+        0.2,
+        "sequence",
+    )
     assert rl.gradient_checkpointing == (model.n_parameters > 1e9)
     assert rl.problem_column == ("prompt" if "VL" in name else "problem")
     assert rl.freeze == ("vision" if "VL" in name else "none")
@@ -111,10 +170,18 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
     config = Qwen2Config.from_pretrained(world.path("model"), max_position_embeddings=2048)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     save_tokenizer(world, folder, llama=False)
-    train_flow.main(train_flow.Config(model="Qwen2.5-0.5B", data=world.path("expert.jsonl"), epochs=1))
+    train_flow.main(
+        train_flow.Config(model="Qwen2.5-0.5B", data=world.path("expert.jsonl"), epochs=1)
+    )
     train_rl.main(
         train_rl.Config(
-            model="Qwen2.5-0.5B", data=world.path("train.jsonl"), prompts=2, group_size=2, train_batch=4, steps=1, max_tokens=8
+            model="Qwen2.5-0.5B",
+            data=world.path("train.jsonl"),
+            prompts=2,
+            group_size=2,
+            train_batch=4,
+            steps=1,
+            max_tokens=8,
         )
     )
     (line,) = read_lines(tmp_path / "runs" / "rl-Qwen2.5-0.5B-flow" / "metrics.jsonl")
@@ -124,7 +191,10 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"top_p": 0.9}, "top_p=0.9, top_k=0: training samples from all tokens .*a biased ratio.*leave them out"),
+        (
+            {"top_p": 0.9},
+            "top_p=0.9, top_k=0: training samples from all tokens .*a biased ratio.*leave them out",
+        ),
         ({"top_k": 20}, "top_p=1.0, top_k=20: training samples from all tokens"),
         ({"tensor_parallel": 2}, "tensor_parallel=2: expected a divisor of 1 ranks, and vLLM"),
         ({"cache_share": 1.5}, r"cache_share=1.5 is outside \(0, 1\)"),
@@ -138,7 +208,9 @@ def test_settings_of_ranks_and_engines(options, words):
 
 def test_an_engine_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("rollout.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt"):
+    with pytest.raises(
+        ValueError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt"
+    ):
         train_rl.resolve(train_rl.Config(**toy.TRAIN_RL, engine="vllm"))
 
 
@@ -147,5 +219,7 @@ def test_placeholders_of_images_are_refused(world):
     import rollout
 
     tokenizer = AutoTokenizer.from_pretrained(world.path("model"))
-    with pytest.raises(ValueError, match=r"row 1 has 0 images and 1 tokens <\|image_pad\|> in its prompt; drop"):
+    with pytest.raises(
+        ValueError, match=r"row 1 has 0 images and 1 tokens <\|image_pad\|> in its prompt; drop"
+    ):
         rollout.make_prompts(["a", "b <|image_pad|>"], tokenizer, rollout.Source(template="none"))

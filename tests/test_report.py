@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from report import render, render_answer, to_mathml, write_report
+from evals.report import render, render_answer, to_mathml, write_report
 
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75}
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -21,9 +21,26 @@ HOSTILE += "\ud800\x00"  # half a character, as a cut response may end
 
 def sample(problem: str, number: int, verdict: str, response: str, **changes) -> dict:
     """A line of samples.jsonl."""
-    fields = {"set": "math500", "problem": problem, "sample": number, "seed": 7, "question": "What is $\\frac{1}{2}+1$?"}
-    fields |= {"prompt": "<|im_start|>user", "answer": "\\frac{3}{2}", "response": response, "extracted": "2", "tokens": 99}
-    fields |= {"reward": 0.0, "correct": verdict == "right", "verdict": verdict, "finish_reason": "stop"}
+    fields = {
+        "set": "math500",
+        "problem": problem,
+        "sample": number,
+        "seed": 7,
+        "question": "What is $\\frac{1}{2}+1$?",
+    }
+    fields |= {
+        "prompt": "<|im_start|>user",
+        "answer": "\\frac{3}{2}",
+        "response": response,
+        "extracted": "2",
+        "tokens": 99,
+    }
+    fields |= {
+        "reward": 0.0,
+        "correct": verdict == "right",
+        "verdict": verdict,
+        "finish_reason": "stop",
+    }
     return fields | changes
 
 
@@ -35,7 +52,11 @@ def write_folder(folder, samples: list[dict], **changes):
         | {"maj": {"1": FIGURE, "2": FIGURE}, "truncated": 0.125, "boxed": 0.9, "timeouts": 0}
         | {"length_mean": 1234.4, "length_p95": 2345.6}
     }  # fmt: skip
-    summary = {"config": {"model": "toy <1>", "samples": 2}, "versions": {"torch": "2.13.0"}, "sets": sets}
+    summary = {
+        "config": {"model": "toy <1>", "samples": 2},
+        "versions": {"torch": "2.13.0"},
+        "sets": sets,
+    }
     (folder / "summary.json").write_text(json.dumps(summary | changes, indent=1))
     (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
     return folder
@@ -68,14 +89,32 @@ class Tags(HTMLParser):
 
 
 def test_text_is_escaped_everywhere():
-    for html in (render(HOSTILE), render_answer(HOSTILE), render_answer([HOSTILE, "7"]), to_mathml(HOSTILE)):
+    for html in (
+        render(HOSTILE),
+        render_answer(HOSTILE),
+        render_answer([HOSTILE, "7"]),
+        to_mathml(HOSTILE),
+    ):
         tags = Tags(html)
-        assert not tags.names & {"script", "img", "svg"} and not tags.attributes & {"onerror", "onload", "style", "src"}
+        assert not tags.names & {"script", "img", "svg"} and not tags.attributes & {
+            "onerror",
+            "onload",
+            "style",
+            "src",
+        }
     assert render("a < b & \"c\"") == "a &lt; b &amp; &quot;c&quot;"  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "text", ["$x^2$", r"\(x^2\)", "$$x^2$$", r"\[x^2\]", r"\boxed{x^{2}}", r"\begin{align*}x^2\end{align*}"]
+    "text",
+    [
+        "$x^2$",
+        r"\(x^2\)",
+        "$$x^2$$",
+        r"\[x^2\]",
+        r"\boxed{x^{2}}",
+        r"\begin{align*}x^2\end{align*}",
+    ],
 )
 def test_maths_becomes_mathml(text):
     html = render(f"before {text} after")
@@ -108,7 +147,9 @@ def test_what_cannot_be_converted_is_shown_as_source(latex):
 
 
 def test_signs_and_bars_are_spaced_as_in_latex():
-    assert to_mathml("f(-2)-1").count('form="prefix"') == 1 and 'form="prefix"' not in to_mathml("(a)-1")
+    assert to_mathml("f(-2)-1").count('form="prefix"') == 1 and 'form="prefix"' not in to_mathml(
+        "(a)-1"
+    )
     assert to_mathml("|a|").count('lspace="0" rspace="0"') == 2
 
 
@@ -119,7 +160,20 @@ def test_money_code_and_figures_are_no_maths():
 
 def test_long_hostile_texts_are_quick():
     began = time.perf_counter()
-    for part in ("\\boxed{", "\\[", "$$ ", "$", "{", " ", "\\begin{align}", "```", "[asy]", "\n", "\\(", "$ a"):
+    for part in (
+        "\\boxed{",
+        "\\[",
+        "$$ ",
+        "$",
+        "{",
+        " ",
+        "\\begin{align}",
+        "```",
+        "[asy]",
+        "\n",
+        "\\(",
+        "$ a",
+    ):
         render(part * 20_000)
         render("\\boxed{" + part * 20_000)
     assert time.perf_counter() - began < 20
@@ -128,7 +182,9 @@ def test_long_hostile_texts_are_quick():
 def test_answers():
     assert render_answer(None) == "<i>none</i>" and ">Evelyn<" in render_answer("Evelyn")
     assert "<mfrac>" in render_answer(r"\frac{1}{2}")
-    assert re.fullmatch("<span.*>3</span> <i>or</i> <span.*<msqrt>.*</span>", render_answer(["3", r"\sqrt{4}"]))
+    assert re.fullmatch(
+        "<span.*>3</span> <i>or</i> <span.*<msqrt>.*</span>", render_answer(["3", r"\sqrt{4}"])
+    )
 
 
 # ---- Reading
@@ -172,7 +228,12 @@ def test_a_bad_summary_is_named(tmp_path):
 def test_the_page_holds_the_figures(tmp_path):
     page = write_report(write_folder(tmp_path, some_samples())).read_text()
     assert "Evaluation of toy &lt;1&gt;" in page and "3 × 2" in page and "2.13.0" in page
-    assert "pass@1" not in page and "62.5 <small>25.0 – 75.0</small>" in page and "1,234" in page and "12.5%" in page
+    assert (
+        "pass@1" not in page
+        and "62.5 <small>25.0 – 75.0</small>" in page
+        and "1,234" in page
+        and "12.5%" in page
+    )
     assert page.count("<script") == 2 and not re.search("https?:", page)
 
 
@@ -181,15 +242,30 @@ class Browser:
     """Chromium behind chromedriver, by plain HTTP (W3C WebDriver)."""
 
     def __init__(self, url: str, profile):
-        options = {"args": [*FLAGS.split(), "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]}
+        options = {
+            "args": [
+                *FLAGS.split(),
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={profile}",
+            ]
+        }
         logs = {"browser": "ALL", "performance": "ALL"}
-        capabilities = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": logs}
+        capabilities = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": logs,
+        }
         self.url = f"{url}/session"
-        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+        self.url += (
+            "/" + self.call("", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+        )
 
     def call(self, path: str, body: dict | None, method: str = "POST"):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
@@ -217,14 +293,20 @@ class Browser:
         self.wait("[...document.querySelectorAll('article')].every(a => a.children.length)")
 
     def press(self, key: str) -> None:
-        keys = {"type": "key", "id": "keyboard", "actions": [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]}
+        keys = {
+            "type": "key",
+            "id": "keyboard",
+            "actions": [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")],
+        }
         self.call("/actions", {"actions": [keys]})
 
     def log(self, kind: str) -> list[dict]:
         return self.call("/se/log", {"type": kind})
 
     def cards(self) -> list[str]:
-        return self.js("[...document.querySelectorAll('article h2')].map(h => h.firstChild.data.trim())")
+        return self.js(
+            "[...document.querySelectorAll('article h2')].map(h => h.firstChild.data.trim())"
+        )
 
     def count(self) -> str:
         return self.js("document.querySelector('output').value")
@@ -232,10 +314,18 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    assert shutil.which("chromedriver"), "these tests need Chromium: apt-get install chromium chromium-driver"
-    with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+    assert shutil.which("chromedriver"), (
+        "these tests need Chromium: apt-get install chromium chromium-driver"
+    )
+    with subprocess.Popen(
+        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True
+    ) as driver:
         try:
-            port = next(match[1] for line in driver.stdout if (match := re.search(r"successfully on port (\d+)", line)))
+            port = next(
+                match[1]
+                for line in driver.stdout
+                if (match := re.search(r"successfully on port (\d+)", line))
+            )
             browser = Browser(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("profile"))
             yield browser
             browser.call("", None, "DELETE")
@@ -252,7 +342,10 @@ def page(browser, tmp_path):
 @pytest.mark.browser
 def test_filters_and_counts(page):
     everything = ["math500-0", "math500-1", "gsm8k-0"]
-    assert page.cards() == everything and page.count() == "3 of 3 problems · 3 right · 1 wrong · 1 no answer · 1 cut"
+    assert (
+        page.cards() == everything
+        and page.count() == "3 of 3 problems · 3 right · 1 wrong · 1 no answer · 1 cut"
+    )
     page.set("verdict", "wrong")
     assert page.cards() == ["math500-0"] and page.count() == "1 of 3 problems · 1 right · 1 wrong"
     assert page.js("[...document.querySelectorAll('.sample')].map(s => s.open)") == [False, True]
@@ -279,8 +372,12 @@ def test_filters_and_counts(page):
 def test_maths_is_drawn(page):
     page.set("open", True)
     boxes = "[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(b => [b.width, b.height])"
-    assert len(page.js(boxes)) >= 8 and all(width > 4 and height > 4 for width, height in page.js(boxes))
-    top, bottom = page.js("[...document.querySelector('mfrac').children].map(c => c.getBoundingClientRect().top)")
+    assert len(page.js(boxes)) >= 8 and all(
+        width > 4 and height > 4 for width, height in page.js(boxes)
+    )
+    top, bottom = page.js(
+        "[...document.querySelector('mfrac').children].map(c => c.getBoundingClientRect().top)"
+    )
     assert bottom > top + 4  # the denominator stands below the numerator
     assert page.js("getComputedStyle(document.querySelector('math .box')).borderTopWidth") != "0px"
 
@@ -292,14 +389,20 @@ def test_nothing_is_loaded_run_or_complained_about(page):
         page.js("document.title") == "Evaluation of toy <1>"
         and page.js("document.querySelectorAll('main :is(script, img, svg)').length") == 0
     )
-    assert page.js("document.querySelector('article:last-child .sample .text').textContent").startswith(
-        '<script>document.title = "hacked"'
-    )
+    assert page.js(
+        "document.querySelector('article:last-child .sample .text').textContent"
+    ).startswith('<script>document.title = "hacked"')
     assert page.log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in page.log("performance")]
-    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert len(urls) == 1 and urls[0].startswith("file://") and urls[0].endswith("/report.html")
-    page.js("fetch('http://127.0.0.1:9/').catch(() => 0) && 0")  # the control: the policy forbids it, and the log says so
+    page.js(
+        "fetch('http://127.0.0.1:9/').catch(() => 0) && 0"
+    )  # the control: the policy forbids it, and the log says so
     assert any("Content Security Policy" in entry["message"] for entry in page.log("browser"))
 
 
@@ -308,11 +411,23 @@ def test_keyboard_reaches_everything(page):
     seen = []
     while not seen or not seen[-1].startswith("right sa"):
         page.press("\ue004")  # Tab
-        seen.append(page.js("document.activeElement.name || document.activeElement.textContent.slice(0, 8)"))
+        seen.append(
+            page.js("document.activeElement.name || document.activeElement.textContent.slice(0, 8)")
+        )
         assert len(seen) < 20, seen
-    assert seen[-7:-1] == ["Settings", "set", "verdict", "text", "mixed", "open"]  # and no stop in the text between
+    assert seen[-7:-1] == [
+        "Settings",
+        "set",
+        "verdict",
+        "text",
+        "mixed",
+        "open",
+    ]  # and no stop in the text between
     page.press("\ue007")  # Enter
-    assert page.js("[...document.querySelectorAll('.sample')].map(s => s.open).slice(0, 2)") == [True, False]
+    assert page.js("[...document.querySelectorAll('.sample')].map(s => s.open).slice(0, 2)") == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.browser
@@ -321,18 +436,30 @@ def test_light_and_dark(page):
     for scheme in ("light", "dark"):
         feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         page.call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": feature})
-        colours.append(page.js("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"))
-    (light_ink, light_back), (dark_ink, dark_back) = [[int(re.search(r"\d+", c)[0]) for c in pair] for pair in colours]
+        colours.append(
+            page.js(
+                "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+            )
+        )
+    (light_ink, light_back), (dark_ink, dark_back) = [
+        [int(re.search(r"\d+", c)[0]) for c in pair] for pair in colours
+    ]
     assert light_back - light_ink > 180 and dark_ink - dark_back > 150
 
 
 @pytest.mark.browser
 def test_cards_come_as_the_reader_scrolls(browser, tmp_path):
-    browser.open(write_report(write_folder(tmp_path, [sample(f"p{i}", 0, "right", "x\n" * 50) for i in range(70)])))
+    browser.open(
+        write_report(
+            write_folder(tmp_path, [sample(f"p{i}", 0, "right", "x\n" * 50) for i in range(70)])
+        )
+    )
     browser.set("open", True)
     assert 20 <= len(browser.cards()) < 70 and browser.count() == "70 of 70 problems · 70 right"
     for _ in range(3):
         browser.js("scrollTo(0, document.body.scrollHeight)")
-        browser.wait("(more => more.hidden || more.getBoundingClientRect().top > innerHeight)(document.querySelector('#more'))")
+        browser.wait(
+            "(more => more.hidden || more.getBoundingClientRect().top > innerHeight)(document.querySelector('#more'))"
+        )
     browser.wait("document.querySelectorAll('article h2').length === 70")
     assert browser.js("document.querySelector('#more').hidden")

@@ -11,7 +11,12 @@ import parallel
 import rlfr
 
 TINY = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 FAMILIES = {
     "qwen2": hf.Qwen2Config(**TINY),
@@ -22,7 +27,12 @@ FAMILIES = {
     "gemma2": hf.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0),
     "gemma3": hf.Gemma3TextConfig(**TINY, head_dim=8),
 }
-EPISODES = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 14, 15]), ([20, 21, 22, 23, 24, 25], [26, 27, 28]), ([30, 31], [32])]
+EPISODES = [
+    ([5, 6, 7], [8, 9]),
+    ([10], [11, 12, 13, 14, 15]),
+    ([20, 21, 22, 23, 24, 25], [26, 27, 28]),
+    ([30, 31], [32]),
+]
 
 
 def tiny(family: str) -> rlfr.Policy:
@@ -35,18 +45,29 @@ def test_one_forward_gives_what_hugging_face_gives(family):
     policy, taps = tiny(family), [1, 2, 3]
     batch = rlfr.collate(EPISODES)
     logp, entropy, latents = policy(batch, temperature=0.7, taps=taps)
-    for row, (prompt, response) in enumerate(EPISODES):  # each alone, without padding, from full logits
+    for row, (prompt, response) in enumerate(
+        EPISODES
+    ):  # each alone, without padding, from full logits
         ids = torch.tensor([prompt + response])
         output = policy.model(ids, output_hidden_states=True)
         z = (output.logits[0, len(prompt) - 1 : -1].float() / 0.7).log_softmax(dim=-1)
         n = len(response)
-        torch.testing.assert_close(logp[row, :n], z.gather(1, torch.tensor(response)[:, None]).squeeze(1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(entropy[row, :n], -(z.exp() * z).sum(dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            logp[row, :n],
+            z.gather(1, torch.tensor(response)[:, None]).squeeze(1),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+        torch.testing.assert_close(
+            entropy[row, :n], -(z.exp() * z).sum(dim=1), rtol=1e-4, atol=1e-5
+        )
         assert (logp[row, n:] == 0).all()
         for tap, latent in zip(taps, latents, strict=True):
             if tap + 1 < 4:  # Hugging Face norms the last entry of hidden_states
                 expected = output.hidden_states[tap + 1][0]
-                torch.testing.assert_close(latent[row, : ids.shape[1]], expected, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    latent[row, : ids.shape[1]], expected, rtol=1e-4, atol=1e-5
+                )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +81,9 @@ def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
     short = policy(batch, taps=taps, latents_only=True)
     assert ran == [3] and short.logp is None
     assert all(torch.equal(a, b) for a, b in zip(full, short.latents, strict=True))
-    assert all(len(layer._forward_hooks) == (index == 3) for index, layer in enumerate(layers)), "hooks are gone"
+    assert all(len(layer._forward_hooks) == (index == 3) for index, layer in enumerate(layers)), (
+        "hooks are gone"
+    )
 
 
 def test_taps_may_coincide():
@@ -80,7 +103,10 @@ def test_log_probs_and_their_gradient_without_logits(softcap, monkeypatch):
     expected = log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=1)
     got = rlfr.TokenLogProbs.apply(hidden, weight, targets, 0.7, softcap)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad((g_logp * a + g_entropy * b).sum(), (hidden, weight)) for a, b in (got, expected)]
+    gradients = [
+        torch.autograd.grad((g_logp * a + g_entropy * b).sum(), (hidden, weight))
+        for a, b in (got, expected)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
@@ -95,7 +121,16 @@ def test_no_logits_of_the_whole_batch_are_made():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
-            largest = max([largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(
+                        x.numel()
+                        for x in torch.utils._pytree.tree_leaves(out)
+                        if isinstance(x, torch.Tensor)
+                    ),
+                ]
+            )
             return out
 
     with Watch():
@@ -130,17 +165,27 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
             batch = rlfr.collate([episodes[i] for i in group])
             logp, _, latents = policy(batch, 0.9, taps)
             pairs = fl.pair(flow.config, latents, depths, batch.attention_mask, batch.targets)
-            noise, _ = fl.draw(flow.config, [("noise", 0, 0, i) for i in group], batch.response_mask.sum(dim=1).tolist())
+            noise, _ = fl.draw(
+                flow.config,
+                [("noise", 0, 0, i) for i in group],
+                batch.response_mask.sum(dim=1).tolist(),
+            )
             score, _ = fl.score_and_learn(flow, pairs, noise, [0.5, 0.8])
             reward = rlfr.select(rlfr.normalise(batch.unflatten(score), batch.response_mask))
             for row, i in enumerate(group):
                 n = len(episodes[i][1])
-                found[i] = torch.stack([logp[row, :n], batch.unflatten(score)[row, :n], reward[row, :n]]).detach()
+                found[i] = torch.stack(
+                    [logp[row, :n], batch.unflatten(score)[row, :n], reward[row, :n]]
+                ).detach()
         return [found[i] for i in range(8)]
 
     alone = scores([[i] for i in range(8)])
     assert max(part[2].max() for part in alone) > 0.6
-    for groups in ([[0, 3, 6], [1, 4, 7], [2, 5]], [list(range(8))], [[7, 0, 1], [6, 2, 3], [5, 4]]):
+    for groups in (
+        [[0, 3, 6], [1, 4, 7], [2, 5]],
+        [list(range(8))],
+        [[7, 0, 1], [6, 2, 3], [5, 4]],
+    ):
         torch.testing.assert_close(scores(groups), alone, rtol=1e-5, atol=1e-5)
 
 
@@ -157,7 +202,9 @@ def test_micro_batches_keep_to_the_budget():
 # ---- Flow reward
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
-SCORE = torch.tensor([[1.0, 2.0, 3.0, 5.0], [4.0, 2.0, 9.0, 9.0], [2.0, 2.0, 2.0, 0.0], [7.0, 7.0, 7.0, 7.0]])
+SCORE = torch.tensor(
+    [[1.0, 2.0, 3.0, 5.0], [4.0, 2.0, 9.0, 9.0], [2.0, 2.0, 2.0, 0.0], [7.0, 7.0, 7.0, 7.0]]
+)
 
 
 def test_normalise_by_hand():
@@ -181,8 +228,12 @@ def test_select_by_hand():
     assert rlfr.select(s, 0.0, 1).tolist() == [pytest.approx([0, 0, 0.9, 0, 0])]
     assert rlfr.select(s, 0.0, None).equal(s) and rlfr.select(s * 0, 0.6, 2).equal(s * 0)
     b = torch.tensor([[-0.9, 0.7, 0.9, -0.7, 0.1, 0.8]])
-    assert rlfr.select(b, 0.6, None, bilateral=True).tolist() == [pytest.approx([-0.9, 0.7, 0.9, -0.7, 0, 0.8])]
-    assert rlfr.select(b, 0.6, 2, bilateral=True).tolist() == [pytest.approx([-0.9, 0, 0.9, 0, 0, 0])]
+    assert rlfr.select(b, 0.6, None, bilateral=True).tolist() == [
+        pytest.approx([-0.9, 0.7, 0.9, -0.7, 0, 0.8])
+    ]
+    assert rlfr.select(b, 0.6, 2, bilateral=True).tolist() == [
+        pytest.approx([-0.9, 0, 0.9, 0, 0, 0])
+    ]
 
 
 # ---- Advantages
@@ -191,10 +242,16 @@ def test_select_by_hand():
 def test_outcome_advantages_by_hand():
     reward = torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 0.5, 0.5])
     std = math.sqrt(1 / 3)
-    assert rlfr.outcome_advantage(reward, 4).tolist() == pytest.approx([0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std] + [0] * 4)
-    assert rlfr.outcome_advantage(reward, 4, "rloo").tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3] + [0] * 4)
+    assert rlfr.outcome_advantage(reward, 4).tolist() == pytest.approx(
+        [0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std] + [0] * 4
+    )
+    assert rlfr.outcome_advantage(reward, 4, "rloo").tolist() == pytest.approx(
+        [2 / 3, -2 / 3, -2 / 3, 2 / 3] + [0] * 4
+    )
     for baseline in ("dr_grpo", "reinforce++"):
-        assert rlfr.outcome_advantage(reward, 4, baseline).tolist() == [0.5, -0.5, -0.5, 0.5] + [0] * 4
+        assert (
+            rlfr.outcome_advantage(reward, 4, baseline).tolist() == [0.5, -0.5, -0.5, 0.5] + [0] * 4
+        )
     assert rlfr.outcome_advantage(reward, 4, "reinforce").equal(reward)
 
 
@@ -214,7 +271,10 @@ def test_token_returns_by_hand():
 
 
 def test_entropy_advantage_by_hand():
-    advantage, entropy = torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([[0.5, 9.0, 9.0]], requires_grad=True)
+    advantage, entropy = (
+        torch.tensor([[1.0, -1.0, 0.0]]),
+        torch.tensor([[0.5, 9.0, 9.0]], requires_grad=True),
+    )
     got = rlfr.entropy_advantage(advantage, entropy)
     assert got.tolist() == [pytest.approx([1.2, -0.5, 0.0])] and not got.requires_grad
 
@@ -235,16 +295,25 @@ def test_policy_loss_by_hand():
     loss, clipped = rlfr.policy_loss(ratio.log(), old, advantage)
     assert loss.tolist() == [pytest.approx([-1.1, -1.2, -0.5, 0.8, 3.0])]
     assert clipped.tolist() == [[False, True, False, True, False]]
-    assert rlfr.policy_loss(ratio.log(), old, advantage, clip_high=0.28)[0][0, 1].item() == pytest.approx(-1.28)
+    assert rlfr.policy_loss(ratio.log(), old, advantage, clip_high=0.28)[0][
+        0, 1
+    ].item() == pytest.approx(-1.28)
 
 
 def test_token_weights_do_not_depend_on_micro_batches():
     """Regression: a mean of micro-batch means weights episodes unevenly; here the denominator is the mini-batch's."""
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     loss = torch.tensor([[1.0, 2, 3, 4], [10, 0, 0, 0], [5, 7, 0, 0]])
-    for kind, expected in {"sequence": (2.5 + 10 + 6) / 3, "token": 32 / 7, "constant": 32 / (3 * 6)}.items():
+    for kind, expected in {
+        "sequence": (2.5 + 10 + 6) / 3,
+        "token": 32 / 7,
+        "constant": 32 / (3 * 6),
+    }.items():
         whole = (loss * rlfr.token_weights(mask, kind, 3, 7, 6)).sum()
-        parts = sum((loss[rows] * rlfr.token_weights(mask[rows], kind, 3, 7, 6)).sum() for rows in ([0, 1], [2]))
+        parts = sum(
+            (loss[rows] * rlfr.token_weights(mask[rows], kind, 3, 7, 6)).sum()
+            for rows in ([0, 1], [2])
+        )
         assert whole.item() == pytest.approx(expected) and parts.item() == pytest.approx(expected)
 
 
@@ -259,14 +328,17 @@ def test_importance_weights_by_hand():
     sampled = torch.tensor([[0.0, 0.0, torch.nan], [0.0, 0.0, 0.0]])
     trained = torch.tensor([[math.log(4.0), math.log(0.75), 0.3], [math.log(1.5), 8.0, 8.0]])
     weights = {
-        mode: rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0) for mode in ("none", "token", "sequence", "mask")
+        mode: rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0)
+        for mode in ("none", "token", "sequence", "mask")
     }
     assert weights["none"][0].tolist() == [[1, 1, 1], [1, 1, 1]]
     torch.testing.assert_close(weights["token"][0][mask], torch.tensor([2, 0.75, 1, 1.5]))
     torch.testing.assert_close(weights["sequence"][0][mask], torch.tensor([2, 2, 2, 1.5]))
     torch.testing.assert_close(weights["mask"][0][mask], torch.tensor([0, 0.75, 1, 1.5]))
     for _, figures in weights.values():  # of the raw ratios, whatever the mode
-        assert figures["mismatch/ratio_max"] == pytest.approx(4) and figures["mismatch/ratio_mean"] == pytest.approx(7.25 / 4)
+        assert figures["mismatch/ratio_max"] == pytest.approx(4) and figures[
+            "mismatch/ratio_mean"
+        ] == pytest.approx(7.25 / 4)
         assert figures["mismatch/over_cap"] == 0.25 and figures["mismatch/nan"] == 1
 
 
@@ -278,10 +350,16 @@ def test_online_flow_weights_by_hand():
     entropy = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 50.0, 60.0]])
     tokens, rows = rlfr.online_flow_weights(mask, None, entropy, 0.5, soft=0.5)
     assert rows.tolist() == [1, 1]
-    torch.testing.assert_close(tokens, torch.tensor([[1 / 6, 1 / 6, 1 / 3, 1 / 3], [1 / 3, 2 / 3, 0, 0]]))
+    torch.testing.assert_close(
+        tokens, torch.tensor([[1 / 6, 1 / 6, 1 / 3, 1 / 3], [1 / 3, 2 / 3, 0, 0]])
+    )
     # departure: padding does not move the quantile, so that the batch's width has no say
     wider = rlfr.online_flow_weights(
-        torch.nn.functional.pad(mask, (0, 3)), None, torch.nn.functional.pad(entropy, (0, 3), value=99.0), 0.5, 0.5
+        torch.nn.functional.pad(mask, (0, 3)),
+        None,
+        torch.nn.functional.pad(entropy, (0, 3), value=99.0),
+        0.5,
+        0.5,
     )[0]
     torch.testing.assert_close(wider[:, :4], tokens)
 
@@ -291,8 +369,14 @@ def test_online_flow_weights_by_hand():
 
 def test_learning_rate():
     rates = [rlfr.learning_rate(1.0, step, 100, 0.1, 0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[10] == pytest.approx(1.0)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[9] == pytest.approx(1.0)
+        and rates[10] == pytest.approx(1.0)
+    )
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and all(
+        a >= b for a, b in zip(rates[10:], rates[11:], strict=False)
+    )
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():

@@ -62,7 +62,10 @@ def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
     ("content", "words"),
     [
         ("", "holds no rows; expected at least one problem"),
-        ('{"problem": "a", "answer": "1"}\nnot json\n', "'not json.*' is not JSON .* expected one object a line"),
+        (
+            '{"problem": "a", "answer": "1"}\nnot json\n',
+            "'not json.*' is not JSON .* expected one object a line",
+        ),
         (
             '{"question": "a", "answer": "1"}\n',
             r"no column 'problem', only \['answer', 'question'\]; name it with a --…-column",
@@ -71,7 +74,10 @@ def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
             '{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": ""}\n',
             "'answer' of .* is empty in 1 of 2 rows, first in row 1",
         ),
-        ('{"problem": "a", "answer": "1"}\n{"problem": "b"}\n', "'answer' of .* is empty in 1 of 2 rows"),
+        (
+            '{"problem": "a", "answer": "1"}\n{"problem": "b"}\n',
+            "'answer' of .* is empty in 1 of 2 rows",
+        ),
     ],
 )
 def test_bad_data(tmp_path, content, words):
@@ -83,18 +89,29 @@ def test_bad_data(tmp_path, content, words):
 
 def test_unknown_data_and_models():
     for source in ("nowhere/at/all.jsonl", "nobody/nothing"):
-        with pytest.raises(ValueError, match=f"no data at '{source}'.*expected a JSONL or Parquet file, a folder or a hub id"):
+        with pytest.raises(
+            ValueError,
+            match=f"no data at '{source}'.*expected a JSONL or Parquet file, a folder or a hub id",
+        ):
             rollout.load_rows(source, ())
     for model, tried in {"Qwen9-1B": "Qwen/Qwen9-1B", "./missing": "./missing"}.items():
-        with pytest.raises(ValueError, match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B"):
+        with pytest.raises(
+            ValueError,
+            match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B",
+        ):
             rollout.find_model(model)
 
 
 def test_long_prompts_are_counted(tokenizer):
     with pytest.raises(
-        ValueError, match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens"
+        ValueError,
+        match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens",
     ):
-        rollout.make_prompts(["abc", "abcde", "abcdef"], tokenizer, rollout.Source(template="none", max_prompt_tokens=4))
+        rollout.make_prompts(
+            ["abc", "abcde", "abcdef"],
+            tokenizer,
+            rollout.Source(template="none", max_prompt_tokens=4),
+        )
 
 
 def test_templates(tokenizer, tmp_path):
@@ -103,7 +120,9 @@ def test_templates(tokenizer, tmp_path):
         return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, source)[0])
 
     assert text("none") == "1+1?"
-    assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith("<|im_start|>assistant\n")
+    assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith(
+        "<|im_start|>assistant\n"
+    )
     assert text("auto", model_type="qwen2_5") == text("qwen")
     assert text("auto", model_type="llama") == "1+1?", "a llama without the tokens of Llama 3"
     assert text("auto", model_type="gemma") == "1+1?", "no family and no chat template"
@@ -118,9 +137,13 @@ def test_templates(tokenizer, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words):
             text(template)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
     try:
-        assert text("chat").startswith("[user]1+1?\nPlease reason") and text("auto", model_type="gemma") == text("chat")
+        assert text("chat").startswith("[user]1+1?\nPlease reason") and text(
+            "auto", model_type="gemma"
+        ) == text("chat")
     finally:
         tokenizer.chat_template = None
 
@@ -132,7 +155,10 @@ def test_greedy_is_what_hugging_face_generates(engine, prompts, tokenizer):
     episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=24), [0] * len(prompts))
     for prompt, episode in zip(prompts, episodes, strict=True):
         expected = engine.model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=engine.ends.tolist()
+            torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=engine.ends.tolist(),
         )[0, len(prompt) :]
         assert episode.prompt_ids == prompt and episode.response_ids == expected.tolist()
         assert (episode.finish_reason == "stop") == (episode.response_ids[-1] in engine.ends)
@@ -143,9 +169,13 @@ def test_samples_do_not_depend_on_the_batch(engine, prompts):
     sampling, seeds = Sampling(n=3, max_tokens=24), [100 * i for i in range(len(prompts))]
     together = engine.generate(prompts, sampling, seeds)
     alone = [
-        episode for prompt, seed in zip(prompts, seeds, strict=True) for episode in engine.generate([prompt], sampling, [seed])
+        episode
+        for prompt, seed in zip(prompts, seeds, strict=True)
+        for episode in engine.generate([prompt], sampling, [seed])
     ]
-    assert [episode.response_ids for episode in together] == [episode.response_ids for episode in alone]
+    assert [episode.response_ids for episode in together] == [
+        episode.response_ids for episode in alone
+    ]
     assert len({tuple(episode.response_ids) for episode in together}) > len(prompts)
     single = engine.generate(prompts[:1], Sampling(n=1, max_tokens=24), [2])[0]
     assert single.response_ids == together[2].response_ids, "child i of a prompt has the seed + i"
@@ -156,11 +186,20 @@ def test_log_probs_are_those_of_the_trainer(engine, prompts, policy, temperature
     import rlfr
 
     episodes = engine.generate(
-        prompts, Sampling(n=2, temperature=temperature, max_tokens=24), list(range(0, 999, 9))[: len(prompts)]
+        prompts,
+        Sampling(n=2, temperature=temperature, max_tokens=24),
+        list(range(0, 999, 9))[: len(prompts)],
     )
-    logp = policy(rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature).logp
+    logp = policy(
+        rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature
+    ).logp
     for row, episode in enumerate(episodes):
-        torch.testing.assert_close(torch.tensor(episode.logp), logp[row, : len(episode.logp)].detach(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            torch.tensor(episode.logp),
+            logp[row, : len(episode.logp)].detach(),
+            rtol=1e-4,
+            atol=2e-5,
+        )
 
 
 def test_sampling_follows_the_distribution():
@@ -170,11 +209,15 @@ def test_sampling_follows_the_distribution():
     def frequencies(**options):
         token, logp = rollout.choose(logits.expand(len(uniform), 4), uniform, Sampling(**options))
         p = token.bincount(minlength=4) / len(uniform)
-        torch.testing.assert_close(logp.exp().double().mean(), (p * p).double().sum(), rtol=0.05, atol=0.01)
+        torch.testing.assert_close(
+            logp.exp().double().mean(), (p * p).double().sum(), rtol=0.05, atol=0.01
+        )
         return p
 
     torch.testing.assert_close(frequencies(), logits.exp(), atol=0.01, rtol=0)
-    torch.testing.assert_close(frequencies(temperature=0.5), (logits / 0.5).softmax(dim=0), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        frequencies(temperature=0.5), (logits / 0.5).softmax(dim=0), atol=0.01, rtol=0
+    )
     p = frequencies(top_p=0.7)
     assert p[0] == p[3] == 0 and p[1] > p[2] > 0
     assert frequencies(top_p=0.1)[1] == 1
@@ -192,7 +235,11 @@ def test_length_finish_and_weights(engine, prompts, world, tokenizer):
     state = {name: torch.zeros_like(tensor) for name, tensor in other.model.state_dict().items()}
     other.load_weights(state.items())
     assert all(tensor.abs().max() == 0 for tensor in other.model.state_dict().values())
-    with pytest.raises(ValueError, match="weight 'model.nonsense' is not one of the engine's model"):
+    with pytest.raises(
+        ValueError, match="weight 'model.nonsense' is not one of the engine's model"
+    ):
         other.load_weights([("model.nonsense", torch.zeros(1))])
-    with pytest.raises(ValueError, match="weights were not given, as .*expected the whole state dict"):
+    with pytest.raises(
+        ValueError, match="weights were not given, as .*expected the whole state dict"
+    ):
         other.load_weights(list(state.items())[:3])

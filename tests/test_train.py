@@ -44,7 +44,9 @@ def flow_config(world, tmp_path) -> train_flow.Config:
 
 def same_state(a: dict, b: dict) -> bool:
     pairs = [(a[key], b.get(key, "missing")) for key in a]
-    return a.keys() == b.keys() and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    return a.keys() == b.keys() and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
+    )
 
 
 # ---- Offline start
@@ -52,7 +54,11 @@ def same_state(a: dict, b: dict) -> bool:
 
 def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch):
     asked, forward = [], rlfr.Policy.forward
-    monkeypatch.setattr(rlfr.Policy, "forward", lambda *a, **k: (asked.append(k["latents_only"]), forward(*a, **k))[1])
+    monkeypatch.setattr(
+        rlfr.Policy,
+        "forward",
+        lambda *a, **k: (asked.append(k["latents_only"]), forward(*a, **k))[1],
+    )
     train_flow.main(replace(flow_config, epochs=8))
     lines = read_lines(Path(flow_config.folder) / "metrics.jsonl")
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and all(asked)
@@ -62,7 +68,9 @@ def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch
 
 def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
     for name, budget in (("a", 100_000), ("b", 200)):
-        train_flow.main(replace(flow_config, folder=flow_config.folder + name, tokens_per_gpu=budget))
+        train_flow.main(
+            replace(flow_config, folder=flow_config.folder + name, tokens_per_gpu=budget)
+        )
     a, b = (figures(flow_config.folder + name) for name in "ab")
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-6) and one["rows"] == other["rows"]
@@ -72,20 +80,28 @@ def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
 def test_offline_start_and_training_share_the_prompts(flow_config, config, world, monkeypatch):
     """Regression: the official templates differ between the two."""
     made, make_prompts = [], rollout.make_prompts
-    monkeypatch.setattr(rollout, "make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1])
+    monkeypatch.setattr(
+        rollout, "make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1]
+    )
     template = {"template": "auto", "max_prompt_tokens": 300}
     train_flow.main(replace(flow_config, epochs=1, **template))
     train_rl.main(replace(config, data=world.path("expert.jsonl"), steps=1, **template))
-    assert made[0] == made[1] and len(made[0][0]) > 80, "the family's template, not the bare problem"
+    assert made[0] == made[1] and len(made[0][0]) > 80, (
+        "the family's template, not the bare problem"
+    )
 
 
 # ---- D. One RL step
 
 
-def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(config, flow_folder, monkeypatch):
+def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
+    config, flow_folder, monkeypatch
+):
     gradients, update = [], train_rl.update_policy
 
-    def spy(policy, *arguments):  # between the scoring pass, which runs the flow's backward, and the policy's own
+    def spy(
+        policy, *arguments
+    ):  # between the scoring pass, which runs the flow's backward, and the policy's own
         gradients.append([p.grad for p in policy.parameters()])
         return update(policy, *arguments)
 
@@ -95,20 +111,30 @@ def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(con
     before, after = (fl.load_flow(path, 32) for path in (flow_folder, Path(config.folder) / "flow"))
     for name, parameter in before.named_parameters():
         assert not torch.equal(parameter, after.get_parameter(name)), f"{name} did not move"
-    base, policy = (rlfr.load_policy(path) for path in (config.model, str(Path(config.folder) / "policy")))
-    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True))
+    base, policy = (
+        rlfr.load_policy(path) for path in (config.model, str(Path(config.folder) / "policy"))
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True)
+    )
 
 
 def test_a_frozen_flow_stays(config, flow_folder):
     train_rl.main(replace(config, steps=2, freeze_flow=True))
-    before, after = (fl.load_flow(path, 32).state_dict() for path in (flow_folder, Path(config.folder) / "flow"))
+    before, after = (
+        fl.load_flow(path, 32).state_dict() for path in (flow_folder, Path(config.folder) / "flow")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "flow/loss" not in figures(config.folder)[0] and "flow/score" in figures(config.folder)[0]
+    assert (
+        "flow/loss" not in figures(config.folder)[0] and "flow/score" in figures(config.folder)[0]
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(config):
     for name in ("off", "on"):
-        train_rl.main(replace(config, folder=config.folder + name, gradient_checkpointing=name == "on"))
+        train_rl.main(
+            replace(config, folder=config.folder + name, gradient_checkpointing=name == "on")
+        )
     for off, on in zip(figures(config.folder + "off"), figures(config.folder + "on"), strict=True):
         assert off == pytest.approx(on, rel=1e-4, abs=1e-6)
 
@@ -116,7 +142,15 @@ def test_gradient_checkpointing_changes_nothing(config):
 def test_micro_batches_change_nothing(config):
     """Figures and gradients do not depend on how a step's episodes are batched (one denominator)."""
     for name, budget in (("a", 100_000), ("b", 60)):
-        train_rl.main(replace(config, folder=config.folder + name, tokens_per_gpu=budget, steps=1, flow_entropy_quantile=0.5))
+        train_rl.main(
+            replace(
+                config,
+                folder=config.folder + name,
+                tokens_per_gpu=budget,
+                steps=1,
+                flow_entropy_quantile=0.5,
+            )
+        )
     a, b = (figures(config.folder + name)[0] for name in "ab")
     assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     states = [last_state(config.folder + name) for name in "ab"]
@@ -146,11 +180,18 @@ def test_every_option_changes_the_policy(config, options, world, tmp_path):
     train_rl.main(replace(config, folder=config.folder + "-a"))
     train_rl.main(replace(config, folder=config.folder + "-b", **options))
     policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
-    assert any(not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"flow_accept": "correct"}, {"flow_soft": 0.5, "flow_entropy_quantile": 0.8}, {"flow_times": "random"}]
+    "options",
+    [
+        {"flow_accept": "correct"},
+        {"flow_soft": 0.5, "flow_entropy_quantile": 0.8},
+        {"flow_times": "random"},
+    ],
 )
 def test_every_option_changes_the_flow(config, options):
     train_rl.main(replace(config, folder=config.folder + "-a", steps=1))
@@ -158,12 +199,18 @@ def test_every_option_changes_the_flow(config, options):
     flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
     assert any(not torch.equal(a, b) for a, b in zip(*(f.parameters() for f in flows), strict=True))
     first, second = (figures(f"{config.folder}-{name}")[0] for name in "ab")
-    assert first["flow/score"] == second["flow/score"], "scored with the flow before this step's update"
+    assert first["flow/score"] == second["flow/score"], (
+        "scored with the flow before this step's update"
+    )
 
 
 def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
     torch.manual_seed(0)
-    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=1, contexts=("next", "self"), percentiles=(0.1, 0.9), shift=2))
+    flow = fl.Flow(
+        fl.FlowConfig(
+            dim=32, n_blocks=1, contexts=("next", "self"), percentiles=(0.1, 0.9), shift=2
+        )
+    )
     fl.save_flow(flow, tmp_path / "other")
     train_rl.main(replace(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
     assert figures(config.folder)[0]["flow/score"] > 0
@@ -171,7 +218,9 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
 
 def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
     file = tmp_path / "reward.py"  # half of the problems always give 0
-    file.write_text("def reward(problem, response):\n    return float(int(problem[0]) % 2 and len(response) % 3)\n")
+    file.write_text(
+        "def reward(problem, response):\n    return float(int(problem[0]) % 2 and len(response) % 3)\n"
+    )
     config = replace(config, reward=(str(file),), steps=1)
     train_rl.main(replace(config, folder=config.folder + "-a"))
     train_rl.main(replace(config, folder=config.folder + "-b", dynamic_sampling=True, max_rounds=8))
@@ -184,7 +233,11 @@ def test_shapings_differ_in_the_advantage_alone(config):
     """G. The same first-step episodes and figures, apart from the advantage and what follows from it."""
     config, first = replace(config, reward=(str(ROOT / "tests" / "length_reward.py"),)), {}
     for shaping in ("none", "entropy", "flow"):
-        train_rl.main(replace(config, folder=config.folder + shaping, shaping=shaping, steps=1, train_batch=16))
+        train_rl.main(
+            replace(
+                config, folder=config.folder + shaping, shaping=shaping, steps=1, train_batch=16
+            )
+        )
         first[shaping] = figures(config.folder + shaping)[0]
     depends = {"advantage_abs", "policy/loss", "policy/grad_norm", "entropy_advantage"}
     for shaping, line in first.items():
@@ -199,7 +252,10 @@ def test_shapings_differ_in_the_advantage_alone(config):
 def test_one_seed_gives_one_run(config):
     for name in "ab":
         train_rl.main(replace(config, folder=config.folder + name))
-    assert figures(config.folder + "a") == figures(config.folder + "b") and len(figures(config.folder + "a")) == 3
+    assert (
+        figures(config.folder + "a") == figures(config.folder + "b")
+        and len(figures(config.folder + "a")) == 3
+    )
     assert same_state(last_state(config.folder + "a"), last_state(config.folder + "b"))
 
 
@@ -236,7 +292,9 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def launch(script: str, arguments: list[str], point: str = "never", count: int = 1) -> subprocess.CompletedProcess:
+def launch(
+    script: str, arguments: list[str], point: str = "never", count: int = 1
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", DIE, point, str(count), str(ROOT / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -257,12 +315,20 @@ def never_killed(world, flow_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("update", 2), ("update", 8), ("half a checkpoint", 2), ("before the rename", 2), ("between log and checkpoint", 1)],
+    [
+        ("update", 2),
+        ("update", 8),
+        ("half a checkpoint", 2),
+        ("before the rename", 2),
+        ("between log and checkpoint", 1),
+    ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, tmp_path, point, count):
     config = replace(never_killed, folder=str(tmp_path / "run"))
     assert launch("train_rl.py", flags(config), point, count).returncode == -signal.SIGKILL
-    assert len(figures(config.folder)) < 5 if (tmp_path / "run" / "metrics.jsonl").exists() else True
+    assert (
+        len(figures(config.folder)) < 5 if (tmp_path / "run" / "metrics.jsonl").exists() else True
+    )
     done = launch("train_rl.py", ["--resume", config.folder])
     assert done.returncode == 0, done.stderr
     assert figures(config.folder) == figures(never_killed.folder)
@@ -289,10 +355,17 @@ def test_full_disk_leaves_the_last_checkpoint(config):
         "run.Run.save = limited\n"
         "runpy.run_path('train_rl.py', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
-    assert "could not write" in message and "step-2" in message and "MB free" in message and "--resume" in message
+    assert (
+        "could not write" in message
+        and "step-2" in message
+        and "MB free" in message
+        and "--resume" in message
+    )
     assert [p.name for p in (Path(config.folder) / "checkpoints").iterdir()] == ["step-1"]
     assert last_state(config.folder)["['progress']['step']"] == 1
     train_rl.main(replace(config, resume=config.folder))
@@ -301,10 +374,17 @@ def test_full_disk_leaves_the_last_checkpoint(config):
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
     with pytest.raises(
-        FloatingPointError, match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate"
+        FloatingPointError,
+        match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate",
     ):
         train_rl.main(
-            replace(config, lr=1e30, train_batch=16, shaping="none", reward=(str(ROOT / "tests" / "length_reward.py"),))
+            replace(
+                config,
+                lr=1e30,
+                train_batch=16,
+                shaping="none",
+                reward=(str(ROOT / "tests" / "length_reward.py"),),
+            )
         )
     assert (Path(config.folder) / "checkpoints" / "step-1" / ".metadata").exists()
     assert all(math.isfinite(value) for line in figures(config.folder) for value in line.values())
@@ -314,13 +394,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 
 def test_the_policy_is_exported_for_hugging_face(config, world):
-    train_rl.main(replace(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2))
+    train_rl.main(
+        replace(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2)
+    )
     folder = Path(config.folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
     problems = load_problems(world.path("test.jsonl"))
     engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
     state = last_state(folder)
-    assert all(torch.equal(t, state[f"['policy']['module']['model.{name}']"]) for name, t in engine.model.state_dict().items())
+    assert all(
+        torch.equal(t, state[f"['policy']['module']['model.{name}']"])
+        for name, t in engine.model.state_dict().items()
+    )
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
         for kind in ("sampled", "greedy"):
@@ -334,7 +419,14 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
 
 def test_evaluating_in_between_changes_nothing(config, world):
     for name, every in (("a", 0), ("b", 1)):
-        train_rl.main(replace(config, folder=config.folder + name, eval_data=(world.path("test.jsonl"),), eval_every=every))
+        train_rl.main(
+            replace(
+                config,
+                folder=config.folder + name,
+                eval_data=(world.path("test.jsonl"),),
+                eval_every=every,
+            )
+        )
     a, b = (figures(config.folder + name) for name in "ab")
     assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
 
@@ -409,13 +501,17 @@ def test_bad_settings_of_the_offline_start(flow_config, options, words):
 
 
 def test_resume_checks_the_settings(config):
-    with pytest.raises(ValueError, match="no config.json there; expected the folder of an earlier run"):
+    with pytest.raises(
+        ValueError, match="no config.json there; expected the folder of an earlier run"
+    ):
         train_rl.main(replace(config, resume="nowhere"))
     train_rl.main(replace(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
     train_rl.main(replace(config, steps=1, tokens_per_gpu=50, resume=config.folder))
-    with pytest.raises(ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"):
+    with pytest.raises(
+        ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"
+    ):
         train_rl.main(replace(config, steps=1, lr=0.1, resume=config.folder))
 
 
@@ -432,7 +528,9 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_flow.py", "--resume", stored.config.folder])
     with pytest.raises(ValueError, match="'answer_column'.* settings of another script"):
         runs.parse_config(train_flow.Config, {})
-    assert parse("--resume", stored.config.folder) == replace(stored.config, resume=stored.config.folder)
+    assert parse("--resume", stored.config.folder) == replace(
+        stored.config, resume=stored.config.folder
+    )
 
 
 def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):

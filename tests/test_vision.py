@@ -67,7 +67,11 @@ def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
             assert (a[i, : b.shape[1]] - b[0]).abs().max() <= 1e-5 * b.abs().max()
         if PAD not in row[1]:
             ids, (pixels, grids) = torch.tensor([row[0] + row[1]]), vision.stack(row[2], "cpu")
-            seen = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == PAD).int()}
+            seen = {
+                "pixel_values": pixels,
+                "image_grid_thw": grids,
+                "mm_token_type_ids": (ids == PAD).int(),
+            }
             z = (policy.model(ids, **seen).logits[0, -n - 1 : -1] / 0.7).log_softmax(dim=-1)
             expected = z.gather(1, torch.tensor(row[1])[:, None]).squeeze(1)
             torch.testing.assert_close(alone.logp[0], expected, rtol=0, atol=1e-5)
@@ -100,11 +104,21 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
     policy = rlfr.load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
     tower = list(policy.model.model.visual.parameters())
     policy(rlfr.collate(rows())).logp.sum().backward()
-    assert all(p.grad is None for p in tower) if freeze == "vision" else all(p.grad.abs().max() > 0 for p in tower)
+    assert (
+        all(p.grad is None for p in tower)
+        if freeze == "vision"
+        else all(p.grad.abs().max() > 0 for p in tower)
+    )
     assert all(p.grad is not None for p in policy.layers.parameters())
     policy.zero_grad()
-    policy(rlfr.collate(rows()[1:2])).logp.sum().backward()  # no image: of the tower all gradients are there, and zero
-    assert all(p.grad is None for p in tower) if freeze == "vision" else all(p.grad.abs().max() == 0 for p in tower)
+    policy(
+        rlfr.collate(rows()[1:2])
+    ).logp.sum().backward()  # no image: of the tower all gradients are there, and zero
+    assert (
+        all(p.grad is None for p in tower)
+        if freeze == "vision"
+        else all(p.grad.abs().max() == 0 for p in tower)
+    )
 
 
 def test_the_offline_start_stops_at_the_last_tap():
@@ -112,7 +126,11 @@ def test_the_offline_start_stops_at_the_last_tap():
     full = policy(batch, taps=[1, 2]).latents
     policy.layers[3].register_forward_hook(lambda *_: ran.append(3))
     short = policy(batch, taps=[1, 2], latents_only=True)
-    assert not ran and short.logp is None and all(torch.equal(a, b) for a, b in zip(full, short.latents, strict=True))
+    assert (
+        not ran
+        and short.logp is None
+        and all(torch.equal(a, b) for a, b in zip(full, short.latents, strict=True))
+    )
 
 
 # ---- The torch engine
@@ -122,27 +140,52 @@ def test_the_offline_start_stops_at_the_last_tap():
 def test_the_torch_engine_sees(family, tmp_path):
     """Greedy words are Hugging Face's, alone and in a batch; log-probs are the trainer's; another image, other words."""
     folder = save_vlm(tiny_vlm(family), tmp_path)
-    engine, prompts, images = rollout.TorchEngine(folder, TOKENIZER), [r[0] for r in rows()], [r[2] for r in rows()]
+    engine, prompts, images = (
+        rollout.TorchEngine(folder, TOKENIZER),
+        [r[0] for r in rows()],
+        [r[2] for r in rows()],
+    )
     episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=16), [0] * 3, images)
     for prompt, own, episode in zip(prompts, images, episodes, strict=True):
         ids, (pixels, grids) = torch.tensor([prompt]), vision.stack(own, "cpu")
-        seen = {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == PAD).int()} if own else {}
+        seen = (
+            {
+                "pixel_values": pixels,
+                "image_grid_thw": grids,
+                "mm_token_type_ids": (ids == PAD).int(),
+            }
+            if own
+            else {}
+        )
         options = dict(do_sample=False, max_new_tokens=16, eos_token_id=engine.ends.tolist())
-        expected = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **seen, **options)[0, len(prompt) :]
+        expected = engine.model.generate(
+            ids, attention_mask=torch.ones_like(ids), **seen, **options
+        )[0, len(prompt) :]
         assert episode.response_ids == expected.tolist()
-    other = engine.generate(prompts[:1], Sampling(temperature=0, max_tokens=16), [0], [(drawing("9 +8 +7>", PROCESSOR),)])
+    other = engine.generate(
+        prompts[:1],
+        Sampling(temperature=0, max_tokens=16),
+        [0],
+        [(drawing("9 +8 +7>", PROCESSOR),)],
+    )
     assert other[0].response_ids != episodes[0].response_ids
     sampling = Sampling(n=2, max_tokens=16, temperature=0.7)
     episodes = engine.generate(prompts, sampling, [0, 100, 200], images)
     alone = [
-        e for p, s, i in zip(prompts, [0, 100, 200], images, strict=True) for e in engine.generate([p], sampling, [s], [i])
+        e
+        for p, s, i in zip(prompts, [0, 100, 200], images, strict=True)
+        for e in engine.generate([p], sampling, [s], [i])
     ]
     assert [e.response_ids for e in episodes] == [e.response_ids for e in alone]
-    batch = rlfr.collate([(e.prompt_ids, e.response_ids, images[i // 2]) for i, e in enumerate(episodes)])
+    batch = rlfr.collate(
+        [(e.prompt_ids, e.response_ids, images[i // 2]) for i, e in enumerate(episodes)]
+    )
     with torch.no_grad():
         logp = rlfr.load_policy(folder)(batch, 0.7).logp
     for row, episode in enumerate(episodes):
-        torch.testing.assert_close(torch.tensor(episode.logp), logp[row, : len(episode.logp)], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            torch.tensor(episode.logp), logp[row, : len(episode.logp)], rtol=1e-4, atol=2e-5
+        )
 
 
 # ---- Data
@@ -158,32 +201,48 @@ def png(array=COLOURS, mode: str = "RGB") -> bytes:
 def load(
     row: dict | list[dict], processor=PROCESSOR, folder: Path | str = ".", limit: int = 4
 ) -> list[tuple[vision.Image, ...]]:
-    return vision.load_images(row if isinstance(row, list) else [row], "images", processor, str(folder), limit)
+    return vision.load_images(
+        row if isinstance(row, list) else [row], "images", processor, str(folder), limit
+    )
 
 
 def test_pixel_values_by_hand():
     """Resized to multiples of a cell, bicubic; normalised; in patches, the four of a cell together, each frame twice."""
     (image,) = load({"images": png()})[0]
     assert image.grid == (1, 4, 6) and image.n_tokens == 6
-    resized = np.asarray(Image.fromarray(COLOURS).resize((84, 56), Image.Resampling.BICUBIC), dtype=np.float64)
-    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    resized = np.asarray(
+        Image.fromarray(COLOURS).resize((84, 56), Image.Resampling.BICUBIC), dtype=np.float64
+    )
+    mean, std = (
+        np.array([0.48145466, 0.4578275, 0.40821073]),
+        np.array([0.26862954, 0.26130258, 0.27577711]),
+    )
     normalised = (resized / 255 - mean) / std
     patches = []
     for y, x in ((y, x) for y in range(0, 56, 28) for x in range(0, 84, 28)):
         for v, u in ((0, 0), (0, 14), (14, 0), (14, 14)):
-            patch = normalised[y + v : y + v + 14, x + u : x + u + 14].transpose(2, 0, 1)  # channel, row, column
+            patch = normalised[y + v : y + v + 14, x + u : x + u + 14].transpose(
+                2, 0, 1
+            )  # channel, row, column
             patches.append(np.repeat(patch[:, None], 2, axis=1).ravel())
     np.testing.assert_allclose(image.pixel_values().numpy(), np.array(patches), atol=1e-3)
 
 
 def test_limits_on_pixels(tmp_path):
     save_vlm(tiny_vlm("qwen2_5_vl"), tmp_path)
-    for limits, grid in {(None, None): (1, 4, 6), (28 * 28 * 12, None): (1, 6, 10), (None, 28 * 28 * 4): (1, 2, 4)}.items():
+    for limits, grid in {
+        (None, None): (1, 4, 6),
+        (28 * 28 * 12, None): (1, 6, 10),
+        (None, 28 * 28 * 4): (1, 2, 4),
+    }.items():
         processor = rollout.find_model(str(tmp_path), False, *limits).processor
         (image,) = load({"images": png()}, processor)[0]
         assert image.grid == grid and len(image.pixel_values()) == grid[1] * grid[2]
     for limits in ((50_000, None), (None, -1)):
-        with pytest.raises(ValueError, match="min_pixels=.*: expected two positive numbers, the first not the larger"):
+        with pytest.raises(
+            ValueError,
+            match="min_pixels=.*: expected two positive numbers, the first not the larger",
+        ):
             rollout.find_model(str(tmp_path), False, *limits)
 
 
@@ -192,7 +251,10 @@ def test_thin_images_are_asked_for_twice():
     processor = toy.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 6)
     (image,) = load({"images": png(np.zeros((28, 28 * 9, 3), np.uint8))}, processor)[0]
     assert image.grid == (1, 2, 12) and len(image.pixel_values()) == 24
-    with pytest.raises(ValueError, match="row 0: an image cannot be read: .* do not fit between 4705 and 4706; move"):
+    with pytest.raises(
+        ValueError,
+        match="row 0: an image cannot be read: .* do not fit between 4705 and 4706; move",
+    ):
         load({"images": png()}, toy.Qwen2VLImageProcessorPil(min_pixels=4705, max_pixels=4706))
 
 
@@ -200,27 +262,51 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     data, text = png(), base64.b64encode(png()).decode()
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(data)
-    kinds = [data, text, f"data:image/png;base64,{text}", "media/a.png", {"bytes": data, "path": None}, {"path": "media/a.png"}]
-    found = load([{"images": [kind]} for kind in kinds] + [{"images": "media/a.png"}], folder=tmp_path)
-    assert len({own[0].pixel_values().numpy().tobytes() for own in found}) == 1 and all(len(own) == 1 for own in found)
+    kinds = [
+        data,
+        text,
+        f"data:image/png;base64,{text}",
+        "media/a.png",
+        {"bytes": data, "path": None},
+        {"path": "media/a.png"},
+    ]
+    found = load(
+        [{"images": [kind]} for kind in kinds] + [{"images": "media/a.png"}], folder=tmp_path
+    )
+    assert len({own[0].pixel_values().numpy().tobytes() for own in found}) == 1 and all(
+        len(own) == 1 for own in found
+    )
     assert load([{}, {"images": None}, {"images": []}]) == [(), (), ()]
     gray = np.ascontiguousarray(COLOURS[..., 0])
     assert load({"images": png(gray, "L")})[0][0].pixel_values().shape == (24, 1176)
     # and through files: JSONL with paths beside it, Parquet and save_to_disk with the `datasets` library's own images
-    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "q", "answer": "1", "images": ["media/a.png"]}))
+    (tmp_path / "data.jsonl").write_text(
+        json.dumps({"prompt": "q", "answer": "1", "images": ["media/a.png"]})
+    )
     rows = [{"prompt": "q", "answer": "1", "images": [{"bytes": data, "path": None}]}]
-    features = {"prompt": datasets.Value("string"), "answer": datasets.Value("string"), "images": [datasets.Image()]}
+    features = {
+        "prompt": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "images": [datasets.Image()],
+    }
     saved = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     saved.to_parquet(tmp_path / "data.parquet")
     saved.save_to_disk(tmp_path / "saved")
     config = evaluation.Config(template="none", problem_column="prompt")
     for name in ("data.jsonl", "data.parquet", "saved"):
-        (problem,) = rollout.load_problems(str(tmp_path / name), config, rollout.Model("", None, 0, TOKENIZER, PROCESSOR))
+        (problem,) = rollout.load_problems(
+            str(tmp_path / name), config, rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
+        )
         assert torch.equal(problem.images[0].pixel_values(), found[0][0].pixel_values()), name
         assert problem.prompt_ids.count(PAD) == 6
     moved = replace(config, media_dir=str(tmp_path / "media"))
-    with pytest.raises(ValueError, match=r"row 0: .*no file '.*media/media/a.png'; put it there, or name another --media-dir"):
-        rollout.load_problems(str(tmp_path / "data.jsonl"), moved, rollout.Model("", None, 0, TOKENIZER, PROCESSOR))
+    with pytest.raises(
+        ValueError,
+        match=r"row 0: .*no file '.*media/media/a.png'; put it there, or name another --media-dir",
+    ):
+        rollout.load_problems(
+            str(tmp_path / "data.jsonl"), moved, rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
+        )
 
 
 def test_placeholders():
@@ -238,10 +324,14 @@ def test_placeholders():
     assert prompt("sum>", two, one) == f"{span(2)}{span(3)}sum>"
     ids = TOKENIZER.encode(f"{span(2)}{span(3)}")
     assert TOKENIZER.decode(vision.collapse(ids, PAD)) == span(1) * 2
-    templates = json.loads((ROOT / "tests" / "oracle" / "viii_scoring.json").read_text())["templates"]
+    templates = json.loads((ROOT / "tests" / "oracle" / "viii_scoring.json").read_text())[
+        "templates"
+    ]
     for template, name in {"qwen_tag": "qwen_tag_vison", "qwen": "qwen_box_vision"}.items():
         official = templates[name].replace(vision.PAD, vision.PAD * 3)
-        assert prompt("Q?", one, template=template) == official.replace("{QUESTION}", "Q?"), template
+        assert prompt("Q?", one, template=template) == official.replace("{QUESTION}", "Q?"), (
+            template
+        )
     assert rollout.choose_template("auto", TOKENIZER, "qwen2_5_vl") == "qwen_tag"
 
 
@@ -267,7 +357,9 @@ def test_bad_images_say_their_row_before_training(tmp_path, monkeypatch, row, wo
     monkeypatch.setattr(rollout, "load_rows", lambda *_: [good, good | row])
     with pytest.raises(ValueError, match=words):
         rollout.load_problems(
-            "d", evaluation.Config(template="none", problem_column="prompt"), rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
+            "d",
+            evaluation.Config(template="none", problem_column="prompt"),
+            rollout.Model("", None, 0, TOKENIZER, PROCESSOR),
         )
 
 
@@ -276,7 +368,8 @@ def test_a_missing_column_and_transparent_images(tmp_path):
         return vision.load_images([row], column, PROCESSOR, ".", 1)[0]
 
     with pytest.raises(
-        ValueError, match="no row has a column 'images', only .'image', 'prompt'.; name the images' with --images-col"
+        ValueError,
+        match="no row has a column 'images', only .'image', 'prompt'.; name the images' with --images-col",
     ):
         load({"prompt": "q", "image": png()})
     with pytest.raises(ValueError, match="no row has a column 'picture'"):
@@ -294,7 +387,9 @@ def test_images_for_a_model_without_eyes(world, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"problem": "q", "answer": "1", "images": ["a.png"]}))
     config = evaluation.Config(template="none", problem_column="problem")
-    with pytest.raises(ValueError, match="row 0 has images, and the model takes none; expected a model of qwen2_vl"):
+    with pytest.raises(
+        ValueError, match="row 0 has images, and the model takes none; expected a model of qwen2_vl"
+    ):
         rollout.load_problems(str(file), config, rollout.find_model(world.path("model")))
 
 
@@ -305,8 +400,13 @@ def test_images_for_a_model_without_eyes(world, tmp_path):
 def config(image_world, flow_folder, tmp_path_factory) -> train_rl.Config:
     """Rows with and without an image, so that some micro-batches have none."""
     folder = tmp_path_factory.mktemp("image-run")
-    lines = [json.loads(line) for line in Path(image_world.path("train.jsonl")).read_text().splitlines()]
-    rows = [line if i % 3 else line | {"prompt": line["problem"], "images": []} for i, line in enumerate(lines)]
+    lines = [
+        json.loads(line) for line in Path(image_world.path("train.jsonl")).read_text().splitlines()
+    ]
+    rows = [
+        line if i % 3 else line | {"prompt": line["problem"], "images": []}
+        for i, line in enumerate(lines)
+    ]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return train_rl.Config(
         model=image_world.path("model"), data=str(folder / "mixed.jsonl"), template="none", prompts=4, group_size=4,
@@ -334,13 +434,22 @@ def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monke
     train_rl.main(replace(stopped, resume=stopped.folder))
     assert figures(stopped.folder) == figures(config.folder)
     a, b = last_state(stopped.folder), last_state(config.folder)
-    assert all(torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name] for name, x in a.items())
-    base, after = (rlfr.load_policy(path).tower for path in (config.model, str(tmp_path / "two" / "policy")))
-    moved = [not torch.equal(x, y) for x, y in zip(base.parameters(), after.parameters(), strict=True)]
+    assert all(
+        torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name]
+        for name, x in a.items()
+    )
+    base, after = (
+        rlfr.load_policy(path).tower for path in (config.model, str(tmp_path / "two" / "policy"))
+    )
+    moved = [
+        not torch.equal(x, y) for x, y in zip(base.parameters(), after.parameters(), strict=True)
+    ]
     assert not any(moved) if freeze == "vision" else all(moved)
 
 
-@pytest.mark.parametrize("options", [{"cpu_offload": True}, {"gradient_checkpointing": True, "offload": True}])
+@pytest.mark.parametrize(
+    "options", [{"cpu_offload": True}, {"gradient_checkpointing": True, "offload": True}]
+)
 def test_where_weights_and_activations_live_changes_nothing(config, tmp_path, options):
     config = replace(config, freeze="none", steps=2)
     train_rl.main(replace(config, folder=str(tmp_path / "one")))
@@ -357,7 +466,10 @@ def test_bfloat16(family):
         scored = policy(batch, taps=[1])
         assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
         scored.logp.sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.full_tensor().isfinite().all() for p in policy.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.full_tensor().isfinite().all()
+        for p in policy.parameters()
+    )
 
 
 @pytest.mark.distributed
@@ -369,17 +481,26 @@ def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, 
     train_flow.main(offline)
     lines = figures(offline.folder)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    one, two = (replace(offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / name)) for name in "ab")
+    one, two = (
+        replace(
+            offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / name)
+        )
+        for name in "ab"
+    )
     train_flow.main(one)
     finish("train_flow.py", flags(two))
     assert_same_run(one.folder, two.folder)
-    flow = replace(config, flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl"))
+    flow = replace(
+        config, flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl")
+    )
     train_rl.main(flow)
     (line,) = figures(flow.folder)
     assert line["flow/score"] > 0 and line["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3)
 
 
-def test_the_published_settings_with_a_tiny_model_under_a_hub_id(image_world, tmp_path, monkeypatch):
+def test_the_published_settings_with_a_tiny_model_under_a_hub_id(
+    image_world, tmp_path, monkeypatch
+):
     """`--model Qwen2.5-VL-3B` and data with the published columns: template, freezing and columns follow from the model."""
     monkeypatch.chdir(tmp_path)
     model = tiny_vlm("qwen2_5_vl")
@@ -388,18 +509,32 @@ def test_the_published_settings_with_a_tiny_model_under_a_hub_id(image_world, tm
     data = {"data": image_world.path("expert.jsonl")}
     train_flow.main(train_flow.Config(model="Qwen2.5-VL-3B", epochs=1, **data))
     train_rl.main(
-        train_rl.Config(model="Qwen2.5-VL-3B", prompts=2, group_size=2, train_batch=4, steps=1, max_tokens=8, lr=1e-2, **data)
+        train_rl.Config(
+            model="Qwen2.5-VL-3B",
+            prompts=2,
+            group_size=2,
+            train_batch=4,
+            steps=1,
+            max_tokens=8,
+            lr=1e-2,
+            **data,
+        )
     )
     (line,) = figures(tmp_path / "runs" / "rl-Qwen2.5-VL-3B-flow")
     assert 0 < line["length"] <= 8 and line["flow/score"] > 0
 
 
 def test_the_exported_policy_loads_in_hugging_face(config, tmp_path):
-    run = replace(config, steps=1, freeze="none", folder=str(tmp_path / "run"), max_pixels=28 * 28 * 8)
+    run = replace(
+        config, steps=1, freeze="none", folder=str(tmp_path / "run"), max_pixels=28 * 28 * 8
+    )
     train_rl.main(run)
     folder, state = str(tmp_path / "run" / "policy"), last_state(run.folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    assert all(torch.equal(t, state[f"['policy']['module']['model.{name}']"]) for name, t in model.state_dict().items())
+    assert all(
+        torch.equal(t, state[f"['policy']['module']['model.{name}']"])
+        for name, t in model.state_dict().items()
+    )
     exported = rollout.find_model(folder)
     assert exported.processor.size["longest_edge"] == 28 * 28 * 8, "the limits of the training"
     with pytest.raises(ValueError, match="that run has max_pixels=6272, this one asks for None"):
@@ -416,7 +551,17 @@ def torchvision(tmp_path_factory) -> str:
     if find_spec("torchvision"):
         return ""
     folder = tmp_path_factory.mktemp("torchvision")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "torchvision==0.28.0", "-d", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "torchvision==0.28.0",
+        "-d",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
@@ -433,7 +578,11 @@ def torchvision(tmp_path_factory) -> str:
 @pytest.mark.vllm
 def test_with_torchvision(torchvision):
     """C, and the same pixel values: tests/with_torchvision.py in a process that has torchvision."""
-    environment = os.environ | {"PYTHONPATH": torchvision, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": torchvision,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "with_torchvision.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -472,7 +621,9 @@ def test_the_image_world_learns_and_looks(tmp_path):
         line["images"] = [toy.encode(blank)]
     (tmp_path / "blank.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     policy = str(tmp_path / "runs" / "rl-toy-vl-flow" / "policy")
-    options = toy.EVALUATE | dict(model=policy, data=(str(tmp_path / "blank.jsonl"),), out=str(tmp_path / "blank"))
+    options = toy.EVALUATE | dict(
+        model=policy, data=(str(tmp_path / "blank.jsonl"),), out=str(tmp_path / "blank")
+    )
     evaluation.main(evaluation.Config(**options))
     blank = json.loads((tmp_path / "blank" / "summary.json").read_text())["sets"]["blank"]
     assert blank["avg"]["mean"] <= 0.2, "chance is 0.1"

@@ -26,7 +26,9 @@ def folder(request, world, tmp_path_factory) -> str:
     """A random model whose words are far from certain, its head tied to the embedding or not."""
     folder, base = str(tmp_path_factory.mktemp(request.param)), world.path("model")
     torch.manual_seed(0)
-    config = Qwen2Config.from_pretrained(base, tie_word_embeddings=request.param == "tied", initializer_range=0.2)
+    config = Qwen2Config.from_pretrained(
+        base, tie_word_embeddings=request.param == "tied", initializer_range=0.2
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
@@ -46,7 +48,11 @@ def engine(folder, tokenizer):
 def prompts(world) -> list[list[int]]:
     """Ten prompts with a long common beginning: vLLM keeps its keys and values from one call to the next."""
     problems = load_problems(world.path("test.jsonl"))[:10]
-    shared = [token for problem in load_problems(world.path("train.jsonl"))[:20] for token in problem.prompt_ids][:256]
+    shared = [
+        token
+        for problem in load_problems(world.path("train.jsonl"))[:20]
+        for token in problem.prompt_ids
+    ][:256]
     return [shared + problem.prompt_ids for problem in problems]
 
 
@@ -59,7 +65,9 @@ def learner(folder) -> parallel.Learner:
 
 def move(learner: parallel.Learner, episodes: list[rollout.Episode]) -> None:
     """Take an optimiser step that makes the episodes less likely."""
-    learner.module(rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes])).logp.mean().backward()
+    learner.module(
+        rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes])
+    ).logp.mean().backward()
     learner.step(lr=3e-3, max_norm=1.0)
 
 
@@ -68,7 +76,10 @@ def sync(engine, learner: parallel.Learner) -> None:
 
 
 def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
-    return [episode.response_ids for episode in engine.generate(prompts, sampling, range(0, 100 * len(prompts), 100))]
+    return [
+        episode.response_ids
+        for episode in engine.generate(prompts, sampling, range(0, 100 * len(prompts), 100))
+    ]
 
 
 # ---- A. Weights in
@@ -80,7 +91,9 @@ def test_greedy_tokens_follow_every_step(engine, learner, folder, tokenizer, pro
         sync(reference, learner)
         sync(engine, learner)
         episodes = engine.generate(prompts, GREEDY, [0] * 10)
-        assert [episode.response_ids for episode in episodes] == tokens(reference, prompts), f"step {step}"
+        assert [episode.response_ids for episode in episodes] == tokens(reference, prompts), (
+            f"step {step}"
+        )
         seen.append([episode.response_ids for episode in episodes])
         if step == 1:
             engine.sleep()
@@ -90,7 +103,9 @@ def test_greedy_tokens_follow_every_step(engine, learner, folder, tokenizer, pro
     assert len(words) > 600 and len(set(words)) > 8, (len(words), len(set(words)))
 
 
-def test_without_the_cache_reset_old_keys_are_used(engine, learner, folder, tokenizer, prompts, monkeypatch):
+def test_without_the_cache_reset_old_keys_are_used(
+    engine, learner, folder, tokenizer, prompts, monkeypatch
+):
     """Regression of the reset in load_weights: leaving it out changes tokens, silently."""
     sync(engine, learner)
     episodes = engine.generate(prompts, GREEDY, [0] * 10)
@@ -110,7 +125,9 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, temperatur
     sync(engine, learner)
     episodes = engine.generate(prompts, Sampling(2, temperature, 48), range(0, 1000, 100))
     with torch.no_grad():
-        logp = learner.module(rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature).logp
+        logp = learner.module(
+            rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature
+        ).logp
     for row, episode in enumerate(episodes):
         sampled = torch.tensor(episode.logp)
         assert (sampled - logp[row, : len(sampled)]).abs().max() <= 2e-5
@@ -119,7 +136,9 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, temperatur
 def test_all_weights_must_be_given(engine, learner):
     weights = dict(parallel.full_weights(learner.module, torch.float32, prefix="model."))
     some = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
-    with pytest.raises(ValueError, match="weights were not given, as .*layers.1.*expected the whole state dict"):
+    with pytest.raises(
+        ValueError, match="weights were not given, as .*layers.1.*expected the whole state dict"
+    ):
         engine.load_weights(some.items())
     with pytest.raises((ValueError, KeyError), match="nonsense"):
         engine.load_weights([*weights.items(), ("model.nonsense", torch.zeros(1))])
@@ -148,8 +167,12 @@ def test_ends_are_kept_and_nothing_else(engine, learner, prompts, tokenizer):
     ends = rollout.end_tokens(str(Path(engine.llm.model_config.model)), tokenizer, False)
     for episode in episodes:
         stopped = episode.response_ids[-1] in ends
-        assert len(episode.logp) == len(episode.response_ids) and not set(episode.response_ids[:-1]) & set(ends)
-        assert episode.finish_reason == ("stop" if stopped else "length") and (stopped or len(episode.response_ids) == 48)
+        assert len(episode.logp) == len(episode.response_ids) and not set(
+            episode.response_ids[:-1]
+        ) & set(ends)
+        assert episode.finish_reason == ("stop" if stopped else "length") and (
+            stopped or len(episode.response_ids) == 48
+        )
         assert episode.text == tokenizer.decode(episode.response_ids, skip_special_tokens=True)
     assert any(episode.finish_reason == "stop" for episode in episodes)
 
@@ -165,17 +188,27 @@ def test_an_engine_asleep_needs_weights(engine, learner, prompts):
     engine.sleep()  # in this state vLLM may ignore it
     assert engine.state == "asleep" and engine.llm.llm_engine.is_sleeping()
     sync(engine, learner)
-    assert engine.state == "no cache" and tokens(engine, prompts) == expected and engine.state == "awake"
+    assert (
+        engine.state == "no cache"
+        and tokens(engine, prompts) == expected
+        and engine.state == "awake"
+    )
 
 
 def test_every_loader_sees_the_same_ids(engine, world):
     """Regression: a character tokenizer lost its spaces in AutoTokenizer, and with them the model its accuracy."""
-    tokenizer, theirs = AutoTokenizer.from_pretrained(world.path("model")), engine.llm.get_tokenizer()
+    tokenizer, theirs = (
+        AutoTokenizer.from_pretrained(world.path("model")),
+        engine.llm.get_tokenizer(),
+    )
     for name in ("train", "test", "expert"):
         for row in map(json.loads, Path(world.path(f"{name}.jsonl")).read_text().splitlines()):
             text = row["problem"] + row["solution"]
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert tokenizer.decode(ids) == text and theirs(text, add_special_tokens=False)["input_ids"] == ids
+            assert (
+                tokenizer.decode(ids) == text
+                and theirs(text, add_special_tokens=False)["input_ids"] == ids
+            )
 
 
 # ---- Training, and what comes out
@@ -197,15 +230,24 @@ def test_training_with_vllm_repeats_and_its_phases_add_up(config):
         took = time.perf_counter() - began
     a, b = (read_lines(Path(config.folder + name) / "metrics.jsonl") for name in "ab")
     for one, other in zip(a, b, strict=True):
-        phases = [one[f"time/{phase}"] for phase in ("sync", "roll_out", "score", "verify", "update", "evaluate")]
+        phases = [
+            one[f"time/{phase}"]
+            for phase in ("sync", "roll_out", "score", "verify", "update", "evaluate")
+        ]
         assert sum(phases) == pytest.approx(one["time/step"], rel=0.05) and one["time/step"] < took
         assert one["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3) and one["mismatch/nan"] == 0
-        assert {k: v for k, v in one.items() if "time/" not in k} == {k: v for k, v in other.items() if "time/" not in k}
+        assert {k: v for k, v in one.items() if "time/" not in k} == {
+            k: v for k, v in other.items() if "time/" not in k
+        }
 
 
 def test_evaluating_in_between_changes_nothing(config, world):
     for name, every in (("a", 0), ("b", 1)):
-        held_out = {"eval_data": (world.path("test.jsonl"),), "eval_every": every, "eval_samples": 2}
+        held_out = {
+            "eval_data": (world.path("test.jsonl"),),
+            "eval_every": every,
+            "eval_samples": 2,
+        }
         train_rl.main(replace(config, folder=config.folder + name, **held_out))
     a, b = (figures(config.folder + name) for name in "ab")
     assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
@@ -220,18 +262,36 @@ def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
 
     train_rl.main(replace(config, engine="torch"))
     folder = str(Path(config.folder) / "policy")
-    assert {"generation_config.json", "tokenizer.json", "model.safetensors"} <= {p.name for p in Path(folder).iterdir()}
-    tokenizer, ids = AutoTokenizer.from_pretrained(folder), torch.tensor([prompt[-200:] for prompt in prompts])
+    assert {"generation_config.json", "tokenizer.json", "model.safetensors"} <= {
+        p.name for p in Path(folder).iterdir()
+    }
+    tokenizer, ids = (
+        AutoTokenizer.from_pretrained(folder),
+        torch.tensor([prompt[-200:] for prompt in prompts]),
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    arguments = GRPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, report_to="none", per_device_train_batch_size=8)
-    data = Dataset.from_list([{"prompt": problem.text} for problem in load_problems(world.path("train.jsonl"))])
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=8,
+    )
+    data = Dataset.from_list(
+        [{"prompt": problem.text} for problem in load_problems(world.path("train.jsonl"))]
+    )
     trainer = GRPOTrainer(
-        folder, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=arguments, train_dataset=data
+        folder,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=data,
     )
     greedy = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
-    by_transformers, by_trl = (each.eval().generate(ids, **greedy)[:, 200:].tolist() for each in (model, trainer.model))
+    by_transformers, by_trl = (
+        each.eval().generate(ids, **greedy)[:, 200:].tolist() for each in (model, trainer.model)
+    )
     by_vllm = tokens(rollout.VllmEngine(folder, tokenizer, LENGTH, max_sequences=64), ids.tolist())
     assert (
         by_trl == by_transformers
-        and [row[: len(other)] for row, other in zip(by_transformers, by_vllm, strict=True)] == by_vllm
+        and [row[: len(other)] for row, other in zip(by_transformers, by_vllm, strict=True)]
+        == by_vllm
     )

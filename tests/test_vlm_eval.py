@@ -21,12 +21,12 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
-import judge as judging
-import options
 import parallel
 import rollout
-import vlm_eval
-from judge import LocalJudge, Reply, ServerJudge
+from evals import judge as judging
+from evals import vlm as vlm_eval
+from evals.judge import LocalJudge, Reply, ServerJudge
+from grading import options
 from rewards import Grader
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).parent / "oracle"))
@@ -99,7 +99,13 @@ def test_letter_in_response(response, letter):
 
 def test_hostile_answers_cost_no_time():
     start = time.perf_counter()
-    for text in ["(" * 9999, "A" + " " * 9999 + "x", "A. " + ")\n" * 9999, "the answer is " + "$" * 9999, "Answer is " * 9999]:
+    for text in [
+        "(" * 9999,
+        "A" + " " * 9999 + "x",
+        "A. " + ")\n" * 9999,
+        "the answer is " + "$" * 9999,
+        "Answer is " * 9999,
+    ]:
         options.option_letter(text, CHOICES)
         options.option_letters(text)
         options.letter_in_response(text, CHOICES)
@@ -107,7 +113,11 @@ def test_hostile_answers_cost_no_time():
     assert time.perf_counter() - start < 2
 
 
-MENDED = {"letter found inside a word": 0.0, "two letters": 0.0, "gold that does not parse": 0.0}  # accuracies
+MENDED = {
+    "letter found inside a word": 0.0,
+    "two letters": 0.0,
+    "gold that does not parse": 0.0,
+}  # accuracies
 
 
 def test_viii_official_vlm_rewards(grader):
@@ -115,7 +125,9 @@ def test_viii_official_vlm_rewards(grader):
     assert len(cases) == 30
     wrong = []
     for case in cases:
-        response = case["query"].partition("<|im_start|>assistant\n")[2].replace("<|im_end|>", "").strip()
+        response = (
+            case["query"].partition("<|im_start|>assistant\n")[2].replace("<|im_end|>", "").strip()
+        )
         accuracy = float(options.vlm_accuracy(response, case["gold"], grader.equal))
         found = accuracy, 0.5 * options.tag_format(response)
         expected = MENDED.get(case["name"], case["accuracy"]), case["format"]
@@ -128,11 +140,15 @@ def test_vlm_accuracy_of_several_golds_and_forms(grader):
     def right(response: str, gold) -> bool:
         return options.vlm_accuracy(response, gold, grader.equal)
 
-    assert right("<answer> $2$ </answer>", ["3", "2"]) and not right("<answer> $4$ </answer>", ["3", "2"])
+    assert right("<answer> $2$ </answer>", ["3", "2"]) and not right(
+        "<answer> $4$ </answer>", ["3", "2"]
+    )
     assert right(r"<answer> The answer is $\boxed{B}$ </answer>", "B") and right(
         "<answer>the answer is B</answer>", r"\text{B}"
     )
-    assert not right("<answer>B because A is not</answer>", "A") and not right("<answer></answer>", "A")
+    assert not right("<answer>B because A is not</answer>", "A") and not right(
+        "<answer></answer>", "A"
+    )
     assert not right("<answer> anything </answer>", " ")
 
 
@@ -148,9 +164,14 @@ RED, BLUE = picture("red"), picture("blue")
 
 def write(path: Path, rows: list[dict], **shared) -> Path:
     """Write a TSV file; rows get an index and, from the second on, the first row's image."""
-    rows = [{"index": str(i), "image": RED if i == 0 else "0"} | shared | row for i, row in enumerate(rows)]
+    rows = [
+        {"index": str(i), "image": RED if i == 0 else "0"} | shared | row
+        for i, row in enumerate(rows)
+    ]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+        writer = csv.DictWriter(
+            file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t"
+        )
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -160,7 +181,9 @@ def run(name: str, path: Path, rows: list[dict], grader, judge=None, **shared):
     """Write the rows, load them, score their `response`."""
     asked = [{key: value for key, value in row.items() if key != "response"} for row in rows]
     questions = vlm_eval.load_benchmark(name, write(path, asked, **shared))
-    figures, records = vlm_eval.score(name, questions, [row["response"] for row in rows], grader, judge)
+    figures, records = vlm_eval.score(
+        name, questions, [row["response"] for row in rows], grader, judge
+    )
     assert [record["gold"] for record in records] == [question.gold for question in questions]
     return questions, figures, records
 
@@ -170,64 +193,151 @@ def outcomes(records) -> list[tuple]:
 
 
 def mathvista(**given) -> dict:
-    given = {"question_type": "multi_choice", "answer_type": "text", "choices": "[]", "answer_option": ""} | given
-    return {"question": "What?", "answer": "8/11", "task": "VQA", "skills": "['algebra', 'counting']"} | given
+    given = {
+        "question_type": "multi_choice",
+        "answer_type": "text",
+        "choices": "[]",
+        "answer_option": "",
+    } | given
+    return {
+        "question": "What?",
+        "answer": "8/11",
+        "task": "VQA",
+        "skills": "['algebra', 'counting']",
+    } | given
 
 
 MATHVISTA = [
-    mathvista(choices="['3/11', '8/11', '3/5']", answer_option="B", response=r"<answer> $\boxed{B}$ </answer>"),
-    mathvista(choices="['3/11', '8/11', '3/5']", answer_option="B", response=r"It is \boxed{\frac{8}{11}}.", task="geometry"),
-    mathvista(choices="['3/11', '8/11', '3/5']", answer_option="B", response="Either A or B.", task="geometry"),
-    mathvista(question_type="free_form", answer_type="integer", answer="14", response=r"\boxed{13} or rather \boxed{14}"),
     mathvista(
-        question_type="free_form", answer_type="float", answer="1.45", response="<think>2</think><answer> $1.450$ </answer>"
+        choices="['3/11', '8/11', '3/5']",
+        answer_option="B",
+        response=r"<answer> $\boxed{B}$ </answer>",
     ),
-    mathvista(question_type="free_form", answer_type="text", answer="Yes", response=r"\boxed{\text{yes}}", skills="logic"),
-    mathvista(question_type="free_form", answer_type="list", answer="[2007, 2008]", response=r"\boxed{[2007, 2009]}"),
-    mathvista(question_type="free_form", answer_type="list", answer="[2007, 2008]", response="The answer is [2007, 2008]."),
+    mathvista(
+        choices="['3/11', '8/11', '3/5']",
+        answer_option="B",
+        response=r"It is \boxed{\frac{8}{11}}.",
+        task="geometry",
+    ),
+    mathvista(
+        choices="['3/11', '8/11', '3/5']",
+        answer_option="B",
+        response="Either A or B.",
+        task="geometry",
+    ),
+    mathvista(
+        question_type="free_form",
+        answer_type="integer",
+        answer="14",
+        response=r"\boxed{13} or rather \boxed{14}",
+    ),
+    mathvista(
+        question_type="free_form",
+        answer_type="float",
+        answer="1.45",
+        response="<think>2</think><answer> $1.450$ </answer>",
+    ),
+    mathvista(
+        question_type="free_form",
+        answer_type="text",
+        answer="Yes",
+        response=r"\boxed{\text{yes}}",
+        skills="logic",
+    ),
+    mathvista(
+        question_type="free_form",
+        answer_type="list",
+        answer="[2007, 2008]",
+        response=r"\boxed{[2007, 2009]}",
+    ),
+    mathvista(
+        question_type="free_form",
+        answer_type="list",
+        answer="[2007, 2008]",
+        response="The answer is [2007, 2008].",
+    ),
     mathvista(question_type="free_form", answer_type="integer", answer="3", response=""),
 ]
 
 
 def test_mathvista(tmp_path, grader):
     questions, figures, records = run("MathVista_MINI", tmp_path / "m.tsv", MATHVISTA, grader)
-    assert [question.type for question in questions] == ["choice"] * 3 + ["free"] * 3 + ["list"] * 2 + ["free"]
+    assert [question.type for question in questions] == ["choice"] * 3 + ["free"] * 3 + [
+        "list"
+    ] * 2 + ["free"]
     assert outcomes(records) == [
         ("B", "boxed", "correct"), ("B", "boxed", "correct"), (None, "none", "unjudged"), ("14", "boxed", "correct"),
         ("$1.450$", "tag", "correct"), (r"\text{yes}", "boxed", "correct"), ("[2007, 2009]", "boxed", "wrong"),
         ("[2007, 2008]", "phrase", "correct"), (None, "none", "wrong"),
     ]  # fmt: skip
-    assert records[2]["error"] == "no judge" and "unjudged, 1 questions: no judge: 2" in vlm_eval.unjudged(records)
+    assert records[2][
+        "error"
+    ] == "no judge" and "unjudged, 1 questions: no judge: 2" in vlm_eval.unjudged(records)
     assert (figures["score"], figures["low"], figures["high"]) == (6 / 8, 6 / 9, 7 / 9)
-    assert (figures["unextracted"], figures["judged"], figures["unjudged"], figures["correct"]) == (2 / 9, 0, 1, 6)
+    assert (figures["unextracted"], figures["judged"], figures["unjudged"], figures["correct"]) == (
+        2 / 9,
+        0,
+        1,
+        6,
+    )
     expected = {"VQA": 5 / 7, "geometry": 1.0, "algebra": 5 / 7, "counting": 5 / 7, "logic": 1.0}
     assert figures["groups"] == expected
     text = vlm_eval.table({"MathVista_MINI": figures})
     assert "75.0%" in text and "66.7% – 77.8%" in text and "geometry" in text
     prompt = questions[0].prompt
-    assert prompt.startswith("Solve the question. The user asks") and prompt.endswith("with </answer>.\nWhat?<image>")
+    assert prompt.startswith("Solve the question. The user asks") and prompt.endswith(
+        "with </answer>.\nWhat?<image>"
+    )
     assert r"using the \\boxed{} command" in prompt and questions[1].images == questions[0].images
 
 
 def test_mathvision(tmp_path, grader):
     shared = {"question": "Which?", "level": "3"}
     rows = [
-        {"choices": "['A', 'B', 'C', 'D', 'E']", "answer": "E", "category": "algebra", "response": "The answer is (E)."},
-        {"choices": "['2', '4', '6', '8', '10']", "answer": "C", "category": "algebra", "response": r"$\boxed{6}$"},
-        {"choices": "[]", "answer": r"\frac{1}{2}", "category": "angle", "response": "<answer> The answer is $0.5$ </answer>"},
-        {"choices": "[]", "answer": "12", "category": "angle", "response": r"\boxed{__import__('os').getpid()}"},
+        {
+            "choices": "['A', 'B', 'C', 'D', 'E']",
+            "answer": "E",
+            "category": "algebra",
+            "response": "The answer is (E).",
+        },
+        {
+            "choices": "['2', '4', '6', '8', '10']",
+            "answer": "C",
+            "category": "algebra",
+            "response": r"$\boxed{6}$",
+        },
+        {
+            "choices": "[]",
+            "answer": r"\frac{1}{2}",
+            "category": "angle",
+            "response": "<answer> The answer is $0.5$ </answer>",
+        },
+        {
+            "choices": "[]",
+            "answer": "12",
+            "category": "angle",
+            "response": r"\boxed{__import__('os').getpid()}",
+        },
     ]
     questions, figures, records = run("MathVision_MINI", tmp_path / "m.tsv", rows, grader, **shared)
     assert [record["verdict"] for record in records] == ["correct", "correct", "correct", "wrong"]
     assert [record["how"] for record in records] == ["letter", "boxed", "tag", "boxed"]
-    assert figures["score"] == figures["low"] == 0.75 and figures["groups"] == {"algebra": 1.0, "angle": 0.5}
+    assert figures["score"] == figures["low"] == 0.75 and figures["groups"] == {
+        "algebra": 1.0,
+        "angle": 0.5,
+    }
     assert questions[0].prompt.startswith("Which?\nAnswer the preceding question. You first thinks")
 
 
 def test_mathverse_is_the_mean_of_versions(tmp_path, grader):
     asked = "How long?\nChoices:\nA:2\nB:2√3\nC:√3\nD:2√2"
     metadata = "{'split': 'testmini', 'subject': 'Plane Geometry', 'subfield': 'Length'}"
-    shared = {"metadata": metadata, "question_for_eval": asked, "answer": "B", "question_type": "multi-choice"}
+    shared = {
+        "metadata": metadata,
+        "question_for_eval": asked,
+        "answer": "B",
+        "question_type": "multi-choice",
+    }
     right, wrong = r"\boxed{B}", r"\boxed{C}"
     rows = [
         {"problem_version": version, "question": "" if version == "Vision Only" else asked, "response": response}
@@ -237,12 +347,24 @@ def test_mathverse_is_the_mean_of_versions(tmp_path, grader):
         }.items()
         for response in responses
     ]  # fmt: skip
-    free = {"question_type": "free-form", "answer": "27 cm", "problem_version": "Vision Only", "question": ""}
-    rows += [free | {"response": r"<answer> $\boxed{27}$ </answer>"}, free | {"response": r"\boxed{28\text{ cm}}"}]
+    free = {
+        "question_type": "free-form",
+        "answer": "27 cm",
+        "problem_version": "Vision Only",
+        "question": "",
+    }
+    rows += [
+        free | {"response": r"<answer> $\boxed{27}$ </answer>"},
+        free | {"response": r"\boxed{28\text{ cm}}"},
+    ]
     questions, figures, _ = run("MathVerse_MINI", tmp_path / "m.tsv", rows, grader, **shared)
     assert questions[0].choices == {"A": "2", "B": "2√3", "C": "√3", "D": "2√2"}
-    assert figures["score"] == pytest.approx((1 + 0.5 + 1 + 0 + 0.5) / 5) and figures["versions"] == 5
-    assert figures["correct"] / figures["questions"] == 7 / 10, "the mean over all rows is another number"
+    assert (
+        figures["score"] == pytest.approx((1 + 0.5 + 1 + 0 + 0.5) / 5) and figures["versions"] == 5
+    )
+    assert figures["correct"] / figures["questions"] == 7 / 10, (
+        "the mean over all rows is another number"
+    )
     assert figures["groups"]["Plane Geometry"] == 0.7 and figures["groups"]["Vision Only"] == 0.5
     prompt = questions[-1].prompt
     assert prompt.endswith(
@@ -254,51 +376,99 @@ def problem(steps: int, identity: str, verdicts: str) -> list[dict]:
     """Rows of a WeMath problem, with responses right (1), wrong (0) or unreadable (?): first the steps, then the whole."""
     said = {"1": "<Answer>: <<A>>", "0": "<Answer>: <<B>>", "?": "I cannot tell A from B"}
     keys = [f"{steps}steps_{part}" for part in [*range(1, steps + 1), "multi"]]
-    return [{"ID": identity, "key": key, "response": said[v]} for key, v in zip(keys, verdicts, strict=True)]
+    return [
+        {"ID": identity, "key": key, "response": said[v]}
+        for key, v in zip(keys, verdicts, strict=True)
+    ]
 
 
-WEMATH = {"question": "How far? ", "answer": "A", "A": "1 m", "B": "2 m", "C": "", "hint": "", "knowledge concept": "Distance"}
+WEMATH = {
+    "question": "How far? ",
+    "answer": "A",
+    "A": "1 m",
+    "B": "2 m",
+    "C": "",
+    "hint": "",
+    "knowledge concept": "Distance",
+}
 
 
 def test_wemath_four_kinds(tmp_path, grader):
     two = ["111", "110", "011", "001", "100", "000"]  # CM, IG, RM strict, RM both, IK, IK
     three = ["1111", "1110", "0101", "0001", "0000"]  # CM, IG, RM strict, RM both, IK
     rows = [row for i, v in enumerate(two) for row in problem(2, str(i), v)]
-    rows += [row for i, v in enumerate(three) for row in problem(3, str(i), v)]  # the same IDs, another number of steps
+    rows += [
+        row for i, v in enumerate(three) for row in problem(3, str(i), v)
+    ]  # the same IDs, another number of steps
     questions, figures, records = run("WeMath", tmp_path / "w.tsv", rows, grader, **WEMATH)
-    expected = {"IG": 2, "IK": 3, "RM_strict": 4, "RM_loose": 2, "CM_strict": 2, "CM_loose": 4, "problems": 11}
+    expected = {
+        "IG": 2,
+        "IK": 3,
+        "RM_strict": 4,
+        "RM_loose": 2,
+        "CM_strict": 2,
+        "CM_loose": 4,
+        "problems": 11,
+    }
     assert {key: figures[key] for key in expected} == expected
     assert figures["score"] == pytest.approx((11 - 0.5 * 2 - 4 - 3) / 11)
     assert figures["loose"] == pytest.approx((11 - 0.5 * 2 - 2 - 3) / 11)
     assert figures["low"] == figures["high"] == figures["score"]
     assert figures["groups"] == {"1-step": (6 + 7) / 27, "2-step": 3 / 6, "3-step": 3 / 5}
     assert questions[0].prompt == "How far? Options:\nA. 1 m\nB. 2 m<image>"
-    assert {record["how"] for record in records} == {"letter"} and "of 11 problems" in vlm_eval.table({"WeMath": figures})
+    assert {record["how"] for record in records} == {
+        "letter"
+    } and "of 11 problems" in vlm_eval.table({"WeMath": figures})
 
 
 def test_wemath_leaves_out_problems_with_an_unjudged_part(tmp_path, grader):
     rows = problem(2, "0", "111") + problem(2, "1", "1?1") + problem(2, "2", "110")
     _, figures, _ = run("WeMath", tmp_path / "w.tsv", rows, grader, **WEMATH | {"hint": "look"})
-    assert figures["problems"] == 2 and figures["unjudged"] == 1 and figures["score"] == (2 - 0.5) / 2
-    assert figures["low"] == pytest.approx((3 - 0.5 - 1) / 3) and figures["high"] == pytest.approx((3 - 0.5) / 3)
+    assert (
+        figures["problems"] == 2 and figures["unjudged"] == 1 and figures["score"] == (2 - 0.5) / 2
+    )
+    assert figures["low"] == pytest.approx((3 - 0.5 - 1) / 3) and figures["high"] == pytest.approx(
+        (3 - 0.5) / 3
+    )
 
 
 def test_logicvista(tmp_path, grader):
     rows = [
         {"answer": "B", "skill": "inductive", "response": r"Answer: \boxed{B}"},
         {"answer": "A, C", "skill": "deductive", "response": r"Answer: \boxed{C \text{ and } A}"},
-        {"answer": "AC", "skill": "['spatial', 'mechanical']", "response": r"\boxed{\text{A}, \text{B}}"},
+        {
+            "answer": "AC",
+            "skill": "['spatial', 'mechanical']",
+            "response": r"\boxed{\text{A}, \text{B}}",
+        },
         {"answer": "C", "skill": "spatial", "response": r"\boxed{A, C}"},
         {"answer": "D", "skill": "numerical", "response": "Answer: D"},
         {"answer": "5", "skill": "numerical", "response": r"\boxed{5}"},
     ]
-    questions, figures, records = run("LogicVista", tmp_path / "l.tsv", rows, grader, question="Select from A, B, C and D.")
-    assert [record["verdict"] for record in records] == ["correct", "correct", "wrong", "wrong", "correct", "correct"]
+    questions, figures, records = run(
+        "LogicVista", tmp_path / "l.tsv", rows, grader, question="Select from A, B, C and D."
+    )
+    assert [record["verdict"] for record in records] == [
+        "correct",
+        "correct",
+        "wrong",
+        "wrong",
+        "correct",
+        "correct",
+    ]
     assert [record["extracted"] for record in records] == ["B", "AC", "AB", "AC", "D", "5"]
     assert figures["score"] == 4 / 6
-    groups = {"inductive": 1.0, "deductive": 1.0, "spatial": 0.0, "mechanical": 0.0, "numerical": 1.0}
+    groups = {
+        "inductive": 1.0,
+        "deductive": 1.0,
+        "spatial": 0.0,
+        "mechanical": 0.0,
+        "numerical": 1.0,
+    }
     assert figures["groups"] == groups
-    assert questions[0].prompt.startswith("Select from A, B, C and D.\nAnswer the preceding question. The last line")
+    assert questions[0].prompt.startswith(
+        "Select from A, B, C and D.\nAnswer the preceding question. The last line"
+    )
 
 
 def test_visulogic(tmp_path, grader):
@@ -307,22 +477,44 @@ def test_visulogic(tmp_path, grader):
         {"answer": "B", "category": "Other", "response": r"\boxed{A}. No: Answer: \boxed{$B$}"},
         {"answer": "C", "category": "Spatial Reasoning", "response": "the correct answer is D."},
         {"answer": "D", "category": "Spatial Reasoning", "response": r"\boxed{E}"},
-        {"answer": "A", "category": "Spatial Reasoning", "response": "The area of the answer grows."},
-        {"answer": "A", "category": "Spatial Reasoning", "response": r"The answer is A. Or rather: \boxed{A or B}"},
+        {
+            "answer": "A",
+            "category": "Spatial Reasoning",
+            "response": "The area of the answer grows.",
+        },
+        {
+            "answer": "A",
+            "category": "Spatial Reasoning",
+            "response": r"The answer is A. Or rather: \boxed{A or B}",
+        },
     ]
-    questions, figures, records = run("VisuLogic", tmp_path / "v.tsv", rows, grader, question="Which fits?", image=BLUE)
+    questions, figures, records = run(
+        "VisuLogic", tmp_path / "v.tsv", rows, grader, question="Which fits?", image=BLUE
+    )
     words = ["correct", "correct", "wrong", "unjudged", "unjudged", "unjudged"]
     assert [record["verdict"] for record in records] == words
     assert (figures["score"], figures["low"], figures["high"]) == (2 / 3, 2 / 6, 5 / 6)
     assert figures["groups"] == {"Other": 1.0, "Spatial Reasoning": 0.0}
-    assert questions[0].prompt.startswith("Which fits?\nAnswer the question directly.\nAnswer the preceding multiple choice")
+    assert questions[0].prompt.startswith(
+        "Which fits?\nAnswer the question directly.\nAnswer the preceding multiple choice"
+    )
 
 
 def test_several_images_and_a_placeholder_in_the_text(tmp_path):
-    row = {"question": "Left <image> or right?", "answer": "A", "category": "Other", "image": str([RED, BLUE])}
+    row = {
+        "question": "Left <image> or right?",
+        "answer": "A",
+        "category": "Other",
+        "image": str([RED, BLUE]),
+    }
     (question,) = vlm_eval.load_benchmark("VisuLogic", write(tmp_path / "v.tsv", [row]))
-    assert question.prompt.count("<image>") == 2 == len(question.images) and question.prompt.endswith("<image><image>")
-    assert [Image.open(io.BytesIO(data)).getpixel((0, 0)) for data in question.images] == [(255, 0, 0), (0, 0, 255)]
+    assert question.prompt.count("<image>") == 2 == len(
+        question.images
+    ) and question.prompt.endswith("<image><image>")
+    assert [Image.open(io.BytesIO(data)).getpixel((0, 0)) for data in question.images] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
 
 
 BROKEN = base64.b64encode(base64.b64decode(RED)[:-30]).decode()
@@ -333,7 +525,14 @@ BROKEN = base64.b64encode(base64.b64decode(RED)[:-30]).decode()
     [
         ({"image": RED[:-9] + "?"}, r"row 1: broken image"),
         ({"image": BROKEN}, r"row 1: broken image"),
-        ({"image": base64.b64encode(b"no picture at all, but long enough to be one" * 3).decode()}, "row 1: broken image"),
+        (
+            {
+                "image": base64.b64encode(
+                    b"no picture at all, but long enough to be one" * 3
+                ).decode()
+            },
+            "row 1: broken image",
+        ),
         ({"image": "7"}, "row 1: image '7' is neither an image nor a row's index"),
         ({"image": "1"}, "row 1: image '1' refers to a row without one of its own"),
         ({"image": ""}, "row 1: image '' is neither"),
@@ -350,15 +549,22 @@ def test_broken_rows_name_themselves(tmp_path, change, message):
 
 def test_files_that_cannot_be(tmp_path):
     path = write(tmp_path / "v.tsv", [{"question": "Which?", "answer": "A"}])
-    with pytest.raises(ValueError, match="no column category; found index, image, question, answer"):
+    with pytest.raises(
+        ValueError, match="no column category; found index, image, question, answer"
+    ):
         vlm_eval.load_benchmark("VisuLogic", path)
-    with pytest.raises(ValueError, match="no column question_type, answer_type, choices, answer_option, task, skills"):
+    with pytest.raises(
+        ValueError,
+        match="no column question_type, answer_type, choices, answer_option, task, skills",
+    ):
         vlm_eval.load_benchmark("MathVista_MINI", path)
     with pytest.raises(ValueError, match="expected one of MathVista_MINI"):
         vlm_eval.load_benchmark("MMMU", path)
     with pytest.raises(ValueError, match="no file"):
         vlm_eval.load_benchmark("VisuLogic", tmp_path / "none.tsv")
-    whole = write(tmp_path / "w.tsv", [{"question": "Which?", "answer": "A", "category": "Other"}] * 2).read_text()
+    whole = write(
+        tmp_path / "w.tsv", [{"question": "Which?", "answer": "A", "category": "Other"}] * 2
+    ).read_text()
     (tmp_path / "cut.tsv").write_text(whole[: whole.rindex("\tA\tOther")])
     with pytest.raises(ValueError, match="row 1: other than 5 cells"):
         vlm_eval.load_benchmark("VisuLogic", tmp_path / "cut.tsv")
@@ -432,7 +638,9 @@ def server():
 
 
 def judge(server, **given) -> ServerJudge:
-    return ServerJudge(server.url, "judge", **{"attempts": 3, "timeout": 0.5, "wait": 0.01, "give_up": 99} | given)
+    return ServerJudge(
+        server.url, "judge", **{"attempts": 3, "timeout": 0.5, "wait": 0.01, "give_up": 99} | given
+    )
 
 
 def choice(response: str, answer: str = "B") -> dict:
@@ -475,11 +683,18 @@ def test_a_judge_reads_what_rules_cannot(tmp_path, grader, server):
 )
 def test_a_failing_judge_is_reported(tmp_path, grader, server, what, reason, requests):
     rows = [choice(r"\boxed{B}"), choice(f"I waver. DO {what}"), choice("I waver. DO answer B")]
-    _, figures, records = run("MathVista_MINI", tmp_path / "m.tsv", rows, grader, judge(server, cache=tmp_path / "c"))
+    _, figures, records = run(
+        "MathVista_MINI", tmp_path / "m.tsv", rows, grader, judge(server, cache=tmp_path / "c")
+    )
     assert [record["verdict"] for record in records] == ["correct", "unjudged", "correct"]
     assert reason in records[1]["error"] and server.url in records[1]["error"]
     assert server.asked.count(what) - (what == "answer") == requests
-    assert (figures["score"], figures["low"], figures["high"], figures["unjudged"]) == (1.0, 2 / 3, 1.0, 1)
+    assert (figures["score"], figures["low"], figures["high"], figures["unjudged"]) == (
+        1.0,
+        2 / 3,
+        1.0,
+        1,
+    )
     assert records[1]["error"] in vlm_eval.unjudged(records)
     assert len((tmp_path / "c").read_text().splitlines()) == 1, "a failure is not kept"
 
@@ -492,23 +707,40 @@ def test_a_dead_judge_is_given_up(tmp_path, grader):
     rows = [choice(f"I waver between A and B, {i}") for i in range(20)]
     _, figures, records = run("MathVista_MINI", tmp_path / "m.tsv", rows, grader, dead)
     assert {record["verdict"] for record in records} == {"unjudged"}
-    assert figures["score"] is None and figures["low"] == 0 and figures["high"] == 1 and figures["unjudged"] == 20
+    assert (
+        figures["score"] is None
+        and figures["low"] == 0
+        and figures["high"] == 1
+        and figures["unjudged"] == 20
+    )
     assert sum("Connection refused" in record["error"] for record in records) == 3
     assert sum("not asked" in record["error"] for record in records) == 17
-    assert "–" in vlm_eval.table({"MathVista_MINI": figures}) and "unjudged, 17 questions" in vlm_eval.unjudged(records)
+    assert "–" in vlm_eval.table(
+        {"MathVista_MINI": figures}
+    ) and "unjudged, 17 questions" in vlm_eval.unjudged(records)
 
 
 def test_the_cache_outlives_a_run_and_a_torn_line(tmp_path, server):
     cache = tmp_path / "deep" / "replies.jsonl"
-    assert judge(server, cache=cache).ask(["DO answer A", "DO answer B", "DO answer A"]) == [Reply("A"), Reply("B"), Reply("A")]
+    assert judge(server, cache=cache).ask(["DO answer A", "DO answer B", "DO answer A"]) == [
+        Reply("A"),
+        Reply("B"),
+        Reply("A"),
+    ]
     assert len(server.asked) == 2, "equal prompts are asked once"
     whole = cache.read_text()
     cache.write_text(whole[:-5])  # killed while it wrote
-    assert [reply.text for reply in judge(server, cache=cache).ask(["DO answer A", "DO answer B"])] == ["A", "B"]
+    assert [
+        reply.text for reply in judge(server, cache=cache).ask(["DO answer A", "DO answer B"])
+    ] == ["A", "B"]
     assert len(server.asked) == 3
-    assert judge(server, cache=cache).ask(["DO answer B"]) == [Reply("B")] and len(server.asked) == 3
+    assert (
+        judge(server, cache=cache).ask(["DO answer B"]) == [Reply("B")] and len(server.asked) == 3
+    )
     other = ServerJudge(server.url, "another", cache=cache, wait=0.01)
-    assert other.ask(["DO answer A"]) == [Reply("A")] and len(server.asked) == 4, "another model's replies are its own"
+    assert other.ask(["DO answer A"]) == [Reply("A")] and len(server.asked) == 4, (
+        "another model's replies are its own"
+    )
 
 
 def test_the_judge_bounds_its_requests(server):
@@ -526,48 +758,93 @@ def test_the_judge_bounds_its_requests(server):
                 running -= 1
 
     server.RequestHandlerClass = Slow
-    replies = judge(server, concurrency=3, timeout=10).ask([f"{i} DO answer {i}" for i in range(12)])
+    replies = judge(server, concurrency=3, timeout=10).ask(
+        [f"{i} DO answer {i}" for i in range(12)]
+    )
     assert [reply.text for reply in replies] == [str(i) for i in range(12)] and 1 < most <= 4, (
         "one more: a reply is read before its thread has ended"
     )
 
 
 def test_what_a_judge_is_told(tmp_path):
-    questions = vlm_eval.load_benchmark("MathVista_MINI", write(tmp_path / "m.tsv", [choice("x"), mathvista(**FREE)]))
+    questions = vlm_eval.load_benchmark(
+        "MathVista_MINI", write(tmp_path / "m.tsv", [choice("x"), mathvista(**FREE)])
+    )
     prompt = judging.judge_prompt(questions[0], "It is {question}.")
-    assert "What? Options: A. 3/11 B. 8/11 C. 3/5\nAnswer: It is {question}." in prompt and "null" not in prompt
-    assert judging.judge_prompt(questions[1], "So 14.").endswith("Question: What?\nResponse: So 14.\nExtracted answer:")
+    assert (
+        "What? Options: A. 3/11 B. 8/11 C. 3/5\nAnswer: It is {question}." in prompt
+        and "null" not in prompt
+    )
+    assert judging.judge_prompt(questions[1], "So 14.").endswith(
+        "Question: What?\nResponse: So 14.\nExtracted answer:"
+    )
     with pytest.raises(ValueError, match="expected http"):
         ServerJudge("127.0.0.1:8000", "judge")
     with pytest.raises(ValueError, match="--judge-model"):
         judging.make_judge("http://127.0.0.1:8000/v1", None)
     assert judging.make_judge(None, None) is None
-    assert judging.make_judge("http://127.0.0.1:8000/v1/", "big").url == "http://127.0.0.1:8000/v1/chat/completions"
+    assert (
+        judging.make_judge("http://127.0.0.1:8000/v1/", "big").url
+        == "http://127.0.0.1:8000/v1/chat/completions"
+    )
 
 
 @pytest.mark.vllm
 def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, grader):
     """The toy judges: it does not understand its task, which has to end in a report and not in a verdict."""
 
-    def said(reply: Reply) -> str:  # the toy seldom comes to an end: what it said is then in the error
+    def said(
+        reply: Reply,
+    ) -> str:  # the toy seldom comes to an end: what it said is then in the error
         return reply.text or reply.error.partition("tokens: ")[2].partition(" (try")[0]
 
     model = world.path("model")
-    (tmp_path / "template").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    (tmp_path / "template").write_text(
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--model", model, "--served-model-name", "toy", "--dtype", "float32", "--max-model-len", "4096"]
-    command += ["--enforce-eager", "--chat-template", str(tmp_path / "template"), "--generation-config", "vllm"]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += [
+        "--model",
+        model,
+        "--served-model-name",
+        "toy",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "4096",
+    ]
+    command += [
+        "--enforce-eager",
+        "--chat-template",
+        str(tmp_path / "template"),
+        "--generation-config",
+        "vllm",
+    ]
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
     settings |= {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 90
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "log"
+            ).read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
@@ -581,11 +858,16 @@ def test_a_served_model_and_one_in_this_process_say_the_same(world, tmp_path, gr
         _, figures, records = run("MathVista_MINI", tmp_path / "m.tsv", rows, grader, served)
         assert records[0]["verdict"] == "correct"
         if records[1]["verdict"] == "unjudged":
-            assert re.search("not understood|more than 128 tokens", records[1]["error"]) and figures["unjudged"] == 1
+            assert (
+                re.search("not understood|more than 128 tokens", records[1]["error"])
+                and figures["unjudged"] == 1
+            )
         else:
             assert records[1]["how"] == "judge"
         (unknown,) = ServerJudge(f"http://127.0.0.1:{port}/v1", "another", attempts=3).ask(["7+5="])
-        assert unknown.text is None and "HTTP 404" in unknown.error and "try 1 of 3" in unknown.error
+        assert (
+            unknown.text is None and "HTTP 404" in unknown.error and "try 1 of 3" in unknown.error
+        )
     finally:
         process.terminate()
         process.wait(20)
@@ -612,10 +894,18 @@ def test_hedged_answers_earn_nothing(grader, gold, response):
 
 
 @pytest.mark.parametrize(
-    "reply", ["Rate limit exceeded, please retry", "I cannot determine the answer.", "8/11\n\nQuestion: What is z?", "=" * 128]
+    "reply",
+    [
+        "Rate limit exceeded, please retry",
+        "I cannot determine the answer.",
+        "8/11\n\nQuestion: What is z?",
+        "=" * 128,
+    ],
 )
 def test_talk_of_a_judge_is_no_answer(reply, tmp_path):
-    (question,) = vlm_eval.load_benchmark("MathVista_MINI", write(tmp_path / "b.tsv", [mathvista(question_type="free_form")]))
+    (question,) = vlm_eval.load_benchmark(
+        "MathVista_MINI", write(tmp_path / "b.tsv", [mathvista(question_type="free_form")])
+    )
     assert judging.understand(question, reply) is None or len(reply) == 128
     for said in ("8/11", "**Answer:** 8/11", "<think>\n\n</think>\n\n8/11", "Output: 8/11"):
         assert judging.understand(question, said) == "8/11"
@@ -624,9 +914,16 @@ def test_talk_of_a_judge_is_no_answer(reply, tmp_path):
 def test_letters_beside_each_other(tmp_path, grader):
     rows = [{"question": "?", "skill": "spatial", "answer": "A, C"}]
     (letters,) = vlm_eval.load_benchmark("LogicVista", write(tmp_path / "l.tsv", rows))
-    assert vlm_eval.extract(letters, r"Answer: \boxed{A}, \boxed{C}", grader.equal) == ("AC", "boxed")
+    assert vlm_eval.extract(letters, r"Answer: \boxed{A}, \boxed{C}", grader.equal) == (
+        "AC",
+        "boxed",
+    )
     (choice,) = vlm_eval.load_benchmark(
-        "MathVista_MINI", write(tmp_path / "m.tsv", [mathvista(choices="['30^\\\\circ', '45^\\\\circ']", answer_option="B")])
+        "MathVista_MINI",
+        write(
+            tmp_path / "m.tsv",
+            [mathvista(choices="['30^\\\\circ', '45^\\\\circ']", answer_option="B")],
+        ),
     )
     for response, answer in {
         r"either \boxed{A} or \boxed{B}": None, "If the answer is B, then x=2, which is false.\nI cannot decide.": None,
@@ -639,7 +936,8 @@ def test_letters_beside_each_other(tmp_path, grader):
 def test_a_cell_that_groups_cannot_read_names_its_row(tmp_path):
     with pytest.raises(ValueError, match="row 0: .*is not a Python list"):
         vlm_eval.load_benchmark(
-            "MathVista_MINI", write(tmp_path / "b.tsv", [mathvista(question_type="free_form", skills="[a")])
+            "MathVista_MINI",
+            write(tmp_path / "b.tsv", [mathvista(question_type="free_form", skills="[a")]),
         )
 
 
@@ -654,19 +952,28 @@ def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, name):
         },
         "LogicVista": {"skill": "spatial", "answer": "A, C"}, "VisuLogic": {"category": "shape", "answer": "B"},
     }  # fmt: skip
-    rows = [row | WEMATH for row in problem(2, "7", "111")] if name == "WeMath" else [columns[name]] * 3
-    rows = [{key: value for key, value in row.items() if key != "response"} | {"question": "sum>"} for row in rows]
+    rows = (
+        [row | WEMATH for row in problem(2, "7", "111")]
+        if name == "WeMath"
+        else [columns[name]] * 3
+    )
+    rows = [
+        {key: value for key, value in row.items() if key != "response"} | {"question": "sum>"}
+        for row in rows
+    ]
     file = write(tmp_path / "b.tsv", rows)
     config = evaluation.Config(
         model=image_world.path("model"), data=(f"{name}={file}",), template="none", max_tokens=12, max_prompt_tokens=4096,
         out=str(tmp_path / "out"), judge_url="http://127.0.0.1:9/v1", judge_model="gone",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("judge.time.sleep", lambda _: None)
+        patch.setattr("evals.judge.time.sleep", lambda _: None)
         evaluation.main(config)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures, said = summary["benchmarks"][name], capsys.readouterr().out
-    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    ]
     assert figures["questions"] == len(rows) == len(samples)
     assert len(rows) - figures["unjudged"] == summary["sets"].get(name, {"problems": 0})["problems"]
     assert figures["unjudged"] == sum(bool(sample["error"]) for sample in samples) and name in said
@@ -677,13 +984,21 @@ def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, name):
 
 def test_benchmarks_where_they_cannot_be(tmp_path, image_world, world):
     file = write(tmp_path / "b.tsv", [mathvista(question_type="free_form")])
-    config = evaluation.Config(model=image_world.path("model"), template="none", problem_column="prompt")
+    config = evaluation.Config(
+        model=image_world.path("model"), template="none", problem_column="prompt"
+    )
     model, data = rollout.find_model(config.model), f"MathVista_MINI={file}"
     for arguments, words in [
-        ((("MathVista_MINI",), config, model, {}), "needs its TSV file: --data MathVista_MINI=FILE"),
+        (
+            (("MathVista_MINI",), config, model, {}),
+            "needs its TSV file: --data MathVista_MINI=FILE",
+        ),
         (((data,), config, model), "scored from one sample a question, by eval.py"),
         (((data,), replace(config, samples=2), model, {}), "one sample a question"),
-        (((data,), config, rollout.find_model(world.path("model")), {}), "takes none; expected a vision-language model"),
+        (
+            ((data,), config, rollout.find_model(world.path("model")), {}),
+            "takes none; expected a vision-language model",
+        ),
     ]:
         with pytest.raises(ValueError, match=words):
             evaluation.load_sets(*arguments)

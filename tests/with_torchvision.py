@@ -20,7 +20,10 @@ from rollout import Sampling
 
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
 TOKENIZER = toy.make_tokenizer(images=True)
-TEXTS, DRAWN = ["<image>sum>", "what?", "<image>a<image>b", "<image>c"], [["1 +2 +3>"], [], ["4 +5>", "7 +7>"], ["1 +2 +3>"]]
+TEXTS, DRAWN = (
+    ["<image>sum>", "what?", "<image>a<image>b", "<image>c"],
+    [["1 +2 +3>"], [], ["4 +5>", "7 +7>"], ["1 +2 +3>"]],
+)
 
 
 def test_the_same_pixel_values_with_and_without_torchvision(tmp_path):
@@ -32,7 +35,10 @@ def test_the_same_pixel_values_with_and_without_torchvision(tmp_path):
     for array in (smooth, rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)):
         Image.fromarray(array).save(file := io.BytesIO(), "png")
         row = [{"images": file.getvalue()}]
-        a, b = (vision.load_images(row, "images", processor, ".", 1)[0][0] for processor in (fast, plain))
+        a, b = (
+            vision.load_images(row, "images", processor, ".", 1)[0][0]
+            for processor in (fast, plain)
+        )
         assert a.grid == b.grid and (a.pixel_values() - b.pixel_values()).abs().max() <= 1e-5
 
 
@@ -48,7 +54,9 @@ def model(folder) -> rollout.Model:
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return rollout.VllmEngine(model.path, TOKENIZER, 352, max_sequences=32, processor=model.processor)
+    return rollout.VllmEngine(
+        model.path, TOKENIZER, 352, max_sequences=32, processor=model.processor
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,10 @@ def move(learner: parallel.Learner) -> None:
 
 
 def tokens(engine, prompts, images) -> list[list[int]]:
-    return [episode.response_ids for episode in engine.generate(prompts, GREEDY, range(0, 400, 100), images)]
+    return [
+        episode.response_ids
+        for episode in engine.generate(prompts, GREEDY, range(0, 400, 100), images)
+    ]
 
 
 def test_greedy_tokens_follow_every_sync(engine, learner, folder, prompts, images):
@@ -98,7 +109,9 @@ def test_greedy_tokens_follow_every_sync(engine, learner, folder, prompts, image
     assert seen[0][0] != seen[0][3], "one image, two questions"
 
 
-def test_without_the_encoder_reset_old_features_are_used(engine, learner, folder, prompts, images, monkeypatch):
+def test_without_the_encoder_reset_old_features_are_used(
+    engine, learner, folder, prompts, images, monkeypatch
+):
     """Regression of the reset in load_weights: leaving it out changes what is seen, silently."""
     sync(engine, learner)
     tokens(engine, prompts, images)
@@ -117,7 +130,9 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, images):
     """Sampled at random, with placeholders among the words: these are words like others."""
     sync(engine, learner)
     episodes = engine.generate(prompts, Sampling(8, 2.0, 48), range(0, 400, 100), images)
-    batch = rlfr.collate([(e.prompt_ids, e.response_ids, images[i // 8]) for i, e in enumerate(episodes)])
+    batch = rlfr.collate(
+        [(e.prompt_ids, e.response_ids, images[i // 8]) for i, e in enumerate(episodes)]
+    )
     with torch.no_grad():
         logp = learner.module(batch, 2.0).logp
     for row, episode in enumerate(episodes):
@@ -136,9 +151,17 @@ def test_training_with_vllm_and_loading_what_it_exports(image_world, tmp_path):
     parallel.start()  # an engine that goes takes the process group with it
     policy = rollout.find_model(str(tmp_path / "run" / "policy"))
     problems = rollout.load_problems(config.data, config, policy)[:8]
-    prompts, images = [problem.prompt_ids for problem in problems], [problem.images for problem in problems]
-    engine = rollout.VllmEngine(policy.path, policy.tokenizer, 80, max_sequences=8, processor=policy.processor)
+    prompts, images = (
+        [problem.prompt_ids for problem in problems],
+        [problem.images for problem in problems],
+    )
+    engine = rollout.VllmEngine(
+        policy.path, policy.tokenizer, 80, max_sequences=8, processor=policy.processor
+    )
     seeds = [0] * 8
-    a, b = (e.generate(prompts, GREEDY, seeds, images) for e in (engine, rollout.TorchEngine(policy.path, policy.tokenizer)))
+    a, b = (
+        e.generate(prompts, GREEDY, seeds, images)
+        for e in (engine, rollout.TorchEngine(policy.path, policy.tokenizer))
+    )
     assert [episode.response_ids for episode in a] == [episode.response_ids for episode in b]
     assert Path(os.path.join(policy.path, "preprocessor_config.json")).exists()

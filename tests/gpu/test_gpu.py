@@ -48,7 +48,9 @@ def prompts(world) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def engine(folders):
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    return rollout.VllmEngine(folders[0], tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256)
+    return rollout.VllmEngine(
+        folders[0], tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256
+    )
 
 
 def sharded(folder: str) -> rlfr.Policy:
@@ -78,27 +80,37 @@ def test_sleep_frees_memory(engine, folders, prompts):
     sync(engine, policy)
     engine.generate(prompts, GREEDY, [0] * 10)
     after = used()
-    print(f"device memory in use: awake {before / 1e9:.2f} GB, asleep {asleep / 1e9:.2f} GB, awake again {after / 1e9:.2f} GB")
+    print(
+        f"device memory in use: awake {before / 1e9:.2f} GB, asleep {asleep / 1e9:.2f} GB, awake again {after / 1e9:.2f} GB"
+    )
     weights = 2 * sum(p.numel() for p in policy.parameters())
     cache = 256 * 512 * 2 * 12 * 768 * 2
-    assert before - asleep > 0.9 * (weights + cache) and abs(after - before) < 0.2 * (before - asleep)
+    assert before - asleep > 0.9 * (weights + cache) and abs(after - before) < 0.2 * (
+        before - asleep
+    )
 
 
 @needs_vllm
 def test_greedy_tokens_follow_a_sync(engine, folders, prompts):
     """The engine with another model's weights gives what an engine that loaded them itself gives."""
-    fresh = rollout.VllmEngine(folders[1], engine.tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256)
+    fresh = rollout.VllmEngine(
+        folders[1], engine.tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256
+    )
     expected = [episode.response_ids for episode in fresh.generate(prompts, GREEDY, [0] * 10)]
     fresh.sleep()
     policies = [sharded(folder) for folder in folders]
     sync(engine, policies[0])
-    assert [episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)] != expected
+    assert [
+        episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)
+    ] != expected
     for asleep in (False, True):
         sync(engine, policies[0])
         if asleep:
             engine.sleep()
         sync(engine, policies[1])
-        assert [episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)] == expected
+        assert [
+            episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)
+        ] == expected
 
 
 @needs_vllm
@@ -111,12 +123,18 @@ def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
         batch = rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes])
         logp = policy(batch, temperature).logp[batch.response_mask].cpu()
     difference = (torch.tensor([x for episode in episodes for x in episode.logp]) - logp).abs()
-    print(f"|difference| of log-probs at {temperature}: mean {difference.mean():.4f}, max {difference.max():.3f}")
+    print(
+        f"|difference| of log-probs at {temperature}: mean {difference.mean():.4f}, max {difference.max():.3f}"
+    )
     assert difference.mean() < 0.03 and difference.max() < 0.6
 
 
 @pytest.mark.parametrize("engine", [pytest.param("vllm", marks=needs_vllm), "torch"])
-@pytest.mark.parametrize("options", [{}, {"offload": True}, {"cpu_offload": True, "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"offload": True}, {"cpu_offload": True, "gradient_checkpointing": True}],
+    ids=str,
+)
 def test_whole_steps(world, flow_folder, tmp_path, engine, options):
     config = train_rl.Config(
         model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=8, group_size=4,

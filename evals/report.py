@@ -23,7 +23,15 @@ from latex2mathml.commands import MATRICES
 from latex2mathml.converter import Converter
 
 VERDICTS = ("right", "wrong", "no answer", "cut", "timeout", "unjudged")
-FIELDS = {"set": str, "problem": str, "sample": int, "question": str, "prompt": str, "answer": str | list, "response": str}
+FIELDS = {
+    "set": str,
+    "problem": str,
+    "sample": int,
+    "question": str,
+    "prompt": str,
+    "answer": str | list,
+    "response": str,
+}
 FIELDS |= {"extracted": str | None, "correct": bool, "verdict": str, "tokens": int}
 
 # ---- Maths
@@ -34,8 +42,13 @@ BRACED = r"\{\}"
 for _ in range(8):  # braces in braces; possessive (+), so that unbalanced ones fail at once
     BRACED = rf"\{{(?:[^{{}}\\]|\\.|{BRACED}){{0,{MAX_FORMULA}}}+\}}"
 # Environments that the converter would run together or number, and what stands for them.
-SAME = dict.fromkeys(["align", "align*", "aligned", "eqnarray", "eqnarray*"], "split") | {"dcases": "cases"}
-SAME |= dict.fromkeys(["gather", "gather*", "gathered", "equation", "equation*", "multline", "multline*"], "displaylines")
+SAME = dict.fromkeys(["align", "align*", "aligned", "eqnarray", "eqnarray*"], "split") | {
+    "dcases": "cases"
+}
+SAME |= dict.fromkeys(
+    ["gather", "gather*", "gathered", "equation", "equation*", "multline", "multline*"],
+    "displaylines",
+)
 IN_TEXT = "|".join(map(re.escape, [*SAME, "array", "cases"]))
 SEGMENT = re.compile(
     rf"""\[asy\](?P<figure>.{{0,5000}}?)\[/asy\] | ```(?P<code>.{{0,5000}}?)```
@@ -47,7 +60,9 @@ SEGMENT = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 # Definitions can grow without bound, the others would put foreign attributes or boxes of any size on the page.
-REFUSED = re.compile(r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|class|style|href|rule|raise|lower)(?![A-Za-z])")
+REFUSED = re.compile(
+    r"\\(?:def|newcommand|newenvironment|DeclareMathOperator|class|style|href|rule|raise|lower)(?![A-Za-z])"
+)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -56,7 +71,9 @@ def to_mathml(latex: str, display: bool = False) -> str:
     source = f"<code>{escape(latex)}</code>"
     latex = re.sub(r"(?<=[dn]\{)[a-z]+\*?(?=\})", lambda name: SAME.get(name[0], name[0]), latex)
     environments = re.findall(r"\\begin\s*\{([^}]*)", latex)
-    depth = max(accumulate((c == "{") - (c == "}") for c in latex), default=0)  # the converter recurses
+    depth = max(
+        accumulate((c == "{") - (c == "}") for c in latex), default=0
+    )  # the converter recurses
     if (
         len(latex) > MAX_FORMULA
         or depth > MAX_DEPTH
@@ -67,18 +84,28 @@ def to_mathml(latex: str, display: bool = False) -> str:
     try:
         tree = Converter(display="block" if display else "inline").convert_to_element(latex)
         for node in tree.iter():
-            node.text = unescape(node.text or "")  # the converter writes references, which tostring would escape again
+            node.text = unescape(
+                node.text or ""
+            )  # the converter writes references, which tostring would escape again
             if re.match(r"\\[A-Za-z]", node.text):  # a command that it does not know
                 return source
-            if node.get("linebreak") and not latex.startswith(r"\begin{displaylines}"):  # browsers ignore line breaks
+            if node.get("linebreak") and not latex.startswith(
+                r"\begin{displaylines}"
+            ):  # browsers ignore line breaks
                 return to_mathml(rf"\begin{{displaylines}}{latex}\end{{displaylines}}", display)
-            if node.tag == "menclose":  # browsers ignore it: the style sheet draws boxes and strikes
+            if (
+                node.tag == "menclose"
+            ):  # browsers ignore it: the style sheet draws boxes and strikes
                 node.tag, node.attrib = "mrow", {"class": node.get("notation", "")}
             if node.text == "|":  # spaced like an operator otherwise
                 node.attrib |= {"lspace": "0", "rspace": "0"}
         for row in tree.iter("mrow"):
             for before, node in pairwise(row):
-                if node.text in ("+", "−") and before.tag == "mo" and before.text not in tuple(")]}|!"):
+                if (
+                    node.text in ("+", "−")
+                    and before.tag == "mo"
+                    and before.text not in tuple(")]}|!")
+                ):
                     node.set("form", "prefix")  # a sign, not a sum
         del tree.attrib["xmlns"]
         return tostring(tree, encoding="unicode")
@@ -94,9 +121,15 @@ def render(text: str) -> str:
         kind, end = match.lastgroup, match.end()
         if kind in ("figure", "code"):
             code = f"<code class=block>{escape(match[kind].strip())}</code>"
-            html.append(code if kind == "code" else f"<details><summary>Figure (Asymptote)</summary>{code}</details>")
+            html.append(
+                code
+                if kind == "code"
+                else f"<details><summary>Figure (Asymptote)</summary>{code}</details>"
+            )
         else:
-            html.append(to_mathml(match[kind].strip(), kind in ("dollars", "brackets", "environment")))
+            html.append(
+                to_mathml(match[kind].strip(), kind in ("dollars", "brackets", "environment"))
+            )
     return "".join(html) + escape(text[end:])
 
 
@@ -132,7 +165,9 @@ def read_samples(path: Path) -> list[dict]:
             value = samples[-1].get(key)
             if not isinstance(value, kind) or key == "verdict" and value not in VERDICTS:
                 expected = f"one of {', '.join(VERDICTS)}" if key == "verdict" else kind
-                raise ValueError(f"{path}, line {number}: {key} is {value!r}; expected {expected}, as eval.py writes it")
+                raise ValueError(
+                    f"{path}, line {number}: {key} is {value!r}; expected {expected}, as eval.py writes it"
+                )
     if not samples:
         raise ValueError(f"{path} is empty; expected a sample a line, as eval.py writes them")
     return samples
@@ -237,7 +272,10 @@ def digest(text: str) -> str:
 # ---- The page
 def settings(values: dict) -> str:
     """Lay out settings, a row each."""
-    rows = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+    rows = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in values.items()
+    }
     return f"<table>{''.join(f'<tr><th scope=row>{escape(key)}<td>{escape(value)}' for key, value in rows.items())}</table>"
 
 
@@ -250,20 +288,38 @@ def interval(figure: dict | None) -> str:
 
 def figures(row: dict, counts: list[int]) -> dict[str, str]:
     """Return the cells of a set by column; pass@k and maj@k for the given k."""
-    cells = {"problems": f"{row.get('problems', '–')} × {row.get('samples', '–')}", "avg": interval(row.get("avg"))}
-    cells |= {f"{key}@{k}": interval(row.get(key, {}).get(str(k))) for key in ("pass", "maj") for k in counts}
-    plain = {"cut": ("truncated", ".1%"), "boxed": ("boxed", ".1%"), "tokens": ("length_mean", ",.0f")}
+    cells = {
+        "problems": f"{row.get('problems', '–')} × {row.get('samples', '–')}",
+        "avg": interval(row.get("avg")),
+    }
+    cells |= {
+        f"{key}@{k}": interval(row.get(key, {}).get(str(k)))
+        for key in ("pass", "maj")
+        for k in counts
+    }
+    plain = {
+        "cut": ("truncated", ".1%"),
+        "boxed": ("boxed", ".1%"),
+        "tokens": ("length_mean", ",.0f"),
+    }
     plain |= {"p95": ("length_p95", ",.0f"), "timeouts": ("timeouts", ",")}
-    return cells | {name: format(row[key], style) if key in row else "–" for name, (key, style) in plain.items()}
+    return cells | {
+        name: format(row[key], style) if key in row else "–" for name, (key, style) in plain.items()
+    }
 
 
 def sets_table(sets: dict[str, dict]) -> str:
     """Lay out the figures of summary.json, a row a set; k powers of two and the largest, as at 1 both are the average."""
     counts = sorted({int(k) for row in sets.values() for k in row.get("pass", {})} - {1})
-    rows = {name: figures(row, [k for k in counts if k & (k - 1) == 0 or k == counts[-1]]) for name, row in sets.items()}
+    rows = {
+        name: figures(row, [k for k in counts if k & (k - 1) == 0 or k == counts[-1]])
+        for name, row in sets.items()
+    }
     html = "".join(f"<th scope=col>{column}" for column in ["set", *next(iter(rows.values()), {})])
     for name, cells in rows.items():
-        html += f"<tr><th scope=row>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells.values())
+        html += f"<tr><th scope=row>{escape(name)}" + "".join(
+            f"<td>{cell}" for cell in cells.values()
+        )
     return f"<table class=sets><tr>{html}</table>"
 
 
@@ -274,19 +330,30 @@ def card(samples: list[dict]) -> str:
     html = f"<h2>{escape(first['problem'])} {' '.join(badges)}</h2><div class=text>{render(first['question'])}</div>"
     html += f"<p>Gold: {render_answer(first['answer'])}</p>"
     for sample, badge in zip(samples, badges, strict=True):
-        facts = " · ".join(f"{key} {sample[key]}" for key in ("tokens", "reward", "seed") if key in sample)
+        facts = " · ".join(
+            f"{key} {sample[key]}" for key in ("tokens", "reward", "seed") if key in sample
+        )
         html += f'<details class=sample data-verdict="{sample["verdict"]}"><summary>{badge} sample {sample["sample"]}: '
         html += f"{render_answer(sample['extracted'])} <small>{escape(facts)}</small></summary>"
         html += f"<div class=text>{render(sample['response'])}</div></details>"
-    for prompt in dict.fromkeys(sample["prompt"] for sample in samples):  # as a rule one for all samples
+    for prompt in dict.fromkeys(
+        sample["prompt"] for sample in samples
+    ):  # as a rule one for all samples
         html += f"<details><summary><small>Prompt</small></summary><code class=block>{escape(prompt)}</code></details>"
     return html
 
 
 def pack(samples: list[dict]) -> dict:
     """Return what the page's script needs of a problem: what it filters by, and the compressed card."""
-    golds = samples[0]["answer"] if isinstance(samples[0]["answer"], list) else [samples[0]["answer"]]
-    texts = [samples[0]["problem"], samples[0]["question"], *map(str, golds), *(sample["response"] for sample in samples)]
+    golds = (
+        samples[0]["answer"] if isinstance(samples[0]["answer"], list) else [samples[0]["answer"]]
+    )
+    texts = [
+        samples[0]["problem"],
+        samples[0]["question"],
+        *map(str, golds),
+        *(sample["response"] for sample in samples),
+    ]
     return {
         "set": samples[0]["set"],
         "verdicts": [sample["verdict"] for sample in samples],
@@ -307,11 +374,15 @@ def write_report(folder: Path) -> Path:
             raise ValueError(f"{path} does not exist; expected a folder that eval.py wrote")
     summary = {"config": {}, "versions": {}} | parse(figures.read_bytes(), figures)
     if not isinstance(summary.get("sets"), dict):
-        raise ValueError(f"{figures}: sets is {summary.get('sets')!r}; expected figures by set, as eval.py writes them")
+        raise ValueError(
+            f"{figures}: sets is {summary.get('sets')!r}; expected figures by set, as eval.py writes them"
+        )
     problems: dict[tuple[str, str], list[dict]] = {}
     for sample in read_samples(lines):
         problems.setdefault((sample["set"], sample["problem"]), []).append(sample)
-    data = json.dumps([pack(samples) for samples in problems.values()], ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps([pack(samples) for samples in problems.values()], ensure_ascii=False).replace(
+        "<", "\\u003c"
+    )
     page = PAGE.substitute(
         title=escape(f"Evaluation of {summary['config'].get('model', folder.name)}"),
         settings=settings(summary["config"]) + settings(summary["versions"]), table=sets_table(summary["sets"]),

@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 import parallel
 import rollout
-from latex import boxes
-from options import option_letter, option_letters, stated, value
+from grading.latex import boxes
+from grading.options import option_letter, option_letters, stated, value
 
 MAX_REPLY = 128  # tokens
 MAX_BODY = 2**20  # bytes of an HTTP response
@@ -52,7 +52,12 @@ class Cache:
     """Replies on disk, one JSON object a line, by (model, prompt). A line that a killed run left torn is asked again."""
 
     def __init__(self, path: str | Path | None, model: str):
-        self.path, self.model, self.lock, self.known = Path(path) if path else None, model, threading.Lock(), {}
+        self.path, self.model, self.lock, self.known = (
+            Path(path) if path else None,
+            model,
+            threading.Lock(),
+            {},
+        )
         if self.path is None or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace")
@@ -77,7 +82,10 @@ class Cache:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": self.key(prompt), "model": self.model, "reply": reply}) + "\n")
+                    file.write(
+                        json.dumps({"key": self.key(prompt), "model": self.model, "reply": reply})
+                        + "\n"
+                    )
 
 
 class Failure(Exception):
@@ -106,20 +114,36 @@ class ServerJudge:
         except ValueError:
             valid = False
         if not valid:
-            raise ValueError(f"judge url {url!r}: expected http:// or https://, as http://127.0.0.1:8000/v1")
+            raise ValueError(
+                f"judge url {url!r}: expected http:// or https://, as http://127.0.0.1:8000/v1"
+            )
         if not model:
-            raise ValueError(f"no judge model given for {url}; name the one that it serves with --judge-model")
+            raise ValueError(
+                f"no judge model given for {url}; name the one that it serves with --judge-model"
+            )
         url = url.rstrip("/")
         self.url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         self.model, self.cache = model, Cache(cache, model)
-        self.concurrency, self.attempts, self.timeout, self.wait, self.give_up = concurrency, attempts, timeout, wait, give_up
+        self.concurrency, self.attempts, self.timeout, self.wait, self.give_up = (
+            concurrency,
+            attempts,
+            timeout,
+            wait,
+            give_up,
+        )
         self.failed_in_a_row = 0
 
     def ask(self, prompts: Sequence[str]) -> list[Reply]:
         """Return a reply for each prompt, in order; equal prompts are asked once."""
         self.failed_in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
-            replies = dict(zip(distinct := list(dict.fromkeys(prompts)), pool.map(self.reply, distinct), strict=True))
+            replies = dict(
+                zip(
+                    distinct := list(dict.fromkeys(prompts)),
+                    pool.map(self.reply, distinct),
+                    strict=True,
+                )
+            )
         return [replies[prompt] for prompt in prompts]
 
     def reply(self, prompt: str) -> Reply:
@@ -127,7 +151,9 @@ class ServerJudge:
             return Reply(known)
         for attempt in range(self.attempts):
             if self.failed_in_a_row >= self.give_up:
-                return Reply(None, f"not asked: {self.url} failed on {self.give_up} prompts in a row")
+                return Reply(
+                    None, f"not asked: {self.url} failed on {self.give_up} prompts in a row"
+                )
             try:
                 text = self.request(prompt)
             except Failure as failure:
@@ -135,7 +161,9 @@ class ServerJudge:
                 if not failure.again or attempt + 1 == self.attempts:
                     self.failed_in_a_row += 1
                     return Reply(None, reason)
-                time.sleep(max(failure.wait, self.wait * 2**attempt * random.uniform(0.8, 1.2)))  # not all at once
+                time.sleep(
+                    max(failure.wait, self.wait * 2**attempt * random.uniform(0.8, 1.2))
+                )  # not all at once
             else:
                 self.failed_in_a_row = 0
                 self.cache.put(prompt, text)
@@ -154,7 +182,10 @@ class ServerJudge:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 body = self.read(response)
         except urllib.error.HTTPError as error:
-            again, after = error.code in (408, 429) or error.code >= 500, error.headers.get("Retry-After", "")
+            again, after = (
+                error.code in (408, 429) or error.code >= 500,
+                error.headers.get("Retry-After", ""),
+            )
             said = b""
             with contextlib.suppress(OSError, http.client.HTTPException):
                 said = error.read(200)
@@ -163,7 +194,10 @@ class ServerJudge:
                 again,
                 min(float(after), 60.0) if after.isdigit() else 0.0,
             ) from error
-        except (OSError, http.client.HTTPException) as error:  # refused, timed out, reset, cut short
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # refused, timed out, reset, cut short
             raise Failure(f"{type(error).__name__}: {error}", again=True) from error
         try:
             choice = json.loads(body)["choices"][0]
@@ -191,18 +225,41 @@ class ServerJudge:
 class LocalJudge:
     """A model in this process, by vLLM; it starts when first asked. In a run of one rank only: serve it for more."""
 
-    def __init__(self, model: str, cache: str | Path | None = None, max_length: int = 8192, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        model: str,
+        cache: str | Path | None = None,
+        max_length: int = 8192,
+        trust_remote_code: bool = False,
+    ):
         if find_spec("vllm") is None:
-            raise ValueError(f"judge model {model!r}: a judge in this process needs vLLM; install it, or give --judge-url")
-        self.model, self.cache, self.engine = rollout.find_model(model, trust_remote_code), Cache(cache, model), None
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
+            raise ValueError(
+                f"judge model {model!r}: a judge in this process needs vLLM; install it, or give --judge-url"
+            )
+        self.model, self.cache, self.engine = (
+            rollout.find_model(model, trust_remote_code),
+            Cache(cache, model),
+            None,
+        )
+        positions = getattr(
+            self.model.config.get_text_config(), "max_position_embeddings", max_length
+        )
         self.max_length, self.trust_remote_code = min(max_length, positions), trust_remote_code
         if dist.get_world_size() > 1:
-            raise ValueError("a judge in this process needs a run of one rank; start it with `vllm serve` and give --judge-url")
+            raise ValueError(
+                "a judge in this process needs a run of one rank; start it with `vllm serve` and give --judge-url"
+            )
 
     def start(self) -> None:
-        options = (self.max_length, parallel.DEVICE, parallel.compute_dtype("auto"), self.trust_remote_code)
-        self.engine = rollout.VllmEngine(self.model.path, self.model.tokenizer, *options, max_sequences=64)
+        options = (
+            self.max_length,
+            parallel.DEVICE,
+            parallel.compute_dtype("auto"),
+            self.trust_remote_code,
+        )
+        self.engine = rollout.VllmEngine(
+            self.model.path, self.model.tokenizer, *options, max_sequences=64
+        )
 
     def ids(self, prompt: str) -> list[int]:
         tokenizer = self.model.tokenizer
@@ -225,10 +282,16 @@ class LocalJudge:
         if asked and self.engine is None:
             self.start()
         sampling = rollout.Sampling(n=1, temperature=0.0, max_tokens=MAX_REPLY)
-        episodes = self.engine.generate(list(asked.values()), sampling, list(range(len(asked)))) if asked else []
+        episodes = (
+            self.engine.generate(list(asked.values()), sampling, list(range(len(asked))))
+            if asked
+            else []
+        )
         for prompt, episode in zip(asked, episodes, strict=True):
             if episode.finish_reason == "length":
-                found[prompt] = Reply(None, f"a reply of more than {MAX_REPLY} tokens: {episode.text[:100]!r}")
+                found[prompt] = Reply(
+                    None, f"a reply of more than {MAX_REPLY} tokens: {episode.text[:100]!r}"
+                )
             elif not episode.text.strip():
                 found[prompt] = Reply(None, "an empty reply")
             else:
@@ -237,7 +300,9 @@ class LocalJudge:
         return [found[prompt] for prompt in prompts]
 
 
-def make_judge(url: str | None, model: str | None, cache: str | Path | None = None, trust_remote_code=False) -> Judge | None:
+def make_judge(
+    url: str | None, model: str | None, cache: str | Path | None = None, trust_remote_code=False
+) -> Judge | None:
     """Return the judge that the settings ask for: a server's model, a model in this process, or None."""
     if url:
         return ServerJudge(url, model or "", cache)
@@ -304,13 +369,20 @@ def understand(question, reply: str) -> str | None:
     """Return the answer in a judge's reply, '' if it says that there is none, or None if the reply is neither."""
     reply = reply.rpartition("</think>")[2]
     text = re.sub(
-        r"^[\s*_`]*(?:(?:extracted\s+)?answer|(?:your\s+)?output)[\s*_`]*:[\s*_`]*", "", reply, flags=re.IGNORECASE
+        r"^[\s*_`]*(?:(?:extracted\s+)?answer|(?:your\s+)?output)[\s*_`]*:[\s*_`]*",
+        "",
+        reply,
+        flags=re.IGNORECASE,
     ).strip(" \n\r\t`*\"'")
     text = found[-1].strip() if (found := boxes(text)) else text
     if question.type in ("choice", "letters"):
         if text.strip(" .()") == "Z":
             return ""
-        return option_letters(text) if question.type == "letters" else option_letter(text, question.choices)
+        return (
+            option_letters(text)
+            if question.type == "letters"
+            else option_letter(text, question.choices)
+        )
     if text.rstrip(".").casefold() == "null":
         return ""
     if "\n" in text or len(text) > 200:  # an answer is one line: more is talk, and nobody's verdict

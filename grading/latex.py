@@ -44,13 +44,9 @@ def boxes(text: str) -> list[str]:
 
 
 # ---- Spelling
-STYLES = (
-    r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|bf|it|displaystyle|textstyle|limits|left\.?|right\.?|[bB]igg?[lrm]?|f?boxed"
-)
+STYLES = r"mathbf|boldsymbol|bm|mathit|mathsf|mathnormal|bf|it|displaystyle|textstyle|limits|left\.?|right\.?|[bB]igg?[lrm]?|f?boxed"
 TEXTS = "text|textbf|textit|textrm|textsf|textnormal|mathrm|mbox|hbox|operatorname|rm"
-FUNCTION_NAMES = (
-    "arcsin arccos arctan arcsinh arccosh arctanh sinh cosh tanh sin cos tan cot sec csc ln log lg exp sqrt gcd lcm min max"
-)
+FUNCTION_NAMES = "arcsin arccos arctan arcsinh arccosh arctanh sinh cosh tanh sin cos tan cot sec csc ln log lg exp sqrt gcd lcm min max"
 UNICODE = {
     "°": r"^\circ ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "−": "-", "–": "-", "—": "-", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
@@ -63,7 +59,10 @@ REWRITES = [
     (rf"\\(?:{STYLES})(?![A-Za-z])", " "),
     (r"\\\$", ""),  # a currency
     (r"^\s*\*+|\*+\s*$|\\(?:text)?color\s*\{[^{}]*\}", " "),  # **5**
-    (rf"(?:\(\s*(\d+)\s*\)|\\(?:{TEXTS})\s*\{{\s*(\d+)\s*\}})(?=\s*_)", lambda m: m[1] or m[2]),  # (204)_5
+    (
+        rf"(?:\(\s*(\d+)\s*\)|\\(?:{TEXTS})\s*\{{\s*(\d+)\s*\}})(?=\s*_)",
+        lambda m: m[1] or m[2],
+    ),  # (204)_5
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:le|ge)qslant(?![A-Za-z])", lambda match: match[0][:3]),
     (r"\\(?:le|ge|ne)q(?![A-Za-z])", lambda match: match[0][:3]),
@@ -71,17 +70,26 @@ REWRITES = [
     (r"\*\*", "^"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
     (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-    (r"(?<=\d)(?:\\,|\\!|\\;|\\ |\{,\}|,\\!|,\\,|\s)+(?=\d{3}(?!\d))", "\u00b6"),  # what may separate thousands
+    (
+        r"(?<=\d)(?:\\,|\\!|\\;|\\ |\{,\}|,\\!|,\\,|\s)+(?=\d{3}(?!\d))",
+        "\u00b6",
+    ),  # what may separate thousands
     (r"(?<!\\)\\(?:[,;:!> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~|\\nobreakspace", " "),
     (r"(?<!\d)(\d{1,3}(?:\u00b6\d{3})+)(?!\d)", lambda match: match[0].replace("\u00b6", "")),
     ("\u00b6", " "),
     (r"(?:\\\\|[.,;:\s])+$", ""),
     (rf"(?<![\\A-Za-z])({FUNCTION_NAMES.replace(' ', '|')})(?![A-Za-z])", r"\\\1"),
-    (r"(?<![\\A-Za-z])(pi|infinity|infty|oo)(?![A-Za-z])", lambda match: {"pi": r"\pi "}.get(match[0], r"\infty ")),
+    (
+        r"(?<![\\A-Za-z])(pi|infinity|infty|oo)(?![A-Za-z])",
+        lambda match: {"pi": r"\pi "}.get(match[0], r"\infty "),
+    ),
     (r"(\d*)\.(\d*)\\overline\s*\{\s*(\d{1,30})\s*\}", lambda match: repeating(*match.groups())),
     # mixed numbers: 1 1/2 and 1\frac{1}{2}
     (r"(?<![\d./^_])(?<!\^\{)(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"(\1+\2/\3)"),
-    (r"(?<![\d./^_}])(?<!\^\{)(\d+)\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", lambda m: mixed(m)),
+    (
+        r"(?<![\d./^_}])(?<!\^\{)(\d+)\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))",
+        lambda m: mixed(m),
+    ),
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z]+(?:[ '’-]+[A-Za-z]+)*")
@@ -90,8 +98,17 @@ QUALIFIERS = re.compile(  # words that change what is said: on both sides, or on
     r"|[a-z]+n['’]t)(?![A-Za-z])|\d\s*(?:\\[a-z]+\s*\{)?\s*(?:squared|cubed|factorial|halves|thirds|tenths|hundredths)",
     re.IGNORECASE,
 )
-SCALE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CFK])\s*\}|([CFK]))\s*$")
-MAGNITUDES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALE = re.compile(
+    r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CFK])\s*\}|([CFK]))\s*$"
+)
+MAGNITUDES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 WHOLE_TEXT = re.compile(rf"\\(?:{TEXTS})\s*\{{([^{{}}]*)\}}")
 CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*[).:]?")
 INTRODUCES = r"(?:is|are|be|equals?|answer|get|have|has)\s*[:=]?|[:=]"
@@ -104,7 +121,9 @@ PLAIN_UNIT = re.compile(
     r"(?<=[\d})!])(\s*)((?:[A-Za-z][A-Za-z.]*\s*)+(?:\^\s*\{?\s*-?\d\s*\}?)?"
     r"(?:\s*(?:/|per)\s*[A-Za-z]+(?:\^\s*\{?\s*-?\d\s*\}?)?)*)\s*$"
 )
-THOUSANDS = re.compile(r"[^()\[\]{}]*?(?<![\d.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])[^()\[\]{},\d]*")
+THOUSANDS = re.compile(
+    r"[^()\[\]{}]*?(?<![\d.,])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])[^()\[\]{},\d]*"
+)
 JOINED = re.compile(
     r"(?<![\\A-Za-z])(?:and|or)(?![A-Za-z])|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:land|lor|vee|wedge)(?![A-Za-z])"
 )
@@ -133,13 +152,19 @@ def spell(text: str) -> str:
 def words(text: str) -> str:
     """Reduce a text to what must be equal: lower case, letters and digits, without articles."""
     found = re.findall(r"[A-Za-z0-9]+", re.sub(r"\\[A-Za-z]+", " ", text))
-    articles = [word in ("a", "an", "the") or (i == 0 and word in ("A", "An", "The")) for i, word in enumerate(found)]
-    return " ".join([word for word, drop in zip(found, articles, strict=True) if not drop] or found).lower()
+    articles = [
+        word in ("a", "an", "the") or (i == 0 and word in ("A", "An", "The"))
+        for i, word in enumerate(found)
+    ]
+    return " ".join(
+        [word for word, drop in zip(found, articles, strict=True) if not drop] or found
+    ).lower()
 
 
 # ---- Reading
 TOKEN = re.compile(
-    r"\s+|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)|(?P<command>\\(?:[A-Za-z]+|.))|(?P<char>.)", re.DOTALL
+    r"\s+|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)|(?P<command>\\(?:[A-Za-z]+|.))|(?P<char>.)",
+    re.DOTALL,
 )
 TEXT = re.compile(rf"\\(?:{TEXTS})\s*(?=\{{)")
 MATRIX = re.compile(r"\\begin\s*\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?")
@@ -150,9 +175,19 @@ RELATIONS = {
 SETS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "difference"}
 TIMES = ("*", r"\cdot", r"\times", r"\ast")
 OVER = ("/", r"\div", ":", r"\colon")
-OPENING = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+OPENING = {
+    "(": ")",
+    "[": "]",
+    r"\{": r"\}",
+    r"\langle": r"\rangle",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+}
 ACCENTS = frozenset(
-    re.split(" ", "hat vec bar dot ddot tilde overline overrightarrow widehat mathcal mathbb mathfrak underline widetilde")
+    re.split(
+        " ",
+        "hat vec bar dot ddot tilde overline overrightarrow widehat mathcal mathbb mathfrak underline widetilde",
+    )
 )
 REFUSED = frozenset(
     re.split(
@@ -169,7 +204,10 @@ class Reader:
 
     def __init__(self, text: str):
         self.tokens, self.place = list(self.tokenise(text)), 0
-        self.depth, self.depth_of_bars = 0, 0  # of brackets, and of absolute values since the last one
+        self.depth, self.depth_of_bars = (
+            0,
+            0,
+        )  # of brackets, and of absolute values since the last one
 
     @staticmethod
     def tokenise(text: str) -> Iterator[tuple[str, str]]:
@@ -281,7 +319,9 @@ class Reader:
         kind, value = self.peek()
         if kind == "command":
             return (
-                value not in RELATIONS and value not in SETS and value not in (r"\pm", r"\mp", *OPENING.values(), *TIMES, *OVER)
+                value not in RELATIONS
+                and value not in SETS
+                and value not in (r"\pm", r"\mp", *OPENING.values(), *TIMES, *OVER)
             )
         if kind == "char":
             return value.isalpha() or value in "([{" or (value == "|" and not self.depth_of_bars)
@@ -374,7 +414,9 @@ class Reader:
             self.need(closing)
         if opening in (r"\lfloor", r"\lceil"):
             return ("call", opening[2:], node)
-        opening, closing = {r"\langle": ("(", ")"), r"\{": ("{", "}")}.get(opening, (opening, closing))
+        opening, closing = {r"\langle": ("(", ")"), r"\{": ("{", "}")}.get(
+            opening, (opening, closing)
+        )
         if node[0] == "list":
             return ("group", opening, closing, *node[1:])
         return ("group", "{", "}", node) if opening == "{" else node
@@ -392,7 +434,15 @@ class Reader:
             kind, value = self.peek()
             inner = number(value) if kind == "number" else self.atom()
             self.place += kind == "number"
-            return ("power", inner, ("quotient", ("number", Fraction(1), False), degree or ("number", Fraction(2), False)))
+            return (
+                "power",
+                inner,
+                (
+                    "quotient",
+                    ("number", Fraction(1), False),
+                    degree or ("number", Fraction(2), False),
+                ),
+            )
         if name == r"\infty":
             return ("infinity",)
         if name[1:] in REFUSED or not name[1:].isalpha():
@@ -421,7 +471,11 @@ class Reader:
             depth += (value == "{") - (value == "}") if kind == "char" else 0
             if depth <= 0:
                 break
-        return "".join(value for _, value in self.tokens[start : self.place]).strip("{}").replace(" ", "")
+        return (
+            "".join(value for _, value in self.tokens[start : self.place])
+            .strip("{}")
+            .replace(" ", "")
+        )
 
     def symbol(self, name: str) -> tuple:
         """Read the rest of a letter's name: a subscript and primes."""
@@ -438,7 +492,9 @@ class Reader:
     def applied(self) -> bool:
         """Step over a number in brackets behind a letter: f(0) is the function's value, not a product."""
         ahead = self.tokens[self.place : self.place + 3]
-        found = [kind for kind, _ in ahead] == ["char", "number", "char"] and ahead[0][1] + ahead[2][1] == "()"
+        found = [kind for kind, _ in ahead] == ["char", "number", "char"] and ahead[0][1] + ahead[
+            2
+        ][1] == "()"
         self.place += 3 * found
         return found
 
@@ -470,7 +526,12 @@ class Reader:
     def function_argument(self) -> tuple:
         """Read what follows a function without brackets: a product that ends at the next function or sum."""
         node = self.power()
-        while self.starts_atom() and self.peek()[1] not in CALLS and self.peek()[1] != "(" and self.peek()[0] != "text":
+        while (
+            self.starts_atom()
+            and self.peek()[1] not in CALLS
+            and self.peek()[1] != "("
+            and self.peek()[0] != "text"
+        ):
             node = multiply(node, self.power())
         if self.take("/"):
             node = ("quotient", node, self.power())
@@ -507,7 +568,9 @@ def number(text: str) -> tuple:
     mantissa, _, exponent = text.lower().partition("e")
     if len(exponent) > 5 or len(text) > 1000:
         raise TooLargeError(f"{text[:20]} is too large")
-    value = Fraction(mantissa if mantissa[-1] != "." else mantissa + "0") * Fraction(10) ** int(exponent or 0)
+    value = Fraction(mantissa if mantissa[-1] != "." else mantissa + "0") * Fraction(10) ** int(
+        exponent or 0
+    )
     return ("number", value, "." in text or "e" in text.lower())
 
 
@@ -518,7 +581,11 @@ def matrix(text: str) -> tuple:
 
 
 def negative(node: tuple) -> tuple:
-    return ("number", -node[1], node[2]) if node[0] == "number" else ("product", ("number", Fraction(-1), False), node)
+    return (
+        ("number", -node[1], node[2])
+        if node[0] == "number"
+        else ("product", ("number", Fraction(-1), False), node)
+    )
 
 
 def add(terms: list) -> tuple:
@@ -543,11 +610,15 @@ def read(text: str) -> list[Answer]:
     text = unwrap(strip_prefix(unwrap(spell(text))))
     if not text:
         raise UnreadableError("nothing there")
-    if (match := WHOLE_TEXT.fullmatch(text)) and (re.search(r"\d", match[1]) or JOINED.search(match[1])):
+    if (match := WHOLE_TEXT.fullmatch(text)) and (
+        re.search(r"\d", match[1]) or JOINED.search(match[1])
+    ):
         text = match[1].strip()  # \text{7 ways}
     if WORDS.fullmatch(text) and not JOINED.search(text):
         found = [Answer(("text", words(text)))]
-        return [*found, *readings(text)] if text.isalpha() and len(text) < 4 else found  # mgh may be a product
+        return (
+            [*found, *readings(text)] if text.isalpha() and len(text) < 4 else found
+        )  # mgh may be a product
     return readings(text)
 
 
@@ -557,11 +628,18 @@ def readings(text: str) -> list[Answer]:
     texts = [text.replace(",", ""), text] if THOUSANDS.fullmatch(text) else [text]
     found = []
     for each in texts:
-        each, percent = re.subn(r"\s*\\?%\s*$|\s*\\text\s*\{\s*\\?(?:%|percent)\s*\}\s*$|\s+percent\s*$", "", each)
+        each, percent = re.subn(
+            r"\s*\\?%\s*$|\s*\\text\s*\{\s*\\?(?:%|percent)\s*\}\s*$|\s+percent\s*$", "", each
+        )
         each, unit = split_unit(each)
         node = plain(Reader(each).whole())
-        if factor := MAGNITUDES.get((unit or "").partition(" ")[0].lower().removesuffix("s")):  # 3 million
-            node, unit = ("product", node, ("number", Fraction(factor), False)), unit.partition(" ")[2] or None
+        if factor := MAGNITUDES.get(
+            (unit or "").partition(" ")[0].lower().removesuffix("s")
+        ):  # 3 million
+            node, unit = (
+                ("product", node, ("number", Fraction(factor), False)),
+                unit.partition(" ")[2] or None,
+            )
         found.append(Answer(node, unit, bool(percent)))
     return found
 
@@ -575,7 +653,11 @@ def unwrap(text: str) -> str:
             several |= depth == 1 and match[0] in (",", ";")
             if depth == 0:
                 break
-        if match.end() != len(text) or match[0] != {"{": "}", "(": ")"}[text[0]] or (several and text[0] == "("):
+        if (
+            match.end() != len(text)
+            or match[0] != {"{": "}", "(": ")"}[text[0]]
+            or (several and text[0] == "(")
+        ):
             break
         text = text[1:-1].strip().rstrip(" .")
     return text
@@ -594,7 +676,11 @@ def split_unit(text: str) -> tuple[str, str | None]:
     tail = re.compile(
         rf"(?<=[\w}})!\]])\s*((?:\\(?:{TEXTS})\s*\{{([^{{}}]*)\}}(?:\s*\^\s*\{{?\s*-?\d\s*\}}?)?[\s/\\]*(?:cdot)?\s*)+)$"
     )
-    if (match := tail.search(text)) and re.search(r"[A-Za-z]", match[1]) and re.search(r"\d", text[: match.start()]):
+    if (
+        (match := tail.search(text))
+        and re.search(r"[A-Za-z]", match[1])
+        and re.search(r"\d", text[: match.start()])
+    ):
         content = re.sub(rf"\\(?:{TEXTS})|[{{}}\\]", " ", match[1])
         if not re.search(r"\b(?:or|and|if|when|for|not)\b", content) and not (
             len(content.strip()) == 1 and "mathrm" in match[1] and content.strip() not in UNITS
@@ -604,9 +690,17 @@ def split_unit(text: str) -> tuple[str, str | None]:
         content = match[2].strip()
         single = len(re.match(r"[A-Za-z]*", content)[0]) == 1  # 5 m, but not 5m
         known = unit_of(content) is not None and not (
-            single and not (match[1] and re.fullmatch(r"(?:\\times|\\cdot|[-+\d.,/ eE^{}])+", text[: match.start()]))
+            single
+            and not (
+                match[1]
+                and re.fullmatch(r"(?:\\times|\\cdot|[-+\d.,/ eE^{}])+", text[: match.start()])
+            )
         )
-        word = match[1] and re.search(r"[A-Za-z]{2}", content) and not re.search(r"\b(?:or|and|if|when|for|not|mod)\b", content)
+        word = (
+            match[1]
+            and re.search(r"[A-Za-z]{2}", content)
+            and not re.search(r"\b(?:or|and|if|when|for|not|mod)\b", content)
+        )
         before = text[: match.start()]
         if (known or word) and not re.search(r"(?:\\[A-Za-z]+|[_^]\{?[^{}]*)$", before):
             return before, content

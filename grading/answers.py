@@ -25,7 +25,17 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from latex import CHOICE, QUALIFIERS, Answer, TooLargeError, UnreadableError, negative, read, spell, unit_of
+from grading.latex import (
+    CHOICE,
+    QUALIFIERS,
+    Answer,
+    TooLargeError,
+    UnreadableError,
+    negative,
+    read,
+    spell,
+    unit_of,
+)
 
 MAX_LENGTH = 2_000  # characters of an answer; a longer one is wrong
 MAX_BITS = 20_000  # of an integer on the way to a value
@@ -55,7 +65,9 @@ def chosen(name: str, point: int) -> Fraction:
     """The value of a letter at a point: of its order, negative at odd ones; from the tenth on anywhere up to 70."""
     if point >= 10:
         return Fraction(random.Random(f"{name} {point}").randint(1, 5000), 73)
-    value = (1, 7, 3, 2, 5)[point // 2] * Fraction(random.Random(f"{name} {point // 2}").randint(40, 160), 73)
+    value = (1, 7, 3, 2, 5)[point // 2] * Fraction(
+        random.Random(f"{name} {point // 2}").randint(40, 160), 73
+    )
     return -value if point % 2 else value
 
 
@@ -99,7 +111,9 @@ def evaluate(node: tuple, point: int, in_angle: bool = False):
             return small(sum(parts))
         parts = [real(part) for part in parts]
         total = sum(parts)
-        return Fraction(0) if abs(total) <= 1e-13 * max(map(abs, parts)) else small(total)  # what is left by rounding
+        return (
+            Fraction(0) if abs(total) <= 1e-13 * max(map(abs, parts)) else small(total)
+        )  # what is left by rounding
     if kind == "product":
         value = evaluate(node[1], point, in_angle)
         for part in node[2:]:
@@ -113,7 +127,9 @@ def evaluate(node: tuple, point: int, in_angle: bool = False):
     if kind == "power":
         return power(evaluate(node[1], point), evaluate(node[2], point))
     if kind == "call":
-        return call(node[1], [evaluate(part, point, in_angle=node[1] in ANGLES) for part in node[2:]])
+        return call(
+            node[1], [evaluate(part, point, in_angle=node[1] in ANGLES) for part in node[2:]]
+        )
     raise UnreadableError(f"{kind} has no value")
 
 
@@ -163,7 +179,9 @@ def call(function: str, values: list):
     first = values[0]
     exact = all(isinstance(value, Fraction) for value in values)
     if function in ("floor", "ceil", "min", "max", "abs") and exact:
-        found = {"floor": math.floor, "ceil": math.ceil, "min": min, "max": max, "abs": abs}[function]
+        found = {"floor": math.floor, "ceil": math.ceil, "min": min, "max": max, "abs": abs}[
+            function
+        ]
         return Fraction(found(values) if function in ("min", "max") else found(first))
     if function in ("floor", "ceil") and real(first).imag == 0:
         near = round(real(first).real)
@@ -174,7 +192,10 @@ def call(function: str, values: list):
             if function == "binom" and len(values) == 2 or function == "factorial":
                 return gamma_of(function, values)
             raise UnreadableError(f"{function} of what is no integer")
-        if any(abs(value) > 2_000 and function in ("binom", "factorial") for value in values) or min(values) < 0:
+        if (
+            any(abs(value) > 2_000 and function in ("binom", "factorial") for value in values)
+            or min(values) < 0
+        ):
             raise TooLargeError(f"too large a {function}")
         name = {"binom": "comb"}.get(function, function)
         return small(Fraction(getattr(math, name)(*(int(value) for value in values))))
@@ -191,7 +212,9 @@ def call(function: str, values: list):
         value = complex(SMOOTH[function](real(first))) / divisor
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise UnreadableError(f"{function} has no value there") from error
-    value = complex(0 if abs(value.real) < 1e-15 else value.real, 0 if abs(value.imag) < 1e-15 else value.imag)
+    value = complex(
+        0 if abs(value.real) < 1e-15 else value.real, 0 if abs(value.imag) < 1e-15 else value.imag
+    )
     return Fraction(0) if value == 0 else small(value)
 
 
@@ -219,7 +242,9 @@ def close(a, b, tolerance: Fraction) -> bool:
 # ---- Comparison of trees
 def equal(gold: str, prediction: str) -> bool | None:
     """Return whether two answers are the same; None if it takes more than this reader to tell."""
-    if len(prediction) > MAX_LENGTH or not re.search(r"[^\W_]|\\infty|\\emptyset|\\varnothing|∞|∅|\\\{", prediction):
+    if len(prediction) > MAX_LENGTH or not re.search(
+        r"[^\W_]|\\infty|\\emptyset|\\varnothing|∞|∅|\\\{", prediction
+    ):
         return False
     if squeeze(gold) == squeeze(prediction):
         return True
@@ -245,9 +270,16 @@ def same_answer(gold: Answer, prediction: Answer) -> bool | None:
     if all(units):
         if units[0][0] == units[1][0]:
             scale = units[1][1] / units[0][1]
-        elif re.sub(r"-?\d", "", units[0][0]) != re.sub(r"-?\d", "", units[1][0]):  # cm for cm^2 is a slip
+        elif re.sub(r"-?\d", "", units[0][0]) != re.sub(
+            r"-?\d", "", units[1][0]
+        ):  # cm for cm^2 is a slip
             return False
-    elif gold.unit and prediction.unit and not any(units) and bare_words(gold.unit) != bare_words(prediction.unit):
+    elif (
+        gold.unit
+        and prediction.unit
+        and not any(units)
+        and bare_words(gold.unit) != bare_words(prediction.unit)
+    ):
         return False
     nodes = gold.node, scaled(prediction.node, scale)
     try:
@@ -258,7 +290,9 @@ def same_answer(gold: Answer, prediction: Answer) -> bool | None:
             return same(*nodes) or same(scaled(nodes[0], hundredth), nodes[1])
         if same(nodes[0], scaled(nodes[1], hundredth)):
             return True
-        return same(*nodes) and abs(real(evaluate(nodes[0], 0))) >= 1  # so many per cent were asked for
+        return (
+            same(*nodes) and abs(real(evaluate(nodes[0], 0))) >= 1
+        )  # so many per cent were asked for
     except TooLargeError:
         return None if too_large(gold.node) and too_large(prediction.node) else False
     except UnreadableError:
@@ -294,14 +328,25 @@ def same(a: tuple, b: tuple, strict: bool = False) -> bool:
         x, y = elements(a), elements(b)
         if any(node[0] == "group" for node in several):  # a set holds each thing once
             x, y = (list(dict.fromkeys(items)) for items in (x, y))
-        named = [all(is_named(item) for item in items) and len({item[2] for item in items}) == len(items) for items in (x, y)]
-        if len(x) == len(y) > 1 and named[0] != named[1] and not any(is_named(i) for i in (y if named[0] else x)):
-            return all(same(p, q) for p, q in zip(x, y, strict=True))  # x = 1, y = 2 is 1, 2 in this order
+        named = [
+            all(is_named(item) for item in items) and len({item[2] for item in items}) == len(items)
+            for items in (x, y)
+        ]
+        if (
+            len(x) == len(y) > 1
+            and named[0] != named[1]
+            and not any(is_named(i) for i in (y if named[0] else x))
+        ):
+            return all(
+                same(p, q) for p, q in zip(x, y, strict=True)
+            )  # x = 1, y = 2 is 1, 2 in this order
         both_named = strict or sum(is_named(item) for item in (*x, *y)) == len(x) + len(y)
         return len(x) == len(y) and matched(x, y, both_named and len(x) > 1)
     if a[0] == "relation" or b[0] == "relation":
         return same_relation(a, b, strict)
-    if a[0] == "text" or b[0] == "text" or (a[0] == b[0] == "symbol" and a[1] in "ABCDEFGHIJ"):  # the letter of a choice
+    if (
+        a[0] == "text" or b[0] == "text" or (a[0] == b[0] == "symbol" and a[1] in "ABCDEFGHIJ")
+    ):  # the letter of a choice
         return letters(a) is not None and letters(a) == letters(b)
     for kind in ("group", "matrix", "numeral", "union", "intersection", "difference"):
         if kind in (a[0], b[0]):
@@ -320,9 +365,17 @@ def elements(node: tuple) -> list[tuple]:
     items = node[1:] if node[0] == "list" else node[3:] if is_collection(node) else (node,)
     if len(items) > 100:
         raise UnreadableError("too many items")
-    found = [each for item in items for each in ((with_sign(item, 1), with_sign(item, -1)) if holds(item, "pm") else (item,))]
+    found = [
+        each
+        for item in items
+        for each in ((with_sign(item, 1), with_sign(item, -1)) if holds(item, "pm") else (item,))
+    ]
     # x = 3, 4: the name stands for all
-    if len(found) > 1 and is_named(found[0]) and not any(item[0] == "relation" for item in found[1:]):
+    if (
+        len(found) > 1
+        and is_named(found[0])
+        and not any(item[0] == "relation" for item in found[1:])
+    ):
         found[0] = found[0][3]
     return found
 
@@ -366,7 +419,11 @@ def same_shape(a: tuple, b: tuple) -> bool:
             same(x, y) for r, s in zip(a[1:], b[1:], strict=True) for x, y in zip(r, s, strict=True)
         )
     if a[0] == "group":
-        return a[1:3] == b[1:3] and len(a) == len(b) and all(same(x, y) for x, y in zip(a[3:], b[3:], strict=True))
+        return (
+            a[1:3] == b[1:3]
+            and len(a) == len(b)
+            and all(same(x, y) for x, y in zip(a[3:], b[3:], strict=True))
+        )
     if a[0] == "difference":
         return same(a[1], b[1]) and same(a[2], b[2])
     parts = [list(flatten(node, a[0])) for node in (a, b)]
@@ -385,7 +442,11 @@ def replace_infinity(node):
     """Infinity as a letter of its own: equal to itself, and to nothing else."""
     if not isinstance(node, tuple) or not node:
         return node
-    return ("symbol", r"\infty") if node == ("infinity",) else tuple(replace_infinity(part) for part in node)
+    return (
+        ("symbol", r"\infty")
+        if node == ("infinity",)
+        else tuple(replace_infinity(part) for part in node)
+    )
 
 
 def same_value(a: tuple, b: tuple) -> bool:
@@ -393,9 +454,14 @@ def same_value(a: tuple, b: tuple) -> bool:
     decimal = holds(a, "number", lambda node: node[2]) or holds(b, "number", lambda node: node[2])
     if not symbols(a) | symbols(b):
         return same_number(evaluate(a, 0), evaluate(b, 0), decimal)
-    signed = holds(a, "call", lambda node: node[1] == "abs") or holds(b, "call", lambda node: node[1] == "abs")
+    signed = holds(a, "call", lambda node: node[1] == "abs") or holds(
+        b, "call", lambda node: node[1] == "abs"
+    )
     pairs, error = [], None
-    stepped = any(holds(node, "call", lambda node: node[1] in ("floor", "ceil", "min", "max")) for node in (a, b))
+    stepped = any(
+        holds(node, "call", lambda node: node[1] in ("floor", "ceil", "min", "max"))
+        for node in (a, b)
+    )
     for point in range(10, 50) if stepped else range(0, 10, 1 if signed else 2):
         try:
             pairs.append((evaluate(a, point), evaluate(b, point)))
@@ -408,14 +474,18 @@ def same_value(a: tuple, b: tuple) -> bool:
             return False
         if len(pairs) == (40 if stepped else 5 if signed else 3):
             break
-    if len(pairs) < 2 or all(x == 0 for x, _ in pairs):  # an expression that is zero everywhere was misread
+    if len(pairs) < 2 or all(
+        x == 0 for x, _ in pairs
+    ):  # an expression that is zero everywhere was misread
         raise error or UnreadableError("no value")
     return True
 
 
 def same_number(gold, value, decimal: bool) -> bool:
     """Compare two values; integers and decimals of up to four places are meant exactly, where the other is no root or the like."""
-    short = isinstance(gold, Fraction) and (gold.denominator == 1 or (10**4 % gold.denominator == 0 and terminates(value)))
+    short = isinstance(gold, Fraction) and (
+        gold.denominator == 1 or (10**4 % gold.denominator == 0 and terminates(value))
+    )
     return close(gold, value, TOLERANCE if decimal and not short else Fraction(0))
 
 
@@ -430,11 +500,17 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~"
 
 def is_named(node: tuple) -> bool:
     """Whether a relation only names a value: x = 5, f(x) = 2x, AB = 5, (x, y) = (1, 2)."""
-    if node[0] != "relation" or node[1][0] not in ("=", "~") or any(op not in ("=", "~") for op in node[1]):
+    if (
+        node[0] != "relation"
+        or node[1][0] not in ("=", "~")
+        or any(op not in ("=", "~") for op in node[1])
+    ):
         return False
     left = node[2]
     lettered = symbols(left) or left in (("symbol", "i"), ("symbol", "e"))
-    return left[0] == "text" or bool(lettered and not holds(left, "number") and not holds(left, "sum"))
+    return left[0] == "text" or bool(
+        lettered and not holds(left, "number") and not holds(left, "sum")
+    )
 
 
 def value_of(node: tuple) -> tuple:
@@ -460,7 +536,9 @@ def same_relation(a: tuple, b: tuple, strict: bool) -> bool:
         if all(named):
             if same(a[2], b[2]):
                 return same(value_of(a), value_of(b))
-            if not strict and not (symbols(a[2]) & (symbols(b[2]) | symbols(b[-1])) or symbols(b[2]) & symbols(a[-1])):
+            if not strict and not (
+                symbols(a[2]) & (symbols(b[2]) | symbols(b[-1])) or symbols(b[2]) & symbols(a[-1])
+            ):
                 return same(value_of(a), value_of(b))
         return len(a) == len(b) and (same_sides(a, b) or same_sides(a, flip(b)))
     relation, other = (a, b) if a[0] == "relation" else (b, a)
@@ -471,12 +549,17 @@ def same_relation(a: tuple, b: tuple, strict: bool) -> bool:
                 return False
             relation = flipped
         try:
-            ends = {value_of(relation), *([relation[3]] if is_named(relation) and "~" in relation[1] else ())}
+            ends = {
+                value_of(relation),
+                *([relation[3]] if is_named(relation) and "~" in relation[1] else ()),
+            }
         except UnreadableError:
             return False
         return any(same(other, end) if relation is b else same(end, other) for end in ends)
     interval = as_interval(relation)
-    ambiguous = other[0] == "group" and other[1:3] == ("(", ")") and not holds(other, "infinity")  # (1, 2) may be a point
+    ambiguous = (
+        other[0] == "group" and other[1:3] == ("(", ")") and not holds(other, "infinity")
+    )  # (1, 2) may be a point
     return interval is not None and not ambiguous and same(interval, other)
 
 
@@ -515,11 +598,23 @@ def as_interval(node: tuple) -> tuple | None:
     if any(op not in ("<", "<=") for op in operators):
         return None
     if len(sides) == 3 and sides[1][0] == "symbol":
-        return ("group", "[" if operators[0] == "<=" else "(", "]" if operators[1] == "<=" else ")", sides[0], sides[2])
+        return (
+            "group",
+            "[" if operators[0] == "<=" else "(",
+            "]" if operators[1] == "<=" else ")",
+            sides[0],
+            sides[2],
+        )
     if len(sides) != 2:
         return None
     if sides[0][0] == "symbol":
-        return ("group", "(", "]" if operators[0] == "<=" else ")", negative(("infinity",)), sides[1])
+        return (
+            "group",
+            "(",
+            "]" if operators[0] == "<=" else ")",
+            negative(("infinity",)),
+            sides[1],
+        )
     if sides[1][0] == "symbol":
         return ("group", "[" if operators[0] == "<=" else "(", ")", sides[0], ("infinity",))
     return None
@@ -559,7 +654,9 @@ def confine(memory: int) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
     def refuse(event: str, arguments: tuple) -> None:
-        writes = event == "open" and (set(arguments[1] or "") & set("wax+") or arguments[2] & writing)
+        writes = event == "open" and (
+            set(arguments[1] or "") & set("wax+") or arguments[2] & writing
+        )
         if writes or event.startswith(forbidden):
             raise PermissionError(f"a grading process may not {event} {arguments[:1]}")
 
@@ -573,7 +670,10 @@ def serve() -> None:
     """
     import signal
 
-    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group they are the parent's to heed
+    for stop in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole process group they are the parent's to heed
         signal.signal(stop, signal.SIG_IGN)
     confine(MEMORY_LIMIT)
     print("ready", flush=True)

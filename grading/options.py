@@ -8,7 +8,7 @@ anywhere in the answer: there `the area` and `A or B` are right where A is, and 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from latex import boxes
+from grading.latex import boxes
 
 LETTERS = "ABCDEFGH"
 LONGEST = 500  # characters of an answer; a longer text names no option
@@ -19,15 +19,25 @@ NAMES = r"(?:(?:correct|right|best|final)\s+)*(?:options?|choices?|answers?)\b\s
 LEAD = rf"(?i:(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:the\s+)?{NAMES}(?:{NAMES})?)"  # as in: the answer is option
 BARE = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}]){CLOSE}[.:,;!]*{CLOSE}")
 ALONE = re.compile(rf"{OPEN}([{LETTERS.lower()}]){CLOSE}[.:,;!]*{CLOSE}")
-LABELLED = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?:{CLOSE}[.:]|[\s$*}}]*[)\]]){CLOSE}(\S.*)")
-SEVERAL = re.compile(rf"[{LETTERS}](?:\s*(?:,\s*and\b|[,;&]|and\b)\s*[{LETTERS}])+|[{LETTERS}]{{2,}}")
+LABELLED = re.compile(
+    rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?:{CLOSE}[.:]|[\s$*}}]*[)\]]){CLOSE}(\S.*)"
+)
+SEVERAL = re.compile(
+    rf"[{LETTERS}](?:\s*(?:,\s*and\b|[,;&]|and\b)\s*[{LETTERS}])+|[{LETTERS}]{{2,}}"
+)
 ANOTHER = re.compile(rf"\s*[,/&;]?\s*(?:(?:or|and)\b)?\s*(?:option\s+)?{OPEN}[{LETTERS}](?![\w'’])")
-REASON = re.compile(r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)")  # goes on behind a letter, and is no part of the answer
+REASON = re.compile(
+    r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)"
+)  # goes on behind a letter, and is no part of the answer
 STATED = re.compile(
     r"(?i:\b(?:answers?|(?:correct|right|best)\s+(?:options?|choices?))\b[*_>]*\s*(?:(?:is|are)\b\s*:?|should be\b|[:=]))"
 )
-WITHDRAWN = re.compile(r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE)  # behind a letter: not sure of it
-SUPPOSED = re.compile(r"\b(?:if|whether|check|suppose|assume|unless)\b[^.\n]{0,30}$", re.IGNORECASE)  # before `the answer is`
+WITHDRAWN = re.compile(
+    r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE
+)  # behind a letter: not sure of it
+SUPPOSED = re.compile(
+    r"\b(?:if|whether|check|suppose|assume|unless)\b[^.\n]{0,30}$", re.IGNORECASE
+)  # before `the answer is`
 VERDICT = re.compile(
     rf"(?:^|[\s:,])(?i:options?\s+)?\(?([{LETTERS}])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b[^.]{{0,20}}[.!]?$"
 )
@@ -39,7 +49,9 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # ---- Option letters
 def blank(text: str) -> str:
     """Turn LaTeX's spaces into plain ones, one at a time."""
-    return " ".join(re.sub(r"\\[ ;,!:]|\\&", lambda match: " & " if match[0] == r"\&" else " ", text).split())
+    return " ".join(
+        re.sub(r"\\[ ;,!:]|\\&", lambda match: " & " if match[0] == r"\&" else " ", text).split()
+    )
 
 
 def bare_letter(text: str) -> str | None:
@@ -51,7 +63,9 @@ def bare_letter(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """Rewrite the text of an option so that the same text in another dress becomes the same string."""
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|<<|>>|[$*`]", r"\1", text)
+    text = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|<<|>>|[$*`]", r"\1", text
+    )
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold().rstrip(".")  # 1 1/2 is not 11/2
 
 
@@ -65,7 +79,11 @@ def option_letter(text: str, choices: Mapping[str, str] | None = None) -> str | 
         return None
     said = {letter: plain(option) for letter, option in (choices or {}).items() if plain(option)}
     letter = bare_letter(text)
-    if letter is None and (match := LABELLED.fullmatch(blank(text))) and not ANOTHER.match(match[2]):
+    if (
+        letter is None
+        and (match := LABELLED.fullmatch(blank(text)))
+        and not ANOTHER.match(match[2])
+    ):
         letter = match[1] if said.get(match[1]) in (None, plain(match[2])) else None
     if letter is None:
         same = [option for option in said if said[option] == plain(text)]
@@ -104,10 +122,17 @@ def letter_in_response(response: str, choices: Mapping[str, str] | None = None) 
         return match[1]
     match = re.match(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?![\w'’]){CLOSE}", said[:LONGEST])
     rest = said[match.end() :] if match else ""
-    if not REASON.match(rest) or ANOTHER.match(rest) or WITHDRAWN.search(rest) or (choices and match[1] not in choices):
+    if (
+        not REASON.match(rest)
+        or ANOTHER.match(rest)
+        or WITHDRAWN.search(rest)
+        or (choices and match[1] not in choices)
+    ):
         return None
     others = {plain(option) for option in (choices or {}).values()} - {""}
-    return None if plain(rest.lstrip(" .,;")) in others else match[1]  # `B. 12 cm` where option C says 12 cm
+    return (
+        None if plain(rest.lstrip(" .,;")) in others else match[1]
+    )  # `B. 12 cm` where option C says 12 cm
 
 
 def value(text: str) -> str | None:
@@ -115,14 +140,21 @@ def value(text: str) -> str | None:
     text = text.strip().rstrip(".").strip("*` ")
     words = text.split()
     bare = len(words) == 1 or (len(words) == 2 and re.match(r"[-+.\d\\]", text))
-    return text if bare or re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text) else None
+    return (
+        text
+        if bare or re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text)
+        else None
+    )
 
 
 # ---- Rewards of training
 def tag_format(response: str) -> bool:
     """Return whether a response has the published form: one thought, not empty, and then one answer, each in its tags."""
     once = all(response.count(tag) == 1 for tag in TAGS)
-    return once and re.search(r"<think>.+?</think>\s*<answer>.+?</answer>", response, re.DOTALL) is not None
+    return (
+        once
+        and re.search(r"<think>.+?</think>\s*<answer>.+?</answer>", response, re.DOTALL) is not None
+    )
 
 
 def tagged(response: str) -> str | None:
@@ -134,7 +166,10 @@ def tagged(response: str) -> str | None:
 def candidate(text: str) -> str:
     """Return the mathematics of an answer: its last box, or else its last formula between dollars, or else all of it; all of
     one that leaves open which of several it means."""
-    found, said = boxes(text), {text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)}
+    found, said = (
+        boxes(text),
+        {text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)},
+    )
     if len({box.strip() for box in found}) > 1 or HEDGED.search(text[-150:]) or len(said) > 1:
         return text
     if found:
@@ -143,7 +178,9 @@ def candidate(text: str) -> str:
     return "".join(formulas[-1]) if formulas else (stated(text) or text)
 
 
-def vlm_accuracy(response: str, gold: str | Sequence[str], equal: Callable[[str, str], bool]) -> bool:
+def vlm_accuracy(
+    response: str, gold: str | Sequence[str], equal: Callable[[str, str], bool]
+) -> bool:
     """Return whether a response is right by the official rules for vision-language models, their mistakes mended.
 
     The first answer tag counts, or without one what follows an opening tag, or else all. A gold that is an option letter

@@ -25,11 +25,22 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from judge import Judge, judge_prompt, understand
-from latex import boxes
-from options import JOINED_BOXES, LABELLED, blank, letter_in_response, option_letter, option_letters, stated, value
+from evals.judge import Judge, judge_prompt, understand
+from grading.latex import boxes
+from grading.options import (
+    JOINED_BOXES,
+    LABELLED,
+    blank,
+    letter_in_response,
+    option_letter,
+    option_letters,
+    stated,
+    value,
+)
 
-LONGEST_REFERENCE = 64  # characters of an image cell; a longer one is an image, a shorter one a row's index
+LONGEST_REFERENCE = (
+    64  # characters of an image cell; a longer one is an image, a shorter one a row's index
+)
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
 
@@ -86,7 +97,9 @@ class Question(NamedTuple):
     prompt: str  # with `<image>` where an image goes
     images: tuple[bytes, ...]  # encoded, as PNG or JPEG
     gold: str  # a letter, several letters in order, a list as `[1, 2]`, or a text
-    choices: dict[str, str]  # texts of the options by letter, empty where they stand in the image; {} if there are none
+    choices: dict[
+        str, str
+    ]  # texts of the options by letter, empty where they stand in the image; {} if there are none
     type: Literal["choice", "letters", "list", "free"]
     row: dict[str, str]  # the row's columns, without the image
 
@@ -104,13 +117,20 @@ def load_benchmark(name: str, path: str | Path) -> list[Question]:
             text, gold, choices, kind = benchmark.read(row)
             benchmark.groups(row)  # raises for a cell that it cannot read
             if not gold or (kind == "choice" and gold not in choices):
-                raise ValueError(f"answer {gold!r}; expected " + (f"one of {', '.join(choices)}" if choices else "an answer"))
+                raise ValueError(
+                    f"answer {gold!r}; expected "
+                    + (f"one of {', '.join(choices)}" if choices else "an answer")
+                )
         except ValueError as error:
             raise ValueError(f"{path}, row {row['index']}: {error}") from error
         shown = "<image>" * len(images[row["index"]])
-        prompt = before + text.replace("<image>", "") + behind + shown  # in a text it would ask for an image more
+        prompt = (
+            before + text.replace("<image>", "") + behind + shown
+        )  # in a text it would ask for an image more
         rest = {column: value for column, value in row.items() if column != "image"}
-        questions.append(Question(row["index"], prompt, images[row["index"]], gold, choices, kind, rest))
+        questions.append(
+            Question(row["index"], prompt, images[row["index"]], gold, choices, kind, rest)
+        )
     if name == "WeMath":
         problems(questions)
     return questions
@@ -119,23 +139,31 @@ def load_benchmark(name: str, path: str | Path) -> list[Question]:
 def read_tsv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Read a TSV file with a header; ValueError where it is not there, is cut short, or lacks columns."""
     if not path.is_file():
-        raise ValueError(f"no file {path}; expected a benchmark's TSV file, as VLMEvalKit's data server has it")
+        raise ValueError(
+            f"no file {path}; expected a benchmark's TSV file, as VLMEvalKit's data server has it"
+        )
     csv.field_size_limit(2**31 - 1)  # an image is one field
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t", strict=True)
             rows = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, near line {reader.line_num + 1}: {error}; expected tab-separated UTF-8") from error
+        raise ValueError(
+            f"{path}, near line {reader.line_num + 1}: {error}; expected tab-separated UTF-8"
+        ) from error
     found = reader.fieldnames or []
     if missing := [column for column in columns if column not in found]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; found {', '.join(found) or 'nothing'}")
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}; found {', '.join(found) or 'nothing'}"
+        )
     if not rows:
         raise ValueError(f"{path} holds no rows; expected one a question")
     seen = set()
     for row in rows:
         if None in row or None in row.values():
-            raise ValueError(f"{path}, row {row['index']}: other than {len(found)} cells; is the file whole?")
+            raise ValueError(
+                f"{path}, row {row['index']}: other than {len(found)} cells; is the file whole?"
+            )
         if row["index"] in seen:
             raise ValueError(f"{path}: index {row['index']} is there twice")
         seen.add(row["index"])
@@ -145,11 +173,17 @@ def read_tsv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def read_images(rows: Sequence[dict[str, str]]) -> dict[str, tuple[bytes, ...]]:
     """Decode the images of all rows, by index; a row may name another that has them."""
     cells = {row["index"]: row["image"].strip() for row in rows}
-    images = {index: decode(cell, index) for index, cell in cells.items() if len(cell) > LONGEST_REFERENCE}
+    images = {
+        index: decode(cell, index) for index, cell in cells.items() if len(cell) > LONGEST_REFERENCE
+    }
     for index, cell in cells.items():
         if index not in images:
             if cell not in images or len(cells[cell]) <= LONGEST_REFERENCE:
-                what = "refers to a row without one of its own" if cell in cells else "is neither an image nor a row's index"
+                what = (
+                    "refers to a row without one of its own"
+                    if cell in cells
+                    else "is neither an image nor a row's index"
+                )
                 raise ValueError(f"row {index}: image {cell!r} {what}")
             images[index] = images[cell]
     return images
@@ -195,7 +229,10 @@ def one_of(value: str, known: Sequence[str], column: str) -> str:
 
 
 def read_mathvista(row):
-    if one_of(row["question_type"], ("multi_choice", "free_form"), "question_type") == "multi_choice":
+    if (
+        one_of(row["question_type"], ("multi_choice", "free_form"), "question_type")
+        == "multi_choice"
+    ):
         return row["question"], row["answer_option"].strip(), listed(row["choices"]), "choice"
     kind = one_of(row["answer_type"], ("integer", "float", "text", "list"), "answer_type")
     return row["question"], row["answer"].strip(), {}, "list" if kind == "list" else "free"
@@ -212,19 +249,32 @@ def read_mathverse(row):
         return row["question"], gold, {}, "free"
     said = (row.get("question_for_eval") or row["question"]).rpartition("Choices:")[2]
     choices = dict(re.findall(r"^\s*\(?([A-H])\s*[:.)]\s*(.*?)\s*$", said, re.MULTILINE))
-    return row["question"], gold, choices if gold in choices else dict.fromkeys("ABCDEFGH", ""), "choice"
+    return (
+        row["question"],
+        gold,
+        choices if gold in choices else dict.fromkeys("ABCDEFGH", ""),
+        "choice",
+    )
 
 
 def with_options(row) -> tuple[str, dict[str, str]]:
     """Return a question with its hint and the options of the columns A, B, C …, and these options."""
     options = {letter: row[letter].strip() for letter in "ABCDEFGH" if row.get(letter, "").strip()}
-    text = f"Hint: {hint}\nQuestion: {row['question']}\n" if (hint := row.get("hint", "").strip()) else row["question"]
-    return text + ("Options:\n" if options else "") + "".join(f"{k}. {option}\n" for k, option in options.items()), options
+    text = (
+        f"Hint: {hint}\nQuestion: {row['question']}\n"
+        if (hint := row.get("hint", "").strip())
+        else row["question"]
+    )
+    return text + ("Options:\n" if options else "") + "".join(
+        f"{k}. {option}\n" for k, option in options.items()
+    ), options
 
 
 def read_wemath(row):
     if not re.fullmatch(r"(2steps_([12]|multi)|3steps_([123]|multi))", row["key"]):
-        raise ValueError(f"key {row['key']!r}; expected 2steps_1, 2steps_2, 2steps_multi, 3steps_1 … 3steps_multi")
+        raise ValueError(
+            f"key {row['key']!r}; expected 2steps_1, 2steps_2, 2steps_multi, 3steps_1 … 3steps_multi"
+        )
     text, options = with_options(row)
     return text.rstrip(), row["answer"].strip(), options, "choice"
 
@@ -236,12 +286,18 @@ def read_logicvista(row):
 
 def read_visulogic(row):
     text, options = with_options(row)
-    ask = "Please select the correct answer from the options above." if options else "Answer the question directly."
+    ask = (
+        "Please select the correct answer from the options above."
+        if options
+        else "Answer the question directly."
+    )
     return f"{text}\n{ask}", row["answer"].strip(), options or dict.fromkeys("ABCD", ""), "choice"
 
 
 # ---- Answers
-def extract(question: Question, response: str, equal: Callable[[str, str], bool]) -> tuple[str | None, str]:
+def extract(
+    question: Question, response: str, equal: Callable[[str, str], bool]
+) -> tuple[str | None, str]:
     """Return the answer of a response by the rules, None if they find none, and how: boxed, tag, letter, phrase or none."""
 
     def answer(text: str, sure: bool) -> str | None:
@@ -250,21 +306,37 @@ def extract(question: Question, response: str, equal: Callable[[str, str], bool]
         said = text.strip() if sure else value(stated(text) or text)
         if question.type != "choice":
             return said or None
-        if letter := option_letter(text, question.choices) or letter_in_response(text, question.choices):
+        if letter := option_letter(text, question.choices) or letter_in_response(
+            text, question.choices
+        ):
             return letter
-        if (match := LABELLED.fullmatch(blank(text))) and equal(question.choices.get(match[1], ""), match[2]):
+        if (match := LABELLED.fullmatch(blank(text))) and equal(
+            question.choices.get(match[1], ""), match[2]
+        ):
             return match[1]
-        same = [letter for letter, option in question.choices.items() if option and said and equal(option, said)]
+        same = [
+            letter
+            for letter, option in question.choices.items()
+            if option and said and equal(option, said)
+        ]
         return same[0] if len(same) == 1 else None
 
     found = [box for box in boxes(response) if box.strip()]
     tags = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    if found or any(tag.strip() for tag in tags):  # a final answer that cannot be read is the judge's, whatever went before
-        if JOINED_BOXES.search(response) and len(set(found)) > 1:  # several beside each other: all of them, or none
+    if found or any(
+        tag.strip() for tag in tags
+    ):  # a final answer that cannot be read is the judge's, whatever went before
+        if (
+            JOINED_BOXES.search(response) and len(set(found)) > 1
+        ):  # several beside each other: all of them, or none
             found = [", ".join(dict.fromkeys(found))]
             read = answer(found[0], sure=True) if question.type == "letters" else None
             return read, "boxed" if read else "none"
-        read, how = (answer(found[-1], sure=True), "boxed") if found else (answer(tags[-1], sure=False), "tag")
+        read, how = (
+            (answer(found[-1], sure=True), "boxed")
+            if found
+            else (answer(tags[-1], sure=False), "tag")
+        )
         return read, how if read else "none"
     rest = response.rpartition("</think>")[2]
     if question.type in ("choice", "letters"):
@@ -283,7 +355,10 @@ def right(question: Question, answer: str, equal: Callable[[str, str], bool]) ->
         return True
     if question.type != "list":
         return equal(question.gold, answer)
-    gold, found = (re.sub(r"^[\s$\\\[({]+|[\s$\\\])}]+$", "", text).split(",") for text in (question.gold, answer))
+    gold, found = (
+        re.sub(r"^[\s$\\\[({]+|[\s$\\\])}]+$", "", text).split(",")
+        for text in (question.gold, answer)
+    )
     return len(gold) == len(found) and all(equal(*pair) for pair in zip(gold, found, strict=True))
 
 
@@ -303,7 +378,10 @@ def mathverse(questions: Sequence[Question], verdicts: Sequence[bool | None]) ->
     versions: dict[str, list[bool | None]] = {}
     for question, verdict in zip(questions, verdicts, strict=True):
         versions.setdefault(question.row["problem_version"], []).append(verdict)
-    return {"score": accuracy([accuracy(version) for version in versions.values()]), "versions": len(versions)}
+    return {
+        "score": accuracy([accuracy(version) for version in versions.values()]),
+        "versions": len(versions),
+    }
 
 
 def problems(questions: Sequence[Question]) -> dict[tuple[str, str], dict[str, int]]:
@@ -319,7 +397,9 @@ def problems(questions: Sequence[Question]) -> dict[tuple[str, str], dict[str, i
     for (steps, identity), parts in found.items():
         if len(parts) <= int(steps):
             lacking = sorted({*"123"[: int(steps)], "multi"} - parts.keys())
-            raise ValueError(f"WeMath problem {identity} lacks {', '.join(f'{steps}steps_{part}' for part in lacking)}")
+            raise ValueError(
+                f"WeMath problem {identity} lacks {', '.join(f'{steps}steps_{part}' for part in lacking)}"
+            )
     return found
 
 
@@ -344,7 +424,9 @@ def wemath(questions: Sequence[Question], verdicts: Sequence[bool | None]) -> di
         counts["CM_loose"] += whole and any(steps)
         counts["RM_loose"] += whole and not any(steps)
     lost = 0.5 * counts["IG"] + counts["IK"]
-    strict, loose = ((n - lost - counts[kind]) / n if n else None for kind in ("RM_strict", "RM_loose"))
+    strict, loose = (
+        (n - lost - counts[kind]) / n if n else None for kind in ("RM_strict", "RM_loose")
+    )
     return {"score": strict, "loose": loose, "problems": n} | counts
 
 
@@ -354,7 +436,10 @@ def skills(cell: str) -> list[str]:
 
 def mathverse_groups(row: dict[str, str]) -> list[str]:
     metadata = literal(row["metadata"], dict)
-    return [row["problem_version"], *(str(metadata[key]) for key in ("subject", "subfield") if key in metadata)]
+    return [
+        row["problem_version"],
+        *(str(metadata[key]) for key in ("subject", "subfield") if key in metadata),
+    ]
 
 
 class Benchmark(NamedTuple):
@@ -372,15 +457,24 @@ BENCHMARKS = {
         read_mathvista,
         lambda row: [row["task"], *skills(row["skills"])],
     ),
-    "MathVision_MINI": Benchmark(("choices", "category"), read_mathvision, lambda row: [row["category"]]),
-    "MathVerse_MINI": Benchmark(("question_type", "problem_version", "metadata"), read_mathverse, mathverse_groups, mathverse),
+    "MathVision_MINI": Benchmark(
+        ("choices", "category"), read_mathvision, lambda row: [row["category"]]
+    ),
+    "MathVerse_MINI": Benchmark(
+        ("question_type", "problem_version", "metadata"),
+        read_mathverse,
+        mathverse_groups,
+        mathverse,
+    ),
     "WeMath": Benchmark(
         ("ID", "key", "A", "B"),
         read_wemath,
         lambda row: [f"{row['key'][0]}-step" if row["key"].endswith("multi") else "1-step"],
         wemath,
     ),
-    "LogicVista": Benchmark(("skill",), read_logicvista, lambda row: [s for s in SKILLS if s in row["skill"].lower()]),
+    "LogicVista": Benchmark(
+        ("skill",), read_logicvista, lambda row: [s for s in SKILLS if s in row["skill"].lower()]
+    ),
     "VisuLogic": Benchmark(("category",), read_visulogic, lambda row: [row["category"]]),
 }
 
@@ -392,7 +486,11 @@ def find(name: str) -> Benchmark:
 
 
 def score(
-    name: str, questions: Sequence[Question], responses: Sequence[str], grader, judge: Judge | None = None
+    name: str,
+    questions: Sequence[Question],
+    responses: Sequence[str],
+    grader,
+    judge: Judge | None = None,
 ) -> tuple[dict, list[dict]]:
     """Score responses, one a question; return figures and a record a question.
 
@@ -402,42 +500,74 @@ def score(
     """
     benchmark = find(name)
     if not questions or len(questions) != len(responses):
-        raise ValueError(f"{len(responses)} responses to {len(questions)} questions; expected one each, and at least one")
+        raise ValueError(
+            f"{len(responses)} responses to {len(questions)} questions; expected one each, and at least one"
+        )
     timeouts = grader.counts["timeout"]
     with ThreadPoolExecutor(8) as pool:  # the grader's worker processes do the work
-        found = list(pool.map(lambda pair: extract(*pair, grader.equal), zip(questions, responses, strict=True)))
-        errors = {i: "no judge" for i, (answer, _) in enumerate(found) if answer is None and responses[i].strip()}
-        unextracted, asked = sum(answer is None for answer, _ in found), list(errors) if judge else []
-        replies = judge.ask([judge_prompt(questions[i], responses[i]) for i in asked]) if asked else []
+        found = list(
+            pool.map(
+                lambda pair: extract(*pair, grader.equal), zip(questions, responses, strict=True)
+            )
+        )
+        errors = {
+            i: "no judge"
+            for i, (answer, _) in enumerate(found)
+            if answer is None and responses[i].strip()
+        }
+        unextracted, asked = (
+            sum(answer is None for answer, _ in found),
+            list(errors) if judge else [],
+        )
+        replies = (
+            judge.ask([judge_prompt(questions[i], responses[i]) for i in asked]) if asked else []
+        )
         for i, reply in zip(asked, replies, strict=True):
             answer = None if reply.text is None else understand(questions[i], reply.text)
             if answer is None:
-                errors[i] = reply.error or f"the judge's reply is not understood: {reply.text[:200]!r}"
+                errors[i] = (
+                    reply.error or f"the judge's reply is not understood: {reply.text[:200]!r}"
+                )
             else:
                 found[i] = answer, "judge"
                 del errors[i]
 
         def verdict(i: int) -> bool | None:
             answer = found[i][0]
-            return None if i in errors else bool(answer) and right(questions[i], answer, grader.equal)
+            return (
+                None if i in errors else bool(answer) and right(questions[i], answer, grader.equal)
+            )
 
         verdicts = list(pool.map(verdict, range(len(questions))))
     words = {True: "correct", False: "wrong", None: "unjudged"}
     records = [
-        {"index": question.index, "gold": question.gold, "extracted": answer, "how": how, "verdict": words[verdict]}
+        {
+            "index": question.index,
+            "gold": question.gold,
+            "extracted": answer,
+            "how": how,
+            "verdict": words[verdict],
+        }
         | ({"error": errors[i]} if i in errors else {})
-        for i, (question, (answer, how), verdict) in enumerate(zip(questions, found, verdicts, strict=True))
+        for i, (question, (answer, how), verdict) in enumerate(
+            zip(questions, found, verdicts, strict=True)
+        )
     ]
     counts = {
         "timeouts": grader.counts["timeout"] - timeouts,
         "questions": len(questions),
         "correct": sum(verdict is True for verdict in verdicts),
     }
-    counts |= {"unextracted": unextracted / len(questions), "judged": sum(how == "judge" for _, how in found) / len(questions)}
+    counts |= {
+        "unextracted": unextracted / len(questions),
+        "judged": sum(how == "judge" for _, how in found) / len(questions),
+    }
     return totals(benchmark, questions, verdicts) | counts | {"unjudged": len(errors)}, records
 
 
-def totals(benchmark: Benchmark, questions: Sequence[Question], verdicts: Sequence[bool | None]) -> dict:
+def totals(
+    benchmark: Benchmark, questions: Sequence[Question], verdicts: Sequence[bool | None]
+) -> dict:
     """Return the benchmark's own figures, the bounds of its score where some are unjudged, and each group's accuracy."""
     figures = benchmark.score(questions, verdicts)
     for bound, otherwise in {"low": False, "high": True}.items():
@@ -461,8 +591,12 @@ def table(rows: dict[str, dict]) -> str:
     ]
     for name, row in rows.items():
         bounds = f"{percent(row['low'])} – {percent(row['high'])}" if row["unjudged"] else ""
-        shares = f"{percent(row['unextracted']):>13}{percent(row['judged']):>9}{row['unjudged']:>10}"
-        lines.append(f"{name:18}{percent(row['score']):>8}{bounds:>28}{row['questions']:>11}{shares}")
+        shares = (
+            f"{percent(row['unextracted']):>13}{percent(row['judged']):>9}{row['unjudged']:>10}"
+        )
+        lines.append(
+            f"{name:18}{percent(row['score']):>8}{bounds:>28}{row['questions']:>11}{shares}"
+        )
         if "loose" in row:
             lines.append(f"{percent(row['loose']):>26}  loose, both of {row['problems']} problems")
         lines += [f"{percent(share):>26}  {group}" for group, share in row["groups"].items()]
@@ -478,7 +612,9 @@ def unjudged(records: Sequence[dict], most: int = 5) -> str:
     lines = []
     for reason, indices in sorted(reasons.items(), key=lambda item: -len(item[1]))[:most]:
         more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
-        lines.append(f"unjudged, {len(indices)} questions: {reason}: {', '.join(indices[:10])}{more}")
+        lines.append(
+            f"unjudged, {len(indices)} questions: {reason}: {', '.join(indices[:10])}{more}"
+        )
     if len(reasons) > most:
         lines.append(f"and {len(reasons) - most} other reasons, see the records")
     return "\n".join(lines)
