@@ -1,7 +1,7 @@
 """Problems in, episodes out: data sets, prompt templates, model names, and the engines that sample.
 
-Images come from vision.py. Tokens are never rewritten: a response that ran out of room keeps its last token and says "length"
-(the official code writes EOS over it, and it can then score as finished).
+Tokens are never rewritten: a response that ran out of room keeps its last token and says "length".
+(The official code writes EOS over that token, and the response can then score as finished.)
 """
 
 import json
@@ -31,81 +31,93 @@ from transformers import (
 )
 
 import vision
+from run import change, flatten
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-TAGS = (  # for vision-language models, word for word as published
-    "You should first thinks about the reasoning process in the mind and then provides the user with the answer. Your answer must "
-    "be in latex format and wrapped in $...$. The reasoning process and answer are enclosed within <think> </think> and <answer> "
-    "</answer> tags, respectively, i.e., <think> Since $1+1=2$, so the answer is $2$. </think><answer> $2$ </answer>, which means "
-    "your output should start with <think> and end with </answer>."
+TAG_INSTRUCTION = (  # for vision-language models, word for word as published
+    "You should first thinks about the reasoning process in the mind and then provides the user "
+    "with the answer. Your answer must be in latex format and wrapped in $...$. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+    "respectively, i.e., <think> Since $1+1=2$, so the answer is $2$. </think><answer> $2$ "
+    "</answer>, which means your output should start with <think> and end with </answer>."
 )
-TEMPLATES = {  # one a family, the same for the offline start, training and evaluation
-    "qwen": f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n",
-    "qwen_tag": f"<|im_start|>system\n{TAGS}<|im_end|>\n<|im_start|>user\n{{problem}}<|im_end|>\n<|im_start|>assistant\n",
-    "llama": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n{INSTRUCTION}\n<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n{problem}\n<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+QWEN_CHAT = (
+    "<|im_start|>system\n{instruction}<|im_end|>\n"
+    "<|im_start|>user\n{{problem}}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+LLAMA_CHAT = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n{instruction}\n<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n{{problem}}\n<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n"
+)
+TEMPLATES = {  # one for each family: the same in the offline start, in training and in evaluation
+    "qwen": QWEN_CHAT.format(instruction=INSTRUCTION),
+    "qwen_tag": QWEN_CHAT.format(instruction=TAG_INSTRUCTION),
+    "llama": LLAMA_CHAT.format(instruction=INSTRUCTION),
     "none": "{problem}",
 }
-TURN_ENDS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-)  # end a response, whatever the model's own EOS
+# Tokens that end a response, whatever the model's own EOS
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
-# ---- Models and problems
+# ---- Settings that the scripts share
 @dataclass(frozen=True)
-class Source:
-    """Settings that every script has: which model, which problems, how they become prompts."""
+class LoadingSettings:
+    """How a model is loaded."""
 
-    model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: str | None = None  # JSONL or Parquet file, save_to_disk folder or hub id
-    split: str = "train"  # Split of a hub data set
-    problem_column: str | None = (
-        None  # Column with its text; by default problem, for vision-language models prompt
-    )
-    images_column: str = (
-        "images"  # Column with a problem's images, if it has any: paths, base64 or bytes
-    )
-    media_dir: str | None = (
-        None  # Folder that paths of images are relative to; by default that of the data
-    )
-    min_pixels: int | None = (
-        None  # Smaller images are enlarged to so many pixels; by default as the model's processor says
-    )
-    max_pixels: int | None = (
-        None  # Larger images are reduced to so many pixels; by default as the model's processor says
-    )
-    max_images: int = 4  # Most images a problem
-    template: str = (
-        "auto"  # Prompt template: auto, qwen, qwen_tag, llama, chat, none, or a file with {problem}
-    )
-    max_prompt_tokens: int | None = (
-        None  # Longest prompt accepted; by default 1024, for vision-language models 4096
-    )
-    trust_remote_code: bool = False  # Run code that comes with the model
     dtype: Literal["auto", "bfloat16", "float32"] = (
         "auto"  # Of forward and backward; auto: bfloat16 on a GPU
     )
+    trust_remote_code: bool = False  # Run code that comes with the model
+    min_pixels: int | None = (
+        None  # Smaller images are enlarged to this size; by default the processor's
+    )
+    max_pixels: int | None = (
+        None  # Larger images are reduced to this size; by default the processor's
+    )
 
 
 @dataclass(frozen=True)
-class Sampler(Source):
-    """Settings of the scripts that sample."""
+class DataSettings:
+    """Where rows of the data stand, and how they become prompts."""
+
+    split: str = "train"  # Split of a hub data set
+    problem_column: str | None = (
+        None  # Column with the text; by default problem, for VL models prompt
+    )
+    images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
+    media_dir: str | None = None  # Folder that image paths start from; by default that of the data
+    max_images: int = 4  # Most images a problem may have
+    template: str = (
+        "auto"  # auto, qwen, qwen_tag, llama, chat, none, or a file with {problem} in it
+    )
+    max_prompt_tokens: int | None = (
+        None  # Longest prompt accepted; by default 1024, for VL models 4096
+    )
+
+
+@dataclass(frozen=True)
+class ProblemSettings(DataSettings):
+    """Where problems and answers stand, and how problems become prompts."""
+
+    answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What samples responses."""
 
     engine: Literal["auto", "vllm", "torch"] = (
-        "auto"  # What samples; auto: vLLM on a GPU where it is installed, else torch
+        "auto"  # auto: vLLM on a GPU where it is installed, else torch
     )
-    max_tokens: int | None = (
-        None  # Longest response; by default 1024, for vision-language models 3072
-    )
-    max_sequences: int = 256  # Responses that an engine samples at a time; bounds its KV cache
+    max_sequences: int = 256  # Responses sampled at a time by an engine; bounds its KV cache
     cache_share: float = 0.45  # Largest share of a GPU's memory for vLLM's KV cache
-    tensor_parallel: int = 1  # Ranks that share a vLLM engine; the others have one each
+    tensor_parallel: int = 1  # Ranks that share a vLLM engine
 
 
+# ---- Models
 class Model(NamedTuple):
     """What is known of a model before a weight is loaded."""
 
@@ -114,67 +126,103 @@ class Model(NamedTuple):
     n_parameters: int  # of the text decoder, without an untied head
     tokenizer: PreTrainedTokenizerBase
     processor: Callable | None = None  # of images, for a vision-language model
+    trust_remote_code: bool = False  # run code that comes with the model
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The configuration of the text decoder."""
+        return self.config.get_text_config()
 
 
-def find_model(
-    name: str,
-    trust_remote_code: bool = False,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-) -> Model:
-    """Find a model by path, hub id or short name (`Qwen2.5-7B`); ValueError if there is none. Limits are those of images."""
-    path = name
-    if not Path(name).is_dir() and "/" not in name:
-        path = next(
-            (f"{org}/{name}" for prefix, org in ORGANISATIONS.items() if name.startswith(prefix)),
-            name,
-        )
-        path = re.sub(r"(-VL-\d+B)$", r"\1-Instruct", path)  # of these there is no base model
+def full_name(name: str) -> str:
+    """Return a folder or hub id as it is, and the hub id of a short name such as Qwen2.5-7B."""
+    if Path(name).is_dir() or "/" in name:
+        return name
+    for prefix, organisation in ORGANISATIONS.items():
+        if name.startswith(prefix):
+            name = f"{organisation}/{name}"
+            break
+    return re.sub(r"(-VL-\d+B)$", r"\1-Instruct", name)  # there are no base models of these
+
+
+def find_model(name: str, loading: LoadingSettings) -> Model:
+    """Find a model by path, hub id or short name; ValueError if there is none."""
+    path = full_name(name)
+    remote_code = loading.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
     except (OSError, ValueError) as error:
-        reason, kinds = (
-            str(error).splitlines()[0],
-            "a folder, a hub id, a short name such as Qwen2.5-7B, or toy",
-        )
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model {name!r}: {path!r} cannot be loaded ({reason}); expected {kinds}"
+            f"model {name!r}: {path!r} cannot be loaded ({reason}); expected a folder, a hub id, "
+            f"a short name such as Qwen2.5-7B, or toy"
         ) from error
     with torch.device("meta"):
-        body = AutoModel.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
-    processor = (
-        vision.load_processor(path, min_pixels, max_pixels, trust_remote_code)
-        if vision.sees(config)
-        else None
-    )
-    return Model(path, config, sum(p.numel() for p in body.parameters()), tokenizer, processor)
+        body = AutoModel.from_config(config.get_text_config(), trust_remote_code=remote_code)
+    n_parameters = sum(parameter.numel() for parameter in body.parameters())
+    processor = None
+    if vision.takes_images(config):
+        limits = (loading.min_pixels, loading.max_pixels)
+        processor = vision.load_processor(path, *limits, remote_code)
+    return Model(path, config, n_parameters, tokenizer, processor, remote_code)
 
 
-def fill_in(config: Source, model: Model) -> Source:
-    """Fill in what is None or `auto` from the model, and say it: published settings (paper, implementation details), the
-    family's template, and gradient checkpointing where activations would be large."""
-    large, sees = model.n_parameters > 5e9, vision.sees(model.config)
+def fill_in(config, model: Model):
+    """Fill in what is None or `auto` in a script's settings from the model, and print it.
+
+    These are the published settings (paper, implementation details), the family's template, and
+    gradient checkpointing where activations would be large.
+    """
+    is_large = model.n_parameters > 5e9
+    has_vision = vision.takes_images(model.config)
     published = {
-        "flow_blocks": 6 if large else 4, "noise_repeats": 2 if large else 4, "max_tokens": 3072 if sees else 1024,
-        "problem_column": "prompt" if sees else "problem", "reward": ("vlm", "tags=0.5") if sees else ("binary",),
-        "freeze": "vision" if sees else "none", "max_prompt_tokens": 4096 if sees else 1024,
+        "flow_blocks": 6 if is_large else 4,
+        "noise_repeats": 2 if is_large else 4,
         "gradient_checkpointing": model.n_parameters > 1e9,
-    }  # fmt: skip
-    if getattr(config, "freeze", None) == "vision" and not sees:
-        raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
-    derived = {
-        name: value for name, value in published.items() if getattr(config, name, "") is None
     }
-    derived["template"] = choose_template(config.template, model.tokenizer, model.config.model_type)
+    if has_vision:
+        published["max_tokens"] = 3072
+        published["max_prompt_tokens"] = 4096
+        published["problem_column"] = "prompt"
+        published["reward"] = ("vlm", "tags=0.5")
+        published["freeze"] = "vision"
+    else:
+        published["max_tokens"] = 1024
+        published["max_prompt_tokens"] = 1024
+        published["problem_column"] = "problem"
+        published["reward"] = ("binary",)
+        published["freeze"] = "none"
+    flat = flatten(config)
+    if flat.get("freeze") == "vision" and not has_vision:
+        raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
+    derived = {}
+    for name, value in published.items():
+        if name in flat and flat[name] is None:
+            derived[name] = value
+    derived["template"] = choose_template(flat["template"], model)
     if dist.get_rank() == 0:
         settings = "  ".join(f"{name}={value}" for name, value in derived.items())
-        print(
-            f"from the model {model.path} ({model.n_parameters / 1e9:.3g}B parameters):  {settings}"
-        )
-    return replace(config, **derived)
+        size = f"{model.n_parameters / 1e9:.3g}B parameters"
+        print(f"from the model {model.path} ({size}):  {settings}")
+    return change(config, **derived)
 
 
+def choose_template(template: str, model: Model) -> str:
+    """Return the template; `auto` becomes the family's, or else `chat` or `none`."""
+    if template != "auto":
+        return template
+    vocabulary = model.tokenizer.get_vocab()
+    model_type = model.config.model_type
+    for family, pattern in TEMPLATES.items():
+        first_token = pattern.partition(">")[0] + ">"
+        if first_token in vocabulary and model_type.startswith(family):
+            is_qwen_vl = family == "qwen" and model_type in vision.FAMILIES
+            return "qwen_tag" if is_qwen_vl else family
+    return "chat" if model.tokenizer.chat_template else "none"
+
+
+# ---- Problems
 class Problem(NamedTuple):
     """One row of a data set, ready to be sampled."""
 
@@ -188,17 +236,9 @@ class Problem(NamedTuple):
 def load_rows(
     source: str, columns: Sequence[str], split: str = "train", subset: str | None = None
 ) -> list[dict]:
-    """Read a data set; ValueError where nothing is there, or no rows, or a column is missing or has empty values."""
-    if (
-        source.endswith(".jsonl") and Path(source).is_file()
-    ):  # values of a column may differ in type: "2", ["2", "two"]
-        try:
-            with open(source, encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{source}: {error.doc[:60]!r} is not JSON ({error}); expected one object a line"
-            ) from error
+    """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
+    if source.endswith(".jsonl") and Path(source).is_file():
+        rows = read_jsonl(source)  # by ourselves: values of a column may differ in type
     else:
         rows = read_with_datasets(source, split, subset)
     if not rows:
@@ -206,17 +246,35 @@ def load_rows(
     for column in columns:
         if column not in rows[0]:
             raise ValueError(
-                f"{source} has no column {column!r}, only {sorted(rows[0])}; name it with a --…-column flag"
+                f"{source} has no column {column!r}, only {sorted(rows[0])}; "
+                f"name it with a --…-column flag"
             )
-        if empty := [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]:
-            where = f"{len(empty)} of {len(rows)} rows, first in row {empty[0]}"
+        empty = [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]
+        if empty:
             raise ValueError(
-                f"column {column!r} of {source} is empty in {where}; fill or drop them"
+                f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, "
+                f"first in row {empty[0]}; fill or drop them"
             )
     return rows
 
 
-def read_with_datasets(source: str, split: str, subset: str | None = None) -> list[dict]:
+def read_jsonl(path: str) -> list[dict]:
+    """Read a file of one JSON object a line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}: {line[:60]!r} is not JSON ({error}); expected one object a line"
+                ) from error
+    return rows
+
+
+def read_with_datasets(source: str, split: str, subset: str | None) -> list[dict]:
     """Read a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
     import datasets
 
@@ -224,125 +282,138 @@ def read_with_datasets(source: str, split: str, subset: str | None = None) -> li
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                data = data[split]
         elif path.is_file():
             data = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, subset, split=split)
-    except Exception as error:  # `datasets` raises its readers' errors unwrapped
+    except Exception as error:  # `datasets` passes on whatever its readers raise
         reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
-            f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a hub id"
+            f"no data at {source!r} ({reason}); "
+            f"expected a JSONL or Parquet file, a folder or a hub id"
         ) from error
     return data.with_format("arrow")[:].to_pylist()  # as stored: images stay encoded
 
 
-def choose_template(template: str, tokenizer, model_type: str) -> str:
-    """Return the template, with `auto` replaced by the model family's, or by `chat` or `none` for other families."""
-    if template != "auto":
-        return template
-    known = [
-        name
-        for name in TEMPLATES
-        if TEMPLATES[name].partition(">")[0] + ">" in tokenizer.get_vocab()
-    ]
-    family = next((name for name in known if model_type.startswith(name)), None)
-    if family == "qwen" and model_type in vision.FAMILIES:
-        return "qwen_tag"
-    return family or ("chat" if tokenizer.chat_template else "none")
+def load_problems(
+    source: str, settings: ProblemSettings, model: Model, subset: str | None = None
+) -> list[Problem]:
+    """Load problems with answers, images and prompts; errors as of load_rows and make_prompts."""
+    columns = (settings.problem_column, settings.answer_column)
+    rows = load_rows(source, columns, settings.split, subset)
+    return make_problems(rows, source, settings, model)
 
 
-def make_prompts(
-    texts: Sequence[str], tokenizer, source: Source, images: Sequence[tuple] | None = None
-) -> list[list[int]]:
-    """Put problems into the prompt template and tokenise them, with a placeholder for each vector of their images.
-
-    ValueError if a prompt is longer than the limit, or its images and placeholders do not match: engines would take a
-    placeholder for an image that is not there. `images` is None for a model that takes none. The template is a key of
-    TEMPLATES, `chat` (the tokenizer's own), `bare` (the same without the instruction), or a file with `{problem}`.
-    """
-    template, limit, asked = source.template, source.max_prompt_tokens, texts
-    if images is not None:
-        asked = [
-            vision.place(text, len(own), i)
-            for i, (text, own) in enumerate(zip(texts, images, strict=True))
-        ]
-    if template in (
-        "chat",
-        "bare",
-    ):  # the instruction goes to the user's turn: some know no system role
-        suffix = f"\n{INSTRUCTION}" if template == "chat" else ""
-        chats = [[{"role": "user", "content": text + suffix}] for text in asked]
-        prompts = [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            for chat in chats
-        ]
-    else:
-        if template not in TEMPLATES and not Path(template).is_file():
-            raise ValueError(
-                f"template {template!r}: neither {', '.join(TEMPLATES)}, chat, auto nor a file"
-            )
-        pattern = TEMPLATES.get(template) or Path(template).read_text()
-        if "{problem}" not in pattern:
-            raise ValueError(
-                f"template {template!r} has no {{problem}} in it; put it where the problem goes"
-            )
-        prompts = [pattern.replace("{problem}", text) for text in asked]
-    ids = tokenizer(prompts, add_special_tokens=template == "none")["input_ids"]
-    pad = tokenizer.get_vocab().get(vision.PAD)
-    ids = [
-        vision.expand(row, own, pad, i)
-        for i, (row, own) in enumerate(zip(ids, images or [()] * len(ids), strict=True))
-    ]
-    if limit and (long := [i for i, row in enumerate(ids) if len(row) > limit]):
-        example = f"as row {long[0]} with {len(ids[long[0]])}, {texts[long[0]][:60]!r}"
-        pixels = ", lower --max-pixels" if images is not None else ""
-        what = f"{len(long)} of {len(ids)} prompts are longer than {limit} tokens"
-        raise ValueError(f"{what}, {example}; raise --max-prompt-tokens{pixels} or drop them")
-    return ids
+def make_problems(
+    rows: Sequence[dict], source: str, settings: ProblemSettings, model: Model
+) -> list[Problem]:
+    """Make problems of rows that come from `source`, the folder of which image paths start from."""
+    texts = [row[settings.problem_column] for row in rows]
+    images = load_images(rows, source, settings, model.processor)
+    prompts = make_prompts(texts, images, model, settings)
+    problems = []
+    for i, row in enumerate(rows):
+        answer = row[settings.answer_column]
+        if isinstance(answer, list):
+            answer = [final_answer(each) for each in answer]
+        else:
+            answer = final_answer(answer)
+        problem = Problem(str(row.get("id", i)), texts[i], answer, prompts[i], images[i])
+        problems.append(problem)
+    return problems
 
 
-def final(answer) -> str:
-    """Return an answer as text; of a solution in GSM8K's format, `... #### 18`, what stands behind the mark."""
+def final_answer(answer) -> str:
+    """Return an answer as text; of a GSM8K solution, `... #### 18`, what stands behind the mark."""
     return str(answer).rpartition("####")[2].strip()
 
 
 def load_images(
-    rows: Sequence[dict], data: str, source: Source, processor
-) -> list[tuple[vision.Image, ...]] | None:
-    """Return the images of each row, or None if the model takes none; all ranks together. ValueError with a bad row."""
-    folder = vision.media_folder(source.media_dir, data)
-    images = vision.load_images(rows, source.images_column, processor, folder, source.max_images)
-    return images if processor else None
+    rows: Sequence[dict], source: str, settings: DataSettings, processor
+) -> list[tuple[vision.Image, ...]]:
+    """Return each row's images, all ranks together; ValueError names the row of a bad one."""
+    folder = vision.media_folder(settings.media_dir, source)
+    return vision.load_images(rows, settings.images_column, processor, folder, settings.max_images)
 
 
-def load_problems(
-    data: str, source: Source, model: Model, subset: str | None = None
-) -> list[Problem]:
-    """Load problems with their answers, images and tokenised prompts; see load_rows and make_prompts for errors."""
-    rows = load_rows(data, (source.problem_column, source.answer_column), source.split, subset)
-    return make_problems(rows, data, source, model)
+def make_prompts(
+    texts: Sequence[str], images: Sequence[tuple], model: Model, settings: DataSettings
+) -> list[list[int]]:
+    """Put problems into the prompt template and tokenise them.
+
+    A prompt has a placeholder for each vector of its images. The template is a key of TEMPLATES,
+    `chat` (the tokenizer's own, with an instruction), `bare` (without it), or a file that has
+    {problem} in it.
+    ValueError if a prompt is longer than the limit, or if images and placeholders do not match:
+    an engine would take a placeholder for an image that is not there.
+    """
+    if model.processor is None:
+        texts_with_images = texts
+    else:
+        texts_with_images = []
+        for i, text in enumerate(texts):
+            texts_with_images.append(vision.place(text, len(images[i]), i))
+    prompts = apply_template(texts_with_images, model.tokenizer, settings.template)
+    add_special_tokens = settings.template == "none"  # the other templates write them out
+    ids = model.tokenizer(prompts, add_special_tokens=add_special_tokens)["input_ids"]
+    pad = model.tokenizer.get_vocab().get(vision.PAD)
+    ids = [vision.expand(row, images[i], pad, i) for i, row in enumerate(ids)]
+    check_lengths(ids, texts, settings.max_prompt_tokens, model.processor is not None)
+    return ids
 
 
-def make_problems(rows: Sequence[dict], data: str, source: Source, model: Model) -> list[Problem]:
-    """Make problems of rows that come from `data`, where paths of images begin."""
-    texts, answers = (
-        [row[column] for row in rows] for column in (source.problem_column, source.answer_column)
+def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
+    """Return the prompts of problems; see make_prompts for the templates."""
+    if template in ("chat", "bare"):
+        # the instruction goes to the user's turn: some models know no system role
+        suffix = f"\n{INSTRUCTION}" if template == "chat" else ""
+        prompts = []
+        for text in texts:
+            chat = [{"role": "user", "content": text + suffix}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            prompts.append(prompt)
+        return prompts
+    if template in TEMPLATES:
+        pattern = TEMPLATES[template]
+    elif Path(template).is_file():
+        pattern = Path(template).read_text()
+    else:
+        known = ", ".join(TEMPLATES)
+        raise ValueError(f"template {template!r}: neither {known}, chat, auto nor a file")
+    if "{problem}" not in pattern:
+        raise ValueError(
+            f"template {template!r} has no {{problem}} in it; put it where the problem goes"
+        )
+    return [pattern.replace("{problem}", text) for text in texts]
+
+
+def check_lengths(
+    ids: Sequence[list[int]], texts: Sequence[str], limit: int, has_vision: bool
+) -> None:
+    """Raise ValueError if a prompt is longer than the limit."""
+    too_long = [i for i, row in enumerate(ids) if len(row) > limit]
+    if not too_long:
+        return
+    first = too_long[0]
+    pixels = ", lower --max-pixels" if has_vision else ""
+    raise ValueError(
+        f"{len(too_long)} of {len(ids)} prompts are longer than {limit} tokens, e.g. row {first} "
+        f"with {len(ids[first])}, {texts[first][:60]!r}; "
+        f"raise --max-prompt-tokens{pixels} or drop them"
     )
-    answers = [
-        [final(each) for each in answer] if isinstance(answer, list) else final(answer)
-        for answer in answers
-    ]
-    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    images = load_images(rows, data, source, model.processor)
-    prompts = make_prompts(texts, model.tokenizer, source, images)
-    return [
-        Problem(*parts)
-        for parts in zip(ids, texts, answers, prompts, images or [()] * len(rows), strict=True)
-    ]
 
 
 # ---- Engines
+class Request(NamedTuple):
+    """A prompt to sample from."""
+
+    prompt_ids: list[int]
+    seed: int  # of its first response; response i has seed + i
+    images: tuple[vision.Image, ...] = ()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample."""
@@ -366,450 +437,539 @@ class Episode:
 
 
 class Engine(Protocol):
-    """Samples with the policy's weights: `generate` gives n consecutive episodes a prompt, child i with the prompt's seed + i;
-    `load_weights` wakes it and takes all weights, by their names in the state dict; `sleep` frees the accelerator, weights
-    included. `n_ranks` is how many ranks share it. `images` are those of each prompt; None: there are none."""
+    """Samples with the policy's weights."""
 
-    n_ranks: int
+    n_ranks: int  # ranks that share the engine
+    tokenizer: PreTrainedTokenizerBase
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None
-    ) -> list[Episode]: ...
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
-    def sleep(self) -> None: ...
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
+        """Return n consecutive episodes for each request."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Wake up and take all weights, by their names in the state dict."""
+
+    def sleep(self) -> None:
+        """Free the accelerator; the weights are lost."""
 
 
-def make_engine(model: Model, config: Sampler, device: torch.device, dtype: torch.dtype) -> Engine:
-    """Start the engine that the settings ask for, and say which; all ranks together."""
-    kind, reason = config.engine, "as --engine says"
-    if kind == "auto":
-        installed = find_spec("vllm") is not None
-        kind = "vllm" if installed and device.type == "cuda" else "torch"
-        reason = (
-            "there is no GPU"
-            if device.type != "cuda"
-            else "installed"
-            if installed
-            else "vLLM is not installed"
-        )
-    heads = model.config.get_text_config().num_attention_heads
-    if heads % config.tensor_parallel:
+def check_engine(settings: EngineSettings, n_ranks: int) -> None:
+    """Raise ValueError for engine settings that cannot work."""
+    if settings.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError(
-            f"tensor_parallel={config.tensor_parallel} does not divide the model's {heads} attention heads"
+            "--engine vllm: vLLM is not installed; pip install -r requirements.txt, "
+            "or take --engine torch"
         )
-    began, options = (
-        time.perf_counter(),
-        (device, dtype, config.trust_remote_code, config.max_sequences),
-    )
+    shared = settings.tensor_parallel
+    if n_ranks % shared or (shared > 1 and settings.engine == "torch"):
+        raise ValueError(
+            f"tensor_parallel={shared}: expected a divisor of {n_ranks} ranks, and vLLM"
+        )
+    if not 0 < settings.cache_share < 1:
+        raise ValueError(f"cache_share={settings.cache_share} is outside (0, 1)")
+
+
+def make_engine(
+    model: Model,
+    settings: EngineSettings,
+    max_length: int,
+    max_images: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Engine:
+    """Start the engine that the settings ask for, and say which; all ranks together.
+
+    max_length bounds prompt + response in tokens, max_images the images of a prompt.
+    """
+    kind, reason = choose_engine(settings.engine, device)
+    heads = model.text_config.num_attention_heads
+    if heads % settings.tensor_parallel:
+        raise ValueError(
+            f"tensor_parallel={settings.tensor_parallel} does not divide "
+            f"the model's {heads} attention heads"
+        )
+    began = time.perf_counter()
     if kind == "torch":
-        engine = TorchEngine(model.path, model.tokenizer, *options)
+        engine = TorchEngine(model, settings.max_sequences, device, dtype)
     else:
-        length = config.max_prompt_tokens + config.max_tokens
-        options = (
-            *options,
-            config.cache_share,
-            config.tensor_parallel,
-            model.processor,
-            config.max_images,
-        )
-        engine = VllmEngine(model.path, model.tokenizer, length, *options)
+        engine = VllmEngine(model, settings, max_length, max_images, device, dtype)
     if dist.get_rank() == 0:
-        print(
-            f"engine: {kind} on {device} in {dtype}, {reason}; started in {time.perf_counter() - began:.1f} s"
-        )
+        seconds = time.perf_counter() - began
+        print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")
     return engine
 
 
-def check_engine(config: Sampler, n_ranks: int) -> None:
-    """Raise ValueError for engine settings that cannot work."""
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise ValueError(
-            "--engine vllm: vLLM is not installed; pip install -r requirements.txt, or take --engine torch"
-        )
-    if n_ranks % config.tensor_parallel or (
-        config.tensor_parallel > 1 and config.engine == "torch"
-    ):
-        raise ValueError(
-            f"tensor_parallel={config.tensor_parallel}: expected a divisor of {n_ranks} ranks, and vLLM"
-        )
-    if not 0 < config.cache_share < 1:
-        raise ValueError(f"cache_share={config.cache_share} is outside (0, 1)")
+def choose_engine(engine: str, device: torch.device) -> tuple[str, str]:
+    """Return the kind of engine, vllm or torch, and why it was chosen."""
+    if engine != "auto":
+        return engine, "as --engine says"
+    if device.type != "cuda":
+        return "torch", "there is no GPU"
+    if find_spec("vllm") is None:
+        return "torch", "vLLM is not installed"
+    return "vllm", "installed"
 
 
 def generate_on_all_ranks(
     engine: Engine,
-    prompts,
+    requests: Sequence[Request],
     sampling: Sampling,
-    seeds,
-    expected: Sequence[float],
-    images: Sequence[tuple] | None = None,
+    expected_tokens: Sequence[float],
 ) -> list[Episode]:
-    """Deal prompts to the ranks' engines, balanced by expected tokens (one a prompt); give every rank all episodes, in order."""
-    images = [()] * len(prompts) if images is None else images
-    shares: list[list[int]] = [[] for _ in range(dist.get_world_size() // engine.n_ranks)]
-    load = [0.0] * len(shares)
-    for i in sorted(range(len(prompts)), key=lambda i: -expected[i]):
+    """Share requests out to the ranks' engines; return all episodes, in order, on every rank.
+
+    expected_tokens holds the work that each request is likely to be, to balance the shares.
+    """
+    n_engines = dist.get_world_size() // engine.n_ranks
+    shares = balanced_shares(expected_tokens, n_engines)
+    my_share = shares[dist.get_rank() // engine.n_ranks]
+    episodes = engine.generate([requests[i] for i in my_share], sampling)
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, episodes)
+    by_request: dict[int, list[Episode]] = {}
+    for share, sampled in zip(shares, gathered[:: engine.n_ranks], strict=True):
+        for place, i in enumerate(share):
+            by_request[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
+    ordered = []
+    for i, request in enumerate(requests):
+        for episode in by_request[i]:
+            # every rank has the images: they did not travel with the episodes
+            ordered.append(replace(episode, images=request.images))
+    return ordered
+
+
+def balanced_shares(work: Sequence[float], n_shares: int) -> list[list[int]]:
+    """Share out indices, the largest work first, each to the share with the least work so far."""
+    shares: list[list[int]] = [[] for _ in range(n_shares)]
+    load = [0.0] * n_shares
+    for i in sorted(range(len(work)), key=lambda i: -work[i]):
         lightest = load.index(min(load))
         shares[lightest].append(i)
-        load[lightest] += expected[i]
-    mine = shares[dist.get_rank() // engine.n_ranks]
-    gathered: list = [None] * dist.get_world_size()
-    own = [[values[i] for i in mine] for values in (prompts, seeds, images)]
-    dist.all_gather_object(gathered, engine.generate(own[0], sampling, *own[1:]))
-    found = {}
-    for share, episodes in zip(shares, gathered[:: engine.n_ranks], strict=True):
-        found |= {
-            i: episodes[place * sampling.n : (place + 1) * sampling.n]
-            for place, i in enumerate(share)
-        }
-    # every rank has the images: they do not travel with the episodes
-    return [replace(episode, images=images[i]) for i in range(len(prompts)) for episode in found[i]]
+        load[lightest] += work[i]
+    return shares
 
 
 def grade_on_all_ranks(
     grader, problems: Sequence[Problem], episodes: Sequence[Episode]
 ) -> Callable[[], list]:
-    """Have every rank grade a share in the background; return a function that waits for the verdicts on all, in order.
+    """Have every rank grade a share in the background; return a function that waits for all.
 
-    All ranks must call this, and first call what it returns, together.
+    The verdicts are in the order of the episodes, as many in a row for each problem. All ranks must
+    call this, and then call what it returns, together.
     """
-    n, rank, n_ranks = len(episodes) // len(problems), dist.get_rank(), dist.get_world_size()
-    mine = [
-        episode
-        for i in range(rank, len(problems), n_ranks)
-        for episode in episodes[i * n : (i + 1) * n]
-    ]
-    own = grader.submit(problems[rank::n_ranks], mine)
+    rank = dist.get_rank()
+    n_ranks = dist.get_world_size()
+    group_size = len(episodes) // len(problems)
+    my_problems = range(rank, len(problems), n_ranks)
+    my_episodes = []
+    for i in my_problems:
+        my_episodes += episodes[i * group_size : (i + 1) * group_size]
+    pending = grader.submit([problems[i] for i in my_problems], my_episodes)
 
     @cache
     def verdicts() -> list:
-        graded: list = [None] * n_ranks
-        dist.all_gather_object(graded, own.result())
-        return [
-            graded[i % n_ranks][i // n_ranks * n + k]
-            for i in range(len(problems))
-            for k in range(n)
-        ]
+        gathered: list = [None] * n_ranks
+        dist.all_gather_object(gathered, pending.result())
+        ordered = []
+        for i in range(len(problems)):
+            graded = gathered[i % n_ranks]
+            start = i // n_ranks * group_size
+            ordered += graded[start : start + group_size]
+        return ordered
 
     return verdicts
 
 
-def end_tokens(path: str, tokenizer, trust_remote_code: bool) -> list[int]:
-    """Return the tokens that end a response: the model's, the tokenizer's and those that end a turn of a chat."""
+def end_tokens(model: Model) -> list[int]:
+    """Return the tokens that end a response: the model's, the tokenizer's and ends of turns."""
     try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the model has none
-        ends = (
-            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            .get_text_config()
-            .eos_token_id
-        )
-    vocabulary = tokenizer.get_vocab()
-    ends = {
-        *(ends if isinstance(ends, list) else [ends]),
-        *(vocabulary[t] for t in TURN_ENDS if t in vocabulary),
-    }
-    return sorted((ends | {tokenizer.eos_token_id}) - {None})
+        ends = GenerationConfig.from_pretrained(model.path).eos_token_id
+    except OSError:  # the model has no generation configuration
+        ends = model.text_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    vocabulary = model.tokenizer.get_vocab()
+    ends.update(vocabulary[token] for token in TURN_ENDS if token in vocabulary)
+    ends.add(model.tokenizer.eos_token_id)
+    ends.discard(None)
+    return sorted(ends)
 
 
 class VllmEngine:
-    """vLLM in this process: an engine for each rank, or for `n_ranks` neighbours, which must then make the same calls.
+    """vLLM in this process: an engine for each rank, or one for neighbours, which call it together.
 
-    Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it samples. On a CPU sleeping
-    frees nothing. max_length bounds prompt + response; cache_share is the largest part of a GPU that the cache may take.
-    max_images bounds the images of a prompt; the image processor is None for a model without one.
+    Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it
+    samples. On a CPU sleeping frees nothing.
     """
 
     def __init__(
-        self, path: str, tokenizer, max_length: int, device: torch.device | str = "cpu", dtype=torch.float32,
-        trust_remote_code=False, max_sequences=256, cache_share=0.45, n_ranks=1, processor=None, max_images=4,
-    ):  # fmt: skip
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # the engine's loop runs here, not in a process of its own
-        )
-        for name, value in {
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }.items():
-            os.environ.setdefault(name, value)
+        self,
+        model: Model,
+        settings: EngineSettings,
+        max_length: int,
+        max_images: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        # the engine's loop runs in this process, not in one of its own
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         warnings.filterwarnings("ignore", module="vllm")
         import vllm
 
-        if (
-            on_cpu := torch.device(device).type == "cpu"
-        ):  # oneDNN packs weights at the start and would never see new ones
-            from vllm import _custom_ops
-
-            assert hasattr(_custom_ops, "_supports_onednn"), (
-                f"vLLM {vllm.__version__}: no switch for packed weights"
-            )
-            _custom_ops._supports_onednn = False
-        text, sees = (
-            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config(),
-            {},
-        )
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token_bytes = (
-            2 * text.num_hidden_layers * text.num_key_value_heads * head * dtype.itemsize // n_ranks
-        )
-        cache = (
-            max_sequences * (max_length + 128) * token_bytes
-        )  # 128: a sequence ends within a block
-        if not on_cpu:
-            cache = min(
-                cache, int(cache_share * torch.cuda.get_device_properties(device).total_memory)
-            )
-        if (
-            processor is not None
-        ):  # the trainer's limits, but for images that no prompt has room for: vLLM plans for the largest
-            if find_spec("torchvision") is None:
-                raise ValueError(
-                    "--engine vllm needs torchvision for images: pip install it, or take --engine torch"
-                )
-            low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-            room = max_length * (processor.patch_size * processor.merge_size) ** 2
-            limits = {"min_pixels": low, "max_pixels": max(low, min(high, room))}
-            sees = {
-                "limit_mm_per_prompt": {"image": max_images, "video": 0},
-                "mm_processor_kwargs": limits,
-            }
-        launched = (
-            {"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}
-        )
+        on_cpu = device.type == "cpu"
+        if on_cpu:
+            keep_weights_unpacked(vllm)
+        self.tokenizer = model.tokenizer
+        self.n_ranks = settings.tensor_parallel
+        self.end_tokens = end_tokens(model)
+        self.SamplingParams = vllm.SamplingParams
+        self.state: Literal["awake", "no cache", "asleep"] = "awake"
+        options = {}
+        if "RANK" in os.environ:
+            options["distributed_executor_backend"] = "external_launcher"
+        if model.processor is not None:
+            options.update(image_options(model.processor, max_length, max_images))
         self.llm = vllm.LLM(
-            path, dtype=str(dtype).removeprefix("torch."), max_model_len=max_length, max_num_seqs=max_sequences,
-            kv_cache_memory_bytes=cache, gpu_memory_utilization=0.1,  # the latter is only checked at the start
-            enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_length),  # a CPU cannot seed parts of a prompt
-            enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, tensor_parallel_size=n_ranks, generation_config="vllm",
-            logprobs_mode="processed_logprobs",  # at the temperature; raw ones are not divided by it
-            trust_remote_code=trust_remote_code, disable_log_stats=True, use_tqdm_on_load=False, seed=0, **launched, **sees,
-        )  # fmt: skip
-        self.tokenizer, self.n_ranks, self.state = tokenizer, n_ranks, "awake"
-        self.ends, self.SamplingParams = (
-            end_tokens(path, tokenizer, trust_remote_code),
-            vllm.SamplingParams,
+            model.path,
+            dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=model.trust_remote_code,
+            generation_config="vllm",
+            tensor_parallel_size=settings.tensor_parallel,
+            max_model_len=max_length,
+            max_num_seqs=settings.max_sequences,
+            kv_cache_memory_bytes=cache_bytes(model, settings, max_length, device, dtype),
+            gpu_memory_utilization=0.1,  # checked at the start, no more: the size is given
+            enable_chunked_prefill=False,  # a CPU cannot seed parts of a prompt
+            max_num_batched_tokens=max(8192, max_length),
+            logprobs_mode="processed_logprobs",  # at the temperature, which raw ones are not
+            enforce_eager=on_cpu,
+            enable_sleep_mode=not on_cpu,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            seed=0,
+            **options,
         )
 
     def sleep(self) -> None:
-        if self.state == "no cache":  # vLLM may ignore a sleep when only a part is awake
+        if self.state == "no cache":  # vLLM may ignore a sleep when it is only partly awake
             self.llm.wake_up(tags=["kv_cache"])
         if self.state != "asleep":
             self.llm.sleep(level=2)
         self.state = "asleep"
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if (
-            self.state == "asleep"
-        ):  # weights first: the cache's room is still the trainer's, which gathers them
+        if self.state == "asleep":
+            # weights first: the trainer still needs the cache's room to gather them
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self.state = "no cache"
 
         def load(model) -> None:
-            if missing := sorted(
-                dict(model.named_parameters()).keys() - model.load_weights(weights)
-            ):
-                raise ValueError(
-                    f"{len(missing)} weights were not given, as {missing[:3]}; expected the whole state dict"
-                )
+            loaded = model.load_weights(weights)
+            check_all_given(dict(model.named_parameters()).keys() - loaded)
 
         self.llm.apply_model(load)
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
-        self.llm.llm_engine.reset_encoder_cache()  # and this what the old weights saw in images
+        self.llm.llm_engine.reset_encoder_cache()  # it holds their image vectors
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None
-    ) -> list[Episode]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         if self.state == "asleep":
             raise RuntimeError("the engine sleeps without weights; call load_weights first")
-        if self.state == "no cache":  # without it, vLLM would wait for ever
+        if self.state == "no cache":  # without a cache vLLM would wait for ever
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.state = "awake"
-        shared = dict(
+        prompts = [self.to_vllm_prompt(request) for request in requests]
+        parameters = [self.sampling_parameters(sampling, request.seed) for request in requests]
+        # the bar shows tokens a second
+        bar = partial(tqdm, leave=False, delay=3) if dist.get_rank() == 0 else False
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=bar)
+        episodes = []
+        for request, output in zip(requests, outputs, strict=True):
+            for child in output.outputs:
+                episodes.append(self.to_episode(request, child))
+        return episodes
+
+    def sampling_parameters(self, sampling: Sampling, seed: int):
+        """Return vLLM's parameters of one request."""
+        return self.SamplingParams(
             n=sampling.n,
+            seed=seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=0,
-            logprobs=0,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=self.end_tokens,
+            logprobs=0,  # that of the sampled token alone
+            detokenize=False,
         )
-        shared |= dict(max_tokens=sampling.max_tokens, stop_token_ids=self.ends, detokenize=False)
-        bar = (
-            partial(tqdm, leave=False, delay=3) if dist.get_rank() == 0 else False
-        )  # shows tokens a second
-        found = self.llm.generate(
-            [self.request(*parts) for parts in zip(prompts, images or [()] * len(prompts), strict=True)],
-            [self.SamplingParams(seed=seed, **shared) for seed in seeds], use_tqdm=bar,
-        )  # fmt: skip
-        episodes = []
-        for prompt, request in zip(prompts, found, strict=True):
-            for child in request.outputs:
-                ids = list(child.token_ids)
-                logp = [
-                    step[token].logprob for token, step in zip(ids, child.logprobs, strict=True)
-                ]
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                episodes.append(Episode(prompt, ids, logp, child.finish_reason, text))
-        return episodes
 
-    def request(self, prompt: list[int], images: Sequence[vision.Image]) -> dict:
-        """Return what vLLM calls a prompt: tokens, with one placeholder an image, and the images."""
-        if not images:
-            return {"prompt_token_ids": prompt}
-        ids = vision.collapse(prompt, self.tokenizer.convert_tokens_to_ids(vision.PAD))
+    def to_vllm_prompt(self, request: Request) -> dict:
+        """Return what vLLM calls a prompt: tokens with one placeholder an image, and the images."""
+        if not request.images:
+            return {"prompt_token_ids": request.prompt_ids}
+        pad = self.tokenizer.convert_tokens_to_ids(vision.PAD)
         return {
-            "prompt_token_ids": ids,
-            "multi_modal_data": {"image": [image.open() for image in images]},
+            "prompt_token_ids": vision.collapse(request.prompt_ids, pad),
+            "multi_modal_data": {"image": [image.open() for image in request.images]},
         }
+
+    def to_episode(self, request: Request, output) -> Episode:
+        """Return the episode of one of vLLM's outputs."""
+        ids = list(output.token_ids)
+        logp = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Episode(request.prompt_ids, ids, logp, output.finish_reason, text)
+
+
+def keep_weights_unpacked(vllm) -> None:
+    """Switch off vLLM's oneDNN kernels: they pack weights at the start and never see new ones."""
+    from vllm import _custom_ops
+
+    has_switch = hasattr(_custom_ops, "_supports_onednn")
+    assert has_switch, f"vLLM {vllm.__version__}: no switch for packed weights"
+    _custom_ops._supports_onednn = False
+
+
+def cache_bytes(
+    model: Model,
+    settings: EngineSettings,
+    max_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Return the size of a rank's KV cache: room for all sequences, within its share of a GPU."""
+    text = model.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    values_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    token_bytes = values_per_token * dtype.itemsize // settings.tensor_parallel
+    # 128: a sequence ends within a block
+    wanted = settings.max_sequences * (max_length + 128) * token_bytes
+    if device.type == "cpu":
+        return wanted
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(wanted, int(settings.cache_share * total))
+
+
+def image_options(processor, max_length: int, max_images: int) -> dict:
+    """Return vLLM's options for images: the trainer's limits of size, and how many a prompt has.
+
+    vLLM plans for the largest image: one that no prompt has room for is left out of the plan.
+    """
+    if find_spec("torchvision") is None:
+        raise ValueError(
+            "--engine vllm needs torchvision for images: pip install it, or take --engine torch"
+        )
+    smallest = processor.size["shortest_edge"]
+    largest = processor.size["longest_edge"]
+    pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
+    largest = max(smallest, min(largest, max_length * pixels_per_token))
+    return {
+        "limit_mm_per_prompt": {"image": max_images, "video": 0},
+        "mm_processor_kwargs": {"min_pixels": smallest, "max_pixels": largest},
+    }
+
+
+def check_all_given(missing: set[str]) -> None:
+    """Raise ValueError if an engine was not given all of its weights."""
+    if missing:
+        examples = sorted(missing)[:3]
+        raise ValueError(
+            f"{len(missing)} weights were not given, e.g. {examples}; expected the whole state dict"
+        )
 
 
 class TorchEngine:
-    """A Hugging Face model in a plain decoding loop on a KV cache. What it samples does not depend on the batch."""
+    """A Hugging Face model in a plain decoding loop on a KV cache.
+
+    What it samples for a request does not depend on the batch.
+    """
 
     n_ranks = 1
 
-    def __init__(
-        self, path: str, tokenizer, device: torch.device | str = "cpu", dtype=torch.float32, trust_remote_code=False,
-        max_sequences=256,
-    ):  # fmt: skip
-        self.model = vision.load_model(path, dtype, trust_remote_code).eval()
-        self.tokenizer, self.device, self.max_sequences = (
-            tokenizer,
-            torch.device(device),
-            max_sequences,
-        )
-        self.ends = torch.tensor(end_tokens(path, tokenizer, trust_remote_code), device=self.device)
-        self.model.to(self.device)
+    def __init__(self, model: Model, max_sequences: int, device: torch.device, dtype: torch.dtype):
+        self.model = vision.load_model(model.path, dtype, model.trust_remote_code).eval()
+        self.model.to(device)
+        self.device = device
+        self.tokenizer = model.tokenizer
+        self.max_sequences = max_sequences
+        self.end_tokens = torch.tensor(end_tokens(model), device=device)
 
     def sleep(self) -> None:
         self.model.to("cpu")
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        own, given = self.model.to(self.device).state_dict(), set()
+        state = self.model.to(self.device).state_dict()
+        given = set()
         for name, tensor in weights:
-            if name not in own:
+            if name not in state:
                 raise ValueError(
-                    f"weight {name!r} is not one of the engine's model; expected Hugging Face parameter names"
+                    f"weight {name!r} is not one of the engine's model; "
+                    f"expected Hugging Face parameter names"
                 )
-            own[name].copy_(tensor)
+            state[name].copy_(tensor)
             given.add(name)
-        if missing := sorted(own.keys() - given):
-            raise ValueError(
-                f"{len(missing)} weights were not given, as {missing[:3]}; expected the whole state dict"
-            )
+        check_all_given(state.keys() - given)
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images=None
-    ) -> list[Episode]:
-        images = images or [()] * len(prompts)
-        order = sorted(
-            range(len(prompts)), key=lambda i: len(prompts[i])
-        )  # like lengths together: little padding
-        size = max(1, self.max_sequences // sampling.n)
-        episodes: dict[int, list[Episode]] = {}
-        options = {"unit": "seq", "leave": False, "delay": 3, "disable": dist.get_rank() > 0}
-        n_tokens, began = 0, time.perf_counter()
-        with tqdm(total=len(prompts) * sampling.n, desc="roll out", **options) as bar:
-            for rows in (order[i : i + size] for i in range(0, len(order), size)):
-                own = [[values[i] for i in rows] for values in (prompts, seeds, images)]
-                sampled = self.sample(own[0], sampling, *own[1:])
-                for place, i in enumerate(rows):
-                    episodes[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
-                bar.update(len(sampled))
-                n_tokens += sum(len(episode.response_ids) for episode in sampled)
-                bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s")
-        return [episode for i in range(len(prompts)) for episode in episodes[i]]
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
+        # prompts of like lengths go together: little padding
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        batch_size = max(1, self.max_sequences // sampling.n)
+        bar = tqdm(
+            total=len(requests) * sampling.n,
+            desc="roll out",
+            unit="seq",
+            leave=False,
+            delay=3,
+            disable=dist.get_rank() > 0,
+        )
+        n_tokens = 0
+        began = time.perf_counter()
+        by_request: dict[int, list[Episode]] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            sampled = self.sample([requests[i] for i in chosen], sampling)
+            for place, i in enumerate(chosen):
+                by_request[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
+            n_tokens += sum(len(episode.response_ids) for episode in sampled)
+            bar.update(len(sampled))
+            bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s")
+        bar.close()
+        episodes = []
+        for i in range(len(requests)):
+            episodes += by_request[i]
+        return episodes
 
     @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], images
-    ) -> list[Episode]:
-        """Sample one batch: left-padded prompts, one prefill a prompt, rows leave the cache when they have finished."""
-        n, limit = sampling.n, sampling.max_tokens
-        width = max(len(p) for p in prompts)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device
-        )
-        # one uniform number a token, from the row's own seed: the batch has no say in what a row samples
-        generators = [
-            torch.Generator().manual_seed((seed + i) % 2**63) for seed in seeds for i in range(n)
-        ]
-        uniform = torch.stack(
-            [torch.rand(limit, generator=g, dtype=torch.float64) for g in generators]
-        ).to(self.device)
-        cache, position = DynamicCache(config=self.model.config), mask.cumsum(dim=1) - 1
-        state, shown = (
-            {
-                "attention_mask": mask,
-                "position_ids": position.clamp(min=0),
-                "past_key_values": cache,
-            },
-            {},
-        )
-        if any(
-            images
-        ):  # an image's positions are its rows and columns: the text after it goes on from the larger of the two
-            pixels, grids = vision.stack([image for own in images for image in own], self.device)
-            shown = {"pixel_values": pixels, "image_grid_thw": grids}
-            kinds = (ids == self.model.config.image_token_id).int()
-            where = {"image_grid_thw": grids, "attention_mask": mask}
-            state["position_ids"], shift = self.model.base_model.get_rope_index(ids, kinds, **where)
-            position = position + shift
-        logits = self.model(ids, **state, **shown, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(n)
-        logits, mask, position = (
-            x.repeat_interleave(n, dim=0) for x in (logits, mask, position[:, -1:])
-        )
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
+        """Sample one batch: one prefill a prompt; rows leave the cache when they have finished."""
+        n_rows = len(requests) * sampling.n
+        limit = sampling.max_tokens
+        uniform = self.draw_uniform(requests, sampling)  # (rows, limit)
+        cache = DynamicCache(config=self.model.config)
+        logits, mask, position = self.prefill(requests, cache)
+        cache.batch_repeat_interleave(sampling.n)
+        logits = logits.repeat_interleave(sampling.n, dim=0)  # (rows, V)
+        mask = mask.repeat_interleave(sampling.n, dim=0)  # (rows, S)
+        position = position.repeat_interleave(sampling.n, dim=0)  # (rows, 1)
 
-        tokens = torch.zeros(len(uniform), limit, dtype=torch.long, device=self.device)
-        logp = torch.zeros(len(uniform), limit, device=self.device)
-        stopped = torch.zeros(len(uniform), dtype=torch.bool, device=self.device)
-        rows = torch.arange(len(uniform), device=self.device)  # the rows still in the cache
+        tokens = torch.zeros(n_rows, limit, dtype=torch.long, device=self.device)
+        logp = torch.zeros(n_rows, limit, device=self.device)
+        stopped = torch.zeros(n_rows, dtype=torch.bool, device=self.device)
+        rows = torch.arange(n_rows, device=self.device)  # those that are still in the cache
         for k in range(limit):
-            token, logp[rows, k] = choose(logits.float(), uniform[rows, k], sampling)
+            token, token_logp = choose(logits.float(), uniform[rows, k], sampling)
             tokens[rows, k] = token
-            stopped[rows] |= torch.isin(token, self.ends)
+            logp[rows, k] = token_logp
+            stopped[rows] |= torch.isin(token, self.end_tokens)
             running = (~stopped[rows]).nonzero().squeeze(1)
             if k + 1 == limit or not len(running):
                 break
             if len(running) <= 0.75 * len(rows):
                 cache.batch_select_indices(running)
-                rows, token, mask, position = (x[running] for x in (rows, token, mask, position))
-            mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1), position + 1
-            state = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
-            logits = self.model(token[:, None], **state).logits[:, -1]
+                rows = rows[running]
+                token = token[running]
+                mask = mask[running]
+                position = position[running]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            position = position + 1
+            output = self.model(
+                token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+            )
+            logits = output.logits[:, -1]
+        return self.to_episodes(requests, sampling.n, tokens, logp, stopped)
 
-        length = torch.where(
-            stopped, torch.isin(tokens, self.ends).int().argmax(dim=1) + 1, limit
-        ).tolist()
-        responses = [row[:end] for row, end in zip(tokens.tolist(), length, strict=True)]
-        logps = [row[:end] for row, end in zip(logp.tolist(), length, strict=True)]
-        reasons = ["stop" if stop else "length" for stop in stopped.tolist()]
+    def draw_uniform(self, requests: Sequence[Request], sampling: Sampling) -> Tensor:
+        """Return one uniform number for each row and token, from the row's own seed."""
+        rows = []
+        for request in requests:
+            for i in range(sampling.n):
+                generator = torch.Generator().manual_seed((request.seed + i) % 2**63)
+                row = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
+                rows.append(row)
+        return torch.stack(rows).to(self.device)
+
+    def prefill(
+        self, requests: Sequence[Request], cache: DynamicCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run left-padded prompts; return last logits (N, V), mask (N, S), last position (N, 1)."""
+        width = max(len(request.prompt_ids) for request in requests)
+        padded = []
+        masked = []
+        for request in requests:
+            n_padding = width - len(request.prompt_ids)
+            padded.append([0] * n_padding + request.prompt_ids)
+            masked.append([0] * n_padding + [1] * len(request.prompt_ids))
+        ids = torch.tensor(padded, device=self.device)
+        mask = torch.tensor(masked, device=self.device)
+        position = mask.cumsum(dim=1) - 1
+        position_ids = position.clamp(min=0)
+        images = [image for request in requests for image in request.images]
+        inputs = {}
+        if images:
+            # an image's positions are its rows and columns: text goes on from the larger of the two
+            pixel_values, grid = vision.stack(images, self.device)
+            inputs = {"pixel_values": pixel_values, "image_grid_thw": grid}
+            token_types = (ids == self.model.config.image_token_id).int()
+            position_ids, shift = self.model.base_model.get_rope_index(
+                ids, token_types, image_grid_thw=grid, attention_mask=mask
+            )
+            position = position + shift
+        output = self.model(
+            ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            logits_to_keep=1,
+            **inputs,
+        )
+        return output.logits[:, -1], mask, position[:, -1:]
+
+    def to_episodes(
+        self, requests: Sequence[Request], n: int, tokens: Tensor, logp: Tensor, stopped: Tensor
+    ) -> list[Episode]:
+        """Cut the sampled rows behind their first end token, and make episodes of them."""
+        first_end = torch.isin(tokens, self.end_tokens).int().argmax(dim=1)
+        lengths = torch.where(stopped, first_end + 1, tokens.shape[1]).tolist()
+        responses = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [
-            Episode(prompts[i // n], *parts)
-            for i, parts in enumerate(zip(responses, logps, reasons, texts, strict=True))
-        ]
+        token_logp = logp.tolist()
+        episodes = []
+        for i, response in enumerate(responses):
+            episode = Episode(
+                prompt_ids=requests[i // n].prompt_ids,
+                response_ids=response,
+                logp=token_logp[i][: lengths[i]],
+                finish_reason="stop" if stopped[i] else "length",
+                text=texts[i],
+            )
+            episodes.append(episode)
+        return episodes
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Choose a token for each row of logits (B, V) by inverting the CDF at uniform (B,); return tokens and log-probs (B,)."""
+    """Choose a token for each row of logits (B, V) by inverting the CDF at uniform (B,).
+
+    Returns tokens and their log-probs, (B,) each.
+    """
     if sampling.temperature == 0:
         token = logits.argmax(dim=-1)
-        return token, logits.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
+        logp = logits.log_softmax(dim=-1)
+        return token, logp.gather(1, token[:, None]).squeeze(1)
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(
-            dim=-1
-        )  # mass of the likelier tokens
-        logits = logits.masked_fill(
-            (before >= sampling.top_p).gather(1, order.argsort(dim=-1)), -torch.inf
-        )
+        logits = keep_nucleus(logits, sampling.top_p)
     logp = logits.log_softmax(dim=-1)
     cdf = logp.double().exp().cumsum(dim=-1)
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(
-        max=logits.shape[1] - 1
-    )
+    level = uniform[:, None] * cdf[:, -1:]
+    token = torch.searchsorted(cdf, level, right=True).clamp(max=logits.shape[1] - 1)
     return token.squeeze(1), logp.gather(1, token).squeeze(1)
+
+
+def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Mask all tokens but the likeliest ones that reach a mass of top_p together, logits (B, V)."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probability = ordered.softmax(dim=-1)
+    mass_before = probability.cumsum(dim=-1) - probability  # of the likelier tokens
+    outside = (mass_before >= top_p).gather(1, order.argsort(dim=-1))
+    return logits.masked_fill(outside, -torch.inf)

@@ -1,7 +1,9 @@
 """A run: settings, start and exit, signals, its folder with metrics and checkpoints, resuming.
 
-runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
-A checkpoint is whole or absent: written in the background under another name, then renamed. Any number of ranks reads it.
+    runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
+
+A checkpoint is whole or absent: it is written in the background under another name, then renamed.
+Any number of ranks can read it.
 """
 
 import argparse
@@ -13,10 +15,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,8 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+import flow as fl
+import parallel
 from flow import as_tuple
 from parallel import is_first, on_first, start
 
@@ -34,46 +38,51 @@ STOP_SIGNALS: list[int] = []  # received so far
 
 
 # ---- From start to exit
-def launch(main: Callable, config_class, presets: dict[str, dict]) -> None:
-    """Run a script's main with settings from the command line, and leave with exit code 0, or 1 after its error.
+def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
+    """Run a script's main with settings from the command line.
 
-    The first SIGTERM or SIGINT lets main finish its step, the second exits at once. os._exit: threads that libraries leave
-    behind cannot spoil the exit (one in eight runs died so), nor wait for ranks that are gone.
+    The process leaves with exit code 0, or 1 after an error. The first SIGTERM or SIGINT lets main
+    finish its step, the second exits at once. The exit is os._exit: threads that libraries leave
+    behind can neither spoil it (one run in eight died so) nor wait for ranks that are gone.
     """
-
-    def heed(number: int, _frame) -> None:
-        if STOP_SIGNALS:
-            os._exit(128 + number)
-        STOP_SIGNALS.append(number)
-        print(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving; a second one exits at once",
-            file=sys.stderr,
-        )
-
     recorder = get_error_handler()
     recorder.initialize()
     try:
         config = parse_config(config_class, presets)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, heed)
+            signal.signal(number, note_signal)
         start()
         main(config)
         dist.destroy_process_group()
     except SystemExit:  # --help, or a flag that does not exist
         raise
     except BaseException as error:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            time.sleep(
-                10
-            )  # a rank that others lost has more to say, and torchrun's last word is the first error recorded
-        recorder.record_exception(error)
-        if not (
-            dist.is_initialized() and dist.get_rank() > 0 and isinstance(error, ValueError)
-        ):  # the first rank shows it
-            print("\n" + traceback.format_exc(), end="", file=sys.stderr)
+        report_error(error, recorder)
         leave(1)
     leave(0)
+
+
+def note_signal(number: int, _frame) -> None:
+    """Note the first signal, for asked_to_stop; exit at the second."""
+    if STOP_SIGNALS:
+        os._exit(128 + number)
+    STOP_SIGNALS.append(number)
+    name = signal.Signals(number).name
+    message = f"\n{name}: finishing this step, then saving; a second signal exits at once"
+    print(message, file=sys.stderr)
+
+
+def report_error(error: BaseException, recorder) -> None:
+    """Show an error and record it for torchrun, whose last word is the first error recorded."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if lost_a_peer:
+        time.sleep(10)  # the rank that was lost has more to say: let it record its error first
+    recorder.record_exception(error)
+    is_other_rank = dist.is_initialized() and dist.get_rank() > 0
+    if is_other_rank and isinstance(error, ValueError):
+        return  # bad input: every rank has met it, and the first one shows it
+    print("\n" + traceback.format_exc(), end="", file=sys.stderr)
 
 
 def leave(code: int) -> None:
@@ -84,276 +93,436 @@ def leave(code: int) -> None:
 
 
 def asked_to_stop() -> bool:
-    """Whether any rank has had SIGTERM or SIGINT; all ranks must ask together."""
+    """Return whether any rank has had SIGTERM or SIGINT; all ranks must ask together."""
     asked = torch.tensor(float(bool(STOP_SIGNALS)))
     dist.all_reduce(asked)
     return bool(asked)
 
 
-# ---- Settings
+# ---- Settings: nested dataclasses, whose flags have no prefix; a flag's name is unique
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How the work is cut to fit the memory, and what is compiled."""
+
+    tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
+    cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
+    compile: Literal["auto", "on", "off"] = "auto"  # Compile the flow; auto: on a GPU
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Settings that both trainings have: where a run is kept, and how it is followed."""
+class RunSettings:
+    """How a run is saved and followed."""
 
-    folder: str | None = None  # Run folder; by default one in runs/, named after the model
-    resume: str | None = None  # Run folder to go on with
-    save_every: int = 20  # Steps between checkpoints, besides the last step; 0: none at all, unless a signal stops the run
+    save_every: int = 20  # Steps between checkpoints; 0: none, unless a signal stops the run
     keep: int = 2  # Checkpoints kept
     track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
-    seed: int = 0  # Seed of initialisation, order, sampling and noise
 
 
-def parse_config(config_class, presets: dict[str, dict]):
-    """Read the command line into `config_class`; --model picks a preset, --resume starts from that run's settings."""
+def flatten(settings) -> dict[str, object]:
+    """Return nested settings as one dict by flag name."""
+    flat = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            flat.update(flatten(value))
+        else:
+            flat[field.name] = value
+    return flat
+
+
+def change(settings, **values):
+    """Return a copy of nested settings with values set by flag name; KeyError if unknown."""
+    unknown = values.keys() - flatten(settings).keys()
+    if unknown:
+        raise KeyError(f"{type(settings).__name__} has no settings {sorted(unknown)}")
+    changed = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            names = values.keys() & flatten(value).keys()
+            changed[field.name] = change(value, **{name: values[name] for name in names})
+        elif field.name in values:
+            changed[field.name] = values[field.name]
+    return replace(settings, **changed)
+
+
+def with_defaults(settings, **values):
+    """Return a copy with each of the values filled in whose flag exists and is None."""
+    flat = flatten(settings)
+    missing = [name for name in values if name in flat and flat[name] is None]
+    return change(settings, **{name: values[name] for name in missing})
+
+
+def parse_config(config_class: type, presets: dict[str, dict]):
+    """Read the command line into `config_class`.
+
+    --model picks a preset, values by flag name. --resume starts from the settings of that run.
+    """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=config_class.model)
     peek.add_argument("--resume")
     known, _ = peek.parse_known_args()
-    values = Run.stored_config(known.resume) if known.resume else presets.get(known.model, {})
-    if foreign := sorted(values.keys() - config_class.__dataclass_fields__.keys()):
+    defaults = config_class()
+    if known.resume:
+        values = stored_settings(known.resume)
+        foreign = sorted(values.keys() - flatten(defaults).keys())
+        if foreign:
+            raise ValueError(
+                f"--resume {known.resume}: that run has {foreign}, settings of another script or "
+                f"version; go on with the one that began it"
+            )
+    else:
+        values = presets.get(known.model, {})
+    defaults = change(defaults, **{name: as_tuple(value) for name, value in values.items()})
+    return tyro.cli(config_class, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def stored_settings(folder: str | Path) -> dict[str, object]:
+    """Return the settings that a run was started with, by flag name."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"--resume {folder}: no config.json there; expected the folder of a run")
+    nested = json.loads(path.read_text())
+    flat = {}
+    n_groups = 0
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(value)
+            n_groups += 1
+        else:
+            flat[name] = value
+    if not n_groups:
         raise ValueError(
-            f"--resume {known.resume}: that run has {foreign}, settings of another script"
+            f"{path} holds settings in one flat list, as an earlier version wrote them; expected "
+            f"groups of settings: resume with the version that began the run, or start a new one"
         )
-    return tyro.cli(
-        config_class, default=config_class(**{k: as_tuple(v) for k, v in values.items()})
-    )
+    return flat
 
 
-def with_defaults(config, **values):
-    """Return the configuration with each of the values that it has a field for, and None in it, filled in."""
-    return replace(
-        config,
-        **{name: value for name, value in values.items() if getattr(config, name, "") is None},
-    )
-
-
-def check_positive(config, *names: str) -> None:
-    """Raise ValueError for a field that is zero or negative."""
+def check_positive(settings, *names: str) -> None:
+    """Raise ValueError for a setting that is zero or negative; None is not checked."""
+    flat = flatten(settings)
     for name in names:
-        if getattr(config, name) is not None and getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)}: expected a positive value")
+        if flat[name] is not None and flat[name] <= 0:
+            raise ValueError(f"{name}={flat[name]}: expected a positive value")
 
 
 # ---- Files
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `folder` when the block ends; until then the old one stands."""
-    temporary = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path for a file or folder, which takes the place of `path` at the end.
+
+    Until then, and if the block fails, whatever stood at `path` stays. With must_be_new, a file
+    that another process has made in the meantime is a FileExistsError. OSError names the room left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.writing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
     try:
         yield temporary
-        for file in (p for p in temporary.rglob("*") if p.is_file()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        flush_to_disk(temporary)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        room = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB free there"
-        hint = "what was saved before is whole; make room, then --resume"
-        raise OSError(f"could not write {folder} ({room}): {error}; {hint}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        remove(temporary)
+        raise cannot_write(path, error) from error
+    if must_be_new:
+        os.link(temporary, path)
+        temporary.unlink()
+    elif path.is_dir():
+        outdated = path.with_name(f"{path.name}.outdated")
+        remove(outdated)
+        path.rename(outdated)
+        temporary.rename(path)
+        remove(outdated)
+    else:
+        temporary.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or all files of a folder, are on the disk."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def cannot_write(path: Path, error: BaseException) -> OSError:
+    """Return the error for something that could not be written; it says how much room there is."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    folder = next(parent for parent in path.parents if parent.exists())
+    room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
+    hint = "what was saved before is whole; make room, then --resume"
+    return OSError(f"could not write {path} ({room}): {reason}; {hint}")
+
+
+def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written_whole(path, must_be_new) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 class Run:
-    """One run's folder, the same on all ranks; the first writes. Nothing is written before begin()."""
+    """One run's folder, the same on all ranks; the first one writes, after begin().
 
-    # what may change at a resume without changing what is learnt
-    FREE = set(
-        [
-            "resume",
-            "folder",
-            "keep",
-            "track",
-            "eval_every",
-            "save_every",
-            "tokens_per_gpu",
-            "gradient_checkpointing",
-            "engine",
-            "max_sequences",
-            "cache_share",
-            "tensor_parallel",
-            "offload",
-            "cpu_offload",
-            "compile",
-        ]
-    )
+    `config` is a script's settings: `folder` and `resume` at its top, and a group `run`.
+    """
+
+    # What may change when a run is resumed, without changing what is learnt
+    FREE_GROUPS = ("engine", "compute", "run")
+    FREE_SETTINGS = ("folder", "resume", "eval_every")
 
     def __init__(self, config, default_name: str):
-        self.config, self.settings = config, json.loads(json.dumps(asdict(config)))
+        self.config = config
         self.folder = on_first(lambda: self.choose_folder(default_name))
         self.saving: Future | None = None
-        self.saved: int | None = None  # step of the last checkpoint, begun or found
-        self.saver, self.group = (
-            ThreadPoolExecutor(1),
-            dist.new_group(backend="gloo"),
-        )  # for collectives beside the run's own
+        self.saved_step: int | None = None  # of the last checkpoint, begun or found
+        self.saver = ThreadPoolExecutor(1)
+        self.group = dist.new_group(backend="gloo")  # for collectives beside the run's own
 
+    # ---- The folder
     def choose_folder(self, default_name: str) -> Path:
-        """Return the run's folder; ValueError if it cannot be begun, or resumed, with these settings."""
-        config, number = self.config, 1
-        self.folder = Path(config.resume or config.folder or f"runs/{default_name}")
-        if config.track != "none" and find_spec(config.track) is None:
+        """Return the run's folder; ValueError if these settings cannot begin or resume it."""
+        config = self.config
+        track = config.run.track
+        if track != "none" and find_spec(track) is None:
             raise ValueError(
-                f"track={config.track!r} is not installed; run `pip install {config.track}`, or leave --track out"
+                f"track={track!r} is not installed; run `pip install {track}`, or leave --track out"
             )
         if config.resume:
-            stored = self.stored_config(config.resume)
-            for name in sorted((stored | self.settings).keys() - self.FREE):
-                was, now = stored.get(name), self.settings.get(name)
-                if was != now:
-                    reason = f"that run has {name}={was!r}, this one asks for {now!r}"
-                    raise ValueError(
-                        f"--resume {self.folder}: {reason}; give the same settings, or start a new run"
-                    )
-        elif config.folder and (self.folder / "config.json").exists():
+            self.check_resume()
+            return Path(config.resume)
+        folder = Path(config.folder or f"runs/{default_name}")
+        if config.folder and (folder / "config.json").exists():
             raise ValueError(
-                f"{self.folder} holds a run; go on with --resume {self.folder}, or name another --folder"
+                f"{folder} holds a run; go on with --resume {folder}, or name another --folder"
             )
-        while not config.resume and (self.folder / "config.json").exists():
-            self.folder = Path(f"runs/{default_name}-{(number := number + 1)}")
-        return self.folder
+        number = 1
+        while (folder / "config.json").exists():
+            number += 1
+            folder = Path(f"runs/{default_name}-{number}")
+        return folder
 
-    @staticmethod
-    def stored_config(folder: str) -> dict:
-        """Return the settings that a run was started with."""
-        path = Path(folder) / "config.json"
-        if not path.exists():
-            raise ValueError(
-                f"--resume {folder}: no config.json there; expected the folder of an earlier run"
-            )
-        return json.loads(path.read_text())
+    def check_resume(self) -> None:
+        """Raise ValueError if a setting that changes what is learnt differs from the run's."""
+        stored = stored_settings(self.config.resume)
+        asked = json.loads(json.dumps(flatten(self.config)))
+        free = set(self.FREE_SETTINGS)
+        for group in self.FREE_GROUPS:
+            if hasattr(self.config, group):
+                free.update(flatten(getattr(self.config, group)))
+        for name in sorted((stored.keys() | asked.keys()) - free):
+            if stored.get(name) != asked.get(name):
+                raise ValueError(
+                    f"--resume {self.config.resume}: that run has {name}={stored.get(name)!r}, "
+                    f"this one asks for {asked.get(name)!r}; "
+                    f"give the same settings, or start a new run"
+                )
 
     def begin(self, state: dict) -> None:
-        """Make the folder, or go on in it: load the newest checkpoint into `state`, cut metrics.jsonl back to its step.
+        """Make the folder, or go on in it: load the newest checkpoint into `state`.
 
-        state["progress"] is a dict with the `step`; the other values have state_dict() and load_state_dict().
+        state["progress"] is a dict with the `step`; the other values have state_dict() and
+        load_state_dict(). metrics.jsonl is cut back to the step of the checkpoint.
         """
-        if newest := on_first(self.prepare_folder):
+        newest = on_first(self.prepare_folder)
+        if newest:
             dcp.load(state, checkpoint_id=newest, process_group=self.group)
-            self.saved = self.step_of(newest)
-        self.tracker = open_tracker(
-            self.config.track if is_first() else "none", self.folder, self.settings
-        )
+            self.saved_step = self.step_of(newest)
+        kind = self.config.run.track if is_first() else "none"
+        self.tracker = open_tracker(kind, self.folder, asdict(self.config))
 
     def prepare_folder(self) -> Path | None:
-        """Make the folder, or clear it of what a dead run left behind its newest checkpoint, which is returned."""
+        """Make the folder, or clear it of what a dead run left; return its newest checkpoint."""
         if not self.config.resume:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json.new", self.settings)
-            os.link(
-                self.folder / "config.json.new", self.folder / "config.json"
-            )  # of two runs that begin at once, one fails here
-            os.unlink(self.folder / "config.json.new")
+            write_json(self.folder / "config.json", asdict(self.config), must_be_new=True)
         for unfinished in (self.folder / "checkpoints").glob("*.writing"):
             shutil.rmtree(unfinished)
-        newest = (self.checkpoints() or [None])[-1]
-        step, metrics = self.step_of(newest) if newest else 0, self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = [
-                line
-                for line in metrics.read_text().splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            metrics.with_suffix(".writing").write_text("".join(kept))
-            metrics.with_suffix(".writing").replace(metrics)
+        checkpoints = self.checkpoints()
+        newest = checkpoints[-1] if checkpoints else None
+        self.cut_metrics(self.step_of(newest) if newest else 0)
         return newest
 
-    def write_json(self, name: str, value: dict) -> None:
-        """Write a file of the folder, whole or not at all; on the first rank."""
-        if is_first():
-            (self.folder / f"{name}.writing").write_text(json.dumps(value, indent=1))
-            (self.folder / f"{name}.writing").replace(self.folder / name)
+    def cut_metrics(self, last_step: int) -> None:
+        """Cut metrics.jsonl behind a step, and leave out a last line that was not finished."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(kept))
 
+    def write_json(self, name: str, value: dict) -> None:
+        """Write a file of the folder, whole or not at all, on the first rank."""
+        if is_first():
+            write_json(self.folder / name, value)
+
+    # ---- Checkpoints
     def checkpoints(self) -> list[Path]:
-        """Return whole checkpoints, oldest first."""
-        found = [
-            p
-            for p in (self.folder / "checkpoints").glob("step-*")
-            if p.name.removeprefix("step-").isdigit()
-        ]
-        return sorted(found, key=self.step_of)
+        """Return the whole checkpoints, oldest first."""
+        folders = (self.folder / "checkpoints").glob("step-*")
+        whole = [path for path in folders if path.name.removeprefix("step-").isdigit()]
+        return sorted(whole, key=self.step_of)
 
     @staticmethod
     def step_of(checkpoint: Path) -> int:
+        """Return the step that a checkpoint was saved after."""
         return int(checkpoint.name.removeprefix("step-"))
 
     def save(self, state: dict) -> None:
-        """Copy the state to host memory, then write it to checkpoints/step-N in the background, and keep the newest `keep`."""
+        """Copy the state to host memory, then write it to checkpoints/step-N in the background."""
         self.wait_for_save()
         step = state["progress"]["step"]
-        if step == self.saved:
+        if step == self.saved_step:
             return
-        self.saved, folder = step, self.folder / "checkpoints" / f"step-{step}"
+        self.saved_step = step
+        folder = self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}.writing")
         written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
+        self.saving = self.saver.submit(self.publish, written, writing, folder)
 
-        def publish() -> None:
-            try:
-                written.result()  # on the first rank: once all ranks have written
-                if is_first():
-                    writing.rename(folder)
-                    for old in self.checkpoints()[: -self.config.keep]:
-                        shutil.rmtree(
-                            old.rename(old.with_name(f"{old.name}.writing"))
-                        )  # never half there under its name
-            except BaseException as error:  # DCP's own error is none of Exception's
-                shutil.rmtree(writing, ignore_errors=True)
-                room = f"{shutil.disk_usage(self.folder).free / 1e6:.0f} MB free there"
-                hint = "what was saved before is whole; make room, then --resume"
-                raise OSError(
-                    f"could not write {folder} ({room}): {str(error).strip().splitlines()[-1]}; {hint}"
-                ) from error
-
-        self.saving = self.saver.submit(publish)
-
-    def end(self, state: dict, total_steps: int) -> bool:
-        """Save the last step, wait until it is in its place, and return whether it was the last of all or a signal's."""
-        step = state["progress"]["step"]
-        if self.config.save_every or step < total_steps:
-            self.save(state)
-        self.wait_for_save()
-        if step < total_steps and is_first():
-            print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
-        return step >= total_steps
+    def publish(self, written: Future, writing: Path, folder: Path) -> None:
+        """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
+        try:
+            written.result()  # on the first rank: once all ranks have written
+            if is_first():
+                writing.rename(folder)
+                for old in self.checkpoints()[: -self.config.run.keep]:
+                    outdated = old.rename(old.with_name(f"{old.name}.writing"))
+                    shutil.rmtree(outdated)  # a checkpoint is never half there under its name
+        except BaseException as error:  # the checkpoint library's own error is no Exception
+            shutil.rmtree(writing, ignore_errors=True)
+            raise cannot_write(folder, error) from error
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is in its place; raise the error that kept it out."""
         if self.saving:
             self.saving.result()
 
+    def end(self, state: dict, total_steps: int) -> bool:
+        """Save the last step and wait for it; return whether the run is complete.
+
+        It is not if a signal stopped it: then a checkpoint is saved whatever save_every says.
+        """
+        step = state["progress"]["step"]
+        is_complete = step >= total_steps
+        if self.config.run.save_every or not is_complete:
+            self.save(state)
+        self.wait_for_save()
+        if not is_complete and is_first():
+            print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
+        return is_complete
+
+    # ---- Figures
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl and to the tracker; a figure that is not finite ends the run instead."""
+        """Append a line to metrics.jsonl and the tracker; FloatingPointError if not finite."""
         if self.saving and self.saving.done():
             self.wait_for_save()
-        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            checkpoints = self.checkpoints() or ["none"]
             raise FloatingPointError(
-                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. Last checkpoint: "
-                f"{(self.checkpoints() or ['none'])[-1]}; look at the data, or start anew with a lower learning rate"
+                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
+                f"Last checkpoint: {checkpoints[-1]}; look at the data, "
+                f"or start anew with a lower learning rate"
             )
         if is_first():
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | metrics) + "\n")
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.tracker(metrics, step)
 
 
-def open_tracker(kind: str, folder: Path, settings: dict):
-    """Return a function (metrics, step) that sends figures to tensorboard or wandb, or does nothing."""
-    if kind == "none":
-        return lambda metrics, step: None
-    if kind == "wandb":
+def open_tracker(kind: str, folder: Path, settings: dict) -> Callable[[dict, int], None]:
+    """Return a function (metrics, step) that sends figures to a tracker, or does nothing."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+
+        def track(metrics: dict, step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+    elif kind == "wandb":
         import wandb
 
         wandb.init(
             project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
         )
-        return lambda metrics, step: wandb.log(metrics, step=step)
-    from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard")
-    return lambda metrics, step: [
-        writer.add_scalar(name, value, step) for name, value in metrics.items()
-    ]
+        def track(metrics: dict, step: int) -> None:
+            wandb.log(metrics, step=step)
+
+    else:
+
+        def track(metrics: dict, step: int) -> None:
+            pass
+
+    return track
+
+
+class Stopwatch:
+    """Seconds of the phases of a step, laps of one clock: together they are the whole step."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase, which began where the last one ended."""
+        now = time.perf_counter()
+        self.phases[phase] = now - self.last
+        self.last = now
+
+    def metrics(self) -> dict[str, float]:
+        """Return the seconds of each phase and of the whole step, by their names in the metrics."""
+        times = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        times["time/step"] = self.last - self.began
+        return times
+
+
+# ---- What a run leaves behind, in formats that others read
+def export_policy(policy, dtype: torch.dtype, processors: Sequence, folder: Path) -> None:
+    """Write a sharded policy in Hugging Face format; all ranks together.
+
+    `processors` are the tokenizer and the image processor, None if the model takes no images.
+    """
+    module = policy.model
+    weights = parallel.gather_weights(policy, dtype, prefix="model.")
+    stored = {name for name, _ in module.named_parameters()}  # a tied weight has one name here
+    stored.update(name for name, _ in module.named_buffers())
+    weights = {name: tensor for name, tensor in weights.items() if name in stored}
+
+    def write() -> None:
+        with torch.device("meta"):  # the same model, but not sharded, in the dtype of the weights
+            whole = type(module)(module.config).to(dtype)
+        whole.generation_config = module.generation_config
+        with written_whole(folder) as temporary:
+            whole.save_pretrained(temporary, state_dict=weights)
+            for processor in processors:
+                if processor is not None:
+                    processor.save_pretrained(temporary)
+
+    on_first(write)
+
+
+def export_flow(flow: fl.Flow, folder: Path) -> None:
+    """Write a sharded flow into its folder; all ranks together."""
+    weights = parallel.gather_weights(flow, torch.float32)
+
+    def write() -> None:
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            fl.save_flow(flow.config, weights, temporary)
+
+    on_first(write)

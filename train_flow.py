@@ -1,17 +1,17 @@
-"""Offline start: fit the flow to the latents of expert solutions under the frozen policy (paper: flow pre-training).
+"""Offline start: fit the flow to the latents of expert solutions (paper: flow pre-training).
 
-    python train_flow.py --model Qwen2.5-7B --data expert.jsonl      columns `problem` and `solution`; torchrun for several GPUs
-    python train_flow.py                                             the embedded world
+    python train_flow.py                                                the embedded world
+    python train_flow.py --model Qwen2.5-7B --data expert.jsonl         torchrun for several GPUs
 
-Each step: latents of the tapped layers at response tokens (the policy runs up to the last tap, no further), pairs of
-latent and context, `noise_repeats` draws of (t, x_0), flow-matching loss, AdamW. Writes `flow/flow.safetensors`.
+Solutions have the columns `problem` and `solution`. Each step: latents of the tapped layers at
+response tokens of the frozen policy, which runs up to the last tap and no further; rows of latent
+and context; `noise_repeats` draws of (t, x_0); flow-matching loss; AdamW. Writes
+`flow/flow.safetensors` into the run's folder.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,108 +23,157 @@ import rlfr
 import rollout
 import toy
 from parallel import is_first, on_first, start
-from run import Run, RunConfig, asked_to_stop, check_positive, launch, with_defaults
+from run import (
+    ComputeSettings,
+    Run,
+    RunSettings,
+    Stopwatch,
+    asked_to_stop,
+    check_positive,
+    export_flow,
+    launch,
+    with_defaults,
+)
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, rollout.Source):
-    """Settings of the offline start."""
+class SolutionSettings(rollout.DataSettings):
+    """Where expert solutions stand, and how problems become prompts."""
 
     solution_column: str = "solution"  # Column with the solution's text
     cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
-    contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """What the flow is, and how often a token is drawn."""
+
+    flow_blocks: int | None = None  # Residual blocks; by default 4 below 5B parameters, 6 above
+    noise_repeats: int | None = None  # Draws of (t, x_0) a token; by default 4 below 5B, 2 above
     shift: int = 1  # Distance of the context's neighbour, in positions
-    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # Tapped layers, as fractions of the depth
-    flow_blocks: int | None = (
-        None  # Residual blocks of the flow; by default 4 below 5B parameters, 6 above
-    )
-    noise_repeats: int | None = (
-        None  # Draws of (t, x_0) a token; by default 4 below 5B parameters, 2 above
-    )
-    epochs: int = 2  # Passes over the data
-    batch_size: int = 128  # Sequences a step, over all ranks
-    lr: float = 1e-4  # Peak learning rate
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """The flow's optimiser."""
+
     warmup: float = 0.1  # Fraction of the steps over which the rate rises
     weight_decay: float = 0.01  # AdamW weight decay
     clip_norm: float = 1.0  # Largest gradient norm
-    tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
-    cpu_offload: bool = False  # Keep the policy's weights and the flow's optimiser in host memory
-    compile: Literal["auto", "on", "off"] = "auto"  # Compile the flow; auto: on a GPU
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fit a flow to the latents of expert solutions."""
+
+    model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
+    data: str | None = None  # Solutions: JSONL or Parquet file, save_to_disk folder or hub id
+    contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
+    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # Tapped layers, as fractions of the depth
+    epochs: int = 2  # Passes over the data
+    batch_size: int = 128  # Sequences a step, over all ranks
+    lr: float = 1e-4  # Peak learning rate
+    folder: str | None = None  # Run folder; by default one in runs/, named after the model
+    resume: str | None = None  # Run folder to go on with
+    seed: int = 0  # Seed of initialisation, order and noise
+    solutions: SolutionSettings = SolutionSettings()
+    flow: FlowSettings = FlowSettings()
+    optimisation: OptimisationSettings = OptimisationSettings()
+    compute: ComputeSettings = ComputeSettings()
+    loading: rollout.LoadingSettings = rollout.LoadingSettings()
+    run: RunSettings = RunSettings()
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
-    """Check the settings and fill in what follows from the model; return them and where the model is."""
-    check_positive(config, "epochs", "batch_size", "tokens_per_gpu", "keep", "lr", "clip_norm")
-    check_positive(config, "noise_repeats", "flow_blocks")
-    if config.batch_size % dist.get_world_size():
+    """Check the settings and fill in what follows from the model; return them and the model."""
+    check_positive(config, "epochs", "batch_size", "lr", "noise_repeats", "flow_blocks")
+    check_positive(config, "clip_norm", "tokens_per_gpu", "keep")
+    n_ranks = dist.get_world_size()
+    if config.batch_size % n_ranks:
         raise ValueError(
-            f"batch_size={config.batch_size} is not a multiple of the {dist.get_world_size()} ranks; choose one"
+            f"batch_size={config.batch_size} is not a multiple of the {n_ranks} ranks; choose one"
         )
     name = config.model
     if config.model in toy.WORLDS:
         world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
-        name, config = world.path("model"), with_defaults(config, data=world.path("expert.jsonl"))
-    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
+        name = world.path("model")
+        config = with_defaults(config, data=world.path("expert.jsonl"))
+    model = rollout.find_model(name, config.loading)
     if config.data is None:
         raise ValueError(
             "no data given; expected --data with expert solutions (columns problem and solution)"
         )
     config = rollout.fill_in(config, model)
-    if config.cutoff <= config.max_prompt_tokens:
+    cutoff = config.solutions.cutoff
+    max_prompt_tokens = config.solutions.max_prompt_tokens
+    if cutoff <= max_prompt_tokens:
         raise ValueError(
-            f"cutoff {config.cutoff} leaves no room behind prompts of {config.max_prompt_tokens} tokens; raise it"
+            f"cutoff {cutoff} leaves no room behind prompts of {max_prompt_tokens} tokens; raise it"
         )
     return config, model
 
 
+def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model) -> list[rlfr.Row]:
+    """Load expert solutions as tokens; a whole one ends with EOS, one that was cut does not."""
+    columns = (settings.problem_column, settings.solution_column)
+    rows = rollout.load_rows(source, columns, settings.split)
+    texts = [row[settings.problem_column] for row in rows]
+    images = rollout.load_images(rows, source, settings, model.processor)
+    prompts = rollout.make_prompts(texts, images, model, settings)
+    solutions = [row[settings.solution_column] for row in rows]
+    ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
+    episodes = []
+    for i, prompt in enumerate(prompts):
+        solution = ids[i] + [model.tokenizer.eos_token_id]
+        room = settings.cutoff - len(prompt)
+        episodes.append(rlfr.Row(prompt, solution[:room], images[i]))
+    return episodes
+
+
+def step_line(step: int, metrics: dict[str, float]) -> str:
+    """Return one line of figures of a step, for the screen."""
+    return (
+        f"step {step:5d}  loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.3f}  "
+        f"lr {metrics['lr']:.2e}  {metrics['time/step']:.2f} s"
+    )
+
+
 def main(config: Config) -> None:
     """Fit a flow and write it to the run folder."""
-    # ---- What there is: solutions, policy, flow
+    # ---- Solutions, policy, flow
     start()
     config, model = resolve(config)
-    dim, n_layers = (
-        getattr(model.config.get_text_config(), name)
-        for name in ("hidden_size", "num_hidden_layers")
-    )
     run = Run(config, f"flow-{Path(config.model).name}")
-    flow_config = fl.FlowConfig(
-        dim, config.flow_blocks, None, config.contexts, config.shift, config.percentiles
-    )
-    rows = rollout.load_rows(
-        config.data, (config.problem_column, config.solution_column), config.split
-    )
-    texts, solutions = (
-        [row[column] for row in rows] for column in (config.problem_column, config.solution_column)
-    )
-    images = rollout.load_images(rows, config.data, config, model.processor)
-    prompts = rollout.make_prompts(texts, model.tokenizer, config, images)
-    ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
-    end, room = [model.tokenizer.eos_token_id], [config.cutoff - len(prompt) for prompt in prompts]
-    # a whole solution ends with EOS, a cut one does not
-    images = images or [()] * len(rows)
-    solutions = [
-        (p, (s + end)[:n], own) for p, s, n, own in zip(prompts, ids, room, images, strict=True)
-    ]
-    dtype = parallel.compute_dtype(config.dtype)
-    policy = rlfr.load_policy(model.path, config.trust_remote_code).requires_grad_(False)
-    parallel.shard(policy, policy.blocks, dtype, config.cpu_offload)
+    solutions = load_solutions(config.data, config.solutions, model)
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    policy = rlfr.load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
+    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
+    n_layers = model.text_config.num_hidden_layers
     taps = rlfr.tap_layers(n_layers, config.percentiles)
     depths = [tap / n_layers for tap in taps]
+    flow_config = fl.FlowConfig(
+        dim=model.text_config.hidden_size,
+        n_blocks=config.flow.flow_blocks,
+        contexts=config.contexts,
+        shift=config.flow.shift,
+        percentiles=config.percentiles,
+    )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
-    parallel.compile_flow(flow, config.compile)
-    parallel.shard(flow, (), dtype, config.cpu_offload)
-    learner = parallel.Learner(flow, (0.9, 0.999), config.weight_decay)
-    total_steps, progress = (
-        math.ceil(config.epochs * len(solutions) / config.batch_size),
-        {"step": 0},
-    )
+    parallel.compile_flow(flow, config.compute.compile)
+    parallel.shard(flow, (), dtype, config.compute.cpu_offload)
+    learner = parallel.Learner(flow, (0.9, 0.999), config.optimisation.weight_decay)
+
+    # ---- Begin, or go on from a checkpoint
+    total_steps = math.ceil(config.epochs * len(solutions) / config.batch_size)
+    progress = {"step": 0}
     state = {"progress": progress, "flow": learner}
     run.begin(state)
     if is_first():
         print(config)
         print(
-            f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, run folder {run.folder}"
+            f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, "
+            f"run folder {run.folder}"
         )
 
     bar = tqdm(
@@ -135,37 +184,43 @@ def main(config: Config) -> None:
         disable=not is_first(),
     )
     while (step := progress["step"]) < total_steps and not asked_to_stop():
-        began = time.perf_counter()
+        clock = Stopwatch()
+
         # ---- The step's solutions
-        places = rlfr.passes(
-            len(solutions), step * config.batch_size, config.batch_size, "flow order", config.seed
-        )
+        batch_size = config.batch_size
+        first = step * batch_size
+        places = rlfr.passes(len(solutions), first, batch_size, "flow order", config.seed)
         chosen = [solutions[i] for _, i in places]
 
-        # ---- Latents, draws of (t, x_0), matching loss: summed here, divided by the number of rows below
-        sums = torch.zeros(
-            2, dtype=torch.float64, device=parallel.DEVICE
-        )  # of losses and rows, over the ranks in the end
+        # ---- Latents, draws of (t, x_0), matching loss
+        # gradients are of the sum over rows here, and divided by the number of rows below
+        loss_sum = torch.zeros((), dtype=torch.float64, device=parallel.DEVICE)
+        n_rows = torch.zeros((), dtype=torch.float64, device=parallel.DEVICE)
         parallel.begin_calls(flow)
-        for rows, batch in rlfr.micro_batches(
-            chosen, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
-        ):
+        micro_batches = rlfr.micro_batches(
+            chosen, config.compute.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
+        )
+        for rows, batch in micro_batches:
             with torch.no_grad():
                 latents = policy(batch, taps=taps, latents_only=True).latents
-            pairs = fl.pair(flow_config, latents, depths, batch.attention_mask, batch.targets)
-            for repeat in range(config.noise_repeats):
+            flow_rows = fl.make_rows(
+                flow_config, latents, depths, batch.attention_mask, batch.targets
+            )
+            lengths = [len(chosen[i].response_ids) for i in rows]
+            for repeat in range(config.flow.noise_repeats):
                 keys = [("flow noise", config.seed, *places[i], repeat) for i in rows]
-                noise, z = fl.draw(
-                    flow_config, keys, [len(chosen[i][1]) for i in rows], parallel.DEVICE
-                )
-                loss = fl.matching_loss(flow, pairs, noise, z)
-                sums += torch.stack([loss.sum(), torch.ones_like(loss).sum()])
+                noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
+                loss = fl.matching_loss(flow, flow_rows, noise, z)
+                loss_sum += loss.sum()
+                n_rows += len(loss)
         parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt=True)
-        loss_sum, n_rows = parallel.sum_over_ranks(sums).tolist()
+        loss_sum = parallel.sum_over_ranks(loss_sum).item()
+        n_rows = parallel.sum_over_ranks(n_rows).item()
 
         # ---- Update
-        lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, floor=0.0)
-        grad_norm = learner.step(lr, config.clip_norm, denominator=n_rows)
+        lr = rlfr.learning_rate(config.lr, step, total_steps, config.optimisation.warmup, floor=0.0)
+        grad_norm = learner.step(lr, config.optimisation.clip_norm, denominator=n_rows)
+        clock.lap("update")
 
         # ---- Log and save
         progress["step"] = step + 1
@@ -175,20 +230,19 @@ def main(config: Config) -> None:
             "lr": lr,
             "epoch": places[0][0],
             "rows": int(n_rows),
+            "time/step": clock.metrics()["time/step"],
         }
-        metrics["time/step"] = time.perf_counter() - began
         run.log(step + 1, metrics)
         if is_first():
             bar.update()
-            times = f"lr {lr:.2e}  {metrics['time/step']:.2f} s"
-            tqdm.write(
-                f"step {step + 1:5d}  loss {metrics['loss']:.4f}  grad {grad_norm:.3f}  {times}"
-            )
-        if config.save_every and (step + 1) % config.save_every == 0:
+            tqdm.write(step_line(step + 1, metrics))
+        if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
+
+    # ---- Write the flow
     if not run.end(state, total_steps):
         return
-    fl.save_flow(flow, run.folder / "flow")
+    export_flow(flow, run.folder / "flow")
     if is_first():
         print(f"the flow is in {run.folder / 'flow'}")
 

@@ -1,23 +1,26 @@
-"""Reinforcement learning with verifiable rewards and the flow reward (GRPO, paper's algorithm), on one node.
+"""Reinforcement learning with verifiable rewards and the flow reward, on one node (paper: RLFR).
 
-python train_rl.py                                                                  the embedded world, from nothing
-torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl    columns `problem` and `answer`
-python train_rl.py --shaping none | entropy | flow                                  baselines differ in this flag alone
+    python train_rl.py                                    the embedded world, from nothing
+    python train_rl.py --shaping none | entropy | flow    baselines differ in this flag alone
+    torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl
 
-Every rank knows all episodes, rewards and scores of a step, so that a step is the same on any number of ranks; what is
-shared out is the work: sampling, grading, and the forward and backward of micro-batches.
+Problems have the columns `problem` and `answer`. A step is the loop at the end of main(): roll out,
+verify, score, shape and advantage, update the policy, update the flow, log.
+
+Every rank knows all episodes, rewards and scores of a step, so that a step is the same on any
+number of ranks. What is shared out is the work: sampling, grading, and the forward and backward
+passes of micro-batches.
 """
 
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,635 +32,865 @@ import parallel
 import rlfr
 import rollout
 import toy
-from eval import evaluate, load_sets, table
+from evals import figures, sets
 from parallel import is_first, on_first, start
-from rewards import Grader, Verdict
-from run import Run, RunConfig, asked_to_stop, check_positive, launch, with_defaults, written_whole
+from rewards import Grader, RewardSettings, Verdict
+from run import (
+    ComputeSettings,
+    Run,
+    RunSettings,
+    Stopwatch,
+    asked_to_stop,
+    check_positive,
+    export_flow,
+    export_policy,
+    launch,
+    with_defaults,
+)
+
+# What torchrun tells a rank
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+# ---- Settings; None is filled in from the model
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How many episodes a step has, and how they are sampled."""
+
+    prompts: int = 128  # N, prompts a step
+    group_size: int = 8  # G, samples a prompt
+    max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
+    temperature: float = 1.0  # Sampling temperature
+    dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
+    max_rounds: int = (
+        4  # Rounds of dynamic sampling a step; dropped groups fill what is then missing
+    )
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, rollout.Sampler):
-    """Settings of a training run; None is filled in from the model."""
+class AdvantageSettings:
+    """How the outcome becomes an advantage; the baseline that rewards entropy."""
 
-    answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
-    eval_data: tuple[str, ...] | None = (
-        None  # Sets, as --data of eval.py: before and after training and every `eval_every`
-    )
-    prompts: int = 128  # N, prompts a step
-    group_size: int = 8  # G, samples a prompt
-    train_batch: int = 128  # Episodes an optimiser step; prompts * group_size must be a multiple
-    epochs: int = 5  # Passes over the problems, unless `steps` is given
-    steps: int | None = None  # RL steps
-    temperature: float = 1.0  # Sampling temperature
-    top_p: float = 1.0  # Refused below 1
-    top_k: int = 0  # Refused above 0
-    dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
-    max_rounds: int = (
-        4  # Rounds of dynamic sampling a step; what is then missing is filled with dropped groups
-    )
-    reward: tuple[str, ...] | None = (
-        None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
-    )
-    overlong_buffer: int | None = (
-        None  # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
-    )
-    grade_truncated: bool = False  # Let a response that ran out of room score
-    grader_deadline: float = 5.0  # Seconds for grading one answer
-    shaping: Literal["flow", "entropy", "none"] = (
-        "flow"  # Dense part of the advantage; none is plain RLVR
-    )
     baseline: rlfr.Baseline = "grpo"  # How the outcome reward becomes an advantage
-    gamma: float = 1.0  # Discount of the flow reward
-    flow: str | None = (
-        None  # Flow of the offline start: folder or file; by default runs/flow-MODEL/flow
-    )
+    entropy_alpha: float = 0.4  # Scale of the entropy advantage
+    entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
+
+
+@dataclass(frozen=True)
+class FlowRewardSettings:
+    """How velocity deviations become rewards of tokens."""
+
     flow_coef: float = 0.01  # Scale of the flow reward
     reward_times: tuple[float, ...] = (
         0.8,
-    )  # T_r, times at which the velocity deviation is taken, in (0, 1)
+    )  # T_r, times at which the deviation is taken, in (0, 1)
     flow_threshold: float = 0.6  # Normalised scores below are dropped, in [0, 1]
-    flow_top_k: int | None = (
-        15  # Tokens of a response that get a flow reward; None: all above the threshold
+    flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: no limit
+    flow_scope: Literal["response", "group"] = (
+        "response"  # What is normalised together; paper: response
     )
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
-    flow_scope: Literal["response", "group"] = (
-        "response"  # What is normalised together; response as in the paper
-    )
+    gamma: float = 1.0  # Discount of the flow reward
     contexts: tuple[str, ...] | None = (
-        None  # Expected context modes; None: the flow's. An official file needs them
+        None  # Context modes expected of the flow; an official file needs them
     )
-    percentiles: tuple[float, ...] | None = None  # Expected taps; None: the flow's
+    percentiles: tuple[float, ...] | None = None  # Taps expected of the flow
+
+
+@dataclass(frozen=True)
+class FlowUpdateSettings:
+    """How the flow goes on learning from the policy's own episodes."""
+
     freeze_flow: bool = False  # No online flow update
     flow_lr: float = 1e-4  # Learning rate of the online flow update
-    flow_accept: Literal["correct", "all"] = (
-        "correct"  # Rejection sampling: episodes that the flow learns from
-    )
+    flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
+    flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
     flow_entropy_quantile: float | None = (
         None  # Learn only from tokens at or above this quantile of entropy
     )
-    flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
     flow_times: Literal["reward", "random"] = (
-        "reward"  # Times of the flow's learning; random as in the offline start
+        "reward"  # Times to learn at; random: as in the offline start
     )
-    entropy_alpha: float = 0.4  # Scale of the entropy advantage
-    entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
-    lr: float = 1e-6  # Peak learning rate of the policy
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """The policy's loss and optimiser."""
+
+    train_batch: int = 128  # Episodes an optimiser step; divides prompts * group_size
+    epochs: int = 5  # Passes over the problems, unless `steps` is given
     warmup: float = 0.03  # Fraction of the steps over which the rate rises
     lr_floor: float = 0.1  # Rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.0  # AdamW weight decay of the policy
     clip_norm: float = 1.0  # Largest gradient norm
+    normalisation: rlfr.Normalisation = (
+        "sequence"  # Of the loss: mean of means, token, or constant (Dr. GRPO)
+    )
     clip_low: float = 0.2  # PPO clip below 1
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
     ratio_cap: float = 3.0  # Largest probability ratio
-    normalisation: rlfr.Normalisation = (
-        "sequence"  # Loss: mean of means, token: global mean, constant: Dr. GRPO
-    )
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
     mismatch: Literal["none", "token", "sequence", "mask"] = (
-        "token"  # Sampler-trainer mismatch: truncate by, or mask
+        "token"  # Sampler-trainer ratio: truncate by, or mask
     )
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     freeze: rlfr.Freeze | None = (
-        None  # What does not learn; by default vision, the tower of a vision-language model
+        None  # What does not learn; by default vision, the tower of a VL model
     )
-    gradient_checkpointing: bool | None = (
-        None  # Recompute activations in the backward; by default above 1B parameters
-    )
-    tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
-    offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
-    cpu_offload: bool = False  # Keep them there always: slower steps, least GPU memory
-    compile: Literal["auto", "on", "off"] = "auto"  # Compile the flow; auto: on a GPU
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the policy is evaluated on the sets of --eval-data."""
+
     eval_every: int = 0  # Steps between evaluations; 0: only before and after
-    eval_split: str = "test"  # Split of hub data for evaluation
     eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
+    eval_split: str = "test"  # Split of hub data for evaluation
+
+
+@dataclass(frozen=True)
+class TrainingComputeSettings(ComputeSettings):
+    """How the work is cut to fit the memory, and what is compiled."""
+
+    gradient_checkpointing: bool | None = (
+        None  # Recompute activations; by default above 1B parameters
+    )
+    offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a policy with GRPO and the flow reward."""
+
+    model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
+    data: str | None = None  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
+    eval_data: tuple[str, ...] | None = (
+        None  # Sets for evaluation before and after, as --data of eval.py
+    )
+    reward: tuple[str, ...] | None = (
+        None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
+    )
+    shaping: Literal["flow", "entropy", "none"] = (
+        "flow"  # Dense part of the advantage; none: plain RLVR
+    )
+    flow: str | None = (
+        None  # Flow of the offline start, folder or file; by default runs/flow-MODEL/flow
+    )
+    steps: int | None = None  # RL steps; by default as `epochs` says
+    lr: float = 1e-6  # Peak learning rate of the policy
+    folder: str | None = None  # Run folder; by default one in runs/, named after the model
+    resume: str | None = None  # Run folder to go on with
+    seed: int = 0  # Seed of initialisation, order, sampling and noise
+    rollout: RolloutSettings = RolloutSettings()
+    problems: rollout.ProblemSettings = rollout.ProblemSettings()
+    grading: RewardSettings = RewardSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    flow_reward: FlowRewardSettings = FlowRewardSettings()
+    flow_update: FlowUpdateSettings = FlowUpdateSettings()
+    optimisation: OptimisationSettings = OptimisationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    engine: rollout.EngineSettings = rollout.EngineSettings()
+    compute: TrainingComputeSettings = TrainingComputeSettings()
+    loading: rollout.LoadingSettings = rollout.LoadingSettings()
+    run: RunSettings = RunSettings()
+
+
+MUST_BE_POSITIVE = """
+    prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
+    clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
+    grader_deadline overlong_buffer eval_samples max_sequences tensor_parallel tokens_per_gpu keep
+"""
 
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    positive = """prompts group_size train_batch epochs steps max_tokens max_prompt_tokens temperature max_rounds grader_deadline
-        flow_top_k flow_power lr flow_lr clip_norm tokens_per_gpu eval_samples keep mismatch_cap overlong_buffer
-        ratio_cap entropy_kappa max_sequences tensor_parallel"""
-    check_positive(config, *positive.split())
-    if config.top_p < 1 or config.top_k > 0:
-        reason = "the engine's log-probs would be over the tokens kept, the trainer's over all: a biased ratio"
+    check_positive(config, *MUST_BE_POSITIVE.split())
+    n_ranks = dist.get_world_size()
+    rollout.check_engine(config.engine, n_ranks)
+    if config.compute.offload and config.compute.cpu_offload:
         raise ValueError(
-            f"top_p={config.top_p}, top_k={config.top_k}: training samples from all tokens ({reason}); leave them out"
+            "offload and cpu_offload exclude each other: "
+            "choose whether weights are in host memory sometimes or always"
         )
-    if config.offload and config.cpu_offload:
+    prompts = config.rollout.prompts
+    group_size = config.rollout.group_size
+    train_batch = config.optimisation.train_batch
+    baseline = config.advantage.baseline
+    if group_size == 1 and baseline != "reinforce":
         raise ValueError(
-            "offload and cpu_offload exclude each other: choose when weights are in host memory, sometimes or always"
+            f"group_size=1 with baseline {baseline!r}: use 2 or more, or --baseline reinforce"
         )
-    rollout.check_engine(config, dist.get_world_size())
-    if config.group_size == 1 and config.baseline != "reinforce":
+    if prompts * group_size % train_batch:
         raise ValueError(
-            f"group_size=1 with baseline {config.baseline!r}: use 2 or more, or --baseline reinforce"
+            f"prompts * group_size = {prompts} * {group_size} = {prompts * group_size} is not a "
+            f"multiple of train_batch={train_batch}; choose a divisor of it"
         )
-    if config.prompts * config.group_size % config.train_batch:
-        product = f"prompts * group_size = {config.prompts} * {config.group_size} = {config.prompts * config.group_size}"
+    if train_batch % n_ranks:
         raise ValueError(
-            f"{product} is not a multiple of train_batch={config.train_batch}; choose a divisor of it"
+            f"train_batch={train_batch} is not a multiple of the {n_ranks} ranks; choose one"
         )
-    if config.train_batch % dist.get_world_size():
-        raise ValueError(
-            f"train_batch={config.train_batch} is not a multiple of the {dist.get_world_size()} ranks; choose one"
-        )
-    for name in ("flow_threshold", "flow_entropy_quantile", "flow_soft", "gamma"):
-        if not 0 <= (getattr(config, name) or 0) <= 1:
-            raise ValueError(f"{name}={getattr(config, name)} is outside [0, 1]")
-    fl.check_times(config.reward_times)
-    fl.FlowConfig(
-        1, contexts=config.contexts or ("previous",), percentiles=config.percentiles or (0.5,)
-    )  # checks them
+    fractions = {
+        "flow_threshold": config.flow_reward.flow_threshold,
+        "gamma": config.flow_reward.gamma,
+        "flow_soft": config.flow_update.flow_soft,
+        "flow_entropy_quantile": config.flow_update.flow_entropy_quantile,
+    }
+    for name, value in fractions.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is outside [0, 1]")
+    fl.check_times(config.flow_reward.reward_times)
+    contexts = config.flow_reward.contexts or ("previous",)
+    percentiles = config.flow_reward.percentiles or (0.5,)
+    fl.FlowConfig(dim=1, contexts=contexts, percentiles=percentiles)  # raises ValueError
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
-    """Check the settings and fill in what follows from the model; return them and where the model is."""
+    """Check the settings and fill in what follows from the model; return them and the model."""
     check(config)
-    name, flow_folder = config.model, f"runs/flow-{Path(config.model).name}"
+    name = config.model
+    flow_folder = f"runs/flow-{Path(config.model).name}"
     if config.model in toy.WORLDS:
         world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
         name = world.path("model")
-        config = with_defaults(
-            config, data=world.path("train.jsonl"), eval_data=(world.path("test.jsonl"),)
-        )
+        data = world.path("train.jsonl")
+        config = with_defaults(config, data=data, eval_data=(world.path("test.jsonl"),))
         if config.shaping == "flow" and config.flow is None:
             on_first(lambda: make_toy_flow(config.model, flow_folder))
-    config = with_defaults(config, flow=f"{flow_folder}/flow" if config.shaping == "flow" else None)
-    model = rollout.find_model(name, config.trust_remote_code, config.min_pixels, config.max_pixels)
+    if config.shaping == "flow":
+        config = with_defaults(config, flow=f"{flow_folder}/flow")
+    model = rollout.find_model(name, config.loading)
     if config.data is None:
         raise ValueError(
             "no data given; expected --data with problems (columns problem and answer)"
         )
     config = rollout.fill_in(config, model)
-    positions = model.config.get_text_config().max_position_embeddings
-    if config.max_prompt_tokens + config.max_tokens > positions:
-        room = f"max_prompt_tokens + max_tokens = {config.max_prompt_tokens} + {config.max_tokens}"
+    prompt = config.problems.max_prompt_tokens
+    response = config.rollout.max_tokens
+    positions = model.text_config.max_position_embeddings
+    if prompt + response > positions:
         raise ValueError(
-            f"{room} is more than the model's {positions} positions; lower one of them"
+            f"max_prompt_tokens + max_tokens = {prompt} + {response} is more than "
+            f"the model's {positions} positions; lower one of them"
         )
     return config, model
 
 
 def make_toy_flow(model: str, folder: str) -> None:
     """Run the offline start of an embedded world, in one process, unless it has been run."""
-    if not Path(folder, "flow", fl.FLOW_FILE).exists():
-        arguments = [
-            "--resume" if Path(folder, "config.json").exists() else "--folder",
-            folder,
-            "--model",
-            model,
-        ]
-        of_ranks = (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        )
-        alone = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in of_ranks and "TORCHELASTIC" not in name
-        }
-        subprocess.run(
-            [sys.executable, Path(__file__).with_name("train_flow.py"), *arguments],
-            check=True,
-            env=alone,
-        )
+    if Path(folder, "flow", fl.FLOW_FILE).exists():
+        return
+    has_begun = Path(folder, "config.json").exists()
+    script = str(Path(__file__).with_name("train_flow.py"))
+    command = [sys.executable, script, "--resume" if has_begun else "--folder", folder]
+    environment = {}
+    for variable, value in os.environ.items():
+        if variable not in RANK_VARIABLES and "TORCHELASTIC" not in variable:
+            environment[variable] = value
+    subprocess.run([*command, "--model", model], check=True, env=environment)
 
 
-# ---- The phases of a step
-Verdicts = Callable[[], list[Verdict]]  # of rollout.grade_on_all_ranks
+# ---- 1. and 2. Roll out and verify
+Verdicts = Callable[[], list[Verdict]]  # waits for the verdicts on all episodes
 
 
-def roll_out(engine, grader, problems, lengths: Tensor, config: Config, cursor: int) -> tuple[list[rollout.Episode], Verdicts, int]:  # fmt: skip
-    """Sample G responses for N problems from the cursor on and have them graded in the background.
+class Sampler(NamedTuple):
+    """What samples groups of responses and grades them."""
 
-    lengths (n_problems,) holds each problem's mean response tokens when last sampled, or 0, and is brought up to date.
-    Returns the episodes, G in a row for each problem, their verdicts to come, and the cursor after the last problem.
+    engine: rollout.Engine
+    grader: Grader
+    problems: list[rollout.Problem]
+    lengths: (
+        Tensor  # (n_problems,) mean response tokens when last sampled, 0 before; kept up to date
+    )
+    settings: RolloutSettings
+    seed: int
+
+
+def roll_out(sampler: Sampler, cursor: int) -> tuple[list[rollout.Episode], Verdicts, int]:
+    """Sample G responses for each of N problems from the cursor on; have them graded meanwhile.
+
+    Returns the episodes, G in a row for each problem, a function that waits for their verdicts,
+    and the cursor behind the last problem.
     """
-    group = config.group_size
-    sampling = rollout.Sampling(group, config.temperature, config.max_tokens)
+    settings = sampler.settings
+    if not settings.dynamic_sampling:
+        episodes, verdicts = sample_groups(sampler, cursor, settings.prompts)
+        return episodes, verdicts, cursor + settings.prompts
 
-    def sample(n: int) -> tuple[list[rollout.Episode], Verdicts]:
-        places = rlfr.passes(len(problems), cursor, n, "problem order", config.seed)
-        rows = [index for _, index in places]
-        chosen = [problems[index] for index in rows]
-        seeds = [fl.keyed_seed("roll out", config.seed, *place) for place in places]
-        usual = (
-            lengths[lengths > 0].mean().nan_to_num(config.max_tokens)
-        )  # for a problem that was not sampled before
-        response = torch.where(lengths > 0, lengths, usual)[rows].tolist()
-        expected = [
-            len(problem.prompt_ids) + group * length
-            for problem, length in zip(chosen, response, strict=True)
-        ]
-        prompts = [problem.prompt_ids for problem in chosen]
-        images = [problem.images for problem in chosen]
-        episodes = rollout.generate_on_all_ranks(engine, prompts, sampling, seeds, expected, images)
-        lengths[rows] = (
-            torch.tensor([len(e.response_ids) for e in episodes]).view(n, group).float().mean(dim=1)
-        )
-        return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
-
-    if not config.dynamic_sampling:
-        return *sample(config.prompts), cursor + config.prompts
-    kept, dropped, wanted = [], [], config.prompts * group
-    for _ in range(config.max_rounds):
-        missing = (wanted - len(kept)) // group
-        episodes, verdicts = sample(missing)
-        cursor += missing
-        pairs = list(zip(episodes, verdicts(), strict=True))
-        varied = rlfr.varied_groups(torch.tensor([verdict.reward for _, verdict in pairs]), group)
-        for i, keep in enumerate(varied.tolist()):
-            (kept if keep else dropped).extend(pairs[i * group : (i + 1) * group])
+    # Dynamic sampling (DAPO): groups of equal reward teach nothing, others take their place
+    group_size = settings.group_size
+    wanted = settings.prompts * group_size
+    kept = []  # pairs of episode and verdict
+    dropped = []
+    for _ in range(settings.max_rounds):
+        n_missing = (wanted - len(kept)) // group_size
+        episodes, verdicts = sample_groups(sampler, cursor, n_missing)
+        cursor += n_missing
+        graded = list(zip(episodes, verdicts(), strict=True))
+        reward = torch.tensor([verdict.reward for _, verdict in graded])
+        for i, is_varied in enumerate(rlfr.varied_groups(reward, group_size)):
+            group = graded[i * group_size : (i + 1) * group_size]
+            if is_varied:
+                kept += group
+            else:
+                dropped += group
         if len(kept) == wanted:
             break
-    episodes, verdicts = zip(*(kept + dropped)[:wanted], strict=True)
-    return list(episodes), lambda: list(verdicts), cursor
+    graded = (kept + dropped)[:wanted]
+    final_verdicts = [verdict for _, verdict in graded]
+    return [episode for episode, _ in graded], lambda: final_verdicts, cursor
 
 
+def sample_groups(
+    sampler: Sampler, cursor: int, n_problems: int
+) -> tuple[list[rollout.Episode], Verdicts]:
+    """Sample a group for each of n_problems from the cursor on, and begin to grade them."""
+    engine, grader, problems, lengths, settings, seed = sampler
+    group_size = settings.group_size
+    places = rlfr.passes(len(problems), cursor, n_problems, "problem order", seed)
+    rows = [row for _, row in places]
+    usual_length = lengths[lengths > 0].mean().nan_to_num(settings.max_tokens)
+    requests = []
+    expected_tokens = []
+    for epoch, row in places:
+        problem = problems[row]
+        request_seed = fl.keyed_seed("roll out", seed, epoch, row)
+        requests.append(rollout.Request(problem.prompt_ids, request_seed, problem.images))
+        length = lengths[row] if lengths[row] > 0 else usual_length
+        expected_tokens.append(len(problem.prompt_ids) + group_size * length.item())
+    sampling = rollout.Sampling(group_size, settings.temperature, settings.max_tokens)
+    episodes = rollout.generate_on_all_ranks(engine, requests, sampling, expected_tokens)
+    sampled = torch.tensor([len(episode.response_ids) for episode in episodes])
+    lengths[rows] = sampled.view(n_problems, group_size).float().mean(dim=1)
+    chosen = [problems[row] for row in rows]
+    return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
+
+
+# ---- 3. Score
 @dataclass
 class Scores:
     """What is known of a step's episodes after the scoring pass, (B, T) each, on every rank."""
 
-    mask: Tensor  # response tokens
+    mask: Tensor  # bool, response tokens
     sampled_logp: Tensor
     old_logp: Tensor
     entropy: Tensor
-    ref_logp: Tensor
-    flow_score: Tensor
-    flow_mask: Tensor  # tokens with a flow score: all of mask, but for the last one where the context is the next
+    ref_logp: Tensor  # 0 without a reference
+    flow_score: Tensor  # 0 without a flow
+    flow_mask: Tensor  # bool, tokens with a flow score: not the last one if the context is the next
+
+    @classmethod
+    def empty(cls, episodes: Sequence[rollout.Episode]) -> "Scores":
+        """Return scores before the scoring pass: mask and sampled log-probs, zeros elsewhere."""
+        device = parallel.DEVICE
+        lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=device)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        sampled_logp = torch.zeros(mask.shape, device=device)
+        all_logp = [logp for episode in episodes for logp in episode.logp]
+        sampled_logp[mask] = torch.tensor(all_logp, device=device)
+        to_be_scored = [torch.zeros(mask.shape, device=device) for _ in range(4)]
+        return cls(mask, sampled_logp, *to_be_scored, flow_mask=torch.zeros_like(mask))
+
+    def sum_over_ranks(self) -> None:
+        """Add up what each rank has scored; it left zeros for the others' episodes."""
+        for tensor in (self.old_logp, self.entropy, self.ref_logp, self.flow_score):
+            parallel.sum_over_ranks(tensor)
+        self.flow_mask = parallel.sum_over_ranks(self.flow_mask.float()).bool()
 
 
 def score(
-    policy, reference, flow, episodes, verdicts: Verdicts, config: Config, step: int
+    policy: rlfr.Policy,
+    reference: rlfr.Policy | None,
+    flow: fl.Flow | None,
+    episodes: Sequence[rollout.Episode],
+    verdicts: Verdicts,
+    config: Config,
+    step: int,
 ) -> tuple[Scores, dict[str, float]]:
-    """Run the policy once over the episodes, without gradient: log-probs, entropies, and the flow's score of the latents.
+    """Run the policy once over the episodes, without gradient.
 
-    The flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
+    Gives log-probs, entropies, and the flow's score of the latents. The flow's own loss on accepted
+    episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
-    lengths = torch.tensor(
-        [len(episode.response_ids) for episode in episodes], device=parallel.DEVICE
-    )
-    mask = torch.arange(int(lengths.max()), device=parallel.DEVICE) < lengths[:, None]
-    sampled_logp = torch.zeros(mask.shape, device=parallel.DEVICE)
-    sampled_logp[mask] = torch.tensor(
-        [x for episode in episodes for x in episode.logp], device=parallel.DEVICE
-    )
-    found = torch.zeros(5, *mask.shape, device=parallel.DEVICE)  # this rank's part of what follows
-    old_logp, entropy, ref_logp, flow_score, flow_mask = found
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
-    flow_loss, learnt = torch.zeros((), device=parallel.DEVICE), False
+    temperature = config.rollout.temperature
+    scores = Scores.empty(episodes)
+    flow_learns = flow is not None and not config.flow_update.freeze_flow
+    flow_loss = torch.zeros((), device=parallel.DEVICE)
+    taps = []
     if flow:
+        taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
-    pairs = [(episode.prompt_ids, episode.response_ids, episode.images) for episode in episodes]
-    batches = rlfr.micro_batches(
-        pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
-    )
-    for rows, batch in tqdm(batches, desc="score", leave=False, delay=3, disable=not is_first()):
-        targets = batch.response_mask
-        here = (rows, slice(targets.shape[1]))  # where the micro-batch is in (B, T)
+    for rows, batch in my_micro_batches(episodes, config, "score"):
+        place = (rows, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
-            old_logp[here], entropy[here], latents = policy(batch, config.temperature, taps)
+            scored = policy(batch, temperature, taps)
+            scores.old_logp[place] = scored.logp
+            scores.entropy[place] = scored.entropy
             if reference:
-                ref_logp[here] = reference(batch, config.temperature).logp
-        if not flow:
-            continue
-        depths = [tap / policy.n_layers for tap in taps]
-        rows_of_flow = fl.pair(flow.config, latents, depths, batch.attention_mask, batch.targets)
-        keys = [("flow noise", config.seed, step, i) for i in rows]
-        noise, z = fl.draw(flow.config, keys, targets.sum(dim=1).tolist(), parallel.DEVICE)
-        weight = None
-        if (
-            not config.freeze_flow
-        ):  # the first micro-batch waits for the verdicts, while the accelerator works
-            everyone = config.flow_accept == "all"
-            accepted = torch.tensor(
-                [everyone or verdict.correct for verdict in verdicts()], device=parallel.DEVICE
-            )
-            quantile, soft = config.flow_entropy_quantile, config.flow_soft
-            seen = None if quantile is None else entropy[here]
-            token_weight, row_weight = rlfr.online_flow_weights(
-                targets, accepted[rows], seen, quantile, soft
-            )
-            total = torch.where(accepted, 1.0, soft).sum()  # over all ranks
-            learnt = bool(total > 0)
-            weight = (token_weight * row_weight[:, None] / total.clamp(min=1e-9))[targets]
-        learn_at = z if config.flow_times == "random" else None
-        token_score, token_loss = fl.score_and_learn(
-            flow, rows_of_flow, noise, config.reward_times, weight, learn_at
-        )
-        flow_score[here] = batch.unflatten(token_score)
-        flow_mask[here] = batch.unflatten(rows_of_flow.exists.any(dim=1).any(dim=0)).float()
-        flow_loss += 0.0 if weight is None else (weight * token_loss).sum()
+                scores.ref_logp[place] = reference(batch, temperature).logp
+        if flow:
+            weight = None
+            if flow_learns:  # the first micro-batch waits here for the verdicts, the GPU works on
+                accepted = accepted_episodes(verdicts(), config.flow_update)
+                weight = flow_loss_weights(
+                    batch, rows, scored.entropy, accepted, config.flow_update
+                )
+            depths = [tap / policy.n_layers for tap in taps]
+            keys = [("flow noise", config.seed, step, row) for row in rows]
+            result = score_latents(flow, batch, scored.latents, depths, keys, weight, config)
+            scores.flow_score[place] = result.score
+            scores.flow_mask[place] = result.exists
+            flow_loss += result.loss
+    metrics = {}
+    has_learnt = False
+    if flow_learns:
+        accepted = accepted_episodes(verdicts(), config.flow_update)
+        has_learnt = bool(accepted.any()) or config.flow_update.flow_soft > 0
+        metrics["flow/loss"] = parallel.sum_over_ranks(flow_loss).item()
     if flow:
-        parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt)
-    parallel.sum_over_ranks(found)
-    scores = Scores(mask, sampled_logp, *found[:4], found[4].bool())
-    return scores, {
-        "flow/loss": parallel.sum_over_ranks(flow_loss).item()
-    } if flow and not config.freeze_flow else {}
+        parallel.end_calls(flow, flow.example(parallel.DEVICE), has_learnt)
+    scores.sum_over_ranks()
+    return scores, metrics
 
 
+class LatentScores(NamedTuple):
+    """What the flow says of a micro-batch."""
+
+    score: Tensor  # (B, T) velocity deviation
+    exists: Tensor  # (B, T) bool, tokens that have a score
+    loss: Tensor  # (), this micro-batch's part of the online flow loss
+
+
+def score_latents(
+    flow: fl.Flow,
+    batch: rlfr.Batch,
+    latents: Sequence[Tensor],
+    depths: Sequence[float],
+    keys: Sequence[tuple],
+    weight: Tensor | None,
+    config: Config,
+) -> LatentScores:
+    """Score the latents of response tokens; with a weight (M,), let the flow learn from them."""
+    flow_rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
+    lengths = batch.response_mask.sum(dim=1).tolist()
+    noise, z = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
+    learn_at = z if config.flow_update.flow_times == "random" else None
+    times = config.flow_reward.reward_times
+    score, loss = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at)
+    has_context = flow_rows.exists.any(dim=1).any(dim=0)  # (M,)
+    total = torch.zeros((), device=parallel.DEVICE) if weight is None else (weight * loss).sum()
+    return LatentScores(batch.unflatten(score), batch.unflatten(has_context), total)
+
+
+def accepted_episodes(verdicts: Sequence[Verdict], settings: FlowUpdateSettings) -> Tensor:
+    """Return which episodes the flow learns from, (B,) bool: rejection sampling."""
+    accepts_all = settings.flow_accept == "all"
+    accepted = [accepts_all or verdict.correct for verdict in verdicts]
+    return torch.tensor(accepted, device=parallel.DEVICE)
+
+
+def flow_loss_weights(
+    batch: rlfr.Batch,
+    rows: Sequence[int],
+    entropy: Tensor,
+    accepted: Tensor,
+    settings: FlowUpdateSettings,
+) -> Tensor:
+    """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
+
+    `rows` are the micro-batch's places in accepted (B,). The weights of a whole step sum to 1 over
+    all micro-batches and ranks, if any episode is accepted.
+    """
+    quantile = settings.flow_entropy_quantile
+    token_weight, episode_weight = rlfr.online_flow_weights(
+        batch.response_mask,
+        accepted[rows],
+        None if quantile is None else entropy,
+        quantile,
+        settings.flow_soft,
+    )
+    total = torch.where(accepted, 1.0, settings.flow_soft).sum().clamp(min=1e-9)
+    weight = token_weight * episode_weight[:, None] / total  # (B, T) of the micro-batch
+    return weight[batch.response_mask]
+
+
+def my_micro_batches(
+    episodes: Sequence, config: Config, phase: str
+) -> Iterator[tuple[list[int], rlfr.Batch]]:
+    """Yield indices and batch of this rank's share of episodes, behind a progress bar."""
+    budget = config.compute.tokens_per_gpu
+    batches = rlfr.micro_batches(episodes, budget, dist.get_rank(), dist.get_world_size())
+    return tqdm(batches, desc=phase, leave=False, delay=3, disable=not is_first())
+
+
+# ---- 4. Shape and advantage
 def shape_advantage(
     scores: Scores, reward: Tensor, config: Config
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the advantage of each token (B, T): outcome part, and the dense part that `shaping` chooses."""
-    mask, metrics = scores.mask, {}
-    advantage = rlfr.outcome_advantage(reward, config.group_size, config.baseline)[:, None] * mask
+    """Return each token's advantage (B, T): the outcome, and the dense part that `shaping` adds."""
+    mask = scores.mask
+    settings = config.advantage
+    outcome = rlfr.outcome_advantage(reward, config.rollout.group_size, settings.baseline)
+    advantage = outcome[:, None] * mask
+    metrics = {}
     if config.shaping == "flow":
-        scope = config.group_size if config.flow_scope == "group" else 1
-        unit = rlfr.normalise(
-            scores.flow_score, scores.flow_mask, config.flow_bilateral, config.flow_power, scope
-        )
-        kept = rlfr.select(unit, config.flow_threshold, config.flow_top_k, config.flow_bilateral)
-        flow_reward = -config.flow_coef * kept
-        advantage = advantage + rlfr.token_returns(flow_reward, mask, config.gamma)
-        metrics["flow/score"] = (
-            scores.flow_score.sum() / scores.flow_mask.sum().clamp(min=1)
-        ).item()
+        flow_reward = shape_flow_reward(scores, config.flow_reward, config.rollout.group_size)
+        advantage = advantage + rlfr.token_returns(flow_reward, mask, config.flow_reward.gamma)
+        n_scored = scores.flow_mask.sum().clamp(min=1)
+        metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
-        metrics["flow/tokens"] = (kept != 0).sum(dim=1).float().mean().item()
+        metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
     if config.shaping == "entropy":
-        shaped = (
-            rlfr.entropy_advantage(
-                advantage, scores.entropy, config.entropy_alpha, config.entropy_kappa
-            )
-            * mask
+        shaped = rlfr.entropy_advantage(
+            advantage, scores.entropy, settings.entropy_alpha, settings.entropy_kappa
         )
+        shaped = shaped * mask
         metrics["entropy_advantage"] = (shaped - advantage)[mask].mean().item()
         advantage = shaped
-    if config.baseline == "reinforce++":
+    if settings.baseline == "reinforce++":
         advantage = rlfr.whiten(advantage, mask)
     return advantage, metrics
 
 
-def update_policy(policy, learner, episodes, scores: Scores, advantage, weight, config: Config, step: int, lr: float) -> dict[str, float]:  # fmt: skip
-    """Take the optimiser steps of one RL step, mini-batch by mini-batch; return the figures, averaged over them."""
+def shape_flow_reward(scores: Scores, settings: FlowRewardSettings, group_size: int) -> Tensor:
+    """Return each token's flow reward (B, T): -flow_coef times the largest normalised scores."""
+    rows_together = group_size if settings.flow_scope == "group" else 1
+    normalised = rlfr.normalise(
+        scores.flow_score,
+        scores.flow_mask,
+        settings.flow_bilateral,
+        settings.flow_power,
+        rows_together,
+    )
+    selected = rlfr.select(
+        normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
+    )
+    return -settings.flow_coef * selected
+
+
+# ---- 5. Update the policy
+def update_policy(
+    policy: rlfr.Policy,
+    learner: parallel.Learner,
+    episodes: Sequence[rollout.Episode],
+    scores: Scores,
+    advantage: Tensor,
+    weight: Tensor,
+    config: Config,
+    step: int,
+    lr: float,
+) -> dict[str, float]:
+    """Take the optimiser steps of one RL step, a mini-batch each; return figures, their means.
+
+    advantage and weight are (B, T); weight corrects for the sampler's probabilities.
+    """
+    settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
-    share, grad_norm = config.train_batch / len(episodes), 0.0
-    loss_sum, kl_sum, clipped_sum = sums = torch.zeros(3, device=parallel.DEVICE)
-    for mini in tqdm(
-        order.split(config.train_batch), desc="update", leave=False, delay=3, disable=not is_first()
-    ):
-        n_tokens = int(scores.mask[mini].sum())  # over all micro-batches and ranks: one denominator
-        pairs = [
-            (episodes[i].prompt_ids, episodes[i].response_ids, episodes[i].images) for i in mini
-        ]
-        for rows, batch in rlfr.micro_batches(
-            pairs, config.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
-        ):
+    share = settings.train_batch / len(episodes)  # of a mini-batch in the step
+    sums = {name: torch.zeros((), device=parallel.DEVICE) for name in ("loss", "kl", "clipped")}
+    grad_norm = 0.0
+    for mini_batch in order.split(settings.train_batch):
+        # over all micro-batches and ranks: one denominator for each optimiser step
+        n_tokens = int(scores.mask[mini_batch].sum())
+        n_episodes = len(mini_batch)
+        chosen = [episodes[i] for i in mini_batch]
+        for rows, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
-            here = (mini[rows], slice(mask.shape[1]))
-            logp = policy(batch, config.temperature).logp
-            clips = (config.clip_low, config.clip_high, config.ratio_cap)
-            loss, clipped = rlfr.policy_loss(logp, scores.old_logp[here], advantage[here], *clips)
-            loss = loss * weight[here]
-            token_weight = rlfr.token_weights(
-                mask, config.normalisation, len(mini), n_tokens, config.max_tokens
+            place = (mini_batch[rows], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            logp = policy(batch, config.rollout.temperature).logp
+            loss, is_clipped = rlfr.policy_loss(
+                logp,
+                scores.old_logp[place],
+                advantage[place],
+                settings.clip_low,
+                settings.clip_high,
+                settings.ratio_cap,
             )
-            if config.kl_coef:
-                kl = rlfr.kl_divergence(logp, scores.ref_logp[here], config.kl_kind)
-                loss = loss + config.kl_coef * kl
-                kl_sum += share * (kl * token_weight).sum().detach()
+            loss = loss * weight[place]
+            token_weight = rlfr.token_weights(
+                mask, settings.normalisation, n_episodes, n_tokens, config.rollout.max_tokens
+            )
+            if settings.kl_coef:
+                kl = rlfr.kl_divergence(logp, scores.ref_logp[place], settings.kl_kind)
+                loss = loss + settings.kl_coef * kl
+                sums["kl"] += share * (kl * token_weight).sum().detach()
             loss = (loss * token_weight).sum()
             loss.backward()
-            loss_sum += share * loss.detach()
-            clipped_sum += share * (clipped & mask).sum() / n_tokens
-        grad_norm += share * learner.step(lr, config.clip_norm)
-    figures = dict(
-        zip(("loss", "kl", "clipped"), parallel.sum_over_ranks(sums).tolist(), strict=True)
-    ) | {"grad_norm": grad_norm}
-    return {f"policy/{name}": value for name, value in figures.items()}
+            sums["loss"] += share * loss.detach()
+            sums["clipped"] += share * (is_clipped & mask).sum() / n_tokens
+        grad_norm += share * learner.step(lr, settings.clip_norm)
+    metrics = {}
+    for name, value in sums.items():
+        metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
+    metrics["policy/grad_norm"] = grad_norm
+    return metrics
+
+
+# ---- 7. Log and evaluate
+def episode_metrics(
+    episodes: Sequence[rollout.Episode], verdicts: Sequence[Verdict], scores: Scores, config: Config
+) -> dict[str, float]:
+    """Return the figures of a step's episodes: outcomes, lengths, parts of the reward, grading."""
+    reward = torch.tensor([verdict.reward for verdict in verdicts])
+    n_episodes = len(episodes)
+    n_truncated = sum(episode.finish_reason == "length" for episode in episodes)
+    varied = rlfr.varied_groups(reward, config.rollout.group_size)
+    metrics = {
+        "reward": reward.mean().item(),
+        "correct": sum(verdict.correct for verdict in verdicts) / n_episodes,
+        "varied_groups": varied.float().mean().item(),
+        "length": scores.mask.sum(dim=1).float().mean().item(),
+        "truncated": n_truncated / n_episodes,
+        "entropy": scores.entropy[scores.mask].mean().item(),
+    }
+    for part in verdicts[0].parts:
+        metrics[f"reward/{part}"] = sum(verdict.parts[part] for verdict in verdicts) / n_episodes
+    return metrics
+
+
+def grader_metrics(grader: Grader) -> dict[str, float]:
+    """Return how often grading went wrong in this step, over all ranks."""
+    metrics = {}
+    for trouble in ("timeout", "crashed", "capped"):
+        count = torch.tensor(float(grader.counts[trouble]))
+        metrics[f"grader/{trouble}"] = parallel.sum_over_ranks(count).item()
+    return metrics
+
+
+def evaluate(
+    engine: rollout.Engine, grader: Grader, held_out: dict[str, list], config: Config
+) -> dict[str, dict[str, dict]]:
+    """Evaluate the engine's weights; return figures by set and by kind of sampling."""
+    max_tokens = config.rollout.max_tokens
+    samplings = {
+        "sampled": rollout.Sampling(
+            config.evaluation.eval_samples, config.rollout.temperature, max_tokens
+        ),
+        "greedy": rollout.Sampling(1, 0.0, max_tokens),
+    }
+    results: dict[str, dict[str, dict]] = {}
+    with torch.random.fork_rng():  # an engine may draw from the global generator
+        for name, problems in held_out.items():
+            results[name] = {}
+            for kind, sampling in samplings.items():
+                results[name][kind] = sets.evaluate(engine, name, problems, grader, sampling)
+    return results
+
+
+def print_summary(summary: dict, names: Sequence[str]) -> None:
+    """Print the accuracy before and after training, a row for each set and kind of sampling."""
+    rows = {}
+    for name in names:
+        for when in ("before", "after"):
+            for kind, row in summary[when][name].items():
+                rows[f"{name} {when}, {kind}"] = row
+    print(figures.table(rows))
+
+
+def step_line(step: int, metrics: dict[str, float]) -> str:
+    """Return one line of figures of a step, for the screen."""
+    return (
+        f"step {step:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
+        f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  "
+        f"loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  "
+        f"{metrics['time/step']:.1f} s"
+    )
 
 
 def main(config: Config) -> None:
     """Train a policy."""
-    # ---- What there is: problems, policy, flow, engine, grader
+    # ---- Problems and grader
     start()
     config, model = resolve(config)
     run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
-    problems = rollout.load_problems(config.data, config, model)
-    if not (total_steps := config.steps or config.epochs * len(problems) // config.prompts):
-        few = f"{len(problems)} problems in {config.epochs} epochs"
-        raise ValueError(f"{few} do not fill a step of {config.prompts}; lower --prompts")
-    evaluated = replace(config, split=config.eval_split)
-    held_out = load_sets(config.eval_data or (), evaluated, model)
-    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    limits = (
-        config.grader_deadline,
-        config.grade_truncated,
-        config.max_tokens,
-        config.overlong_buffer,
-    )
-    grader = Grader(config.reward, n_workers, *limits)
-    flow, reference, dtype = None, None, parallel.compute_dtype(config.dtype)
-    if config.shaping == "flow":
-        dim = model.config.get_text_config().hidden_size
-        flow = fl.load_flow(
-            config.flow, dim, contexts=config.contexts, percentiles=config.percentiles
+    problems = rollout.load_problems(config.data, config.problems, model)
+    prompts = config.rollout.prompts
+    total_steps = config.steps or config.optimisation.epochs * len(problems) // prompts
+    if not total_steps:
+        raise ValueError(
+            f"{len(problems)} problems in {config.optimisation.epochs} epochs do not fill "
+            f"a step of {prompts}; lower --prompts"
         )
-    engine = rollout.make_engine(model, config, parallel.DEVICE, dtype)
+    evaluation_problems = replace(config.problems, split=config.evaluation.eval_split)
+    held_out = sets.load_sets(config.eval_data or (), evaluation_problems, model)
+    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
+    grader = Grader(config.reward, config.grading, config.rollout.max_tokens, n_workers)
+
+    # ---- Flow, engine, policy
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    remote_code = config.loading.trust_remote_code
+    cpu_offload = config.compute.cpu_offload
+    flow = None
+    if config.shaping == "flow":
+        flow = fl.load_flow(
+            config.flow,
+            model.text_config.hidden_size,
+            contexts=config.flow_reward.contexts,
+            percentiles=config.flow_reward.percentiles,
+        )
+    engine = rollout.make_engine(
+        model,
+        config.engine,
+        config.problems.max_prompt_tokens + config.rollout.max_tokens,
+        config.problems.max_images,
+        parallel.DEVICE,
+        dtype,
+    )
     engine.sleep()  # the policy has the GPU while it is sharded
     policy = rlfr.load_policy(
-        model.path, config.trust_remote_code, config.gradient_checkpointing, config.freeze
+        model.path,
+        remote_code,
+        config.compute.gradient_checkpointing,
+        config.optimisation.freeze,
     )
-    parallel.shard(policy, policy.blocks, dtype, config.cpu_offload)
-    learners = {"policy": parallel.Learner(policy, (0.9, 0.95), config.weight_decay)}
-    if config.kl_coef:
-        reference = rlfr.load_policy(model.path, config.trust_remote_code).requires_grad_(False)
-        parallel.shard(reference, reference.blocks, dtype, config.cpu_offload)
+    parallel.shard(policy, policy.blocks, dtype, cpu_offload)
+    weight_decay = config.optimisation.weight_decay
+    learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
+    reference = None
+    if config.optimisation.kl_coef:
+        reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
+        parallel.shard(reference, reference.blocks, dtype, cpu_offload)
     if flow:
-        parallel.compile_flow(flow, config.compile)
-        parallel.shard(flow, (), dtype, config.cpu_offload)
-        if not config.freeze_flow:
+        parallel.compile_flow(flow, config.compute.compile)
+        parallel.shard(flow, (), dtype, cpu_offload)
+        if not config.flow_update.freeze_flow:
             learners["flow"] = parallel.Learner(flow, (0.9, 0.999), 0.01)
+
+    # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
-    state = {"progress": progress} | learners
+    state = {"progress": progress, **learners}
     run.begin(state)
+    sampler = Sampler(engine, grader, problems, progress["lengths"], config.rollout, config.seed)
     if is_first():
         print(config)
-        sizes = f"{len(problems)} problems, {total_steps} steps of {config.prompts} * {config.group_size} episodes"
         print(
-            f"{sizes}, {dist.get_world_size()} ranks, {parallel.DEVICE} in {dtype}, run folder {run.folder}"
+            f"{len(problems)} problems, {total_steps} steps of {prompts} * "
+            f"{config.rollout.group_size} episodes, {dist.get_world_size()} ranks, "
+            f"{parallel.DEVICE} in {dtype}, run folder {run.folder}"
         )
 
-    def sync() -> None:
-        """Give the engine the policy's weights, and room."""
+    @contextmanager
+    def engine_awake():
+        """Give the engine the policy's weights and the GPU's memory, and take the memory back."""
         engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
-        if config.offload:
+        if config.compute.offload:
             parallel.move([*learners.values(), reference], "cpu")
-
-    def rest() -> None:
-        """Take the room back from the engine."""
+        yield
         engine.sleep()
-        if config.offload:
+        if config.compute.offload:
             parallel.move([*learners.values(), reference], parallel.DEVICE)
 
-    def assess() -> dict[str, dict]:
-        """Evaluate the policy on the held-out sets; return figures by set and kind of sampling."""
-        samplings = [("sampled", config.eval_samples, config.temperature), ("greedy", 1, 0.0)]
-        samplings = {
-            kind: rollout.Sampling(n, temperature, config.max_tokens)
-            for kind, n, temperature in samplings
-        }
-        sync()
-        found: dict[str, dict] = {name: {} for name in held_out}
-        with torch.random.fork_rng():  # an engine may draw from the global generator
-            for name, problems in held_out.items():
-                for kind, sampling in samplings.items():
-                    found[name][kind] = evaluate(engine, name, problems, grader, sampling)
-        rest()
-        return found
-
     summary_file = run.folder / "summary.json"
-    summary = (
-        json.loads(summary_file.read_text()) if progress["step"] and summary_file.exists() else {}
-    )
+    summary = {}
+    if progress["step"] and summary_file.exists():
+        summary = json.loads(summary_file.read_text())
     if held_out and "before" not in summary:
-        summary["before"] = assess()
+        with engine_awake():
+            summary["before"] = evaluate(engine, grader, held_out, config)
         run.write_json("summary.json", summary)
 
     bar = tqdm(
         initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first()
     )
     while (step := progress["step"]) < total_steps and not asked_to_stop():
-        laps = [time.perf_counter()]
+        clock = Stopwatch()
         grader.counts.clear()
+
         # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
-        sync()
-        laps.append(time.perf_counter())
-        episodes, verdicts, cursor = roll_out(
-            engine, grader, problems, progress["lengths"], config, progress["cursor"]
-        )
-        rest()
-        laps.append(time.perf_counter())
+        with engine_awake():
+            clock.lap("sync")
+            episodes, verdicts, cursor = roll_out(sampler, progress["cursor"])
+        clock.lap("roll_out")
 
         # ---- 3. Score
         scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
-        laps.append(time.perf_counter())
-        reward = torch.tensor([verdict.reward for verdict in verdicts()], device=parallel.DEVICE)
-        correct = sum(verdict.correct for verdict in verdicts()) / len(episodes)
-        laps.append(time.perf_counter())
+        clock.lap("score")
+        reward = [verdict.reward for verdict in verdicts()]
+        reward = torch.tensor(reward, device=parallel.DEVICE)
+        clock.lap("verify")
 
         # ---- 4. Shape and advantage
         advantage, shaping_metrics = shape_advantage(scores, reward, config)
-        correction = (config.mismatch, config.mismatch_cap)
-        weight, mismatch = rlfr.importance_weights(
-            scores.old_logp, scores.sampled_logp, scores.mask, *correction
+        weight, mismatch_metrics = rlfr.importance_weights(
+            scores.old_logp,
+            scores.sampled_logp,
+            scores.mask,
+            config.optimisation.mismatch,
+            config.optimisation.mismatch_cap,
         )
 
         # ---- 5. Update the policy
-        lr = rlfr.learning_rate(config.lr, step, total_steps, config.warmup, config.lr_floor)
+        lr = rlfr.learning_rate(
+            config.lr, step, total_steps, config.optimisation.warmup, config.optimisation.lr_floor
+        )
         policy_metrics = update_policy(
             policy, learners["policy"], episodes, scores, advantage, weight, config, step, lr
         )
 
         # ---- 6. Update the flow
         if "flow" in learners:
-            flow_metrics["flow/grad_norm"] = learners["flow"].step(config.flow_lr, config.clip_norm)
-        laps.append(time.perf_counter())
+            flow_metrics["flow/grad_norm"] = learners["flow"].step(
+                config.flow_update.flow_lr, config.optimisation.clip_norm
+            )
+        clock.lap("update")
 
         # ---- 7. Log, evaluate, save
-        progress |= {"step": step + 1, "cursor": cursor}
-        mask, n_truncated = (
-            scores.mask,
-            sum(episode.finish_reason == "length" for episode in episodes),
-        )
-        metrics = {"reward": reward.mean().item(), "correct": correct, "lr": lr, "cursor": cursor}
-        metrics["varied_groups"] = (
-            rlfr.varied_groups(reward, config.group_size).float().mean().item()
-        )
-        metrics |= {
-            "length": mask.sum(dim=1).float().mean().item(),
-            "truncated": n_truncated / len(episodes),
+        progress["step"] = step + 1
+        progress["cursor"] = cursor
+        metrics = {
+            **episode_metrics(episodes, verdicts(), scores, config),
+            "lr": lr,
+            "cursor": cursor,
+            "advantage_abs": advantage[scores.mask].abs().mean().item(),
+            **grader_metrics(grader),
+            **policy_metrics,
+            **shaping_metrics,
+            **flow_metrics,
+            **mismatch_metrics,
         }
-        metrics |= {
-            "entropy": scores.entropy[mask].mean().item(),
-            "advantage_abs": advantage[mask].abs().mean().item(),
-        }
-        for part in verdicts()[0].parts:
-            metrics[f"reward/{part}"] = sum(verdict.parts[part] for verdict in verdicts()) / len(
-                episodes
-            )
-        for trouble in ("timeout", "crashed", "capped"):
-            metrics[f"grader/{trouble}"] = parallel.sum_over_ranks(
-                torch.tensor(float(grader.counts[trouble]))
-            ).item()
-        metrics |= policy_metrics | shaping_metrics | flow_metrics | mismatch
-        if held_out and config.eval_every and (step + 1) % config.eval_every == 0:
-            for name, kinds in assess().items():
-                metrics |= {
-                    f"eval/{name}/{kind}": figures["avg"]["mean"] for kind, figures in kinds.items()
-                }
-        laps.append(time.perf_counter())
-        phases = ("sync", "roll_out", "score", "verify", "update", "evaluate")
-        metrics |= {
-            f"time/{phase}": b - a for phase, (a, b) in zip(phases, pairwise(laps), strict=True)
-        }
-        metrics["time/step"] = laps[-1] - laps[0]
+        eval_every = config.evaluation.eval_every
+        if held_out and eval_every and (step + 1) % eval_every == 0:
+            with engine_awake():
+                results = evaluate(engine, grader, held_out, config)
+            for name, kinds in results.items():
+                for kind, row in kinds.items():
+                    metrics[f"eval/{name}/{kind}"] = row["avg"]["mean"]
+        clock.lap("evaluate")
+        metrics.update(clock.metrics())
         if parallel.DEVICE.type == "cuda":
             metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         run.log(step + 1, metrics)
         if is_first():
             bar.update()
-            tqdm.write(
-                f"step {step + 1:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
-                f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  "
-                f"loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  {metrics['time/step']:.1f} s"
-            )
-        if config.save_every and (step + 1) % config.save_every == 0:
+            tqdm.write(step_line(step + 1, metrics))
+        if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
 
-    # ---- What came of it
+    # ---- Write the results
     if not run.end(state, total_steps):
         return
-    weights = {
-        name: tensor.cpu()
-        for name, tensor in parallel.full_weights(policy, dtype, prefix="model.")
-        if is_first()
-    }
-    on_first(
-        lambda: export(
-            policy.model, weights, [model.tokenizer, model.processor], run.folder / "policy"
-        )
-    )
+    processors = [model.tokenizer, model.processor]
+    export_policy(policy, dtype, processors, run.folder / "policy")
     if flow:
-        fl.save_flow(flow, run.folder / "flow")
+        export_flow(flow, run.folder / "flow")
     if held_out:
-        summary["after"] = assess()
+        with engine_awake():
+            summary["after"] = evaluate(engine, grader, held_out, config)
         run.write_json("summary.json", summary)
-    if held_out and is_first():
-        rows = {}
-        for name in held_out:
-            for when in ("before", "after"):
-                rows |= {
-                    f"{name} {when}, {kind}": figures
-                    for kind, figures in summary[when][name].items()
-                }
-        print(table(rows))
     if is_first():
+        if held_out:
+            print_summary(summary, list(held_out))
         print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()
-
-
-def export(model, weights: dict[str, Tensor], processors: list, folder: Path) -> None:
-    """Write the policy as Hugging Face does: weights, configurations, tokenizer and, where there is one, image processor."""
-    stored = {
-        name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors
-    }  # tied ones once
-    weights = {name: tensor for name, tensor in weights.items() if name in stored}
-    with torch.device("meta"):  # one that is not sharded, in the dtype of the weights
-        plain = type(model)(model.config).to(next(iter(weights.values())).dtype)
-    plain.generation_config = model.generation_config
-    with written_whole(folder) as temporary:
-        plain.save_pretrained(temporary, state_dict=weights)
-        for processor in filter(None, processors):
-            processor.save_pretrained(temporary)
 
 
 if __name__ == "__main__":
