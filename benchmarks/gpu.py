@@ -26,6 +26,7 @@ import flow as fl
 import parallel
 import toy
 import train_rl
+from run import change
 
 SHAPES = {  # of Qwen2.5: hidden size, layers, heads, heads of keys, feed-forward width, vocabulary, tied embeddings
     "tiny": (64, 2, 2, 2, 128, 512, True),
@@ -64,9 +65,9 @@ def write_inputs(folder: Path, settings: Settings) -> None:
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    fl.save_flow(
-        fl.Flow(fl.FlowConfig(hidden, n_blocks=6 if settings.shape == "7B" else 4)), folder / "flow"
-    )
+    flow = fl.Flow(fl.FlowConfig(hidden, n_blocks=6 if settings.shape == "7B" else 4))
+    (folder / "flow").mkdir()
+    fl.save_flow(flow.config, flow.state_dict(), folder / "flow")
     problems = [
         {"problem": f"{i:0{settings.prompt_tokens}d}", "answer": "1"}
         for i in range(settings.prompts)
@@ -108,8 +109,7 @@ def main(settings: Settings) -> dict:
         rate = matrix_rate(8192 if parallel.DEVICE.type == "cuda" else 512)
         episodes = settings.prompts * settings.group_size
         train_rl.main(
-            train_rl.Config(
-                model=str(folder / "model"), data=str(folder / "problems.jsonl"), flow=str(folder / "flow"), template="none",
+            change(train_rl.Config(), model=str(folder / "model"), data=str(folder / "problems.jsonl"), flow=str(folder / "flow"), template="none",
                 folder=str(folder / "run"), prompts=settings.prompts, group_size=settings.group_size, train_batch=episodes,
                 max_prompt_tokens=settings.prompt_tokens, max_tokens=settings.response_tokens, steps=settings.steps,
                 max_sequences=episodes, engine=settings.engine, tokens_per_gpu=settings.tokens_per_gpu,

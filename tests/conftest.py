@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
-import eval as evaluation  # noqa: E402
 import flow as fl  # noqa: E402
 import parallel  # noqa: E402
 import rlfr  # noqa: E402
 import rollout  # noqa: E402
+import run as runs  # noqa: E402
 import toy  # noqa: E402
 import vision  # noqa: E402
 
@@ -58,9 +58,7 @@ def flow_folder(world, tmp_path_factory) -> str:
     flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=2))
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    folder = tmp_path_factory.mktemp("flow")
-    fl.save_flow(flow, folder)
-    return str(folder)
+    return save_flow(flow, tmp_path_factory.mktemp("flow"))
 
 
 @pytest.fixture(scope="session")
@@ -146,12 +144,45 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def find_model(folder) -> rollout.Model:
+    """Find a model in a folder, with default settings."""
+    return rollout.find_model(str(folder), rollout.LoadingSettings())
+
+
 def load_problems(file: str) -> list[rollout.Problem]:
     """Load problems of the small world."""
-    config = evaluation.Config(template="none", max_prompt_tokens=64, problem_column="problem")
-    return rollout.load_problems(
-        file, config, rollout.find_model(str(Path(file).with_name("model")))
+    settings = rollout.ProblemSettings(
+        template="none", max_prompt_tokens=64, problem_column="problem"
     )
+    return rollout.load_problems(file, settings, find_model(Path(file).with_name("model")))
+
+
+def torch_engine(folder) -> rollout.TorchEngine:
+    """The torch engine of a model in a folder."""
+    model = find_model(folder)
+    return rollout.TorchEngine(model, 256, torch.device("cpu"), torch.float32)
+
+
+def vllm_engine(
+    folder, max_length: int, max_sequences: int = 64, device="cpu", dtype=torch.float32
+) -> rollout.VllmEngine:
+    """The vLLM engine of a model in a folder."""
+    settings = rollout.EngineSettings(max_sequences=max_sequences)
+    model = find_model(folder)
+    return rollout.VllmEngine(model, settings, max_length, 4, torch.device(device), dtype)
+
+
+def requests(prompts, seeds=None) -> list[rollout.Request]:
+    """Requests for prompts, each with its seed, by default 0."""
+    seeds = [0] * len(prompts) if seeds is None else seeds
+    return [rollout.Request(list(p), seed) for p, seed in zip(prompts, seeds, strict=True)]
+
+
+def save_flow(flow: fl.Flow, folder) -> str:
+    """Save a flow in a folder, which is made if need be."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    fl.save_flow(flow.config, flow.state_dict(), folder)
+    return str(folder)
 
 
 def figures(folder) -> list[dict]:
@@ -173,13 +204,12 @@ def last_state(folder) -> dict:
 def flags(config) -> list[str]:
     """A configuration as command-line flags."""
     given = []
-    for name, value in vars(config).items():
-        default = type(config).__dataclass_fields__[name].default
+    defaults = runs.flatten(type(config)())
+    for name, value in runs.flatten(config).items():
+        flag = f"--{name.replace('_', '-')}"
         if value is True:
-            given.append(f"--{name.replace('_', '-')}")
-        elif value != default and value is not None:
-            given += [
-                f"--{name.replace('_', '-')}",
-                *(map(str, value) if isinstance(value, tuple) else [str(value)]),
-            ]
+            given.append(flag)
+        elif value != defaults[name] and value is not None:
+            values = value if isinstance(value, tuple) else [value]
+            given += [flag, *map(str, values)]
     return given

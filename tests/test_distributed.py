@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, flags, last_state
+from conftest import ROOT, figures, flags, last_state, requests
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -21,6 +21,7 @@ import rlfr
 import rollout
 import train_flow
 import train_rl
+from run import change
 
 pytestmark = pytest.mark.distributed
 KILL_TRIALS, EXIT_RUNS = int(os.environ.get("KILL_TRIALS", 2)), int(os.environ.get("EXIT_RUNS", 2))
@@ -68,8 +69,7 @@ def wait_for_step(folder: str, step: int, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
-    return train_rl.Config(
-        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3,
         flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),),
         folder=str(tmp_path_factory.mktemp("distributed") / "one"),
@@ -87,7 +87,7 @@ def one(config) -> str:
 def two(config) -> str:
     """The run of two ranks."""
     folder = config.folder.replace("one", "two")
-    finish("train_rl.py", flags(replace(config, folder=folder)))
+    finish("train_rl.py", flags(change(config, folder=folder)))
     return folder
 
 
@@ -122,7 +122,7 @@ def test_two_nodes_follow_one_process(one, config):
     for node in "01":
         options = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", node)
         options += ("--master-addr", "localhost", "--master-port", port)
-        nodes.append(start("train_rl.py", flags(replace(config, folder=folder)), 2, *options))
+        nodes.append(start("train_rl.py", flags(change(config, folder=folder)), 2, *options))
     for process in nodes:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-4000:]
@@ -130,12 +130,11 @@ def test_two_nodes_follow_one_process(one, config):
 
 
 def test_offline_start_on_two_ranks(world, tmp_path):
-    config = train_flow.Config(
-        model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=10, lr=1e-3, epochs=1,
+    config = change(train_flow.Config(), model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=10, lr=1e-3, epochs=1,
         flow_blocks=2, noise_repeats=2, max_prompt_tokens=64, tokens_per_gpu=200, folder=str(tmp_path / "one"),
     )  # fmt: skip
     train_flow.main(config)
-    finish("train_flow.py", flags(replace(config, folder=str(tmp_path / "two"))))
+    finish("train_flow.py", flags(change(config, folder=str(tmp_path / "two"))))
     assert_same_run(config.folder, str(tmp_path / "two"))
 
 
@@ -151,18 +150,18 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
             model, hidden_size=64, num_attention_heads=2, num_key_value_heads=2
         )
         Qwen2ForCausalLM(heads).save_pretrained(other)
-        config = replace(config, model=str(other), shaping="none", flow=None)
+        config = change(config, model=str(other), shaping="none", flow=None)
         for left in Path("/dev/shm").glob(
             "-tp:*cpushm*"
         ):  # vLLM on a CPU leaves it behind and stumbles over it
             left.unlink()
-    config = replace(
+    config = change(
         config, engine="vllm", tensor_parallel=tensor_parallel, steps=2, max_sequences=32
     )
-    output = finish("train_rl.py", flags(replace(config, folder=str(tmp_path / "two"))))
+    output = finish("train_rl.py", flags(change(config, folder=str(tmp_path / "two"))))
     assert "engine: vllm on cpu" in output
     alone = str(tmp_path / "one")
-    train_rl.main(replace(config, tensor_parallel=1, folder=alone))
+    train_rl.main(change(config, tensor_parallel=1, folder=alone))
     a, b = figures(tmp_path / "two")[0], figures(alone)[0]
     assert (
         a == pytest.approx(b, rel=1e-3, abs=1e-3)
@@ -176,12 +175,12 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
     [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}],
 )
 def test_where_weights_live_changes_nothing(config, one, tmp_path, options):
-    train_rl.main(replace(config, folder=str(tmp_path / "run"), **options))
+    train_rl.main(change(config, folder=str(tmp_path / "run"), **options))
     assert_same_run(one, str(tmp_path / "run"))
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
-    train_rl.main(replace(config, folder=str(tmp_path / "run"), dtype="bfloat16", steps=2))
+    train_rl.main(change(config, folder=str(tmp_path / "run"), dtype="bfloat16", steps=2))
     state = last_state(tmp_path / "run")
     assert all(t.dtype == torch.float32 for name, t in state.items() if "['module']" in name)
     exported = rlfr.load_policy(str(tmp_path / "run" / "policy"))
@@ -190,7 +189,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
     )
     policy = rlfr.load_policy(config.model)
     parallel.shard(policy, policy.layers, torch.bfloat16)
-    scored = policy(rlfr.collate([([1, 2], [3, 4])]), 1.0, taps=[1])
+    scored = policy(rlfr.collate([rlfr.Row([1, 2], [3, 4])]), 1.0, taps=[1])
     assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
     scored.logp.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
@@ -200,7 +199,7 @@ def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):
     """Regression: a root that stays gathered after a forward keeps its old weights over the step, silently."""
     plain, policy = (rlfr.load_policy(config.model) for _ in range(2))
     parallel.shard(policy, policy.layers, torch.float32)
-    batch = rlfr.collate([([1, 2, 3], [4, 5, 6, 7])])
+    batch = rlfr.collate([rlfr.Row([1, 2, 3], [4, 5, 6, 7])])
     for module in (plain, policy):
         learner = parallel.Learner(module, (0.9, 0.95), 0.0)
         module(batch).logp.sum().backward()
@@ -217,7 +216,8 @@ def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):
 def test_micro_batches_of_all_ranks():
     """Every pair once, as many batches and pairs a rank, tokens balanced, within the budget."""
     rng = random.Random(0)
-    pairs = [([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
+    pairs = [rlfr.Row([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in pairs]
     for n_ranks in (1, 2, 3, 8):
         plans = [
             [rows for rows, _ in rlfr.micro_batches(pairs, 100, rank, n_ranks)]
@@ -228,10 +228,10 @@ def test_micro_batches_of_all_ranks():
             len({len(plan) for plan in plans}) == 1
             and len({sum(map(len, plan)) for plan in plans}) == 1
         )
-        tokens = [sum(sum(map(len, pairs[i])) for rows in plan for i in rows) for plan in plans]
+        tokens = [sum(lengths[i] for rows in plan for i in rows) for plan in plans]
         assert max(tokens) < 1.5 * min(tokens)
         for rows in (rows for plan in plans for rows in plan):
-            assert len(rows) == 1 or len(rows) * max(sum(map(len, pairs[i])) for i in rows) <= 100
+            assert len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= 100
 
 
 @dataclass
@@ -241,9 +241,13 @@ class Recorder:
     n_ranks: int = 1
     asked: list = field(default_factory=list)
 
-    def generate(self, prompts, sampling, seeds, images):
-        self.asked.append((prompts, seeds))
-        return [rollout.Episode(prompt, [seed + i], [0.0], "stop", "") for prompt, seed in zip(prompts, seeds, strict=True) for i in range(sampling.n)]  # fmt: skip
+    def generate(self, requests, sampling):
+        self.asked.append(requests)
+        return [
+            rollout.Episode(request.prompt_ids, [request.seed + i], [0.0], "stop", "")
+            for request in requests
+            for i in range(sampling.n)
+        ]
 
 
 def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
@@ -265,12 +269,12 @@ def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
 
         monkeypatch.setattr(rollout.dist, "all_gather_object", gather)
         episodes = rollout.generate_on_all_ranks(
-            engines[rank], prompts, rollout.Sampling(2), seeds, expected
+            engines[rank], requests(prompts, seeds), rollout.Sampling(2), expected
         )
     assert [episode.response_ids[0] for episode in episodes] == [
         s + i for s in seeds for i in range(2)
     ]
-    loads = [sum(expected[p[0]] for p in engine.asked[0][0]) for engine in engines]
+    loads = [sum(expected[r.prompt_ids[0]] for r in engine.asked[0]) for engine in engines]
     assert sum(loads) == sum(expected) and max(loads) - min(loads) <= 1
 
 
@@ -281,7 +285,7 @@ def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, 
     rng = random.Random(time.time_ns())
     for trial in range(KILL_TRIALS):
         folder, step, delay = str(tmp_path / f"{trial}"), rng.randint(1, 4), rng.random() / 2
-        process = start("train_rl.py", flags(replace(config, folder=folder)))
+        process = start("train_rl.py", flags(change(config, folder=folder)))
         wait_for_step(folder, step, process)
         time.sleep(delay)
         for pid in [process.pid, *ranks_of(process)]:
@@ -311,7 +315,7 @@ def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, 
 def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
     """SIGTERM to one rank, SIGINT to the only one: the step ends, a whole checkpoint is there, and the run goes on from it."""
     folder = str(tmp_path / "run")
-    long = replace(config, folder=folder, steps=300, save_every=1000)
+    long = change(config, folder=folder, steps=300, save_every=1000)
     process = start("train_rl.py", flags(long), n_ranks)
     wait_for_step(folder, 2, process)
     os.kill(
@@ -333,7 +337,7 @@ def test_a_second_signal_exits_at_once(config, tmp_path):
     folder = str(tmp_path / "run")
     process = start(
         "train_rl.py",
-        flags(replace(config, folder=folder, steps=300, prompts=64, train_batch=256)),
+        flags(change(config, folder=folder, steps=300, prompts=64, train_batch=256)),
         1,
     )
     wait_for_step(folder, 1, process)
@@ -347,7 +351,7 @@ def test_a_second_signal_exits_at_once(config, tmp_path):
 
 def test_a_killed_rank_takes_the_others_down(config, tmp_path):
     folder = str(tmp_path / "run")
-    process = start("train_rl.py", flags(replace(config, folder=folder, steps=300)))
+    process = start("train_rl.py", flags(change(config, folder=folder, steps=300)))
     wait_for_step(folder, 2, process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
@@ -362,7 +366,7 @@ def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
     )
     process = start(
         "train_rl.py",
-        flags(replace(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)),
+        flags(change(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)),
     )
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
@@ -372,7 +376,7 @@ def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
 
 def test_bad_settings_say_so_once_more_at_the_end(config, tmp_path):
     process = start(
-        "train_rl.py", flags(replace(config, folder=str(tmp_path / "run"), train_batch=1))
+        "train_rl.py", flags(change(config, folder=str(tmp_path / "run"), train_batch=1))
     )
     output, _ = process.communicate(timeout=60)
     assert (
@@ -384,4 +388,4 @@ def test_bad_settings_say_so_once_more_at_the_end(config, tmp_path):
 
 def test_run_after_run_exits_0(config, tmp_path):
     for n in range(EXIT_RUNS):
-        finish("train_rl.py", flags(replace(config, folder=str(tmp_path / f"{n}"), steps=1)))
+        finish("train_rl.py", flags(change(config, folder=str(tmp_path / f"{n}"), steps=1)))

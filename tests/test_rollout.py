@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import load_problems
+from conftest import find_model, load_problems, requests, torch_engine
 from transformers import AutoTokenizer
 
 import eval as evaluation
@@ -20,7 +20,7 @@ def tokenizer(world):
 
 @pytest.fixture(scope="module")
 def engine(world, tokenizer):
-    return rollout.TorchEngine(world.path("model"), tokenizer)
+    return torch_engine(world.path("model"))
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,19 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
     data.to_parquet(tmp_path / "folder" / "train.parquet")
     for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
         assert rollout.load_rows(str(tmp_path / name), ("problem", "answer")) == ROWS, name
-    assert rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().split) == ROWS[:1], (
-        "evaluation reads the test split"
-    )
+    assert (
+        rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split)
+        == ROWS[:1]
+    ), "evaluation reads the test split"
 
 
-def test_an_answer_may_be_a_list_or_a_number(tmp_path, tokenizer):
+def test_an_answer_may_be_a_list_or_a_number(tmp_path, world):
     file = tmp_path / "data.jsonl"
     file.write_text('{"q": "a\\u2028", "gold": ["1", 2]}\n{"q": "b", "gold": 3}\n')
-    config = evaluation.Config(template="none", problem_column="q", answer_column="gold")
-    problems = rollout.load_problems(str(file), config, rollout.Model("", None, 0, tokenizer))
+    settings = rollout.ProblemSettings(
+        template="none", problem_column="q", answer_column="gold", max_prompt_tokens=64
+    )
+    problems = rollout.load_problems(str(file), settings, find_model(world.path("model")))
     assert [problem.answer for problem in problems] == [["1", "2"], "3"]
 
 
@@ -99,25 +102,29 @@ def test_unknown_data_and_models():
             ValueError,
             match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B",
         ):
-            rollout.find_model(model)
+            find_model(model)
 
 
-def test_long_prompts_are_counted(tokenizer):
+def test_long_prompts_are_counted(world):
     with pytest.raises(
         ValueError,
-        match="2 of 3 prompts are longer than 4 tokens, as row 1 with 5, 'abcde'; raise --max-prompt-tokens",
+        match="2 of 3 prompts are longer than 4 tokens, e.g. row 1 with 5, 'abcde'; raise --max-prompt-tokens",
     ):
         rollout.make_prompts(
             ["abc", "abcde", "abcdef"],
-            tokenizer,
-            rollout.Source(template="none", max_prompt_tokens=4),
+            [(), (), ()],
+            find_model(world.path("model")),
+            rollout.DataSettings(template="none", max_prompt_tokens=4),
         )
 
 
-def test_templates(tokenizer, tmp_path):
+def test_templates(world, tokenizer, tmp_path):
     def text(template, model_type=""):
-        source = rollout.Source(template=rollout.choose_template(template, tokenizer, model_type))
-        return tokenizer.decode(rollout.make_prompts(["1+1?"], tokenizer, source)[0])
+        model = find_model(world.path("model"))._replace(tokenizer=tokenizer)
+        model.config.model_type = model_type
+        template = rollout.choose_template(template, model)
+        settings = rollout.DataSettings(template=template, max_prompt_tokens=300)
+        return tokenizer.decode(rollout.make_prompts(["1+1?"], [()], model, settings)[0])
 
     assert text("none") == "1+1?"
     assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith(
@@ -152,32 +159,32 @@ def test_templates(tokenizer, tmp_path):
 
 
 def test_greedy_is_what_hugging_face_generates(engine, prompts, tokenizer):
-    episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=24), [0] * len(prompts))
+    episodes = engine.generate(requests(prompts), Sampling(temperature=0, max_tokens=24))
     for prompt, episode in zip(prompts, episodes, strict=True):
         expected = engine.model.generate(
             torch.tensor([prompt]),
             do_sample=False,
             max_new_tokens=24,
-            eos_token_id=engine.ends.tolist(),
+            eos_token_id=engine.end_tokens.tolist(),
         )[0, len(prompt) :]
         assert episode.prompt_ids == prompt and episode.response_ids == expected.tolist()
-        assert (episode.finish_reason == "stop") == (episode.response_ids[-1] in engine.ends)
+        assert (episode.finish_reason == "stop") == (episode.response_ids[-1] in engine.end_tokens)
         assert tokenizer.eos_token not in episode.text
 
 
 def test_samples_do_not_depend_on_the_batch(engine, prompts):
     sampling, seeds = Sampling(n=3, max_tokens=24), [100 * i for i in range(len(prompts))]
-    together = engine.generate(prompts, sampling, seeds)
+    together = engine.generate(requests(prompts, seeds), sampling)
     alone = [
         episode
         for prompt, seed in zip(prompts, seeds, strict=True)
-        for episode in engine.generate([prompt], sampling, [seed])
+        for episode in engine.generate(requests([prompt], [seed]), sampling)
     ]
     assert [episode.response_ids for episode in together] == [
         episode.response_ids for episode in alone
     ]
     assert len({tuple(episode.response_ids) for episode in together}) > len(prompts)
-    single = engine.generate(prompts[:1], Sampling(n=1, max_tokens=24), [2])[0]
+    single = engine.generate(requests(prompts[:1], [2]), Sampling(n=1, max_tokens=24))[0]
     assert single.response_ids == together[2].response_ids, "child i of a prompt has the seed + i"
 
 
@@ -186,13 +193,10 @@ def test_log_probs_are_those_of_the_trainer(engine, prompts, policy, temperature
     import rlfr
 
     episodes = engine.generate(
-        prompts,
+        requests(prompts, range(0, 9 * len(prompts), 9)),
         Sampling(n=2, temperature=temperature, max_tokens=24),
-        list(range(0, 999, 9))[: len(prompts)],
     )
-    logp = policy(
-        rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature
-    ).logp
+    logp = policy(rlfr.collate(episodes), temperature).logp
     for row, episode in enumerate(episodes):
         torch.testing.assert_close(
             torch.tensor(episode.logp),
@@ -224,13 +228,13 @@ def test_sampling_follows_the_distribution():
 
 
 def test_length_finish_and_weights(engine, prompts, world, tokenizer):
-    episodes = engine.generate(prompts, Sampling(max_tokens=2), [0] * len(prompts))
+    episodes = engine.generate(requests(prompts), Sampling(max_tokens=2))
     assert all(
         e.finish_reason == "length" and len(e.response_ids) == 2
         for e in episodes
         if e.response_ids[-1] != tokenizer.eos_token_id
     )
-    other = rollout.TorchEngine(world.path("model"), tokenizer)
+    other = torch_engine(world.path("model"))
     other.sleep()
     state = {name: torch.zeros_like(tensor) for name, tensor in other.model.state_dict().items()}
     other.load_weights(state.items())
@@ -240,6 +244,6 @@ def test_length_finish_and_weights(engine, prompts, world, tokenizer):
     ):
         other.load_weights([("model.nonsense", torch.zeros(1))])
     with pytest.raises(
-        ValueError, match="weights were not given, as .*expected the whole state dict"
+        ValueError, match="weights were not given, e.g. .*expected the whole state dict"
     ):
         other.load_weights(list(state.items())[:3])

@@ -6,15 +6,21 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, flags, last_state, load_problems, read_lines
-from transformers import AutoTokenizer
+from conftest import (
+    ROOT,
+    figures,
+    flags,
+    last_state,
+    load_problems,
+    read_lines,
+    save_flow,
+    torch_engine,
+)
 
-import eval as evaluation
 import flow as fl
 import rlfr
 import rollout
@@ -22,13 +28,15 @@ import run as runs
 import toy
 import train_flow
 import train_rl
+from evals import sets
+from rewards import Grader
+from run import change
 
 
 @pytest.fixture
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
     """Three small steps."""
-    return train_rl.Config(
-        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, save_every=1,
         flow_accept="all", tokens_per_gpu=300, grade_truncated=True, folder=str(tmp_path / "run"),
     )  # fmt: skip
@@ -36,8 +44,7 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
 
 @pytest.fixture
 def flow_config(world, tmp_path) -> train_flow.Config:
-    return train_flow.Config(
-        model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=16, lr=1e-3, epochs=2,
+    return change(train_flow.Config(), model=world.path("model"), data=world.path("expert.jsonl"), template="none", batch_size=16, lr=1e-3, epochs=2,
         flow_blocks=2, noise_repeats=2, max_prompt_tokens=64, save_every=2, folder=str(tmp_path / "flow-run"),
     )  # fmt: skip
 
@@ -59,7 +66,7 @@ def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch
         "forward",
         lambda *a, **k: (asked.append(k["latents_only"]), forward(*a, **k))[1],
     )
-    train_flow.main(replace(flow_config, epochs=8))
+    train_flow.main(change(flow_config, epochs=8))
     lines = read_lines(Path(flow_config.folder) / "metrics.jsonl")
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and all(asked)
     flow = fl.load_flow(Path(flow_config.folder) / "flow", 32, n_blocks=2, contexts=("previous",))
@@ -69,7 +76,7 @@ def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch
 def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
     for name, budget in (("a", 100_000), ("b", 200)):
         train_flow.main(
-            replace(flow_config, folder=flow_config.folder + name, tokens_per_gpu=budget)
+            change(flow_config, folder=flow_config.folder + name, tokens_per_gpu=budget)
         )
     a, b = (figures(flow_config.folder + name) for name in "ab")
     for one, other in zip(a, b, strict=True):
@@ -84,8 +91,8 @@ def test_offline_start_and_training_share_the_prompts(flow_config, config, world
         rollout, "make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1]
     )
     template = {"template": "auto", "max_prompt_tokens": 300}
-    train_flow.main(replace(flow_config, epochs=1, **template))
-    train_rl.main(replace(config, data=world.path("expert.jsonl"), steps=1, **template))
+    train_flow.main(change(flow_config, epochs=1, **template))
+    train_rl.main(change(config, data=world.path("expert.jsonl"), steps=1, **template))
     assert made[0] == made[1] and len(made[0][0]) > 80, (
         "the family's template, not the bare problem"
     )
@@ -106,7 +113,7 @@ def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
         return update(policy, *arguments)
 
     monkeypatch.setattr(train_rl, "update_policy", spy)
-    train_rl.main(replace(config, steps=1))
+    train_rl.main(change(config, steps=1))
     assert len(gradients) == 1 and all(g is None for g in gradients[0])
     before, after = (fl.load_flow(path, 32) for path in (flow_folder, Path(config.folder) / "flow"))
     for name, parameter in before.named_parameters():
@@ -120,7 +127,7 @@ def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
 
 
 def test_a_frozen_flow_stays(config, flow_folder):
-    train_rl.main(replace(config, steps=2, freeze_flow=True))
+    train_rl.main(change(config, steps=2, freeze_flow=True))
     before, after = (
         fl.load_flow(path, 32).state_dict() for path in (flow_folder, Path(config.folder) / "flow")
     )
@@ -133,7 +140,7 @@ def test_a_frozen_flow_stays(config, flow_folder):
 def test_gradient_checkpointing_changes_nothing(config):
     for name in ("off", "on"):
         train_rl.main(
-            replace(config, folder=config.folder + name, gradient_checkpointing=name == "on")
+            change(config, folder=config.folder + name, gradient_checkpointing=name == "on")
         )
     for off, on in zip(figures(config.folder + "off"), figures(config.folder + "on"), strict=True):
         assert off == pytest.approx(on, rel=1e-4, abs=1e-6)
@@ -143,7 +150,7 @@ def test_micro_batches_change_nothing(config):
     """Figures and gradients do not depend on how a step's episodes are batched (one denominator)."""
     for name, budget in (("a", 100_000), ("b", 60)):
         train_rl.main(
-            replace(
+            change(
                 config,
                 folder=config.folder + name,
                 tokens_per_gpu=budget,
@@ -176,9 +183,9 @@ def test_micro_batches_change_nothing(config):
 def test_every_option_changes_the_policy(config, options, world, tmp_path):
     file = tmp_path / "reward.py"  # rewards that differ inside groups, and so does the length
     file.write_text("def reward(problem, response):\n    return float(len(response) % 3)\n")
-    config = replace(config, reward=(str(file),), steps=2)
-    train_rl.main(replace(config, folder=config.folder + "-a"))
-    train_rl.main(replace(config, folder=config.folder + "-b", **options))
+    config = change(config, reward=(str(file),), steps=2)
+    train_rl.main(change(config, folder=config.folder + "-a"))
+    train_rl.main(change(config, folder=config.folder + "-b", **options))
     policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
     assert any(
         not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True)
@@ -194,8 +201,8 @@ def test_every_option_changes_the_policy(config, options, world, tmp_path):
     ],
 )
 def test_every_option_changes_the_flow(config, options):
-    train_rl.main(replace(config, folder=config.folder + "-a", steps=1))
-    train_rl.main(replace(config, folder=config.folder + "-b", steps=1, **options))
+    train_rl.main(change(config, folder=config.folder + "-a", steps=1))
+    train_rl.main(change(config, folder=config.folder + "-b", steps=1, **options))
     flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
     assert any(not torch.equal(a, b) for a, b in zip(*(f.parameters() for f in flows), strict=True))
     first, second = (figures(f"{config.folder}-{name}")[0] for name in "ab")
@@ -211,8 +218,8 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
             dim=32, n_blocks=1, contexts=("next", "self"), percentiles=(0.1, 0.9), shift=2
         )
     )
-    fl.save_flow(flow, tmp_path / "other")
-    train_rl.main(replace(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
+    save_flow(flow, tmp_path / "other")
+    train_rl.main(change(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
     assert figures(config.folder)[0]["flow/score"] > 0
 
 
@@ -221,9 +228,9 @@ def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
     file.write_text(
         "def reward(problem, response):\n    return float(int(problem[0]) % 2 and len(response) % 3)\n"
     )
-    config = replace(config, reward=(str(file),), steps=1)
-    train_rl.main(replace(config, folder=config.folder + "-a"))
-    train_rl.main(replace(config, folder=config.folder + "-b", dynamic_sampling=True, max_rounds=8))
+    config = change(config, reward=(str(file),), steps=1)
+    train_rl.main(change(config, folder=config.folder + "-a"))
+    train_rl.main(change(config, folder=config.folder + "-b", dynamic_sampling=True, max_rounds=8))
     without, with_it = (figures(f"{config.folder}-{name}")[0] for name in "ab")
     assert without["varied_groups"] < 1 and without["cursor"] == 4
     assert with_it["varied_groups"] == 1 and with_it["cursor"] > 4
@@ -231,12 +238,10 @@ def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
 
 def test_shapings_differ_in_the_advantage_alone(config):
     """G. The same first-step episodes and figures, apart from the advantage and what follows from it."""
-    config, first = replace(config, reward=(str(ROOT / "tests" / "length_reward.py"),)), {}
+    config, first = change(config, reward=(str(ROOT / "tests" / "length_reward.py"),)), {}
     for shaping in ("none", "entropy", "flow"):
         train_rl.main(
-            replace(
-                config, folder=config.folder + shaping, shaping=shaping, steps=1, train_batch=16
-            )
+            change(config, folder=config.folder + shaping, shaping=shaping, steps=1, train_batch=16)
         )
         first[shaping] = figures(config.folder + shaping)[0]
     depends = {"advantage_abs", "policy/loss", "policy/grad_norm", "entropy_advantage"}
@@ -251,7 +256,7 @@ def test_shapings_differ_in_the_advantage_alone(config):
 
 def test_one_seed_gives_one_run(config):
     for name in "ab":
-        train_rl.main(replace(config, folder=config.folder + name))
+        train_rl.main(change(config, folder=config.folder + name))
     assert (
         figures(config.folder + "a") == figures(config.folder + "b")
         and len(figures(config.folder + "a")) == 3
@@ -303,8 +308,7 @@ def launch(
 @pytest.fixture(scope="module")
 def never_killed(world, flow_folder, tmp_path_factory):
     """One RL run from the command line that nobody kills."""
-    config = train_rl.Config(
-        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+    config = change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=12, max_prompt_tokens=64, steps=5, lr=1e-3, save_every=2, flow_accept="all",
         folder=str(tmp_path_factory.mktemp("never") / "run"),
     )  # fmt: skip
@@ -324,7 +328,7 @@ def never_killed(world, flow_folder, tmp_path_factory):
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, tmp_path, point, count):
-    config = replace(never_killed, folder=str(tmp_path / "run"))
+    config = change(never_killed, folder=str(tmp_path / "run"))
     assert launch("train_rl.py", flags(config), point, count).returncode == -signal.SIGKILL
     assert (
         len(figures(config.folder)) < 5 if (tmp_path / "run" / "metrics.jsonl").exists() else True
@@ -337,7 +341,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, tmp_path,
 
 
 def test_a_killed_offline_start_goes_on(flow_config):
-    train_flow.main(replace(flow_config, folder=flow_config.folder + "-whole"))
+    train_flow.main(change(flow_config, folder=flow_config.folder + "-whole"))
     assert launch("train_flow.py", flags(flow_config), "update", 4).returncode == -signal.SIGKILL
     assert launch("train_flow.py", ["--resume", flow_config.folder]).returncode == 0
     assert figures(flow_config.folder) == figures(flow_config.folder + "-whole")
@@ -368,7 +372,7 @@ def test_full_disk_leaves_the_last_checkpoint(config):
     )
     assert [p.name for p in (Path(config.folder) / "checkpoints").iterdir()] == ["step-1"]
     assert last_state(config.folder)["['progress']['step']"] == 1
-    train_rl.main(replace(config, resume=config.folder))
+    train_rl.main(change(config, resume=config.folder))
     assert [line["step"] for line in figures(config.folder)] == [1, 2, 3]
 
 
@@ -378,7 +382,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
         match=r"step \d: .*not finite; figures: .*Last checkpoint: .*step-1.*lower learning rate",
     ):
         train_rl.main(
-            replace(
+            change(
                 config,
                 lr=1e30,
                 train_batch=16,
@@ -395,12 +399,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 def test_the_policy_is_exported_for_hugging_face(config, world):
     train_rl.main(
-        replace(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2)
+        change(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2)
     )
     folder = Path(config.folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder / "policy"))
     problems = load_problems(world.path("test.jsonl"))
-    engine = rollout.TorchEngine(str(folder / "policy"), tokenizer)
+    engine = torch_engine(folder / "policy")
     state = last_state(folder)
     assert all(
         torch.equal(t, state[f"['policy']['module']['model.{name}']"])
@@ -411,8 +414,8 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
         for kind in ("sampled", "greedy"):
             interval = summary[when]["test"][kind]["avg"]
             assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
-    with evaluation.Grader() as grader:
-        again = evaluation.evaluate(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
+    with Grader() as grader:
+        again = sets.evaluate(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
     assert again == summary["after"]["test"]["sampled"]
     assert "eval/test/greedy" in read_lines(folder / "metrics.jsonl")[1]
 
@@ -420,7 +423,7 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
 def test_evaluating_in_between_changes_nothing(config, world):
     for name, every in (("a", 0), ("b", 1)):
         train_rl.main(
-            replace(
+            change(
                 config,
                 folder=config.folder + name,
                 eval_data=(world.path("test.jsonl"),),
@@ -432,7 +435,7 @@ def test_evaluating_in_between_changes_nothing(config, world):
 
 
 def test_tensorboard(config):
-    train_rl.main(replace(config, steps=1, track="tensorboard"))
+    train_rl.main(change(config, steps=1, track="tensorboard"))
     assert list((Path(config.folder) / "tensorboard").glob("events.*"))
 
 
@@ -473,14 +476,14 @@ def test_bad_settings(config, options, words, monkeypatch):
 
     monkeypatch.setattr(rlfr, "load_policy", slow)
     with pytest.raises(ValueError, match=words):
-        train_rl.main(replace(config, **options))
+        train_rl.main(change(config, **options))
     assert not Path(config.folder).exists(), "a run that cannot start leaves nothing behind"
 
 
 def test_flow_of_another_width(config, tmp_path):
-    fl.save_flow(fl.Flow(fl.FlowConfig(dim=16)), tmp_path / "narrow")
+    save_flow(fl.Flow(fl.FlowConfig(dim=16)), tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"dim=16 \(input \(16, 16\), 4 blocks.*expected dim=32"):
-        train_rl.main(replace(config, flow=str(tmp_path / "narrow")))
+        train_rl.main(change(config, flow=str(tmp_path / "narrow")))
 
 
 @pytest.mark.parametrize(
@@ -496,23 +499,21 @@ def test_flow_of_another_width(config, tmp_path):
 )
 def test_bad_settings_of_the_offline_start(flow_config, options, words):
     with pytest.raises(ValueError, match=words):
-        train_flow.main(replace(flow_config, **options))
+        train_flow.main(change(flow_config, **options))
     assert not Path(flow_config.folder).exists()
 
 
 def test_resume_checks_the_settings(config):
-    with pytest.raises(
-        ValueError, match="no config.json there; expected the folder of an earlier run"
-    ):
-        train_rl.main(replace(config, resume="nowhere"))
-    train_rl.main(replace(config, steps=1))
+    with pytest.raises(ValueError, match="no config.json there; expected the folder of a run"):
+        train_rl.main(change(config, resume="nowhere"))
+    train_rl.main(change(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
-    train_rl.main(replace(config, steps=1, tokens_per_gpu=50, resume=config.folder))
+    train_rl.main(change(config, steps=1, tokens_per_gpu=50, resume=config.folder))
     with pytest.raises(
         ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"
     ):
-        train_rl.main(replace(config, steps=1, lr=0.1, resume=config.folder))
+        train_rl.main(change(config, steps=1, lr=0.1, resume=config.folder))
 
 
 def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
@@ -520,15 +521,19 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
         return runs.parse_config(train_rl.Config, {"toy": toy.TRAIN_RL})
 
-    assert parse() == train_rl.Config(**toy.TRAIN_RL) and parse().lr == 3e-4
-    assert parse("--model", "Qwen2.5-7B").lr == 1e-6 and parse("--model=Qwen2.5-7B").prompts == 128
-    assert parse("--flow-top-k", "None", "--reward-times", "0.5", "0.8").reward_times == (0.5, 0.8)
-    stored = runs.Run(train_rl.Config(lr=5e-5, folder=str(tmp_path / "r")), "x")
+    assert parse() == change(train_rl.Config(), **toy.TRAIN_RL) and parse().lr == 3e-4
+    assert (
+        parse("--model", "Qwen2.5-7B").lr == 1e-6
+        and parse("--model=Qwen2.5-7B").rollout.prompts == 128
+    )
+    assert parse("--reward-times", "0.5", "0.8").flow_reward.reward_times == (0.5, 0.8)
+    assert parse("--flow-top-k", "None").flow_reward.flow_top_k is None
+    stored = runs.Run(change(train_rl.Config(), lr=5e-5, folder=str(tmp_path / "r")), "x")
     stored.begin({})
     monkeypatch.setattr(sys, "argv", ["train_flow.py", "--resume", stored.config.folder])
     with pytest.raises(ValueError, match="'answer_column'.* settings of another script"):
         runs.parse_config(train_flow.Config, {})
-    assert parse("--resume", stored.config.folder) == replace(
+    assert parse("--resume", stored.config.folder) == change(
         stored.config, resume=stored.config.folder
     )
 

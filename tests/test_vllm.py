@@ -2,12 +2,20 @@
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, load_problems, read_lines
+from conftest import (
+    ROOT,
+    figures,
+    find_model,
+    load_problems,
+    read_lines,
+    requests,
+    torch_engine,
+    vllm_engine,
+)
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import parallel
@@ -15,6 +23,7 @@ import rlfr
 import rollout
 import train_rl
 from rollout import Sampling
+from run import change
 
 pytestmark = pytest.mark.vllm
 LENGTH = 352  # prompt + response
@@ -41,7 +50,7 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder, tokenizer):
-    return rollout.VllmEngine(folder, tokenizer, LENGTH, max_sequences=64)
+    return vllm_engine(folder, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +74,7 @@ def learner(folder) -> parallel.Learner:
 
 def move(learner: parallel.Learner, episodes: list[rollout.Episode]) -> None:
     """Take an optimiser step that makes the episodes less likely."""
-    learner.module(
-        rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes])
-    ).logp.mean().backward()
+    learner.module(rlfr.collate(episodes)).logp.mean().backward()
     learner.step(lr=3e-3, max_norm=1.0)
 
 
@@ -78,7 +85,9 @@ def sync(engine, learner: parallel.Learner) -> None:
 def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
     return [
         episode.response_ids
-        for episode in engine.generate(prompts, sampling, range(0, 100 * len(prompts), 100))
+        for episode in engine.generate(
+            requests(prompts, range(0, 100 * len(prompts), 100)), sampling
+        )
     ]
 
 
@@ -86,11 +95,11 @@ def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
 
 
 def test_greedy_tokens_follow_every_step(engine, learner, folder, tokenizer, prompts):
-    reference, seen = rollout.TorchEngine(folder, tokenizer), []
+    reference, seen = torch_engine(folder), []
     for step in range(3):
         sync(reference, learner)
         sync(engine, learner)
-        episodes = engine.generate(prompts, GREEDY, [0] * 10)
+        episodes = engine.generate(requests(prompts), GREEDY)
         assert [episode.response_ids for episode in episodes] == tokens(reference, prompts), (
             f"step {step}"
         )
@@ -108,9 +117,9 @@ def test_without_the_cache_reset_old_keys_are_used(
 ):
     """Regression of the reset in load_weights: leaving it out changes tokens, silently."""
     sync(engine, learner)
-    episodes = engine.generate(prompts, GREEDY, [0] * 10)
+    episodes = engine.generate(requests(prompts), GREEDY)
     move(learner, episodes)
-    reference = rollout.TorchEngine(folder, tokenizer)
+    reference = torch_engine(folder)
     sync(reference, learner)
     with monkeypatch.context() as patched:
         patched.setattr(engine.llm, "reset_prefix_cache", lambda: None)
@@ -123,11 +132,9 @@ def test_without_the_cache_reset_old_keys_are_used(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, temperature):
     sync(engine, learner)
-    episodes = engine.generate(prompts, Sampling(2, temperature, 48), range(0, 1000, 100))
+    episodes = engine.generate(requests(prompts, range(0, 1000, 100)), Sampling(2, temperature, 48))
     with torch.no_grad():
-        logp = learner.module(
-            rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes]), temperature
-        ).logp
+        logp = learner.module(rlfr.collate(episodes), temperature).logp
     for row, episode in enumerate(episodes):
         sampled = torch.tensor(episode.logp)
         assert (sampled - logp[row, : len(sampled)]).abs().max() <= 2e-5
@@ -137,7 +144,7 @@ def test_all_weights_must_be_given(engine, learner):
     weights = dict(parallel.full_weights(learner.module, torch.float32, prefix="model."))
     some = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
     with pytest.raises(
-        ValueError, match="weights were not given, as .*layers.1.*expected the whole state dict"
+        ValueError, match="weights were not given, e.g. .*layers.1.*expected the whole state dict"
     ):
         engine.load_weights(some.items())
     with pytest.raises((ValueError, KeyError), match="nonsense"):
@@ -151,20 +158,20 @@ def test_all_weights_must_be_given(engine, learner):
 def test_seeds_and_the_order_of_children(engine, learner, prompts):
     sync(engine, learner)
     sampling = Sampling(3, 1.0, 24)
-    together = engine.generate(prompts, sampling, range(0, 1000, 100))
+    together = engine.generate(requests(prompts, range(0, 1000, 100)), sampling)
     assert [e.prompt_ids for e in together] == [prompt for prompt in prompts for _ in range(3)]
     assert len({tuple(e.response_ids) for e in together}) == 30, "no two episodes share a seed"
-    again = engine.generate(prompts[4:6], sampling, [400, 500])
+    again = engine.generate(requests(prompts[4:6], [400, 500]), sampling)
     assert [e.response_ids for e in again] == [e.response_ids for e in together[12:18]]
-    single = engine.generate(prompts[4:5], Sampling(1, 1.0, 24), [402])[0]
+    single = engine.generate(requests(prompts[4:5], [402]), Sampling(1, 1.0, 24))[0]
     assert single.response_ids == together[14].response_ids, "child i of a prompt has the seed + i"
-    assert engine.generate([], sampling, []) == []
+    assert engine.generate([], sampling) == []
 
 
 def test_ends_are_kept_and_nothing_else(engine, learner, prompts, tokenizer):
     sync(engine, learner)
-    episodes = engine.generate(prompts, Sampling(6, 1.0, 48), range(0, 1000, 100))
-    ends = rollout.end_tokens(str(Path(engine.llm.model_config.model)), tokenizer, False)
+    episodes = engine.generate(requests(prompts, range(0, 1000, 100)), Sampling(6, 1.0, 48))
+    ends = rollout.end_tokens(find_model(engine.llm.model_config.model))
     for episode in episodes:
         stopped = episode.response_ids[-1] in ends
         assert len(episode.logp) == len(episode.response_ids) and not set(
@@ -183,7 +190,7 @@ def test_an_engine_asleep_needs_weights(engine, learner, prompts):
     engine.sleep()
     engine.sleep()
     with pytest.raises(RuntimeError, match="sleeps without weights; call load_weights first"):
-        engine.generate(prompts, GREEDY, [0] * 10)
+        engine.generate(requests(prompts), GREEDY)
     sync(engine, learner)  # weights, no cache
     engine.sleep()  # in this state vLLM may ignore it
     assert engine.state == "asleep" and engine.llm.llm_engine.is_sleeping()
@@ -216,8 +223,7 @@ def test_every_loader_sees_the_same_ids(engine, world):
 
 @pytest.fixture
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
-    return train_rl.Config(
-        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
+    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=48, max_prompt_tokens=64, steps=2, lr=1e-3, flow_lr=1e-3, flow_accept="all", engine="vllm",
         grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), folder=str(tmp_path / "run"),
     )  # fmt: skip
@@ -226,7 +232,7 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
 def test_training_with_vllm_repeats_and_its_phases_add_up(config):
     for name in "ab":
         began = time.perf_counter()
-        train_rl.main(replace(config, folder=config.folder + name))
+        train_rl.main(change(config, folder=config.folder + name))
         took = time.perf_counter() - began
     a, b = (read_lines(Path(config.folder + name) / "metrics.jsonl") for name in "ab")
     for one, other in zip(a, b, strict=True):
@@ -248,7 +254,7 @@ def test_evaluating_in_between_changes_nothing(config, world):
             "eval_every": every,
             "eval_samples": 2,
         }
-        train_rl.main(replace(config, folder=config.folder + name, **held_out))
+        train_rl.main(change(config, folder=config.folder + name, **held_out))
     a, b = (figures(config.folder + name) for name in "ab")
     assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
     assert "eval/test/sampled" in b[0]
@@ -260,15 +266,12 @@ def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    train_rl.main(replace(config, engine="torch"))
+    train_rl.main(change(config, engine="torch"))
     folder = str(Path(config.folder) / "policy")
     assert {"generation_config.json", "tokenizer.json", "model.safetensors"} <= {
         p.name for p in Path(folder).iterdir()
     }
-    tokenizer, ids = (
-        AutoTokenizer.from_pretrained(folder),
-        torch.tensor([prompt[-200:] for prompt in prompts]),
-    )
+    ids = torch.tensor([prompt[-200:] for prompt in prompts])
     model = AutoModelForCausalLM.from_pretrained(folder)
     arguments = GRPOConfig(
         output_dir=str(tmp_path / "trl"),
@@ -289,7 +292,7 @@ def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
     by_transformers, by_trl = (
         each.eval().generate(ids, **greedy)[:, 200:].tolist() for each in (model, trainer.model)
     )
-    by_vllm = tokens(rollout.VllmEngine(folder, tokenizer, LENGTH, max_sequences=64), ids.tolist())
+    by_vllm = tokens(vllm_engine(folder, LENGTH), ids.tolist())
     assert (
         by_trl == by_transformers
         and [row[: len(other)] for row, other in zip(by_transformers, by_vllm, strict=True)]

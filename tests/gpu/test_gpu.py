@@ -3,20 +3,19 @@
 python -m pytest -m gpu tests/gpu          torch >= 2.11, transformers >= 5.17; tests with vLLM need vLLM >= 0.26
 """
 
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, load_problems
+from conftest import ROOT, figures, load_problems, requests, vllm_engine
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import parallel
 import rlfr
-import rollout
 import train_rl
 from rollout import Sampling
+from run import change
 
 pytestmark = pytest.mark.gpu
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -47,10 +46,7 @@ def prompts(world) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    return rollout.VllmEngine(
-        folders[0], tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256
-    )
+    return vllm_engine(folders[0], 512, 256, parallel.DEVICE, torch.bfloat16)
 
 
 def sharded(folder: str) -> rlfr.Policy:
@@ -73,12 +69,12 @@ def used() -> int:
 def test_sleep_frees_memory(engine, folders, prompts):
     policy = sharded(folders[0])
     sync(engine, policy)
-    engine.generate(prompts, GREEDY, [0] * 10)
+    engine.generate(requests(prompts), GREEDY)
     before = used()
     engine.sleep()
     asleep = used()
     sync(engine, policy)
-    engine.generate(prompts, GREEDY, [0] * 10)
+    engine.generate(requests(prompts), GREEDY)
     after = used()
     print(
         f"device memory in use: awake {before / 1e9:.2f} GB, asleep {asleep / 1e9:.2f} GB, awake again {after / 1e9:.2f} GB"
@@ -93,15 +89,13 @@ def test_sleep_frees_memory(engine, folders, prompts):
 @needs_vllm
 def test_greedy_tokens_follow_a_sync(engine, folders, prompts):
     """The engine with another model's weights gives what an engine that loaded them itself gives."""
-    fresh = rollout.VllmEngine(
-        folders[1], engine.tokenizer, 512, parallel.DEVICE, torch.bfloat16, max_sequences=256
-    )
-    expected = [episode.response_ids for episode in fresh.generate(prompts, GREEDY, [0] * 10)]
+    fresh = vllm_engine(folders[1], 512, 256, parallel.DEVICE, torch.bfloat16)
+    expected = [episode.response_ids for episode in fresh.generate(requests(prompts), GREEDY)]
     fresh.sleep()
     policies = [sharded(folder) for folder in folders]
     sync(engine, policies[0])
     assert [
-        episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)
+        episode.response_ids for episode in engine.generate(requests(prompts), GREEDY)
     ] != expected
     for asleep in (False, True):
         sync(engine, policies[0])
@@ -109,7 +103,7 @@ def test_greedy_tokens_follow_a_sync(engine, folders, prompts):
             engine.sleep()
         sync(engine, policies[1])
         assert [
-            episode.response_ids for episode in engine.generate(prompts, GREEDY, [0] * 10)
+            episode.response_ids for episode in engine.generate(requests(prompts), GREEDY)
         ] == expected
 
 
@@ -118,9 +112,11 @@ def test_greedy_tokens_follow_a_sync(engine, folders, prompts):
 def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
     policy = sharded(folders[0])
     sync(engine, policy)
-    episodes = engine.generate(prompts, Sampling(4, temperature, 128), range(0, 1000, 100))
+    episodes = engine.generate(
+        requests(prompts, range(0, 1000, 100)), Sampling(4, temperature, 128)
+    )
     with torch.no_grad():
-        batch = rlfr.collate([(e.prompt_ids, e.response_ids) for e in episodes])
+        batch = rlfr.collate(episodes)
         logp = policy(batch, temperature).logp[batch.response_mask].cpu()
     difference = (torch.tensor([x for episode in episodes for x in episode.logp]) - logp).abs()
     print(
@@ -136,13 +132,12 @@ def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
     ids=str,
 )
 def test_whole_steps(world, flow_folder, tmp_path, engine, options):
-    config = train_rl.Config(
-        model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=8, group_size=4,
+    config = change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=8, group_size=4,
         train_batch=16, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, flow_accept="all", save_every=2,
         grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), folder=str(tmp_path / "run"), engine=engine,
     )  # fmt: skip
-    train_rl.main(replace(config, **options))
+    train_rl.main(change(config, **options))
     lines = figures(config.folder)
     assert len(lines) == 3 and lines[0]["flow/grad_norm"] > 0 and lines[0]["policy/grad_norm"] > 0
     assert 0.8 < lines[0]["mismatch/ratio_mean"] < 1.2 and lines[0]["memory/peak_gb"] > 0
-    train_rl.main(replace(config, resume=config.folder, **options))
+    train_rl.main(change(config, resume=config.folder, **options))
