@@ -1,6 +1,17 @@
-"""Ranks, the processes of one run, and what they share: sharded modules (FSDP2) with their optimisers, sums, whole weights.
+"""The ranks (processes) of one run and what they share: sharded modules, sums, whole weights.
 
-One process is a group of one: nothing here or elsewhere asks how many ranks there are.
+A single process is a group of one rank: no code here or elsewhere asks how many ranks there are.
+
+What lives where, with FSDP2:
+
+    weights, gradients, AdamW's moments  sharded, in float32: each rank holds a part of every tensor
+      with shard(cpu_offload=True)       the parts are in host memory
+      after move(..., "cpu")             likewise, until they are moved back
+    weights of the layer that runs       gathered on every rank, in the dtype given to shard()
+    all weights after begin_calls()      gathered likewise, until end_calls()
+    full_weights()                       one whole tensor at a time, on the device of every rank
+    gather_weights()                     all whole tensors, in host memory of the first rank
+    Learner.state_dict()                 sharded: each rank writes its part of a checkpoint
 """
 
 import math
@@ -23,120 +34,54 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-DEVICE = torch.device(
-    f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-)
+
+def find_device() -> torch.device:
+    """Return the device of this rank: its own GPU, or the CPU where there are none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+DEVICE = find_device()
 
 
 # ---- Ranks
 def start() -> None:
-    """Join the ranks that torchrun started, or be the only one: either way there is a process group afterwards."""
+    """Start the process group: join the ranks that torchrun started, or become the only one."""
     if dist.is_initialized():
         return
-    alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    backend = "gloo"
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    # hours: ranks wait for the slowest to sample; a rank that dies is noticed by torchrun, which ends the others
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
-        timeout=timedelta(hours=4),
-        **alone,
-    )
+        backend = "cpu:gloo,cuda:nccl"
+    group = {}  # torchrun describes it in the environment
+    if "RANK" not in os.environ:
+        group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    # Hours, because ranks wait for the slowest to sample. torchrun notices a rank that dies, and
+    # ends the others.
+    dist.init_process_group(backend, timeout=timedelta(hours=4), **group)
 
 
 def is_first() -> bool:
-    """Whether this is the rank that writes and prints."""
+    """Return whether this is the rank that writes and prints."""
     return dist.get_rank() == 0
 
 
 def on_first(work: Callable):
-    """Do work on the first rank and give its result, or its error, to all."""
-    result, error = None, None
+    """Call `work` on the first rank and return its result, or raise its error, on all ranks."""
+    result = None
+    error = None
     if is_first():
         try:
             result = work()
         except Exception as caught:
             error = caught
     box = [result, error]
-    dist.broadcast_object_list(box, src=0)
-    if is_first() and error:
-        raise error  # with its own traceback
-    if box[1]:
-        raise box[1]
-    return box[0]
-
-
-# ---- Sharding: every rank holds a part of each weight, its gradient and its optimiser state (FSDP2)
-def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
-    """Return the dtype of forward and backward: auto is bfloat16 on a GPU, float32 elsewhere."""
-    return (
-        getattr(torch, name)
-        if name != "auto"
-        else torch.bfloat16
-        if DEVICE.type == "cuda"
-        else torch.float32
-    )
-
-
-def shard(
-    module: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, cpu_offload: bool = False
-) -> None:
-    """Shard a module in place: float32 weights, forward and backward in `dtype`, gradients summed over ranks in float32.
-
-    Each of `layers` is gathered by itself while it runs, the rest with the module; nothing stays gathered after a forward
-    (a root that does would keep stale weights over an optimiser step). cpu_offload keeps weights and optimiser on the host.
-    """
-    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    offload = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda") if cpu_offload else OffloadPolicy()
-    for part in (*layers, module):
-        part.to(torch.float32)
-        fully_shard(
-            part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
-        )
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
-
-
-def begin_calls(module: FSDPModule) -> None:
-    """Gather a sharded module for any number of calls, which may differ between ranks; end_calls() must follow."""
-    module.unshard()
-    module.set_reshard_after_forward(False)
-    module.set_reshard_after_backward(False)
-    module.set_requires_gradient_sync(False)
-
-
-def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> None:
-    """Free what begin_calls() gathered; if any rank has learnt, sum gradients, by a backward of weight 0 on an example."""
-    if learnt:
-        module.set_requires_gradient_sync(True)
-        (module(*example).sum() * 0).backward()
-    module.reshard()
-
-
-def full_weights(
-    module: nn.Module, dtype: torch.dtype, prefix: str = ""
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield name, without the prefix, and whole tensor of the state dict, one at a time; every rank must take them all."""
-    for name, tensor in module.state_dict().items():
-        part = tensor.to(device=DEVICE, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-        yield name.removeprefix(prefix), part.full_tensor() if isinstance(part, DTensor) else part
-
-
-def move(things: Sequence, device: torch.device | str) -> None:
-    """Move sharded modules and learners to a device; None is nothing."""
-    for thing in things:
-        if thing is not None:
-            thing.to(device)
-    torch.cuda.empty_cache()
-
-
-def compile_flow(flow: nn.Module, when: Literal["auto", "on", "off"]) -> None:
-    """Compile the velocity network, before it is sharded; auto: on a GPU (on a CPU it gains nothing)."""
-    if when == "on" or (when == "auto" and DEVICE.type == "cuda"):
-        flow.model.compile(dynamic=True)
+    dist.broadcast_object_list(box, src=0)  # the first rank's own objects stay in its box
+    result, error = box
+    if error is not None:
+        raise error
+    return result
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -145,30 +90,160 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+# ---- Sharding
+def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
+    """Return the dtype of forward and backward; `auto`: bfloat16 on a GPU, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if DEVICE.type == "cuda":
+        return torch.bfloat16
+    return torch.float32
+
+
+def compile_flow(flow: nn.Module, when: Literal["auto", "on", "off"]) -> None:
+    """Compile the velocity network, before it is sharded; `auto` does so on a GPU alone.
+
+    On a CPU nothing is gained by it.
+    """
+    if when == "on" or (when == "auto" and DEVICE.type == "cuda"):
+        flow.model.compile(dynamic=True)
+
+
+def shard(
+    module: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, cpu_offload: bool = False
+) -> None:
+    """Shard a module in place over all ranks (FSDP2).
+
+    Weights are kept in float32, and gradients are summed over ranks in float32. Each layer is
+    gathered by itself while it runs, and the rest of the module with the root. Nothing stays
+    gathered after a forward: a root that did would keep stale weights over an optimiser step.
+
+    Args:
+        module: the root.
+        layers: parts of the module that are gathered by themselves.
+        dtype: dtype of forward and backward.
+        cpu_offload: keep weights, gradients and optimiser state in host memory.
+    """
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    # forward inputs are not cast: advantages and old log-probs stay in float32
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
+    for part in (*layers, module):
+        part.to(torch.float32)
+        fully_shard(
+            part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
+        )
+        # a sum, not FSDP's mean: the learner divides by the step's own denominator
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+
+
+def begin_calls(module: FSDPModule) -> None:
+    """Gather a sharded module for any number of calls, until end_calls().
+
+    In between the ranks may call it a different number of times.
+    """
+    module.unshard()
+    module.set_reshard_after_forward(False)
+    module.set_reshard_after_backward(False)
+    module.set_requires_gradient_sync(False)
+
+
+def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> None:
+    """Free what begin_calls() gathered and, if any rank has learnt, sum the gradients over ranks.
+
+    FSDP sums gradients during a backward alone, so the module does one of weight zero.
+
+    Args:
+        module: the module given to begin_calls().
+        example: any inputs of the module.
+        learnt: whether any rank did a backward since begin_calls(); the same on all ranks.
+    """
+    if learnt:
+        module.set_requires_gradient_sync(True)
+        (module(*example).sum() * 0).backward()
+    module.reshard()
+
+
+def move(things: Sequence, device: torch.device | str) -> None:
+    """Move sharded modules and learners to a device; a None among them is skipped."""
+    for thing in things:
+        if thing is not None:
+            thing.to(device)
+    torch.cuda.empty_cache()
+
+
+# ---- Whole weights
+def full_weights(
+    module: nn.Module, dtype: torch.dtype, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the whole tensor of each entry of the state dict, one at a time.
+
+    All ranks must take all of them together.
+
+    Args:
+        module: a module, sharded or not.
+        dtype: what floating-point tensors are converted to, before they are gathered.
+        prefix: removed from the names.
+    """
+    for name, tensor in module.state_dict().items():
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        yield name.removeprefix(prefix), gather(tensor.to(device=DEVICE, dtype=target))
+
+
+def gather_weights(module: nn.Module, dtype: torch.dtype, prefix: str = "") -> dict[str, Tensor]:
+    """Return full_weights() in host memory on the first rank, and an empty dict on the others."""
+    weights = {}
+    for name, tensor in full_weights(module, dtype, prefix):
+        if is_first():
+            weights[name] = tensor.cpu()
+    return weights
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; all ranks call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- Learning
 class Learner:
-    """A sharded module and its AdamW: steps, its place in memory, its part of a checkpoint."""
+    """A sharded module with its AdamW: it makes steps, moves between devices, is checkpointed."""
 
     def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
-        self.module, self.parameters = module, [p for p in module.parameters() if p.requires_grad]
+        self.module = module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, betas=betas, weight_decay=weight_decay, fused=True
         )
-        for p in (
-            self.parameters
-        ):  # what AdamW makes at its first step: now a checkpoint always holds all of it
-            moments = {
-                name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+        # AdamW makes its state at its first step. It is made now, so that every checkpoint has it.
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
     def step(self, lr: float, max_norm: float, denominator: float = 1.0) -> float:
-        """Divide gradients by the denominator, clip, step and clear; return the norm. If it is not finite, nothing moves."""
+        """Divide the gradients, clip them, make a step of AdamW and clear them.
+
+        Args:
+            lr: learning rate of this step.
+            max_norm: largest norm of the gradient, after the division.
+            denominator: what the gradients, sums over ranks and micro-batches, are divided by.
+
+        Returns:
+            The norm before clipping. If it is not finite, no weight has changed. It is 0 if there
+            were no gradients.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:  # no episode was accepted: there is nothing to learn
             return 0.0
         torch._foreach_div_(gradients, denominator)
-        norm = nn.utils.get_total_norm(gradients)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = gather(nn.utils.get_total_norm(gradients)).item()
         if math.isfinite(norm):
             torch._foreach_mul_(gradients, min(1.0, max_norm / (norm + 1e-6)))
             for group in self.optimizer.param_groups:
@@ -178,15 +253,23 @@ class Learner:
         return norm
 
     def to(self, device: torch.device | str) -> None:
-        """Move weights and optimiser state; gradients are none between steps."""
-        self.module.to(device)  # keeps the parameters' identity, by which the optimiser knows them
+        """Move weights and optimiser state to a device; between steps, when no gradients exist."""
+        # this keeps the identity of the parameters, by which the optimiser knows its state
+        self.module.to(device)
         for state in self.optimizer.state.values():
-            state.update({name: tensor.to(device) for name, tensor in state.items()})
+            for name, tensor in list(state.items()):
+                state[name] = tensor.to(device)
 
     def state_dict(self) -> dict:
+        """Return weights and optimiser state, sharded; any number of ranks can load them."""
         module, optimizer = get_state_dict(self.module, self.optimizer)
         return {"module": module, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
-        parts = {"model_state_dict": state["module"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.module, self.optimizer, **parts)
+        """Take over what state_dict() returned."""
+        set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["module"],
+            optim_state_dict=state["optimizer"],
+        )

@@ -1,14 +1,20 @@
-"""The embedded world: problems, a tokenizer, a small base model and expert solutions, made on a laptop in minutes.
+"""The embedded world: problems, a tokenizer, a small base model, expert solutions.
 
-A problem is a chain of operations modulo 10, `7 +5 *3 -4>`. Careful solutions write every step,
-`7+5=2,2*3=6,6-4=2. \\boxed{2}`; hasty ones only the box. The base model learns from demonstrations that are hasty where
-care is needed most, on long chains: it knows how to reason and too seldom does, until reinforcement learning finds out
-that it pays. A step is a table look-up; composing a chain in the head is beyond a small model.
+All of it is made on a laptop in minutes.
 
-In the image world, `--model toy-vl`, the chain is a sum of digits, each drawn in a cell of 28 x 28 pixels (one vector of the
-vision tower), and the text asks `sum>`. Its tower first learns to tell digits, as real towers have learnt to see before.
+A problem is a chain of operations modulo 10, `7 +5 *3 -4>`. A careful solution writes out every
+step, `7+5=2,2*3=6,6-4=2. \\boxed{2}`; a hasty one only the box. The base model learns from
+demonstrations that are hasty where care is needed most, on long chains. So it knows how to reason
+but seldom does, until reinforcement learning discovers that it pays. A single step is a table
+look-up; to compose a whole chain without writing is beyond a small model.
 
-    python toy.py --folder runs/toy        (train_rl.py and train_flow.py make it by themselves for --model toy)
+In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
+28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
+learns to tell digits apart, as the tower of a published model has learnt to see beforehand.
+
+    python toy.py --folder runs/toy
+
+The training scripts make the world by themselves for `--model toy` and `--model toy-vl`.
 """
 
 import base64
@@ -22,9 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
@@ -37,48 +45,59 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-HASTY = {
-    3: 0.05,
-    4: 0.2,
-    5: 0.6,
-    6: 0.8,
-    7: 0.85,
-    8: 0.9,
-}  # operations in a problem -> chance of a hasty solution
-SLIP = 0.02  # chance that a careful demonstrator gets a step wrong
-EOS, PAD = "<|im_end|>", "<|endoftext|>"
-QUESTION = "sum>"  # what the text of a drawn problem says
-CELL = 28  # pixels a side
-FONT = (  # five columns, seven rows a digit
-    "01110100011001110101110011000101110 00100011000010000100001000010001110 01110100010000100010001000100011111 "
-    "11111000100010000010000011000101110 00010001100101010010111110001000010 11111100001111000001000011000101110 "
-    "00110010001000011110100011000101110 11111000010001000100010000100001000 01110100011000101110100011000101110 "
-    "01110100011000101111000010001001100"
+# number of operations in a problem -> chance that its demonstration is hasty
+HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
+SLIP = 0.02  # chance that a careful demonstration gets a step wrong
+EOS = "<|im_end|>"
+PAD = "<|endoftext|>"
+QUESTION = "sum>"  # the text of a drawn problem
+CELL = 28  # pixels a side of the cell of one digit
+IGNORED = -100  # label of a token without loss
+FONT = (  # of each digit seven rows of five pixels
+    "01110100011001110101110011000101110",
+    "00100011000010000100001000010001110",
+    "01110100010000100010001000100011111",
+    "11111000100010000010000011000101110",
+    "00010001100101010010111110001000010",
+    "11111100001111000001000011000101110",
+    "00110010001000011110100011000101110",
+    "11111000010001000100010000100001000",
+    "01110100011000101110100011000101110",
+    "01110100011000101111000010001001100",
 )
-GLYPHS = [
-    np.kron(np.array(list(bits), np.uint8).reshape(7, 5), np.ones((3, 3), np.uint8))
-    for bits in FONT.split()
-]
 
-# Defaults of the training scripts that fit this world (the published ones stand in the scripts).
-TRAIN_RL = dict(
-    model="toy", prompts=16, lr=3e-4, max_tokens=96, max_prompt_tokens=64, steps=140, flow_lr=1e-3, template="none",
-    reward=("binary",),
-)  # fmt: skip
-EVALUATE = dict(model="toy", template="none", max_tokens=96, reward=("binary",))
-TRAIN_FLOW = dict(
-    model="toy",
-    lr=2e-3,
-    epochs=4,
-    batch_size=32,
-    flow_blocks=2,
-    noise_repeats=1,
-    template="none",
-    save_every=100,
-)
-PRESETS = {  # of each script
-    name: {"toy": preset, "toy-vl": preset | {"model": "toy-vl"}}
-    for name, preset in {"train_rl": TRAIN_RL, "train_flow": TRAIN_FLOW, "eval": EVALUATE}.items()
+# Settings of each script that fit this world; those of the paper are the scripts' own defaults.
+TRAIN_RL = {
+    "model": "toy",
+    "prompts": 16,
+    "lr": 3e-4,
+    "max_tokens": 96,
+    "max_prompt_tokens": 64,
+    "steps": 140,
+    "flow_lr": 1e-3,
+    "template": "none",
+    "reward": ("binary",),
+}
+TRAIN_FLOW = {
+    "model": "toy",
+    "lr": 2e-3,
+    "epochs": 4,
+    "batch_size": 32,
+    "flow_blocks": 2,
+    "noise_repeats": 1,
+    "template": "none",
+    "save_every": 100,
+}
+EVALUATE = {
+    "model": "toy",
+    "template": "none",
+    "max_tokens": 96,
+    "reward": ("binary",),
+}
+PRESETS = {  # script -> value of --model -> flag -> value
+    "train_rl": {"toy": TRAIN_RL, "toy-vl": {**TRAIN_RL, "model": "toy-vl"}},
+    "train_flow": {"toy": TRAIN_FLOW, "toy-vl": {**TRAIN_FLOW, "model": "toy-vl"}},
+    "eval": {"toy": EVALUATE, "toy-vl": {**EVALUATE, "model": "toy-vl"}},
 }
 
 
@@ -93,138 +112,195 @@ class World:
     hidden_size: int = 128  # Width of the base model
     n_layers: int = 4  # Decoder layers of the base model
     n_train: int = 4000  # Training problems
-    n_test: int = (
-        256  # Held-out problems: no chain among them is a training problem or a demonstration
-    )
-    n_expert: int = (
-        2000  # Expert solutions for the offline start of the flow: careful, without a slip
-    )
+    n_test: int = 256  # Held-out problems: none is a training problem or a demonstration
+    n_expert: int = 2000  # Expert solutions for the offline start of the flow: careful, no slips
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
 
     @property
     def signs(self) -> str:
-        """Operations that problems are made of: drawings are summed."""
+        """Operations that problems are made of: drawn digits are only summed."""
         return "+" if self.images else "+-*"
 
     def path(self, name: str) -> str:
-        """Path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
+        """Return the path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
         return str(Path(self.folder) / name)
 
 
 WORLDS = {"toy": World(), "toy-vl": World("runs/toy-vl", images=True)}
 
 
+# ---- Problems
 def make_problem(rng: random.Random, signs: str = "+-*") -> str:
-    """A chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
-    operations = [
-        f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(rng.choice(list(HASTY)))
-    ]
-    return f"{rng.randint(0, 9)}" + "".join(operations) + ">"
+    """Return a random chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
+    n_operations = rng.choice(list(HASTY))
+    operations = [f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(n_operations)]
+    start = rng.randint(0, 9)
+    return f"{start}{''.join(operations)}>"
 
 
 def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -> tuple[str, str]:
-    """Solution and answer of a problem; with `rng` a careful solution slips at times, and its box follows the slip."""
+    """Return a solution of a problem, and its answer.
+
+    With `rng` a careful solution may slip: it then goes on from the wrong digit, and its answer is
+    wrong as well.
+    """
     start, *operations = problem.rstrip(">").split()
-    value, steps = int(start), []
+    may_slip = rng is not None and not hasty
+    value = int(start)
+    steps = []
     for operation in operations:
-        sign, operand = operation[0], int(operation[1:])
-        result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
-        if rng is not None and not hasty and rng.random() < SLIP:
+        sign = operation[0]
+        operand = int(operation[1:])
+        result = calculate(value, sign, operand)
+        if may_slip and rng.random() < SLIP:
             result = rng.randint(0, 9)
         steps.append(f"{value}{sign}{operand}={result}")
         value = result
     box = rf"\boxed{{{value}}}"
-    return (box if hasty else ",".join(steps) + ". " + box), str(value)
+    if hasty:
+        return box, str(value)
+    return f"{','.join(steps)}. {box}", str(value)
+
+
+def calculate(value: int, sign: str, operand: int) -> int:
+    """Do one operation modulo 10."""
+    if sign == "+":
+        return (value + operand) % 10
+    if sign == "-":
+        return (value - operand) % 10
+    return value * operand % 10
+
+
+def digits_of(problem: str) -> list[int]:
+    """Return the digits of a problem, in order."""
+    return [int(character) for character in problem if character.isdigit()]
+
+
+# ---- Drawings
+def make_glyph(bits: str) -> np.ndarray:
+    """Return the pixels (21, 15) of a digit in the font, 0 or 1: each bit becomes 3 x 3 pixels."""
+    pattern = np.array(list(bits), np.uint8).reshape(7, 5)
+    return np.kron(pattern, np.ones((3, 3), np.uint8))
+
+
+GLYPHS = [make_glyph(bits) for bits in FONT]
 
 
 def draw(problem: str, rng: random.Random) -> Image.Image:
-    """Draw a chain's digits side by side, each somewhere in its cell, more or less bright, with specks."""
-    digits = [int(c) for c in problem if c.isdigit()]
-    pixels = np.zeros((CELL, CELL * len(digits)), np.uint8)
+    """Draw a problem's digits side by side, at varying places and brightness, with specks."""
+    digits = digits_of(problem)
+    width = CELL * len(digits)
+    pixels = np.zeros((CELL, width), np.uint8)
     for i, digit in enumerate(digits):
-        y, x = rng.randint(1, 6), CELL * i + rng.randint(2, 11)
-        pixels[y : y + 21, x : x + 15] = GLYPHS[digit] * rng.randint(128, 255)
-    for _ in range(len(digits) * 8):
-        pixels[rng.randrange(CELL), rng.randrange(pixels.shape[1])] = rng.randrange(256)
+        top = rng.randint(1, 6)
+        left = CELL * i + rng.randint(2, 11)
+        pixels[top : top + 21, left : left + 15] = GLYPHS[digit] * rng.randint(128, 255)
+    n_specks = 8 * len(digits)
+    for _ in range(n_specks):
+        brightness = rng.randrange(256)
+        pixels[rng.randrange(CELL), rng.randrange(width)] = brightness
     return Image.fromarray(pixels)
 
 
 def encode(image: Image.Image) -> str:
-    """An image as base64 of PNG."""
-    image.save(file := io.BytesIO(), "png")
+    """Return an image as the base64 of a PNG."""
+    file = io.BytesIO()
+    image.save(file, "png")
     return base64.b64encode(file.getvalue()).decode()
 
 
+# ---- The model, untrained
 def make_tokenizer(images: bool = False) -> Qwen2Tokenizer:
-    """Byte-level BPE without merges: 256 bytes and the special tokens, in the Qwen2 format that every loader reads."""
+    """Make a byte-level BPE without merges: 256 bytes and the special tokens.
+
+    It is in the format of Qwen2, because AutoTokenizer makes a Qwen2Tokenizer of any tokenizer that
+    lies beside a Qwen2 model: one of another kind would silently lose its spaces and newlines.
+    """
     vocab = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
-    specials = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=None, pad_token=PAD, eos_token=EOS)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": specials + ["<|video_pad|>"] * images}
-    )
+    specials = [PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    if images:
+        specials.append("<|video_pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
     return tokenizer
 
 
 def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
-    """The untrained base model: a Qwen2 decoder with tied embeddings, under a million parameters by default, or a Qwen2.5-VL
-    of such a decoder and a tower of one block."""
+    """Make the untrained base model: a Qwen2 decoder with tied embeddings, or a Qwen2.5-VL.
+
+    By default it has under a million parameters. The Qwen2.5-VL consists of such a decoder and a
+    vision tower of one block.
+    """
     heads = max(1, world.hidden_size // 32)
-    text = dict(
-        vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=world.hidden_size * 11 // 4,
-        num_hidden_layers=world.n_layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+    decoder = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": world.hidden_size,
+        "intermediate_size": world.hidden_size * 11 // 4,
+        "num_hidden_layers": world.n_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     if not world.images:
-        return Qwen2ForCausalLM(Qwen2Config(**text))
-    # a row of cells differs in its columns alone: most of the rotations, and fast ones, are for them
-    text["rope_parameters"] = {
+        return Qwen2ForCausalLM(Qwen2Config(**decoder))
+    # The cells of a row differ in their columns alone, which therefore get most of the rotations
+    # (the sections are those of time, rows and columns), and fast ones.
+    decoder["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": 30.0,
         "mrope_section": [1, 1, 14],
     }
-    tower = dict(
-        depth=1, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=world.hidden_size,
-        fullatt_block_indexes=[0], initializer_range=0.05,
-    )  # fmt: skip
-    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
-    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
-    tokens = {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+    tower = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": world.hidden_size,
+        "fullatt_block_indexes": [0],
+        "initializer_range": 0.05,
+    }
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=tower, tie_word_embeddings=True, **tokens
+        text_config=decoder,
+        vision_config=tower,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def make_processor() -> Qwen2VLImageProcessorPil:
-    """The image processor: from one cell to sixteen, as they are."""
+    """Make the image processor: it leaves drawings of one to sixteen cells in their size."""
     return Qwen2VLImageProcessorPil(min_pixels=CELL**2, max_pixels=16 * CELL**2)
 
 
+# ---- Training it
 def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer) -> None:
-    """Fit the vision tower, and the embedding, so that a drawn digit's vector is likest to the embedding of that digit."""
-    rng, tower, words = (
-        random.Random(f"drawings {world.seed}"),
-        model.model.visual,
-        model.get_input_embeddings().weight,
-    )
-    optimizer, processor = (
-        torch.optim.AdamW([*tower.parameters(), words], lr=world.lr),
-        make_processor(),
-    )
+    """Fit the vision tower, and the embedding, so that they agree on digits.
+
+    The vector of a drawn digit shall be more like the embedding of that digit than like any other.
+    """
+    rng = random.Random(f"drawings {world.seed}")
+    tower = model.model.visual
+    embedding = model.get_input_embeddings().weight
+    optimizer = torch.optim.AdamW([*tower.parameters(), embedding], lr=world.lr)
     bar = tqdm(range(world.steps // 3), desc="toy: vision tower", unit="step")
     for _ in bar:
         problems = [make_problem(rng) for _ in range(world.batch_size // 2)]
-        seen = processor(images=[draw(p, rng) for p in problems], return_tensors="pt")
-        digits = torch.tensor(
-            tokenizer.encode("".join(c for p in problems for c in p if c.isdigit()))
-        )
-        vectors = tower(
-            seen["pixel_values"], grid_thw=seen["image_grid_thw"]
-        ).pooler_output  # one a cell
-        loss = torch.nn.functional.cross_entropy(vectors @ words.T, digits)
+        images = process_drawings(problems, rng)
+        digits = digits_of("".join(problems))
+        targets = torch.tensor(tokenizer.encode("".join(str(digit) for digit in digits)))
+        # one vector a cell
+        vectors = tower(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
+        loss = F.cross_entropy(vectors @ embedding.T, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -234,39 +310,17 @@ def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer)
 def train_base(
     world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer, forbidden: set[str]
 ) -> None:
-    """Fit the base model to demonstrations; the loss is on the solution's tokens."""
+    """Fit the base model to demonstrations of problems that are not forbidden."""
     rng = random.Random(f"demonstrations {world.seed}")
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=world.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, world.lr, total_steps=world.steps, pct_start=0.1
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for _ in bar:
-        made = (make_problem(rng, world.signs) for _ in range(2 * world.batch_size))
-        problems = [p for p in made if p not in forbidden][: world.batch_size]
-        solutions = [
-            solve(p, rng, hasty=rng.random() < HASTY[p.count(" ")])[0] + EOS for p in problems
-        ]
-        prompts, seen = show(problems, rng) if world.images else (problems, {})
-        rows = [
-            (tokenizer.encode(p), tokenizer.encode(s))
-            for p, s in zip(prompts, solutions, strict=True)
-        ]
-        # right-padded: causal attention never looks at the padding
-        ids = pad_sequence(
-            [torch.tensor(p + s) for p, s in rows],
-            batch_first=True,
-            padding_value=tokenizer.pad_token_id,
-        )
-        labels = pad_sequence(
-            [torch.tensor([-100] * len(p) + s) for p, s in rows],
-            batch_first=True,
-            padding_value=-100,
-        )
-        if world.images:
-            seen["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        loss = model(input_ids=ids, labels=labels, **seen).loss
+        batch = make_batch(world, model, tokenizer, forbidden, rng)
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
@@ -275,53 +329,132 @@ def train_base(
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def show(problems: list[str], rng: random.Random) -> tuple[list[str], dict]:
-    """Prompts of drawn problems, with a placeholder for each cell, and the drawings' pixel values."""
-    cells = [sum(c.isdigit() for c in problem) for problem in problems]
-    prompts = [f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>{QUESTION}" for n in cells]
-    return prompts, dict(
-        make_processor()(images=[draw(p, rng) for p in problems], return_tensors="pt")
-    )
+def make_batch(
+    world: World,
+    model: PreTrainedModel,
+    tokenizer: Qwen2Tokenizer,
+    forbidden: set[str],
+    rng: random.Random,
+) -> dict[str, Tensor]:
+    """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
+    candidates = [make_problem(rng, world.signs) for _ in range(2 * world.batch_size)]
+    problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
+    solutions = [demonstrate(problem, rng) for problem in problems]
+    prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
+    ids = []
+    labels = []
+    for prompt, solution in zip(prompts, solutions, strict=True):
+        prompt_ids = tokenizer.encode(prompt)
+        solution_ids = tokenizer.encode(solution)
+        ids.append(torch.tensor(prompt_ids + solution_ids))
+        labels.append(torch.tensor([IGNORED] * len(prompt_ids) + solution_ids))
+    # padded on the right, where causal attention never looks: no attention mask is needed
+    pad = tokenizer.pad_token_id
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+    if world.images:
+        batch.update(process_drawings(problems, rng))
+        is_image = batch["input_ids"] == model.config.image_token_id
+        batch["mm_token_type_ids"] = is_image.int()
+    return batch
 
 
+def demonstrate(problem: str, rng: random.Random) -> str:
+    """Return a demonstration: a solution that may be hasty or slip, with EOS."""
+    n_operations = problem.count(" ")
+    is_hasty = rng.random() < HASTY[n_operations]
+    solution, _ = solve(problem, rng, is_hasty)
+    return solution + EOS
+
+
+def make_image_prompt(problem: str) -> str:
+    """Return the prompt of a drawn problem, with a placeholder for each cell."""
+    n_cells = len(digits_of(problem))
+    return f"<|vision_start|>{'<|image_pad|>' * n_cells}<|vision_end|>{QUESTION}"
+
+
+def process_drawings(problems: list[str], rng: random.Random) -> dict[str, Tensor]:
+    """Draw problems and return the pixel values and grids that the model takes."""
+    drawings = [draw(problem, rng) for problem in problems]
+    return dict(make_processor()(images=drawings, return_tensors="pt"))
+
+
+# ---- The whole world
 def make(world: World = World()) -> World:
-    """Make the world in its folder, or find it there; the folder appears only when it is whole."""
+    """Make the world in its folder, which appears when it is whole, unless it is there already.
+
+    Raises:
+        ValueError: if the folder holds something else.
+    """
     folder = Path(world.folder)
-    settings = json.loads(
-        json.dumps(asdict(world) | {"folder": None, "hasty": HASTY, "slip": SLIP})
-    )
-    if (folder / "world.json").exists() and json.loads(
-        (folder / "world.json").read_text()
-    ) == settings:
-        return world
-    if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
+    settings_file = folder / "world.json"
+    settings = settings_of(world)
+    if settings_file.exists():
+        if json.loads(settings_file.read_text()) == settings:
+            return world
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} exists and is not an embedded world; name another folder or remove it"
         )
     rng = random.Random(f"problems {world.seed}")
-    problems = list(
-        dict.fromkeys(
-            make_problem(rng, world.signs)
-            for _ in range(2 * (world.n_train + world.n_test + world.n_expert))
-        )
-    )
-    test, rest = problems[: world.n_test], problems[world.n_test :]
-    train, expert = rest[: world.n_train], rest[world.n_train : world.n_train + world.n_expert]
+    train, test, expert = make_problems(world, rng)
+    # a name with the process id, since another process may be making the same world
     making = folder.with_name(f"{folder.name}.making-{os.getpid()}")
     making.mkdir(parents=True, exist_ok=True)
-    for name, part in {"train": train, "test": test, "expert": expert}.items():
-        with open(making / f"{name}.jsonl", "w") as file:
-            for i, problem in enumerate(part):
-                solution, answer = solve(problem)
-                row = {
-                    "id": f"{name}-{i}",
-                    "problem": problem,
-                    "solution": solution,
-                    "answer": answer,
-                }
-                if world.images:
-                    row |= {"prompt": f"<image>{QUESTION}", "images": [encode(draw(problem, rng))]}
-                file.write(json.dumps(row) + "\n")
+    write_problems(world, train, making / "train.jsonl", rng)
+    write_problems(world, test, making / "test.jsonl", rng)
+    write_problems(world, expert, making / "expert.jsonl", rng)
+    write_model(world, forbidden=set(test), folder=making / "model")
+    (making / "world.json").write_text(json.dumps(settings))
+    shutil.rmtree(folder, ignore_errors=True)
+    making.rename(folder)
+    return world
+
+
+def settings_of(world: World) -> dict:
+    """Return what a world is made with, as JSON gives it back; the folder may be moved."""
+    settings = asdict(world)
+    settings["folder"] = None
+    settings["hasty"] = HASTY
+    settings["slip"] = SLIP
+    return json.loads(json.dumps(settings))  # keys that are numbers become strings
+
+
+def make_problems(world: World, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
+    """Return the problems for training, for testing and for expert solutions; all differ."""
+    n_problems = world.n_train + world.n_test + world.n_expert
+    candidates = [make_problem(rng, world.signs) for _ in range(2 * n_problems)]
+    distinct = list(dict.fromkeys(candidates))
+    end_of_test = world.n_test
+    end_of_train = end_of_test + world.n_train
+    end_of_expert = end_of_train + world.n_expert
+    test = distinct[:end_of_test]
+    train = distinct[end_of_test:end_of_train]
+    expert = distinct[end_of_train:end_of_expert]
+    return train, test, expert
+
+
+def write_problems(world: World, problems: list[str], file: Path, rng: random.Random) -> None:
+    """Write problems with careful solutions, answers and, in the image world, drawings."""
+    with open(file, "w") as lines:
+        for i, problem in enumerate(problems):
+            solution, answer = solve(problem)
+            row = {
+                "id": f"{file.stem}-{i}",
+                "problem": problem,
+                "solution": solution,
+                "answer": answer,
+            }
+            if world.images:
+                row["prompt"] = f"<image>{QUESTION}"
+                row["images"] = [encode(draw(problem, rng))]
+            lines.write(json.dumps(row) + "\n")
+
+
+def write_model(world: World, forbidden: set[str], folder: Path) -> None:
+    """Make and train the base model; write it with its tokenizer and image processor, if any."""
     with torch.random.fork_rng():
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer(world.images)
@@ -329,14 +462,10 @@ def make(world: World = World()) -> World:
         if world.images:
             train_tower(world, model, tokenizer)
             model.model.visual.requires_grad_(False)
-            make_processor().save_pretrained(making / "model")
-        train_base(world, model, tokenizer, forbidden=set(test))
-    model.save_pretrained(making / "model")
-    tokenizer.save_pretrained(making / "model")
-    (making / "world.json").write_text(json.dumps(settings))
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
-    return world
+            make_processor().save_pretrained(folder)
+        train_base(world, model, tokenizer, forbidden)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

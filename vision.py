@@ -1,8 +1,12 @@
-"""Images in: what a data set may hold, pixel values, placeholders in the prompt; models with and without a vision tower.
+"""Images: from a data set to pixel values; their placeholders in prompts; models that take them.
 
-An image stays encoded, or on disk, until a batch needs its pixel values. All are decoded once before training, so that a
-missing or corrupt one says so with its row. In the text it stands where `<image>` stands, or in front; in the prompt's
-tokens it is one <|image_pad|> for each vector that the tower makes of it (vLLM wants one an image: see collapse).
+An image stays encoded in memory, or in its file, until a batch needs its pixel values. All images
+are decoded once before training starts, so that a missing or corrupt one is reported with its row
+at the beginning and not hours later.
+
+In the text of a problem an image stands where `<image>` stands, or in front of the text if there
+is no `<image>`. In the token ids of a prompt it is one <|image_pad|> for each vector that the
+vision tower makes of it. (vLLM expects a single <|image_pad|> an image: see `collapse`.)
 """
 
 import base64
@@ -12,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL.Image
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,21 +31,25 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-PLACEHOLDER, PAD = "<image>", "<|image_pad|>"  # in the text of a problem; in the prompt
-SPAN = f"<|vision_start|>{PAD}<|vision_end|>"
+PLACEHOLDER = "<image>"  # an image in the text of a problem
+PAD = "<|image_pad|>"  # one vector of an image in the prompt
+SPAN = f"<|vision_start|>{PAD}<|vision_end|>"  # an image in the prompt, before `expand`
+IMAGE_COLUMNS = ("image", "images", "image_path", "picture", "pictures")  # names often used
+
+Grid = tuple[int, int, int]  # patches of an image: time (always 1), height, width
 
 
 # ---- Models
-def sees(config) -> bool:
-    """Whether a model of this configuration takes images."""
+def takes_images(config) -> bool:
+    """Return whether a model of this configuration takes images."""
     return config.model_type in FAMILIES
 
 
 def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a Hugging Face decoder, with its vision tower if it has one."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    auto = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+    return auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def load_processor(
@@ -49,12 +58,24 @@ def load_processor(
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
 ):
-    """Load a model's image processor: torchvision's, else Pillow's, to the same effect; None: the model's limits."""
-    limits = {
-        k: v
-        for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items()
-        if v is not None
-    }
+    """Load the image processor of a model.
+
+    It works with torchvision if that is installed and with Pillow otherwise, to the same effect.
+
+    Args:
+        path: a folder or a hub id.
+        min_pixels: smaller images are enlarged to about this many pixels; None: the model's limit.
+        max_pixels: larger images are reduced to about this many pixels; None: the model's limit.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if the model has no image processor, or the limits contradict each other.
+    """
+    limits = {}
+    if min_pixels is not None:
+        limits["min_pixels"] = min_pixels
+    if max_pixels is not None:
+        limits["max_pixels"] = max_pixels
     try:
         processor = AutoImageProcessor.from_pretrained(
             path, trust_remote_code=trust_remote_code, **limits
@@ -63,10 +84,12 @@ def load_processor(
         raise ValueError(
             f"{path} has no image processor ({error}); expected its preprocessor_config.json"
         ) from error
-    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
-    if not 0 < low <= high:
+    smallest = processor.size["shortest_edge"]  # despite their names, both count pixels
+    largest = processor.size["longest_edge"]
+    if not 0 < smallest <= largest:
         raise ValueError(
-            f"min_pixels={low}, max_pixels={high}: expected two positive numbers, the first not the larger"
+            f"min_pixels={smallest}, max_pixels={largest}: "
+            "expected two positive numbers, the first not the larger"
         )
     return processor
 
@@ -74,182 +97,307 @@ def load_processor(
 # ---- Images
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image that has been decoded once, and is again for its pixel values."""
+    """A readable image of a data set; it is decoded again whenever its pixel values are needed."""
 
-    source: bytes | str  # encoded, or its path
+    source: bytes | str  # the encoded image, or the path of its file
     processor: Callable
-    grid: tuple[int, int, int]  # patches: time (1), height, width
+    grid: Grid
 
     @property
     def n_tokens(self) -> int:
-        """Positions that it takes in the prompt: a vector for merge_size * merge_size patches."""
-        return self.grid[0] * self.grid[1] * self.grid[2] // self.processor.merge_size**2
+        """Positions in the prompt: the tower makes one vector of merge_size**2 patches."""
+        time, height, width = self.grid
+        return time * height * width // self.processor.merge_size**2
 
-    def open(self):
-        """Return the Pillow image, in RGB and in its size for the tower.
+    def open(self) -> PIL.Image.Image:
+        """Return the image in RGB, already in the size that the tower takes.
 
-        Processors and vLLM find nothing left to resize: with torchvision one pixel in a thousand would be rounded otherwise.
+        Processors and vLLM then find nothing left to resize. If torchvision did it, it would round
+        one pixel in a thousand differently from Pillow.
         """
-        height, width = (patches * self.processor.patch_size for patches in self.grid[1:])
-        return decode(self.source).resize((width, height), self.processor.resample)
+        _, height, width = self.grid
+        patch_size = self.processor.patch_size
+        size = (width * patch_size, height * patch_size)
+        return decode(self.source).resize(size, self.processor.resample)
 
     def pixel_values(self) -> Tensor:
-        """Return its patches (t*h*w, channels * temporal_patch_size * patch_size**2): normalised, flat."""
-        found = self.processor(images=[self.open()], return_tensors="pt")
-        assert tuple(found["image_grid_thw"][0].tolist()) == self.grid, (
-            found["image_grid_thw"],
-            self.grid,
-        )
-        return found["pixel_values"]
+        """Return its normalised patches, flat.
+
+        Shape (time * height * width, channels * temporal_patch_size * patch_size**2).
+        """
+        processed = self.processor(images=[self.open()], return_tensors="pt")
+        grid = tuple(processed["image_grid_thw"][0].tolist())
+        assert grid == self.grid, f"the processor made a grid of {grid}, expected {self.grid}"
+        return processed["pixel_values"]
 
 
-def decode(source: bytes | str):
-    """Return the Pillow image of encoded bytes or of a path, in RGB."""
-    from PIL import Image as Pillow  # only where there are images
+def decode(source: bytes | str) -> PIL.Image.Image:
+    """Return an image in RGB, given its encoded bytes or its path."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with PIL.Image.open(file) as image:
+        return put_on_white(reduce_to_8_bits(image)).convert("RGB")
 
-    with Pillow.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if image.mode.startswith("I;16"):  # 16 bits: convert() would cut values off at 255
-            image = image.point(lambda value: value / 256).convert("L")
-        if (
-            "A" in image.mode or "transparency" in image.info
-        ):  # on white: a drawing on nothing is as a rule black
-            layer = image.convert("RGBA")
-            image = Pillow.alpha_composite(Pillow.new("RGBA", layer.size, "white"), layer)
-        return image.convert("RGB")
+
+def reduce_to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale an image of 16 bits down to 8, where convert() would cut values off at 255."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return image.point(lambda value: value / 256).convert("L")
+
+
+def put_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Fill what is transparent with white: drawings without a background are mostly black."""
+    if "A" not in image.mode and "transparency" not in image.info:
+        return image
+    layer = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", layer.size, "white")
+    return PIL.Image.alpha_composite(white, layer)
 
 
 def find_source(value, media_dir: str) -> bytes | str:
-    """Return encoded bytes or a path from what a data set may hold: either, base64, or a dict of bytes and path."""
+    """Return the encoded bytes or the path of an image, from whatever a data set holds.
+
+    Args:
+        value: bytes, a path, base64 (also as a data URL), or a dict with `bytes` or `path`, as the
+            `datasets` library stores images.
+        media_dir: the folder that paths are relative to.
+
+    Raises:
+        ValueError: if the value is of another kind, or is neither the path of a file nor base64.
+    """
+    content = value
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str) or not value:
+        content = value.get("bytes") or value.get("path")
+    if isinstance(content, bytes):
+        return content
+    if not isinstance(content, str) or not content:
         raise ValueError(
-            f"{value!r:.60} is no image; expected a path, base64, bytes or a dict of bytes and path"
+            f"{content!r:.60} is not an image; "
+            "expected a path, base64, bytes or a dict of bytes and path"
         )
-    if os.path.isfile(path := os.path.join(media_dir, value)):
+    path = os.path.join(media_dir, content)
+    if os.path.isfile(path):
         return path
     try:
-        return base64.b64decode(
-            "".join((value.partition("base64,")[2] or value).split()), validate=True
-        )
+        return decode_base64(content)
     except ValueError:
         raise ValueError(
             f"no file {path!r:.200}; put it there, or name another --media-dir"
         ) from None
 
 
-def grid_of(processor, width: int, height: int) -> tuple[int, int, int]:
-    """Return the grid of patches for an image of this size: one that the processor, asked again, leaves as it is."""
-    limits, size = (processor.size["shortest_edge"], processor.size["longest_edge"]), None
-    for _ in range(8):  # a thin image may be made smaller, and still be too large
-        fitted = smart_resize(height, width, processor.patch_size * processor.merge_size, *limits)
+def decode_base64(text: str) -> bytes:
+    """Decode base64, also behind `data:image/png;base64,`; ValueError if it is something else."""
+    _, _, behind_header = text.partition("base64,")
+    digits = "".join((behind_header or text).split())
+    return base64.b64decode(digits, validate=True)
+
+
+def fit_grid(processor, width: int, height: int) -> Grid:
+    """Return the grid of patches of an image with this size in pixels.
+
+    The processor leaves an image of the grid's size as it is. One call of `smart_resize` does not
+    ensure that: it may make a thin image smaller and still leave it too large.
+
+    Raises:
+        ValueError: if no size fits between the processor's limits, or the image is far too thin.
+    """
+    cell = processor.patch_size * processor.merge_size  # pixels a side that become one vector
+    smallest = processor.size["shortest_edge"]
+    largest = processor.size["longest_edge"]
+    size = (height, width)
+    for _ in range(8):
+        fitted = smart_resize(*size, cell, smallest, largest)
         if fitted == size:
-            return 1, height // processor.patch_size, width // processor.patch_size
-        height, width = size = fitted
+            return 1, size[0] // processor.patch_size, size[1] // processor.patch_size
+        size = fitted
     raise ValueError(
-        f"{width} x {height} pixels do not fit between {limits[0]} and {limits[1]}; move these limits apart"
+        f"{size[1]} x {size[0]} pixels do not fit between {smallest} and {largest}; "
+        "move these limits apart"
     )
 
 
 def load_images(
     rows: Sequence[dict], column: str, processor, media_dir: str, limit: int
 ) -> list[tuple[Image, ...]]:
-    """Return each row's images, decoded for a check, by all ranks together; ValueError with the row that has a bad one."""
-    near = [
-        name
-        for name in rows[0]
-        if name in ("image", "picture", "pictures", "images", "image_path") and name != column
-    ]
-    if (
-        processor is not None
-        and not any(column in row for row in rows)
-        and (column != "images" or near)
-    ):
+    """Return the images of each row, after decoding each of them once.
+
+    All ranks call this together and share the work.
+
+    Args:
+        rows: rows of a data set.
+        column: the column with a row's images: one, a list of them, or None.
+        processor: the model's image processor; None for a model that takes no images.
+        media_dir: the folder that paths are relative to.
+        limit: most images a row.
+
+    Raises:
+        ValueError: if the column is missing; or with the row that has too many images, one that
+            cannot be read, or any at all where the model takes none.
+    """
+    if processor is not None:
+        check_column(rows, column)
+    values = [as_list(row.get(column)) for row in rows]
+    check_counts(values, limit, model_takes_images=processor is not None)
+    images = []
+    for row_values, row_grids in zip(values, fit_grids(values, processor, media_dir), strict=True):
+        row_images = []
+        for value, grid in zip(row_values, row_grids, strict=True):
+            row_images.append(Image(find_source(value, media_dir), processor, grid))
+        images.append(tuple(row_images))
+    return images
+
+
+def check_column(rows: Sequence[dict], column: str) -> None:
+    """Raise ValueError if the images seem to be in another column than the named one.
+
+    The default column, `images`, may be missing: then the data are text alone, unless there is a
+    column of a similar name.
+    """
+    if any(column in row for row in rows):
+        return
+    is_text_alone = column == "images" and not any(name in rows[0] for name in IMAGE_COLUMNS)
+    if not is_text_alone:
         raise ValueError(
-            f"no row has a column {column!r}, only {sorted(rows[0])}; name the images' with --images-column"
-        )
-    values = [row.get(column) for row in rows]
-    values = [
-        [] if value is None else value if isinstance(value, list) else [value] for value in values
-    ]
-    if processor is None and (seen := [i for i, value in enumerate(values) if value]):
-        raise ValueError(
-            f"row {seen[0]} has images, and the model takes none; expected a model of {', '.join(FAMILIES)}"
-        )
-    if many := [i for i, value in enumerate(values) if len(value) > limit]:
-        raise ValueError(
-            f"row {many[0]} has {len(values[many[0]])} images, more than {limit}; raise --max-images or drop it"
+            f"no row has a column {column!r}, only {sorted(rows[0])}; "
+            "name the images' with --images-column"
         )
 
-    def check(i: int, value) -> tuple[int, int, int]:
-        try:
-            return grid_of(processor, *decode(find_source(value, media_dir)).size)
-        except Exception as error:  # decoders raise whatever hostile bytes lead them to
-            raise ValueError(f"row {i}: an image cannot be read: {error}") from error
 
-    def check_share(share: range) -> dict | ValueError:
-        bar = tqdm(
-            share, desc="images", unit="row", leave=False, delay=3, disable=dist.get_rank() > 0
-        )
-        try:
-            return {i: [check(i, value) for value in values[i]] for i in bar if values[i]}
-        except ValueError as error:
-            return error
+def as_list(value) -> list:
+    """Return the images that a row holds as a list: none, one, or a list already."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, check_share(range(dist.get_rank(), len(rows), len(shares))))
-    for error in (share for share in shares if isinstance(share, ValueError)):
-        raise error
-    grids = {i: found for share in shares for i, found in share.items()}
-    return [
-        tuple(
-            Image(find_source(v, media_dir), processor, grid)
-            for v, grid in zip(value, grids.get(i, []), strict=True)
-        )
-        for i, value in enumerate(values)
-    ]
+
+def check_counts(values: Sequence[list], limit: int, model_takes_images: bool) -> None:
+    """Raise ValueError for the first row with too many images, or with any if none are taken."""
+    for i, row_values in enumerate(values):
+        if row_values and not model_takes_images:
+            raise ValueError(
+                f"row {i} has images, and the model takes none; "
+                f"expected a model of {', '.join(FAMILIES)}"
+            )
+        if len(row_values) > limit:
+            raise ValueError(
+                f"row {i} has {len(row_values)} images, more than {limit}; "
+                "raise --max-images or drop it"
+            )
+
+
+def fit_grids(values: Sequence[list], processor, media_dir: str) -> list[list[Grid]]:
+    """Decode the images of all rows, each rank those of its share, and return their grids.
+
+    All ranks call this together. A bad image raises the same ValueError on every rank, because a
+    rank that raised it alone would leave the others waiting.
+    """
+    n_ranks = dist.get_world_size()
+    share = range(dist.get_rank(), len(values), n_ranks)
+    is_silent = dist.get_rank() > 0
+    grids = {}  # by row
+    error = None
+    try:
+        for i in tqdm(share, desc="images", unit="row", leave=False, delay=3, disable=is_silent):
+            grids[i] = [read_grid(i, value, processor, media_dir) for value in values[i]]
+    except ValueError as caught:
+        error = caught
+    gathered: list = [None] * n_ranks
+    dist.all_gather_object(gathered, (grids, error))
+    all_grids = {}
+    for rank_grids, rank_error in gathered:
+        if rank_error is not None:
+            raise rank_error
+        all_grids.update(rank_grids)
+    return [all_grids[i] for i in range(len(values))]
+
+
+def read_grid(row: int, value, processor, media_dir: str) -> Grid:
+    """Decode an image and return its grid; ValueError with the row if that fails."""
+    try:
+        width, height = decode(find_source(value, media_dir)).size
+        return fit_grid(processor, width, height)
+    except Exception as error:  # decoders raise anything when the bytes are corrupt
+        raise ValueError(f"row {row}: an image cannot be read: {error}") from error
 
 
 def stack(
     images: Sequence[Image], device: torch.device | str
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return pixel values (n_patches, dim) and grids (n_images, 3) of a batch's images, each prepared once; None if none."""
+    """Return pixel values (n_patches, dim) and grids (n_images, 3) of the images of a batch.
+
+    Without any image both are None.
+    """
     if not images:
         return None, None
-    pixels = {id(image): image for image in images}
-    pixels = {key: image.pixel_values() for key, image in pixels.items()}
+    pixel_values = {}  # responses to one problem share its images: each is prepared once
+    for image in images:
+        if image not in pixel_values:
+            pixel_values[image] = image.pixel_values()
+    stacked = torch.cat([pixel_values[image] for image in images])
     grids = torch.tensor([image.grid for image in images], device=device)
-    return torch.cat([pixels[id(image)] for image in images]).to(device), grids
+    return stacked.to(device), grids
 
 
 # ---- Placeholders
 def place(text: str, n_images: int, row: int) -> str:
-    """Put images into a text: at each `<image>`, or in front where there is none; ValueError if the counts differ."""
-    seen = text.count(PLACEHOLDER)
-    if seen not in (0, n_images) or (seen and not n_images):
+    """Put the images of a problem into its text: at each `<image>`, or in front if there is none.
+
+    Raises:
+        ValueError: if the text has placeholders, but not one for each image.
+    """
+    n_placeholders = text.count(PLACEHOLDER)
+    if n_placeholders == 0:
+        return SPAN * n_images + text
+    if n_placeholders != n_images:
         raise ValueError(
-            f"row {row} has {n_images} images and {seen} placeholders {PLACEHOLDER}; expected as many, or none"
+            f"row {row} has {n_images} images and {n_placeholders} placeholders {PLACEHOLDER}; "
+            "expected as many, or none"
         )
-    return text.replace(PLACEHOLDER, SPAN) if seen else SPAN * n_images + text
+    return text.replace(PLACEHOLDER, SPAN)
 
 
 def expand(ids: Sequence[int], images: Sequence[Image], pad: int | None, row: int) -> list[int]:
-    """Repeat each image's placeholder token for each of its vectors; ValueError if the counts differ."""
-    if (seen := list(ids).count(pad)) != len(images):
+    """Repeat the placeholder token of each image once for each of its vectors.
+
+    Args:
+        ids: the prompt's tokens, with one `pad` an image.
+        images: the prompt's images, in the same order.
+        pad: the id of <|image_pad|>; None if the tokenizer has no such token.
+        row: the prompt's row, for the error message.
+
+    Raises:
+        ValueError: if there are more or fewer placeholders than images.
+    """
+    n_pads = list(ids).count(pad)
+    if n_pads != len(images):
         raise ValueError(
-            f"row {row} has {len(images)} images and {seen} tokens {PAD} in its prompt; drop {PAD} from the text"
+            f"row {row} has {len(images)} images and {n_pads} tokens {PAD} in its prompt; "
+            f"drop {PAD} from the text"
         )
-    sizes = iter(images)
-    return [token for i in ids for token in [i] * (next(sizes).n_tokens if i == pad else 1)]
+    remaining = iter(images)
+    expanded = []
+    for token in ids:
+        n_copies = next(remaining).n_tokens if token == pad else 1
+        expanded += [token] * n_copies
+    return expanded
 
 
 def collapse(ids: Sequence[int], pad: int) -> list[int]:
-    """Undo expand, for vLLM, which expands by itself and would expand what is expanded, silently."""
-    return [token for k, token in enumerate(ids) if token != pad or k == 0 or ids[k - 1] != pad]
+    """Undo `expand`, for vLLM: it expands placeholders itself and would silently do so twice."""
+    collapsed = []
+    previous = None
+    for token in ids:
+        if token != pad or previous != pad:
+            collapsed.append(token)
+        previous = token
+    return collapsed
 
 
 def media_folder(media_dir: str | None, data: str) -> str:
-    """Return the folder that paths of images are relative to: the given one, or that of the data."""
-    return media_dir or (data if Path(data).is_dir() else str(Path(data).parent))
+    """Return the folder that paths of images are relative to: the given one, or the data's."""
+    if media_dir:
+        return media_dir
+    if Path(data).is_dir():
+        return data
+    return str(Path(data).parent)
