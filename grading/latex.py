@@ -554,7 +554,7 @@ class Parser:
     def take_closing(self, opening: str) -> str:
         """Step over the bracket that closes `(` or `[`, and return it; intervals may mix them.
 
-        It may be missing right behind a bracket of the same shape: ((1,2) is (1,2).
+        It may be missing right behind another of its shape: y = ((1, 2) is y = (1, 2).
         """
         if closing := self.take(")", "]"):
             return closing
