@@ -178,8 +178,8 @@ def read_task(benchmark: Benchmark, row: Row) -> Task:
     """Read what a row asks, and check all of its cells that are used later."""
     task = benchmark.read(row)
     benchmark.groups(row)  # raises for a cell that it cannot read
-    is_option = task.gold in task.choices
-    if not task.gold or (task.type == "choice" and not is_option):
+    is_no_option = task.type == "choice" and task.gold not in task.choices
+    if not task.gold or is_no_option:
         expected = f"one of {', '.join(task.choices)}" if task.choices else "an answer"
         raise ValueError(f"answer {task.gold!r}; expected {expected}")
     return task
@@ -221,8 +221,8 @@ def read_tsv(file: Path, columns: Sequence[str]) -> list[Row]:
     names = reader.fieldnames or []
     missing = [column for column in columns if column not in names]
     if missing:
-        there = ", ".join(names) or "nothing"
-        raise ValueError(f"{file} has no column {', '.join(missing)}; found {there}")
+        present = ", ".join(names) or "nothing"
+        raise ValueError(f"{file} has no column {', '.join(missing)}; found {present}")
     if not rows:
         raise ValueError(f"{file} holds no rows; expected one for each question")
     check_rows(file, rows, len(names))
@@ -291,12 +291,13 @@ def read_literal(text: str, kind: type):
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(f"{text[:80]!r} is not a Python {kind.__name__} ({error})") from error
     if not isinstance(content, kind):
-        found = type(content).__name__
-        raise ValueError(f"{text[:80]!r} is a {found}; expected a {kind.__name__}")
+        actual = type(content).__name__
+        raise ValueError(f"{text[:80]!r} is a {actual}; expected a {kind.__name__}")
     return content
 
 
-# ---- Rows: what a row asks, and the groups that it counts in
+# ---- Rows: what a row of each benchmark asks, and the groups that it counts in.
+# All of these functions raise ValueError for a cell that they cannot read.
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 SKILLS = ("inductive", "deductive", "numerical", "spatial", "mechanical")
 WEMATH_KEYS = re.compile(r"(2steps_([12]|multi)|3steps_([123]|multi))")
