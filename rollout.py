@@ -67,16 +67,13 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 class LoadingSettings:
     """How a model is loaded."""
 
-    dtype: Literal["auto", "bfloat16", "float32"] = (
-        "auto"  # Of forward and backward; auto: bfloat16 on a GPU
-    )
+    # Of forward and backward; auto: bfloat16 on a GPU
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
-    min_pixels: int | None = (
-        None  # Smaller images are enlarged to this size; by default the processor's
-    )
-    max_pixels: int | None = (
-        None  # Larger images are reduced to this size; by default the processor's
-    )
+    # Smaller images are enlarged to this size; by default the processor's
+    min_pixels: int | None = None
+    # Larger images are reduced to this size; by default the processor's
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,18 +81,15 @@ class DataSettings:
     """Where rows of the data stand, and how they become prompts."""
 
     split: str = "train"  # Split of a hub data set
-    problem_column: str | None = (
-        None  # Column with the text; by default problem, for VL models prompt
-    )
+    # Column with the text; by default problem, for VL models prompt
+    problem_column: str | None = None
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
     media_dir: str | None = None  # Folder that image paths start from; by default that of the data
     max_images: int = 4  # Most images a problem may have
-    template: str = (
-        "auto"  # auto, qwen, qwen_tag, llama, chat, none, or a file with {problem} in it
-    )
-    max_prompt_tokens: int | None = (
-        None  # Longest prompt accepted; by default 1024, for VL models 4096
-    )
+    # auto, qwen, qwen_tag, llama, chat, none, or a file with {problem} in it
+    template: str = "auto"
+    # Longest prompt accepted; by default 1024, for VL models 4096
+    max_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +103,8 @@ class ProblemSettings(DataSettings):
 class EngineSettings:
     """What samples responses."""
 
-    engine: Literal["auto", "vllm", "torch"] = (
-        "auto"  # auto: vLLM on a GPU where it is installed, else torch
-    )
+    # auto: vLLM on a GPU where it is installed, else torch
+    engine: Literal["auto", "vllm", "torch"] = "auto"
     max_sequences: int = 256  # Responses sampled at a time by an engine; bounds its KV cache
     cache_share: float = 0.45  # Largest share of a GPU's memory for vLLM's KV cache
     tensor_parallel: int = 1  # Ranks that share a vLLM engine

@@ -69,9 +69,8 @@ class RolloutSettings:
     max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
-    max_rounds: int = (
-        4  # Rounds of dynamic sampling a step; dropped groups fill what is then missing
-    )
+    # Rounds of dynamic sampling a step; dropped groups fill what is then missing
+    max_rounds: int = 4
 
 
 @dataclass(frozen=True)
@@ -88,20 +87,17 @@ class FlowRewardSettings:
     """How velocity deviations become rewards of tokens."""
 
     flow_coef: float = 0.01  # Scale of the flow reward
-    reward_times: tuple[float, ...] = (
-        0.8,
-    )  # T_r, times at which the deviation is taken, in (0, 1)
+    # T_r, times at which the deviation is taken, in (0, 1)
+    reward_times: tuple[float, ...] = (0.8,)
     flow_threshold: float = 0.6  # Normalised scores below are dropped, in [0, 1]
     flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: no limit
-    flow_scope: Literal["response", "group"] = (
-        "response"  # What is normalised together; paper: response
-    )
+    # What is normalised together; paper: response
+    flow_scope: Literal["response", "group"] = "response"
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
     gamma: float = 1.0  # Discount of the flow reward
-    contexts: tuple[str, ...] | None = (
-        None  # Context modes expected of the flow; an official file needs them
-    )
+    # Context modes expected of the flow; an official file needs them
+    contexts: tuple[str, ...] | None = None
     percentiles: tuple[float, ...] | None = None  # Taps expected of the flow
 
 
@@ -113,12 +109,10 @@ class FlowUpdateSettings:
     flow_lr: float = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
-    flow_entropy_quantile: float | None = (
-        None  # Learn only from tokens at or above this quantile of entropy
-    )
-    flow_times: Literal["reward", "random"] = (
-        "reward"  # Times to learn at; random: as in the offline start
-    )
+    # Learn only from tokens at or above this quantile of entropy
+    flow_entropy_quantile: float | None = None
+    # Times to learn at; random: as in the offline start
+    flow_times: Literal["reward", "random"] = "reward"
 
 
 @dataclass(frozen=True)
@@ -131,21 +125,18 @@ class OptimisationSettings:
     lr_floor: float = 0.1  # Rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.0  # AdamW weight decay of the policy
     clip_norm: float = 1.0  # Largest gradient norm
-    normalisation: rlfr.Normalisation = (
-        "sequence"  # Of the loss: mean of means, token, or constant (Dr. GRPO)
-    )
+    # Of the loss: mean of means, token, or constant (Dr. GRPO)
+    normalisation: rlfr.Normalisation = "sequence"
     clip_low: float = 0.2  # PPO clip below 1
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
     ratio_cap: float = 3.0  # Largest probability ratio
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
-    mismatch: Literal["none", "token", "sequence", "mask"] = (
-        "token"  # Sampler-trainer ratio: truncate by, or mask
-    )
+    # Sampler-trainer ratio: truncate by, or mask
+    mismatch: Literal["none", "token", "sequence", "mask"] = "token"
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
-    freeze: rlfr.Freeze | None = (
-        None  # What does not learn; by default vision, the tower of a VL model
-    )
+    # What does not learn; by default vision, the tower of a VL model
+    freeze: rlfr.Freeze | None = None
 
 
 @dataclass(frozen=True)
@@ -161,9 +152,8 @@ class EvaluationSettings:
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
-    gradient_checkpointing: bool | None = (
-        None  # Recompute activations; by default above 1B parameters
-    )
+    # Recompute activations; by default above 1B parameters
+    gradient_checkpointing: bool | None = None
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
 
 
@@ -173,18 +163,14 @@ class Config:
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     data: str | None = None  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
-    eval_data: tuple[str, ...] | None = (
-        None  # Sets for evaluation before and after, as --data of eval.py
-    )
-    reward: tuple[str, ...] | None = (
-        None  # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
-    )
-    shaping: Literal["flow", "entropy", "none"] = (
-        "flow"  # Dense part of the advantage; none: plain RLVR
-    )
-    flow: str | None = (
-        None  # Flow of the offline start, folder or file; by default runs/flow-MODEL/flow
-    )
+    # Sets for evaluation before and after, as --data of eval.py
+    eval_data: tuple[str, ...] | None = None
+    # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
+    reward: tuple[str, ...] | None = None
+    # Dense part of the advantage; none: plain RLVR
+    shaping: Literal["flow", "entropy", "none"] = "flow"
+    # Flow of the offline start, folder or file; by default runs/flow-MODEL/flow
+    flow: str | None = None
     steps: int | None = None  # RL steps; by default as `epochs` says
     lr: float = 1e-6  # Peak learning rate of the policy
     folder: str | None = None  # Run folder; by default one in runs/, named after the model
