@@ -169,6 +169,7 @@ def test_training_with_vllm_and_loading_what_it_exports(image_world, tmp_path):
     policy = find_model(tmp_path / "run" / "policy")
     problems = rollout.load_problems(config.data, config.problems, policy)[:8]
     requests = [Request(problem.prompt_ids, 0, problem.images) for problem in problems]
-    by_vllm = tokens(vllm_engine(policy.path, 80, max_sequences=8), requests)
-    assert by_vllm == tokens(torch_engine(policy.path), requests)
+    engine = vllm_engine(policy.path, 80, max_sequences=8)
+    reference = torch_engine(policy.path)
+    assert tokens(engine, requests) == tokens(reference, requests)
     assert Path(os.path.join(policy.path, "preprocessor_config.json")).exists()
