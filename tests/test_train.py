@@ -414,7 +414,7 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
         for kind in ("sampled", "greedy"):
             interval = summary[when]["test"][kind]["avg"]
             assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
-    with Grader() as grader:
+    with Grader(["binary"]) as grader:
         again = sets.evaluate(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
     assert again == summary["after"]["test"]["sampled"]
     assert "eval/test/greedy" in read_lines(folder / "metrics.jsonl")[1]
