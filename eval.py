@@ -93,21 +93,27 @@ def main(config: Config) -> None:
         on_first(lambda: write_comparison(config))
         return
 
-    # ---- What there is: the model, problems, the folder, perhaps a judge
+    # ---- What there is: the model, problems, the folder, perhaps a judge and samples
     check(config)
     config, model = resolve(config)
     problems, questions = load_data(config, model)
     check_judge(config, problems, questions)
     folder = on_first(lambda: open_folder(config))
     judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl")
+    chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
+    n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
 
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
     with Grader(config.reward, config.grading, config.max_tokens, n_workers) as grader:
         # ---- Sample and grade, chunk by chunk
-        if not sample_all(config, model, problems, grader, folder):
-            if is_first():
-                print(f"stopped; the same command goes on with {folder}")
-            return
+        if n_done < len(chunks):
+            # The engine stays until main ends: one of vLLM takes the process group with it.
+            engine = make_engine(config, model)
+            is_complete = sample_chunks(engine, chunks, n_done, grader, config, folder)
+            if not is_complete:
+                if is_first():
+                    print(f"stopped; the same command goes on with {folder}")
+                return
 
         # ---- What came of it
         if is_first():
@@ -129,6 +135,18 @@ def resolve(config: Config) -> tuple[Config, Model]:
         )
     model = rollout.find_model(name, config.loading)
     return rollout.fill_in(config, model), model
+
+
+def make_engine(config: Config, model: Model) -> rollout.Engine:
+    """Start the engine that samples, with the model's weights."""
+    return rollout.make_engine(
+        model,
+        config.engine,
+        max_length=config.problems.max_prompt_tokens + config.max_tokens,
+        max_images=config.problems.max_images,
+        device=parallel.DEVICE,
+        dtype=parallel.compute_dtype(config.loading.dtype),
+    )
 
 
 # ---- Sets of problems and vision-language benchmarks
@@ -241,36 +259,6 @@ class Chunk(NamedTuple):
     problems: list[Problem]
 
 
-def sample_all(
-    config: Config, model: Model, problems: dict[str, list[Problem]], grader: Grader, folder: Path
-) -> bool:
-    """Sample and grade what samples.jsonl does not hold yet; return whether it is now complete."""
-    chunks = make_chunks(problems, max(1, config.chunk // config.samples))
-    n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
-    missing = chunks[n_done:]
-    if not missing:
-        return True
-    dtype = parallel.compute_dtype(config.loading.dtype)
-    length = config.problems.max_prompt_tokens + config.max_tokens
-    engine = rollout.make_engine(
-        model, config.engine, length, config.problems.max_images, parallel.DEVICE, dtype
-    )
-    sampling = Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
-    total = sum(len(chunk.problems) for chunk in chunks)
-    done = total - sum(len(chunk.problems) for chunk in missing)
-    bar = tqdm(total=total, initial=done, desc="eval", unit="problem", disable=not is_first())
-    with bar:
-        for chunk in missing:
-            if asked_to_stop():
-                return False
-            records = sets.sample(engine, *chunk, grader, sampling, config.seed)
-            bar.update(len(chunk.problems))
-            if is_first():
-                with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                    file.write(to_lines(records))
-    return True
-
-
 def make_chunks(problems: dict[str, list[Problem]], size: int) -> list[Chunk]:
     """Cut sets into chunks of `size` problems."""
     chunks = []
@@ -313,6 +301,39 @@ def identify(record: dict) -> tuple:
     """Return which sample of which problem a record is of."""
     keys = ("set", "problem", "sample", "question", "answer")
     return tuple(record[key] for key in keys)
+
+
+def sample_chunks(
+    engine: rollout.Engine,
+    chunks: Sequence[Chunk],
+    n_done: int,
+    grader: Grader,
+    config: Config,
+    folder: Path,
+) -> bool:
+    """Sample and grade all chunks but the first n_done, and append them to samples.jsonl.
+
+    Returns:
+        Whether all are done; a signal may have asked to stop.
+    """
+    sampling = Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
+    n_problems = [len(chunk.problems) for chunk in chunks]
+    with tqdm(
+        total=sum(n_problems),
+        initial=sum(n_problems[:n_done]),
+        desc="eval",
+        unit="problem",
+        disable=not is_first(),
+    ) as bar:
+        for chunk in chunks[n_done:]:
+            if asked_to_stop():
+                return False
+            records = sets.sample(engine, chunk.name, chunk.problems, grader, sampling, config.seed)
+            bar.update(len(chunk.problems))
+            if is_first():
+                with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                    file.write(to_lines(records))
+    return True
 
 
 def to_lines(records: Sequence[dict]) -> str:

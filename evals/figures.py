@@ -171,30 +171,37 @@ def score_problems(groups: Sequence[Sequence[dict]]) -> dict[tuple[str, int], li
         groups: The records of each problem, n of them.
     """
     n = len(groups[0])
-    n_right = np.array([sum(record["correct"] for record in group) for group in groups])
-    columns = {("avg", n): list(n_right / n)}
-    for k in range(1, n + 1):
-        columns["pass", k] = [pass_at(k, n, int(count)) for count in n_right]
-    for k in powers_of_two(n):
-        column = []
-        for group in groups:
-            answers = [record["cluster"] for record in group]
-            right = [record["correct"] for record in group]
-            column.append(maj_at(k, answers, right))
-        columns["maj", k] = column
+    columns = defaultdict(list)
+    for group in groups:
+        answers = [record["cluster"] for record in group]
+        right = [record["correct"] for record in group]
+        n_right = sum(right)
+        columns["avg", n].append(n_right / n)
+        for k in range(1, n + 1):
+            columns["pass", k].append(pass_at(k, n, n_right))
+        for k in powers_of_two(n):
+            columns["maj", k].append(maj_at(k, answers, right))
     return columns
 
 
 def describe_responses(records: Sequence[dict]) -> dict:
     """Return how long responses are, and what share of them was cut off or has an answer."""
-    lengths = [record["tokens"] for record in records]
+    lengths = []
+    n_truncated = 0
+    n_boxed = 0
+    n_timeouts = 0
+    for record in records:
+        lengths.append(record["tokens"])
+        n_truncated += record["finish_reason"] == "length"
+        n_boxed += record["extracted"] is not None
+        n_timeouts += record["verdict"] == "timeout"
     share = 1 / len(records)
     return {
-        "truncated": share * sum(record["finish_reason"] == "length" for record in records),
-        "boxed": share * sum(record["extracted"] is not None for record in records),
+        "truncated": share * n_truncated,
+        "boxed": share * n_boxed,
         "length_mean": float(np.mean(lengths)),
         "length_p95": float(np.quantile(lengths, 0.95)),
-        "timeouts": sum(record["verdict"] == "timeout" for record in records),
+        "timeouts": n_timeouts,
     }
 
 
@@ -236,11 +243,14 @@ def percent(share: float | None) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lay out a heading and rows as a Markdown table with padded cells."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0]]
     rule += ["-" * (width - 1) + ":" for width in widths[1:]]
-    heading, *rows = (pad(line, widths) for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heading, rule, *rows])
+    heading, *rows = lines
+    padded = [pad(heading, widths), rule]
+    for row in rows:
+        padded.append(pad(row, widths))
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def pad(line: Sequence[str], widths: Sequence[int]) -> list[str]:
