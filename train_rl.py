@@ -48,6 +48,11 @@ from run import (
     with_defaults,
 )
 
+# Problems of the published runs: columns problem and answer; prompt, answer and images
+PUBLISHED_DATA = {
+    "text": "JingHaoZ/RLFR-Dataset-LM",
+    "images": "JingHaoZ/RLFR-Dataset-VLM",
+}
 # What torchrun tells a rank
 RANK_VARIABLES = (
     "RANK",
@@ -66,7 +71,7 @@ class RolloutSettings:
 
     prompts: int = 128  # N, prompts a step
     group_size: int = 8  # G, samples a prompt
-    max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
+    max_tokens: int | None = None  # Longest response; by default 1024, for VL-7B 3072
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     # Rounds of dynamic sampling a step; dropped groups fill what is then missing
@@ -186,7 +191,7 @@ class Config:
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: rollout.EngineSettings = rollout.EngineSettings()
     compute: TrainingComputeSettings = TrainingComputeSettings()
-    loading: rollout.LoadingSettings = rollout.LoadingSettings()
+    loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=501_760)
     run: RunSettings = RunSettings()
 
 
@@ -255,9 +260,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         config = with_defaults(config, flow=f"{flow_folder}/flow")
     model = rollout.find_model(name, config.loading)
     if config.data is None:
-        raise ValueError(
-            "no data given; expected --data with problems (columns problem and answer)"
-        )
+        data = PUBLISHED_DATA["text" if model.processor is None else "images"]
+        config = with_defaults(config, data=data)
+        if is_first():
+            print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
     prompt = config.problems.max_prompt_tokens
     response = config.rollout.max_tokens
