@@ -232,8 +232,32 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     By default it has under a million parameters. The Qwen2.5-VL consists of such a decoder and a
     vision tower of one block.
     """
+    decoder = decoder_settings(world, tokenizer)
+    if not world.images:
+        return Qwen2ForCausalLM(Qwen2Config(**decoder))
+    # The cells of a row differ in their columns alone, which therefore get most of the rotations
+    # (the sections are those of time, rows and columns), and fast ones.
+    decoder["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 30.0,
+        "mrope_section": [1, 1, 14],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=decoder,
+        vision_config=tower_settings(world),
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def decoder_settings(world: World, tokenizer: Qwen2Tokenizer) -> dict:
+    """Return the configuration of the text decoder."""
     heads = max(1, world.hidden_size // 32)
-    decoder = {
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": world.hidden_size,
         "intermediate_size": world.hidden_size * 11 // 4,
@@ -247,16 +271,11 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    if not world.images:
-        return Qwen2ForCausalLM(Qwen2Config(**decoder))
-    # The cells of a row differ in their columns alone, which therefore get most of the rotations
-    # (the sections are those of time, rows and columns), and fast ones.
-    decoder["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": 30.0,
-        "mrope_section": [1, 1, 14],
-    }
-    tower = {
+
+
+def tower_settings(world: World) -> dict:
+    """Return the configuration of the vision tower."""
+    return {
         "depth": 1,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -265,16 +284,6 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         "fullatt_block_indexes": [0],
         "initializer_range": 0.05,
     }
-    config = Qwen2_5_VLConfig(
-        text_config=decoder,
-        vision_config=tower,
-        tie_word_embeddings=True,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def make_processor() -> Qwen2VLImageProcessorPil:

@@ -66,7 +66,7 @@ RANK_VARIABLES = (
 
 # ---- Settings; None is filled in from the model
 @dataclass(frozen=True)
-class RolloutSettings:
+class SamplingSettings:
     """How many episodes a step has, and how they are sampled."""
 
     prompts: int = 128  # N, prompts a step
@@ -181,7 +181,7 @@ class Config:
     folder: str | None = None  # Run folder; by default one in runs/, named after the model
     resume: str | None = None  # Run folder to go on with
     seed: int = 0  # Seed of initialisation, order, sampling and noise
-    rollout: RolloutSettings = RolloutSettings()
+    sampling: SamplingSettings = SamplingSettings()
     problems: rollout.ProblemSettings = rollout.ProblemSettings()
     grading: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
@@ -212,8 +212,8 @@ def check(config: Config) -> None:
             "offload and cpu_offload exclude each other: "
             "choose whether weights are in host memory sometimes or always"
         )
-    prompts = config.rollout.prompts
-    group_size = config.rollout.group_size
+    prompts = config.sampling.prompts
+    group_size = config.sampling.group_size
     train_batch = config.optimisation.train_batch
     baseline = config.advantage.baseline
     if group_size == 1 and baseline != "reinforce":
@@ -266,7 +266,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
             print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
     prompt = config.problems.max_prompt_tokens
-    response = config.rollout.max_tokens
+    response = config.sampling.max_tokens
     positions = model.text_config.max_position_embeddings
     if prompt + response > positions:
         raise ValueError(
@@ -303,7 +303,7 @@ class Sampler(NamedTuple):
     lengths: (
         Tensor  # (n_problems,) mean response tokens when last sampled, 0 before; kept up to date
     )
-    settings: RolloutSettings
+    settings: SamplingSettings
     seed: int
 
 
@@ -413,7 +413,7 @@ def score(
     Gives log-probs, entropies, and the flow's score of the latents. The flow's own loss on accepted
     episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
-    temperature = config.rollout.temperature
+    temperature = config.sampling.temperature
     scores = Scores.empty(episodes)
     flow_learns = flow is not None and not config.flow_update.freeze_flow
     flow_loss = torch.zeros((), device=parallel.DEVICE)
@@ -531,11 +531,11 @@ def shape_advantage(
     """Return each token's advantage (B, T): the outcome, and the dense part that `shaping` adds."""
     mask = scores.mask
     settings = config.advantage
-    outcome = rlfr.outcome_advantage(reward, config.rollout.group_size, settings.baseline)
+    outcome = rlfr.outcome_advantage(reward, config.sampling.group_size, settings.baseline)
     advantage = outcome[:, None] * mask
     metrics = {}
     if config.shaping == "flow":
-        flow_reward = shape_flow_reward(scores, config.flow_reward, config.rollout.group_size)
+        flow_reward = shape_flow_reward(scores, config.flow_reward, config.sampling.group_size)
         advantage = advantage + rlfr.token_returns(flow_reward, mask, config.flow_reward.gamma)
         n_scored = scores.flow_mask.sum().clamp(min=1)
         metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
@@ -598,7 +598,7 @@ def update_policy(
         for rows, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
             place = (mini_batch[rows], slice(mask.shape[1]))  # of the micro-batch in (B, T)
-            logp = policy(batch, config.rollout.temperature).logp
+            logp = policy(batch, config.sampling.temperature).logp
             loss, is_clipped = rlfr.policy_loss(
                 logp,
                 scores.old_logp[place],
@@ -609,7 +609,7 @@ def update_policy(
             )
             loss = loss * weight[place]
             token_weight = rlfr.token_weights(
-                mask, settings.normalisation, n_episodes, n_tokens, config.rollout.max_tokens
+                mask, settings.normalisation, n_episodes, n_tokens, config.sampling.max_tokens
             )
             if settings.kl_coef:
                 kl = rlfr.kl_divergence(logp, scores.ref_logp[place], settings.kl_kind)
@@ -635,7 +635,7 @@ def episode_metrics(
     reward = torch.tensor([verdict.reward for verdict in verdicts])
     n_episodes = len(episodes)
     n_truncated = sum(episode.finish_reason == "length" for episode in episodes)
-    varied = rlfr.varied_groups(reward, config.rollout.group_size)
+    varied = rlfr.varied_groups(reward, config.sampling.group_size)
     metrics = {
         "reward": reward.mean().item(),
         "correct": sum(verdict.correct for verdict in verdicts) / n_episodes,
@@ -662,10 +662,10 @@ def evaluate(
     engine: rollout.Engine, grader: Grader, held_out: dict[str, list], config: Config
 ) -> dict[str, dict[str, dict]]:
     """Evaluate the engine's weights; return figures by set and by kind of sampling."""
-    max_tokens = config.rollout.max_tokens
+    max_tokens = config.sampling.max_tokens
     samplings = {
         "sampled": rollout.Sampling(
-            config.evaluation.eval_samples, config.rollout.temperature, max_tokens
+            config.evaluation.eval_samples, config.sampling.temperature, max_tokens
         ),
         "greedy": rollout.Sampling(1, 0.0, max_tokens),
     }
@@ -705,7 +705,7 @@ def main(config: Config) -> None:
     config, model = resolve(config)
     run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
     problems = rollout.load_problems(config.data, config.problems, model)
-    prompts = config.rollout.prompts
+    prompts = config.sampling.prompts
     total_steps = config.steps or config.optimisation.epochs * len(problems) // prompts
     if not total_steps:
         raise ValueError(
@@ -715,7 +715,7 @@ def main(config: Config) -> None:
     evaluation_problems = replace(config.problems, split=config.evaluation.eval_split)
     held_out = sets.load_sets(config.eval_data or (), evaluation_problems, model)
     n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    grader = Grader(config.reward, config.grading, config.rollout.max_tokens, n_workers)
+    grader = Grader(config.reward, config.grading, config.sampling.max_tokens, n_workers)
 
     # ---- Flow, engine, policy
     dtype = parallel.compute_dtype(config.loading.dtype)
@@ -732,7 +732,7 @@ def main(config: Config) -> None:
     engine = rollout.make_engine(
         model,
         config.engine,
-        config.problems.max_prompt_tokens + config.rollout.max_tokens,
+        config.problems.max_prompt_tokens + config.sampling.max_tokens,
         config.problems.max_images,
         parallel.DEVICE,
         dtype,
@@ -761,12 +761,12 @@ def main(config: Config) -> None:
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
     state = {"progress": progress, **learners}
     run.begin(state)
-    sampler = Sampler(engine, grader, problems, progress["lengths"], config.rollout, config.seed)
+    sampler = Sampler(engine, grader, problems, progress["lengths"], config.sampling, config.seed)
     if is_first():
         print(config)
         print(
             f"{len(problems)} problems, {total_steps} steps of {prompts} * "
-            f"{config.rollout.group_size} episodes, {dist.get_world_size()} ranks, "
+            f"{config.sampling.group_size} episodes, {dist.get_world_size()} ranks, "
             f"{parallel.DEVICE} in {dtype}, run folder {run.folder}"
         )
 

@@ -36,6 +36,7 @@ PAD = "<|image_pad|>"  # one vector of an image in the prompt
 SPAN = f"<|vision_start|>{PAD}<|vision_end|>"  # an image in the prompt, before `expand`
 IMAGE_COLUMNS = ("image", "images", "image_path", "picture", "pictures")  # names often used
 
+Source = bytes | str  # an encoded image, or the path of its file
 Grid = tuple[int, int, int]  # patches of an image: time (always 1), height, width
 
 
@@ -99,7 +100,7 @@ def load_processor(
 class Image:
     """A readable image of a data set; it is decoded again whenever its pixel values are needed."""
 
-    source: bytes | str  # the encoded image, or the path of its file
+    source: Source
     processor: Callable
     grid: Grid
 
@@ -131,7 +132,7 @@ class Image:
         return processed["pixel_values"]
 
 
-def decode(source: bytes | str) -> PIL.Image.Image:
+def decode(source: Source) -> PIL.Image.Image:
     """Return an image in RGB, given its encoded bytes or its path."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with PIL.Image.open(file) as image:
@@ -154,7 +155,7 @@ def put_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.alpha_composite(white, layer)
 
 
-def find_source(value, media_dir: str) -> bytes | str:
+def find_source(value, media_dir: str) -> Source:
     """Return the encoded bytes or the path of an image, from whatever a data set holds.
 
     Args:

@@ -1,4 +1,4 @@
-"""The HTML report: text and maths to HTML, errors, and the page itself in headless Chromium."""
+"""The HTML report: text and maths as HTML, errors, and the page itself in headless Chromium."""
 
 import json
 import re
@@ -13,65 +13,86 @@ import pytest
 from evals.report import render, render_answer, to_mathml, write_report
 
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75}
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-HOSTILE = r"""<script>document.title = "hacked"</script><img src=x onerror='document.title = "hacked"'> </script> {"a": 1}
-$\text{<img src=x onerror=alert(1)>}$ $\style{position:fixed}{x}$ \(a<b>c\) ]]> &lt; $$<svg onload=alert(1)>$$"""
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE = r"""<script>document.title = "hacked"</script>
+<img src=x onerror='document.title = "hacked"'> </script> {"a": 1}
+$\text{<img src=x onerror=alert(1)>}$ $\style{position:fixed}{x}$ \(a<b>c\) ]]> &lt;
+$$<svg onload=alert(1)>$$"""
 HOSTILE += "\ud800\x00"  # half a character, as a cut response may end
 
 
 def sample(problem: str, number: int, verdict: str, response: str, **changes) -> dict:
     """A line of samples.jsonl."""
-    fields = {
+    record = {
         "set": "math500",
         "problem": problem,
         "sample": number,
         "seed": 7,
         "question": "What is $\\frac{1}{2}+1$?",
-    }
-    fields |= {
         "prompt": "<|im_start|>user",
         "answer": "\\frac{3}{2}",
         "response": response,
         "extracted": "2",
         "tokens": 99,
-    }
-    fields |= {
         "reward": 0.0,
         "correct": verdict == "right",
         "verdict": verdict,
         "finish_reason": "stop",
     }
-    return fields | changes
+    return record | changes
 
 
-def write_folder(folder, samples: list[dict], **changes):
+def write_folder(folder, samples: list[dict]):
     """Write what eval.py writes."""
-    folder.mkdir(exist_ok=True)
-    sets = {
-        "math500": {"problems": 3, "samples": 2, "avg": FIGURE, "pass": {"1": FIGURE, "2": FIGURE | {"mean": 0.625}}}
-        | {"maj": {"1": FIGURE, "2": FIGURE}, "truncated": 0.125, "boxed": 0.9, "timeouts": 0}
-        | {"length_mean": 1234.4, "length_p95": 2345.6}
-    }  # fmt: skip
+    figures = {
+        "problems": 3,
+        "samples": 2,
+        "avg": FIGURE,
+        "pass": {"1": FIGURE, "2": FIGURE | {"mean": 0.625}},
+        "maj": {"1": FIGURE, "2": FIGURE},
+        "truncated": 0.125,
+        "boxed": 0.9,
+        "length_mean": 1234.4,
+        "length_p95": 2345.6,
+        "timeouts": 0,
+    }
     summary = {
         "config": {"model": "toy <1>", "samples": 2},
         "versions": {"torch": "2.13.0"},
-        "sets": sets,
+        "sets": {"math500": figures},
     }
-    (folder / "summary.json").write_text(json.dumps(summary | changes, indent=1))
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
     return folder
 
 
 def some_samples() -> list[dict]:
-    """Three problems of two sets: one that the samples agree on, one that they do not, and one that is hostile."""
-    hostile = ("question", "prompt", "extracted")
+    """Three problems of two sets: the samples of one agree, those of one differ, one is hostile."""
+    hostile = {
+        "set": "gsm8k",
+        "question": HOSTILE,
+        "prompt": HOSTILE,
+        "answer": ["7", HOSTILE],
+        "extracted": HOSTILE,
+    }
     return [
         sample("math500-0", 0, "right", "so \\boxed{\\frac{3}{2}}"),
         sample("math500-0", 1, "wrong", "Perhaps \\[\\sum_{k=1}^n k\\]"),
-        sample("math500-1", 0, "right", "easy"), sample("math500-1", 1, "right", "easy"),
-        sample("gsm8k-0", 0, "cut", HOSTILE, set="gsm8k", answer=["7", HOSTILE], **dict.fromkeys(hostile, HOSTILE)),
+        sample("math500-1", 0, "right", "easy"),
+        sample("math500-1", 1, "right", "easy"),
+        sample("gsm8k-0", 0, "cut", HOSTILE, **hostile),
         sample("gsm8k-0", 1, "no answer", "UPPER $5 and $6", set="gsm8k", extracted=None),
-    ]  # fmt: skip
+    ]
 
 
 # ---- Text and maths
@@ -80,7 +101,8 @@ class Tags(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.names, self.attributes = set(), set()
+        self.names = set()
+        self.attributes = set()
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -88,21 +110,23 @@ class Tags(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
-def test_text_is_escaped_everywhere():
-    for html in (
+@pytest.mark.parametrize(
+    "html",
+    [
         render(HOSTILE),
         render_answer(HOSTILE),
         render_answer([HOSTILE, "7"]),
         to_mathml(HOSTILE),
-    ):
-        tags = Tags(html)
-        assert not tags.names & {"script", "img", "svg"} and not tags.attributes & {
-            "onerror",
-            "onload",
-            "style",
-            "src",
-        }
-    assert render("a < b & \"c\"") == "a &lt; b &amp; &quot;c&quot;"  # fmt: skip
+    ],
+)
+def test_hostile_text_is_escaped(html):
+    tags = Tags(html)
+    assert not tags.names & {"script", "img", "svg"}
+    assert not tags.attributes & {"onerror", "onload", "style", "src"}
+
+
+def test_text_is_escaped():
+    assert render('a < b & "c"') == "a &lt; b &amp; &quot;c&quot;"
 
 
 @pytest.mark.parametrize(
@@ -117,16 +141,20 @@ def test_text_is_escaped_everywhere():
     ],
 )
 def test_maths_becomes_mathml(text):
+    is_displayed = text.startswith(("$$", r"\[", r"\begin"))
     html = render(f"before {text} after")
-    assert html.startswith("before") and html.endswith("after") and html.count("<math") == 1
-    assert re.search("<msup><mi>x</mi><m[nr]", html) and ('display="block"' in html) == (
-        text[:2] in ("$$", r"\[", r"\b") and "boxed" not in text
-    )
+    assert html.startswith("before")
+    assert html.endswith("after")
+    assert html.count("<math") == 1
+    assert re.search("<msup><mi>x</mi><m[nr]", html)
+    assert ('display="block"' in html) == is_displayed
 
 
 def test_boxes_are_marked_and_balanced():
     html = render(r"so \boxed{\left\{\frac{1}{\sqrt{2}}\right\}} and \boxed{3}")
-    assert html.count('class="box"') == 2 and "<msqrt>" in html and "boxed" not in html
+    assert html.count('class="box"') == 2
+    assert "<msqrt>" in html
+    assert "boxed" not in html
     assert "boxed{3" in render(r"\boxed{3")
 
 
@@ -134,60 +162,62 @@ def test_lines_of_a_formula_become_rows():
     assert to_mathml(r"a = b \\ c = d", True).count("<mtr>") == 2
     for name in ("align*", "aligned", "gathered", "eqnarray", "equation", "pmatrix", "dcases"):
         html = to_mathml(rf"\begin{{{name}}} a &= b \\ &= d \end{{{name}}}")
-        assert html.count("<mtr>") == 2 and html.count("<mtd") >= 4, name
+        assert html.count("<mtr>") == 2, name
+        assert html.count("<mtd") >= 4, name
 
 
 @pytest.mark.parametrize(
     "latex",
-    [r"\frac{1}{", r"\foo{x}", r"\left( x", "x^", "x^2^3", r"\end{cases}", r"\def\a{\b\b}\a", r"\rule{9em}{9999em}",
-     "{" * 999 + "}" * 999, "x" * 2001, r"\begin{matrix} a & b", r"\begin{foo} a \\ b \end{foo}"],
-)  # fmt: skip
+    [
+        r"\frac{1}{",
+        r"\foo{x}",
+        r"\left( x",
+        "x^",
+        "x^2^3",
+        r"\end{cases}",
+        r"\def\a{\b\b}\a",
+        r"\rule{9em}{9999em}",
+        "{" * 999 + "}" * 999,
+        "x" * 2001,
+        r"\begin{matrix} a & b",
+        r"\begin{foo} a \\ b \end{foo}",
+    ],
+)
 def test_what_cannot_be_converted_is_shown_as_source(latex):
     assert to_mathml(latex) == f"<code>{latex}</code>".replace("&", "&amp;")
 
 
 def test_signs_and_bars_are_spaced_as_in_latex():
-    assert to_mathml("f(-2)-1").count('form="prefix"') == 1 and 'form="prefix"' not in to_mathml(
-        "(a)-1"
-    )
+    assert to_mathml("f(-2)-1").count('form="prefix"') == 1
+    assert 'form="prefix"' not in to_mathml("(a)-1")
     assert to_mathml("|a|").count('lspace="0" rspace="0"') == 2
 
 
 def test_money_code_and_figures_are_no_maths():
     assert render("$5 and $6, or $7 more; \\$8 and \\$9") == "$5 and $6, or $7 more; \\$8 and \\$9"
-    assert "<math" not in render("```\nx = '$a$'\n```") + render('[asy]\nlabel("$O$");\n[/asy]')
+    assert "<math" not in render("```\nx = '$a$'\n```")
+    assert "<math" not in render('[asy]\nlabel("$O$");\n[/asy]')
 
 
 def test_long_hostile_texts_are_quick():
+    parts = ["\\boxed{", "\\[", "$$ ", "$", "{", " ", "\\begin{align}", "```", "[asy]", "\n"]
+    parts += ["\\(", "$ a"]
     began = time.perf_counter()
-    for part in (
-        "\\boxed{",
-        "\\[",
-        "$$ ",
-        "$",
-        "{",
-        " ",
-        "\\begin{align}",
-        "```",
-        "[asy]",
-        "\n",
-        "\\(",
-        "$ a",
-    ):
+    for part in parts:
         render(part * 20_000)
         render("\\boxed{" + part * 20_000)
     assert time.perf_counter() - began < 20
 
 
 def test_answers():
-    assert render_answer(None) == "<i>none</i>" and ">Evelyn<" in render_answer("Evelyn")
+    assert render_answer(None) == "<i>none</i>"
+    assert ">Evelyn<" in render_answer("Evelyn")
     assert "<mfrac>" in render_answer(r"\frac{1}{2}")
-    assert re.fullmatch(
-        "<span.*>3</span> <i>or</i> <span.*<msqrt>.*</span>", render_answer(["3", r"\sqrt{4}"])
-    )
+    several = render_answer(["3", r"\sqrt{4}"])
+    assert re.fullmatch("<span.*>3</span> <i>or</i> <span.*<msqrt>.*</span>", several)
 
 
-# ---- Reading
+# ---- The file
 def test_a_missing_file_is_named(tmp_path):
     folder = write_folder(tmp_path, some_samples())
     for name in ("summary.json", "samples.jsonl"):
@@ -196,45 +226,25 @@ def test_a_missing_file_is_named(tmp_path):
             write_report(folder)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{'a': 1}", "not JSON"), (b"", "not JSON"), (b'{"a": 1,', "not JSON"), (b'"\xff"', "not JSON"),
-        (b"[1]", "expected a JSON object"), (b"{}", "set is None"),
-        (json.dumps(sample("p", 0, "maybe", "")).encode(), "'maybe'; expected one of right, "),
-        (json.dumps(sample("p", 0, "right", None)).encode(), "response is None; expected .*str"),
-    ],
-)  # fmt: skip
-def test_a_bad_line_is_named(tmp_path, line, message):
-    file = write_folder(tmp_path, some_samples()[:2]) / "samples.jsonl"
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    with pytest.raises(ValueError, match=rf"samples\.jsonl, line 3: .*{message}"):
-        write_report(tmp_path)
-
-
-def test_a_bad_summary_is_named(tmp_path):
+def test_an_evaluation_without_figures_has_a_page(tmp_path):
+    """As after a vision-language benchmark of which nobody could judge a question."""
     write_folder(tmp_path, some_samples())
-    (tmp_path / "summary.json").write_text('{"config": {},\n"sets": }')
-    with pytest.raises(ValueError, match=r"summary\.json, line 2: not JSON"):
-        write_report(tmp_path)
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"summary\.json: sets is None; expected"):
-        write_report(tmp_path)
-    write_folder(tmp_path, [])
-    with pytest.raises(ValueError, match=r"samples\.jsonl is empty"):
-        write_report(tmp_path)
+    summary = {"config": {"model": "toy"}, "versions": {}, "sets": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert "Evaluation of toy" in write_report(tmp_path).read_text()
 
 
 def test_the_page_holds_the_figures(tmp_path):
     page = write_report(write_folder(tmp_path, some_samples())).read_text()
-    assert "Evaluation of toy &lt;1&gt;" in page and "3 × 2" in page and "2.13.0" in page
-    assert (
-        "pass@1" not in page
-        and "62.5 <small>25.0 – 75.0</small>" in page
-        and "1,234" in page
-        and "12.5%" in page
-    )
-    assert page.count("<script") == 2 and not re.search("https?:", page)
+    assert "Evaluation of toy &lt;1&gt;" in page
+    assert "3 × 2" in page
+    assert "2.13.0" in page
+    assert "pass@1" not in page
+    assert "62.5 <small>25.0 – 75.0</small>" in page
+    assert "1,234" in page
+    assert "12.5%" in page
+    assert page.count("<script") == 2
+    assert not re.search("https?:", page)
 
 
 # ---- The page in a browser
@@ -242,37 +252,27 @@ class Browser:
     """Chromium behind chromedriver, by plain HTTP (W3C WebDriver)."""
 
     def __init__(self, url: str, profile):
-        options = {
-            "args": [
-                *FLAGS.split(),
-                "--disable-component-update",
-                "--disable-sync",
-                f"--user-data-dir={profile}",
-            ]
-        }
-        logs = {"browser": "ALL", "performance": "ALL"}
         capabilities = {
             "browserName": "chrome",
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": logs,
+            "goog:chromeOptions": {"args": [*FLAGS, f"--user-data-dir={profile}"]},
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
         self.url = f"{url}/session"
-        self.url += (
-            "/" + self.call("", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
-        )
+        session = self.call("", {"capabilities": {"alwaysMatch": capabilities}})
+        self.url += "/" + session["sessionId"]
 
     def call(self, path: str, body: dict | None, method: str = "POST"):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
     def open(self, path) -> None:
         """Open a page afresh, without the last one's logs, and wait for its first cards."""
         self.call("/url", {"url": "about:blank"})
-        self.log("browser"), self.log("performance")
+        for kind in ("browser", "performance"):
+            self.log(kind)  # reading a log empties it
         self.call("/url", {"url": path.as_uri()})
         self.wait("document.querySelector('article h2')")
 
@@ -288,25 +288,25 @@ class Browser:
     def set(self, name: str, value) -> None:
         """Change a filter as a reader would, and wait until the cards are filled."""
         attribute = "checked" if isinstance(value, bool) else "value"
-        self.js(f"((f = document.forms[0][{json.dumps(name)}]) => {{ f.{attribute} = {json.dumps(value)};"
-                "f.dispatchEvent(new Event('input', {bubbles: true})) })()")  # fmt: skip
+        filter_ = f"document.forms[0][{json.dumps(name)}]"
+        self.js(f"{filter_}.{attribute} = {json.dumps(value)}")
+        self.js(f"{filter_}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         self.wait("[...document.querySelectorAll('article')].every(a => a.children.length)")
 
     def press(self, key: str) -> None:
-        keys = {
-            "type": "key",
-            "id": "keyboard",
-            "actions": [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")],
-        }
-        self.call("/actions", {"actions": [keys]})
+        actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        keyboard = {"type": "key", "id": "keyboard", "actions": actions}
+        self.call("/actions", {"actions": [keyboard]})
 
     def log(self, kind: str) -> list[dict]:
         return self.call("/se/log", {"type": kind})
 
     def cards(self) -> list[str]:
-        return self.js(
-            "[...document.querySelectorAll('article h2')].map(h => h.firstChild.data.trim())"
-        )
+        titles = "[...document.querySelectorAll('article h2')].map(h => h.firstChild.data.trim())"
+        return self.js(titles)
+
+    def opened(self) -> list[bool]:
+        return self.js("[...document.querySelectorAll('.sample')].map(s => s.open)")
 
     def count(self) -> str:
         return self.js("document.querySelector('output').value")
@@ -314,23 +314,25 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    assert shutil.which("chromedriver"), (
-        "these tests need Chromium: apt-get install chromium chromium-driver"
-    )
-    with subprocess.Popen(
-        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True
-    ) as driver:
+    driver_path = shutil.which("chromedriver")
+    assert driver_path, "these tests need Chromium: apt-get install chromium chromium-driver"
+    with subprocess.Popen([driver_path, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
         try:
-            port = next(
-                match[1]
-                for line in driver.stdout
-                if (match := re.search(r"successfully on port (\d+)", line))
-            )
-            browser = Browser(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("profile"))
+            url = f"http://127.0.0.1:{read_port(driver.stdout)}"
+            browser = Browser(url, tmp_path_factory.mktemp("profile"))
             yield browser
             browser.call("", None, "DELETE")
         finally:
             driver.terminate()
+
+
+def read_port(lines) -> str:
+    """Read chromedriver's output up to the port that it listens on."""
+    for line in lines:
+        match = re.search(r"successfully on port (\d+)", line)
+        if match:
+            return match[1]
+    raise AssertionError("chromedriver ended before it listened on a port")
 
 
 @pytest.fixture
@@ -342,124 +344,112 @@ def page(browser, tmp_path):
 @pytest.mark.browser
 def test_filters_and_counts(page):
     everything = ["math500-0", "math500-1", "gsm8k-0"]
-    assert (
-        page.cards() == everything
-        and page.count() == "3 of 3 problems · 3 right · 1 wrong · 1 no answer · 1 cut"
-    )
+    assert page.cards() == everything
+    assert page.count() == "3 of 3 problems · 3 right · 1 wrong · 1 no answer · 1 cut"
     page.set("verdict", "wrong")
-    assert page.cards() == ["math500-0"] and page.count() == "1 of 3 problems · 1 right · 1 wrong"
-    assert page.js("[...document.querySelectorAll('.sample')].map(s => s.open)") == [False, True]
+    assert page.cards() == ["math500-0"]
+    assert page.count() == "1 of 3 problems · 1 right · 1 wrong"
+    assert page.opened() == [False, True]
     page.set("verdict", "no answer")
     assert page.cards() == ["gsm8k-0"]
     page.set("set", "math500")
-    assert page.cards() == [] and page.count() == "0 of 3 problems"
+    assert page.cards() == []
+    assert page.count() == "0 of 3 problems"
     page.set("verdict", "")
     assert page.cards() == everything[:2]
     page.set("mixed", True)
     assert page.cards() == ["math500-0"]
     page.set("mixed", False)
     page.set("set", "")
-    for text, expected in (("sum_{K", ["math500-0"]), ("upper $5", ["gsm8k-0"]), ("{3}{2}", everything[:2]),
-                           ("frac{1}{2}+1", everything[:2]),
-                           ("</script>", ["gsm8k-0"]), ("math500-1", ["math500-1"]), ("nowhere", [])):  # fmt: skip
-        page.set("text", text)
-        assert page.cards() == expected, text
-    page.set("text", "")
     assert page.cards() == everything
+
+
+@pytest.mark.browser
+def test_search(page):
+    expected = {
+        "sum_{K": ["math500-0"],
+        "upper $5": ["gsm8k-0"],
+        "{3}{2}": ["math500-0", "math500-1"],
+        "frac{1}{2}+1": ["math500-0", "math500-1"],
+        "</script>": ["gsm8k-0"],
+        "math500-1": ["math500-1"],
+        "nowhere": [],
+        "": ["math500-0", "math500-1", "gsm8k-0"],
+    }
+    for text, cards in expected.items():
+        page.set("text", text)
+        assert page.cards() == cards, text
 
 
 @pytest.mark.browser
 def test_maths_is_drawn(page):
     page.set("open", True)
-    boxes = "[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(b => [b.width, b.height])"
-    assert len(page.js(boxes)) >= 8 and all(
-        width > 4 and height > 4 for width, height in page.js(boxes)
-    )
-    top, bottom = page.js(
-        "[...document.querySelector('mfrac').children].map(c => c.getBoundingClientRect().top)"
-    )
-    assert bottom > top + 4  # the denominator stands below the numerator
+    boxes = "[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect())"
+    sizes = page.js(f"{boxes}.map(box => [box.width, box.height])")
+    assert len(sizes) >= 8
+    assert all(width > 4 and height > 4 for width, height in sizes)
+    parts = "[...document.querySelector('mfrac').children].map(c => c.getBoundingClientRect().top)"
+    numerator, denominator = page.js(parts)
+    assert denominator > numerator + 4
     assert page.js("getComputedStyle(document.querySelector('math .box')).borderTopWidth") != "0px"
 
 
 @pytest.mark.browser
 def test_nothing_is_loaded_run_or_complained_about(page):
     page.set("open", True)
-    assert (
-        page.js("document.title") == "Evaluation of toy <1>"
-        and page.js("document.querySelectorAll('main :is(script, img, svg)').length") == 0
-    )
-    assert page.js(
-        "document.querySelector('article:last-child .sample .text').textContent"
-    ).startswith('<script>document.title = "hacked"')
+    assert page.js("document.title") == "Evaluation of toy <1>"
+    assert page.js("document.querySelectorAll('main :is(script, img, svg)').length") == 0
+    text = page.js("document.querySelector('article:last-child .sample .text').textContent")
+    assert text.startswith('<script>document.title = "hacked"')
     assert page.log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in page.log("performance")]
-    urls = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-    ]
-    assert len(urls) == 1 and urls[0].startswith("file://") and urls[0].endswith("/report.html")
-    page.js(
-        "fetch('http://127.0.0.1:9/').catch(() => 0) && 0"
-    )  # the control: the policy forbids it, and the log says so
+    requests = [event for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [event["params"]["request"]["url"] for event in requests]
+    assert len(urls) == 1
+    assert urls[0].startswith("file://")
+    assert urls[0].endswith("/report.html")
+    # The control: the page's policy forbids a request, and the log says so.
+    page.js("fetch('http://127.0.0.1:9/').catch(() => 0) && 0")
     assert any("Content Security Policy" in entry["message"] for entry in page.log("browser"))
 
 
 @pytest.mark.browser
 def test_keyboard_reaches_everything(page):
-    seen = []
-    while not seen or not seen[-1].startswith("right sa"):
+    focus = "document.activeElement.name || document.activeElement.textContent.trim().slice(0, 8)"
+    stops = []
+    while not stops or not stops[-1].startswith("right sa"):
         page.press("\ue004")  # Tab
-        seen.append(
-            page.js("document.activeElement.name || document.activeElement.textContent.slice(0, 8)")
-        )
-        assert len(seen) < 20, seen
-    assert seen[-7:-1] == [
-        "Settings",
-        "set",
-        "verdict",
-        "text",
-        "mixed",
-        "open",
-    ]  # and no stop in the text between
+        stops.append(page.js(focus))
+        assert len(stops) < 20, stops
+    # There is no stop in the text in between.
+    assert stops[-7:-1] == ["Settings", "set", "verdict", "text", "mixed", "open"]
     page.press("\ue007")  # Enter
-    assert page.js("[...document.querySelectorAll('.sample')].map(s => s.open).slice(0, 2)") == [
-        True,
-        False,
-    ]
+    assert page.opened()[:2] == [True, False]
 
 
 @pytest.mark.browser
 def test_light_and_dark(page):
-    colours = []
+    brightness = {}
     for scheme in ("light", "dark"):
         feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         page.call("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": feature})
-        colours.append(
-            page.js(
-                "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
-            )
-        )
-    (light_ink, light_back), (dark_ink, dark_back) = [
-        [int(re.search(r"\d+", c)[0]) for c in pair] for pair in colours
-    ]
-    assert light_back - light_ink > 180 and dark_ink - dark_back > 150
+        for name in ("color", "backgroundColor"):
+            colour = page.js(f"getComputedStyle(document.body).{name}")  # e.g. rgb(28, 33, 40)
+            brightness[scheme, name] = int(re.search(r"\d+", colour)[0])
+    assert brightness["light", "backgroundColor"] - brightness["light", "color"] > 180
+    assert brightness["dark", "color"] - brightness["dark", "backgroundColor"] > 150
 
 
 @pytest.mark.browser
 def test_cards_come_as_the_reader_scrolls(browser, tmp_path):
-    browser.open(
-        write_report(
-            write_folder(tmp_path, [sample(f"p{i}", 0, "right", "x\n" * 50) for i in range(70)])
-        )
-    )
+    samples = [sample(f"p{i}", 0, "right", "x\n" * 50) for i in range(70)]
+    browser.open(write_report(write_folder(tmp_path, samples)))
     browser.set("open", True)
-    assert 20 <= len(browser.cards()) < 70 and browser.count() == "70 of 70 problems · 70 right"
+    assert 20 <= len(browser.cards()) < 70
+    assert browser.count() == "70 of 70 problems · 70 right"
+    button = "document.querySelector('#more')"
     for _ in range(3):
         browser.js("scrollTo(0, document.body.scrollHeight)")
-        browser.wait(
-            "(more => more.hidden || more.getBoundingClientRect().top > innerHeight)(document.querySelector('#more'))"
-        )
+        browser.wait(f"{button}.hidden || {button}.getBoundingClientRect().top > innerHeight")
     browser.wait("document.querySelectorAll('article h2').length === 70")
-    assert browser.js("document.querySelector('#more').hidden")
+    assert browser.js(f"{button}.hidden")

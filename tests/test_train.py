@@ -524,7 +524,7 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     assert parse() == change(train_rl.Config(), **toy.TRAIN_RL) and parse().lr == 3e-4
     assert (
         parse("--model", "Qwen2.5-7B").lr == 1e-6
-        and parse("--model=Qwen2.5-7B").rollout.prompts == 128
+        and parse("--model=Qwen2.5-7B").sampling.prompts == 128
     )
     assert parse("--reward-times", "0.5", "0.8").flow_reward.reward_times == (0.5, 0.8)
     assert parse("--flow-top-k", "None").flow_reward.flow_top_k is None

@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +15,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, drawing, figures, flags, last_state, save_vlm, tiny_vlm
+from conftest import (
+    ROOT,
+    drawing,
+    figures,
+    find_model,
+    flags,
+    last_state,
+    read_lines,
+    save_vlm,
+    tiny_vlm,
+    torch_engine,
+)
 from PIL import Image
 from test_distributed import assert_same_run, finish
 from test_published import snapshot
@@ -30,25 +40,50 @@ import toy
 import train_flow
 import train_rl
 import vision
-from rollout import Sampling
+from rollout import LoadingSettings, ProblemSettings, Request, Sampling
+from run import change
 
 PROCESSOR = toy.make_processor()
 TOKENIZER = toy.make_tokenizer(images=True)
 PAD = TOKENIZER.convert_tokens_to_ids(vision.PAD)
+MODEL = rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
+SETTINGS = ProblemSettings(template="none", problem_column="prompt", max_prompt_tokens=4096)
+
+
+def make_prompt(text: str, *images: vision.Image, template: str = "none") -> list[int]:
+    """The tokens of a prompt with images."""
+    settings = change(SETTINGS, template=template)
+    return rollout.make_prompts([text], [images], MODEL, settings)[0]
+
+
+def inputs_of_images(ids: torch.Tensor, images) -> dict[str, torch.Tensor]:
+    """What a Hugging Face model takes beside the tokens (1, T) of a prompt with images."""
+    pixel_values, grids = vision.stack(images, "cpu")
+    return {
+        "pixel_values": pixel_values,
+        "image_grid_thw": grids,
+        "mm_token_type_ids": (ids == PAD).int(),
+    }
+
+
+def with_images(episodes, requests) -> list[rlfr.Row]:
+    """Rows of episodes with the images of their requests, which an engine does not hand back."""
+    n = len(episodes) // len(requests)
+    rows = []
+    for i, episode in enumerate(episodes):
+        images = requests[i // n].images
+        rows.append(rlfr.Row(episode.prompt_ids, episode.response_ids, images))
+    return rows
 
 
 def rows() -> list[rlfr.Row]:
     """Episodes with one image, none, and two; two of the responses have a placeholder in them that was sampled."""
-    one, two = drawing("1 +2 +3>", PROCESSOR), drawing("4 +5>", PROCESSOR)
-
-    def prompt(text: str, *images) -> list[int]:
-        source = rollout.Source(template="none")
-        return rollout.make_prompts([text], TOKENIZER, source, [images])[0]
-
+    one = drawing("1 +2 +3>", PROCESSOR)
+    two = drawing("4 +5>", PROCESSOR)
     return [
-        (prompt("look <image> here", one), [8, 9], (one,)),
-        (prompt("text"), [11, 12, PAD, 14, 15], ()),
-        (prompt("<image>a<image>b", two, one), [26, PAD, 27, 28], (two, one)),
+        rlfr.Row(make_prompt("look <image> here", one), [8, 9], (one,)),
+        rlfr.Row(make_prompt("text"), [11, 12, PAD, 14, 15]),
+        rlfr.Row(make_prompt("<image>a<image>b", two, one), [26, PAD, 27, 28], (two, one)),
     ]
 
 
@@ -57,31 +92,31 @@ def rows() -> list[rlfr.Row]:
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
-    policy, taps = rlfr.Policy(tiny_vlm(family)), [1, 2]
+    policy = rlfr.Policy(tiny_vlm(family))
+    taps = [1, 2]
     batched = policy(rlfr.collate(rows()), temperature=0.7, taps=taps)
     for i, row in enumerate(rows()):
-        alone, n = policy(rlfr.collate([row]), temperature=0.7, taps=taps), len(row[1])
+        alone = policy(rlfr.collate([row]), temperature=0.7, taps=taps)
+        n = len(row.response_ids)
         torch.testing.assert_close(batched.logp[i, :n], alone.logp[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(batched.entropy[i, :n], alone.entropy[0], rtol=0, atol=1e-5)
         for a, b in zip(batched.latents, alone.latents, strict=True):
             assert (a[i, : b.shape[1]] - b[0]).abs().max() <= 1e-5 * b.abs().max()
-        if PAD not in row[1]:
-            ids, (pixels, grids) = torch.tensor([row[0] + row[1]]), vision.stack(row[2], "cpu")
-            seen = {
-                "pixel_values": pixels,
-                "image_grid_thw": grids,
-                "mm_token_type_ids": (ids == PAD).int(),
-            }
-            z = (policy.model(ids, **seen).logits[0, -n - 1 : -1] / 0.7).log_softmax(dim=-1)
-            expected = z.gather(1, torch.tensor(row[1])[:, None]).squeeze(1)
+        if PAD not in row.response_ids:
+            ids = torch.tensor([row.prompt_ids + row.response_ids])
+            logits = policy.model(ids, **inputs_of_images(ids, row.images)).logits
+            log_probs = (logits[0, -n - 1 : -1] / 0.7).log_softmax(dim=-1)
+            expected = log_probs.gather(1, torch.tensor(row.response_ids)[:, None]).squeeze(1)
             torch.testing.assert_close(alone.logp[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_the_kinds_of_tokens_are_passed(family):
     """Left out, Qwen2.5-VL gives other log-probs in silence: positions of text, where an image's are rows and columns."""
-    policy, passed = rlfr.Policy(tiny_vlm(family)), []
-    body, forward = policy.model.base_model, policy.model.base_model.forward
+    policy = rlfr.Policy(tiny_vlm(family))
+    passed = []
+    body = policy.model.base_model
+    forward = body.forward
     batch = rlfr.collate(rows()[:1])
 
     def without(**inputs):
@@ -95,7 +130,8 @@ def test_the_kinds_of_tokens_are_passed(family):
             policy(batch)
     else:
         assert (policy(batch).logp - logp).abs().max() > 1e-3
-    assert passed == [[[int(token == PAD) for token in (*rows()[0][0], *rows()[0][1])]]]
+    row = rows()[0]
+    assert passed == [[[int(token == PAD) for token in row.prompt_ids + row.response_ids]]]
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
@@ -104,33 +140,29 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
     policy = rlfr.load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
     tower = list(policy.model.model.visual.parameters())
     policy(rlfr.collate(rows())).logp.sum().backward()
-    assert (
-        all(p.grad is None for p in tower)
-        if freeze == "vision"
-        else all(p.grad.abs().max() > 0 for p in tower)
-    )
+    if freeze == "vision":
+        assert all(p.grad is None for p in tower)
+    else:
+        assert all(p.grad.abs().max() > 0 for p in tower)
     assert all(p.grad is not None for p in policy.layers.parameters())
     policy.zero_grad()
-    policy(
-        rlfr.collate(rows()[1:2])
-    ).logp.sum().backward()  # no image: of the tower all gradients are there, and zero
-    assert (
-        all(p.grad is None for p in tower)
-        if freeze == "vision"
-        else all(p.grad.abs().max() == 0 for p in tower)
-    )
+    # without an image all gradients of the tower are there, and zero
+    policy(rlfr.collate(rows()[1:2])).logp.sum().backward()
+    if freeze == "vision":
+        assert all(p.grad is None for p in tower)
+    else:
+        assert all(p.grad.abs().max() == 0 for p in tower)
 
 
 def test_the_offline_start_stops_at_the_last_tap():
-    policy, batch, ran = rlfr.Policy(tiny_vlm("qwen3_vl")), rlfr.collate(rows()), []
+    policy = rlfr.Policy(tiny_vlm("qwen3_vl"))
+    batch = rlfr.collate(rows())
+    ran = []
     full = policy(batch, taps=[1, 2]).latents
     policy.layers[3].register_forward_hook(lambda *_: ran.append(3))
     short = policy(batch, taps=[1, 2], latents_only=True)
-    assert (
-        not ran
-        and short.logp is None
-        and all(torch.equal(a, b) for a, b in zip(full, short.latents, strict=True))
-    )
+    assert not ran and short.logp is None
+    assert all(torch.equal(a, b) for a, b in zip(full, short.latents, strict=True))
 
 
 # ---- The torch engine
@@ -140,46 +172,30 @@ def test_the_offline_start_stops_at_the_last_tap():
 def test_the_torch_engine_sees(family, tmp_path):
     """Greedy words are Hugging Face's, alone and in a batch; log-probs are the trainer's; another image, other words."""
     folder = save_vlm(tiny_vlm(family), tmp_path)
-    engine, prompts, images = (
-        rollout.TorchEngine(folder, TOKENIZER),
-        [r[0] for r in rows()],
-        [r[2] for r in rows()],
-    )
-    episodes = engine.generate(prompts, Sampling(temperature=0, max_tokens=16), [0] * 3, images)
-    for prompt, own, episode in zip(prompts, images, episodes, strict=True):
-        ids, (pixels, grids) = torch.tensor([prompt]), vision.stack(own, "cpu")
-        seen = (
-            {
-                "pixel_values": pixels,
-                "image_grid_thw": grids,
-                "mm_token_type_ids": (ids == PAD).int(),
-            }
-            if own
-            else {}
+    engine = torch_engine(folder)
+    requests = [Request(row.prompt_ids, 100 * i, row.images) for i, row in enumerate(rows())]
+    greedy = Sampling(temperature=0, max_tokens=16)
+    episodes = engine.generate(requests, greedy)
+    for request, episode in zip(requests, episodes, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        images = inputs_of_images(ids, request.images) if request.images else {}
+        generated = engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=engine.end_tokens.tolist(),
+            **images,
         )
-        options = dict(do_sample=False, max_new_tokens=16, eos_token_id=engine.ends.tolist())
-        expected = engine.model.generate(
-            ids, attention_mask=torch.ones_like(ids), **seen, **options
-        )[0, len(prompt) :]
-        assert episode.response_ids == expected.tolist()
-    other = engine.generate(
-        prompts[:1],
-        Sampling(temperature=0, max_tokens=16),
-        [0],
-        [(drawing("9 +8 +7>", PROCESSOR),)],
-    )
-    assert other[0].response_ids != episodes[0].response_ids
+        assert episode.response_ids == generated[0, ids.shape[1] :].tolist()
+    other_image = requests[0]._replace(images=(drawing("9 +8 +7>", PROCESSOR),))
+    (other,) = engine.generate([other_image], greedy)
+    assert other.response_ids != episodes[0].response_ids
     sampling = Sampling(n=2, max_tokens=16, temperature=0.7)
-    episodes = engine.generate(prompts, sampling, [0, 100, 200], images)
-    alone = [
-        e
-        for p, s, i in zip(prompts, [0, 100, 200], images, strict=True)
-        for e in engine.generate([p], sampling, [s], [i])
-    ]
+    episodes = engine.generate(requests, sampling)
+    alone = [episode for request in requests for episode in engine.generate([request], sampling)]
     assert [e.response_ids for e in episodes] == [e.response_ids for e in alone]
-    batch = rlfr.collate(
-        [(e.prompt_ids, e.response_ids, images[i // 2]) for i, e in enumerate(episodes)]
-    )
+    batch = rlfr.collate(with_images(episodes, requests))
     with torch.no_grad():
         logp = rlfr.load_policy(folder)(batch, 0.7).logp
     for row, episode in enumerate(episodes):
@@ -194,7 +210,8 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)
 
 
 def png(array=COLOURS, mode: str = "RGB") -> bytes:
-    Image.fromarray(array).convert(mode).save(file := io.BytesIO(), "png")
+    file = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(file, "png")
     return file.getvalue()
 
 
@@ -213,37 +230,37 @@ def test_pixel_values_by_hand():
     resized = np.asarray(
         Image.fromarray(COLOURS).resize((84, 56), Image.Resampling.BICUBIC), dtype=np.float64
     )
-    mean, std = (
-        np.array([0.48145466, 0.4578275, 0.40821073]),
-        np.array([0.26862954, 0.26130258, 0.27577711]),
-    )
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
     normalised = (resized / 255 - mean) / std
     patches = []
     for y, x in ((y, x) for y in range(0, 56, 28) for x in range(0, 84, 28)):
         for v, u in ((0, 0), (0, 14), (14, 0), (14, 14)):
-            patch = normalised[y + v : y + v + 14, x + u : x + u + 14].transpose(
-                2, 0, 1
-            )  # channel, row, column
+            patch = normalised[y + v : y + v + 14, x + u : x + u + 14]
+            patch = patch.transpose(2, 0, 1)  # channel, row, column
             patches.append(np.repeat(patch[:, None], 2, axis=1).ravel())
     np.testing.assert_allclose(image.pixel_values().numpy(), np.array(patches), atol=1e-3)
 
 
 def test_limits_on_pixels(tmp_path):
     save_vlm(tiny_vlm("qwen2_5_vl"), tmp_path)
-    for limits, grid in {
+    grids = {
         (None, None): (1, 4, 6),
         (28 * 28 * 12, None): (1, 6, 10),
         (None, 28 * 28 * 4): (1, 2, 4),
-    }.items():
-        processor = rollout.find_model(str(tmp_path), False, *limits).processor
+    }
+    for (smallest, largest), grid in grids.items():
+        loading = LoadingSettings(min_pixels=smallest, max_pixels=largest)
+        processor = rollout.find_model(str(tmp_path), loading).processor
         (image,) = load({"images": png()}, processor)[0]
         assert image.grid == grid and len(image.pixel_values()) == grid[1] * grid[2]
-    for limits in ((50_000, None), (None, -1)):
+    for smallest, largest in ((50_000, None), (None, -1)):
+        loading = LoadingSettings(min_pixels=smallest, max_pixels=largest)
         with pytest.raises(
             ValueError,
             match="min_pixels=.*: expected two positive numbers, the first not the larger",
         ):
-            rollout.find_model(str(tmp_path), False, *limits)
+            rollout.find_model(str(tmp_path), loading)
 
 
 def test_thin_images_are_asked_for_twice():
@@ -270,12 +287,10 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
         {"bytes": data, "path": None},
         {"path": "media/a.png"},
     ]
-    found = load(
-        [{"images": [kind]} for kind in kinds] + [{"images": "media/a.png"}], folder=tmp_path
-    )
-    assert len({own[0].pixel_values().numpy().tobytes() for own in found}) == 1 and all(
-        len(own) == 1 for own in found
-    )
+    lists = [{"images": [kind]} for kind in kinds]
+    loaded = load([*lists, {"images": "media/a.png"}], folder=tmp_path)
+    assert all(len(images) == 1 for images in loaded)
+    assert len({images[0].pixel_values().numpy().tobytes() for images in loaded}) == 1
     assert load([{}, {"images": None}, {"images": []}]) == [(), (), ()]
     gray = np.ascontiguousarray(COLOURS[..., 0])
     assert load({"images": png(gray, "L")})[0][0].pixel_values().shape == (24, 1176)
@@ -292,29 +307,24 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     saved = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     saved.to_parquet(tmp_path / "data.parquet")
     saved.save_to_disk(tmp_path / "saved")
-    config = evaluation.Config(template="none", problem_column="prompt")
     for name in ("data.jsonl", "data.parquet", "saved"):
-        (problem,) = rollout.load_problems(
-            str(tmp_path / name), config, rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
-        )
-        assert torch.equal(problem.images[0].pixel_values(), found[0][0].pixel_values()), name
+        (problem,) = rollout.load_problems(str(tmp_path / name), SETTINGS, MODEL)
+        assert torch.equal(problem.images[0].pixel_values(), loaded[0][0].pixel_values()), name
         assert problem.prompt_ids.count(PAD) == 6
-    moved = replace(config, media_dir=str(tmp_path / "media"))
+    moved = change(SETTINGS, media_dir=str(tmp_path / "media"))
     with pytest.raises(
         ValueError,
         match=r"row 0: .*no file '.*media/media/a.png'; put it there, or name another --media-dir",
     ):
-        rollout.load_problems(
-            str(tmp_path / "data.jsonl"), moved, rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
-        )
+        rollout.load_problems(str(tmp_path / "data.jsonl"), moved, MODEL)
 
 
 def test_placeholders():
-    one, two = drawing("1 +2 +3>", PROCESSOR), drawing("4 +5>", PROCESSOR)
+    one = drawing("1 +2 +3>", PROCESSOR)
+    two = drawing("4 +5>", PROCESSOR)
 
     def prompt(text: str, *images, template="none") -> str:
-        source = rollout.Source(template=template)
-        return TOKENIZER.decode(rollout.make_prompts([text], TOKENIZER, source, [images])[0])
+        return TOKENIZER.decode(make_prompt(text, *images, template=template))
 
     def span(n: int) -> str:
         return f"<|vision_start|>{vision.PAD * n}<|vision_end|>"
@@ -324,15 +334,15 @@ def test_placeholders():
     assert prompt("sum>", two, one) == f"{span(2)}{span(3)}sum>"
     ids = TOKENIZER.encode(f"{span(2)}{span(3)}")
     assert TOKENIZER.decode(vision.collapse(ids, PAD)) == span(1) * 2
-    templates = json.loads((ROOT / "tests" / "oracle" / "viii_scoring.json").read_text())[
-        "templates"
-    ]
+    oracle = json.loads((ROOT / "tests" / "oracle" / "viii_scoring.json").read_text())
+    templates = oracle["templates"]
     for template, name in {"qwen_tag": "qwen_tag_vison", "qwen": "qwen_box_vision"}.items():
         official = templates[name].replace(vision.PAD, vision.PAD * 3)
         assert prompt("Q?", one, template=template) == official.replace("{QUESTION}", "Q?"), (
             template
         )
-    assert rollout.choose_template("auto", TOKENIZER, "qwen2_5_vl") == "qwen_tag"
+    model = MODEL._replace(config=tiny_vlm("qwen2_5_vl").config)
+    assert rollout.choose_template("auto", model) == "qwen_tag"
 
 
 @pytest.mark.parametrize(
@@ -342,8 +352,8 @@ def test_placeholders():
         ({"images": [b"no image"]}, "row 1: an image cannot be read: cannot identify image file"),
         ({"images": [png()[:-2000]]}, "row 1: an image cannot be read: .*truncated"),
         ({"images": [png()[:60] + b"x" + png()[61:]]}, "row 1: an image cannot be read: "),
-        ({"images": [{"bytes": None, "path": None}]}, "row 1: an image cannot be read: None is no image; expected a path"),
-        ({"images": [7]}, "row 1: an image cannot be read: 7 is no image; expected a path, base64, bytes or a dict"),
+        ({"images": [{"bytes": None, "path": None}]}, "row 1: an image cannot be read: None is not an image; expected a path"),
+        ({"images": [7]}, "row 1: an image cannot be read: 7 is not an image; expected a path, base64, bytes or a dict"),
         ({"images": [png(np.zeros((1, 300, 3), np.uint8))]}, "row 1: an image cannot be read: .*aspect ratio"),
         ({"images": [png()] * 5}, "row 1 has 5 images, more than 4; raise --max-images or drop it"),
         ({"prompt": "<image><image>", "images": [png()]}, "row 1 has 1 images and 2 placeholders <image>; expected as many, or none"),
@@ -356,11 +366,7 @@ def test_bad_images_say_their_row_before_training(tmp_path, monkeypatch, row, wo
     good = {"prompt": "q", "answer": "1", "images": [png()]}
     monkeypatch.setattr(rollout, "load_rows", lambda *_: [good, good | row])
     with pytest.raises(ValueError, match=words):
-        rollout.load_problems(
-            "d",
-            evaluation.Config(template="none", problem_column="prompt"),
-            rollout.Model("", None, 0, TOKENIZER, PROCESSOR),
-        )
+        rollout.load_problems("d", SETTINGS, MODEL)
 
 
 def test_a_missing_column_and_transparent_images(tmp_path):
@@ -386,11 +392,11 @@ def test_a_missing_column_and_transparent_images(tmp_path):
 def test_images_for_a_model_without_eyes(world, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"problem": "q", "answer": "1", "images": ["a.png"]}))
-    config = evaluation.Config(template="none", problem_column="problem")
+    settings = change(SETTINGS, problem_column="problem")
     with pytest.raises(
         ValueError, match="row 0 has images, and the model takes none; expected a model of qwen2_vl"
     ):
-        rollout.load_problems(str(file), config, rollout.find_model(world.path("model")))
+        rollout.load_problems(str(file), settings, find_model(world.path("model")))
 
 
 # ---- Training
@@ -400,38 +406,51 @@ def test_images_for_a_model_without_eyes(world, tmp_path):
 def config(image_world, flow_folder, tmp_path_factory) -> train_rl.Config:
     """Rows with and without an image, so that some micro-batches have none."""
     folder = tmp_path_factory.mktemp("image-run")
-    lines = [
-        json.loads(line) for line in Path(image_world.path("train.jsonl")).read_text().splitlines()
-    ]
-    rows = [
-        line if i % 3 else line | {"prompt": line["problem"], "images": []}
-        for i, line in enumerate(lines)
-    ]
+    rows = read_lines(image_world.path("train.jsonl"))
+    for row in rows[::3]:
+        row.update(prompt=row["problem"], images=[])
     (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return train_rl.Config(
-        model=image_world.path("model"), data=str(folder / "mixed.jsonl"), template="none", prompts=4, group_size=4,
-        problem_column="prompt", train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, save_every=1,
-        tokens_per_gpu=60, flow_lr=1e-3, flow_accept="all", grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), flow=flow_folder, keep=3,
+    return change(
+        train_rl.Config(),
+        model=image_world.path("model"),
+        data=str(folder / "mixed.jsonl"),
+        flow=flow_folder,
         folder=str(folder / "one"),
-    )  # fmt: skip
+        template="none",
+        problem_column="prompt",
+        reward=(str(ROOT / "tests" / "length_reward.py"),),
+        grade_truncated=True,
+        prompts=4,
+        group_size=4,
+        train_batch=8,
+        max_tokens=16,
+        max_prompt_tokens=64,
+        tokens_per_gpu=60,
+        steps=3,
+        lr=1e-3,
+        flow_lr=1e-3,
+        flow_accept="all",
+        save_every=1,
+        keep=3,
+    )
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("freeze", ["none", "vision"])
 def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monkeypatch):
     """F. Some micro-batches have images on one rank alone; the tower's shards are gathered in step all the same."""
-    config = replace(config, freeze=freeze, folder=str(tmp_path / "one"))
+    config = change(config, freeze=freeze, folder=str(tmp_path / "one"))
     train_rl.main(config)
-    two = replace(config, folder=str(tmp_path / "two"))
+    two = change(config, folder=str(tmp_path / "two"))
     finish("train_rl.py", flags(two))
     assert_same_run(config.folder, two.folder)
-    stopped = replace(config, folder=str(tmp_path / "stopped"))
+    stopped = change(config, folder=str(tmp_path / "stopped"))
     with monkeypatch.context() as patched:
         asked = iter([False, True])
         patched.setattr(train_rl, "asked_to_stop", lambda: next(asked))
         train_rl.main(stopped)
     assert len(figures(stopped.folder)) == 1
-    train_rl.main(replace(stopped, resume=stopped.folder))
+    train_rl.main(change(stopped, resume=stopped.folder))
     assert figures(stopped.folder) == figures(config.folder)
     a, b = last_state(stopped.folder), last_state(config.folder)
     assert all(
@@ -451,9 +470,9 @@ def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monke
     "options", [{"cpu_offload": True}, {"gradient_checkpointing": True, "offload": True}]
 )
 def test_where_weights_and_activations_live_changes_nothing(config, tmp_path, options):
-    config = replace(config, freeze="none", steps=2)
-    train_rl.main(replace(config, folder=str(tmp_path / "one")))
-    train_rl.main(replace(config, folder=str(tmp_path / "other"), **options))
+    config = change(config, freeze="none", steps=2)
+    train_rl.main(change(config, folder=str(tmp_path / "one")))
+    train_rl.main(change(config, folder=str(tmp_path / "other"), **options))
     assert_same_run(str(tmp_path / "one"), str(tmp_path / "other"))
 
 
@@ -474,23 +493,31 @@ def test_bfloat16(family):
 
 @pytest.mark.distributed
 def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, tmp_path):
-    offline = train_flow.Config(
-        model=config.model, data=image_world.path("expert.jsonl"), problem_column="prompt", template="none", batch_size=16,
-        lr=2e-3, epochs=6, flow_blocks=2, noise_repeats=1, max_prompt_tokens=64, folder=str(tmp_path / "flow"),
-    )  # fmt: skip
+    offline = change(
+        train_flow.Config(),
+        model=config.model,
+        data=image_world.path("expert.jsonl"),
+        folder=str(tmp_path / "flow"),
+        problem_column="prompt",
+        template="none",
+        max_prompt_tokens=64,
+        batch_size=16,
+        lr=2e-3,
+        epochs=6,
+        flow_blocks=2,
+        noise_repeats=1,
+    )
     train_flow.main(offline)
     lines = figures(offline.folder)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    one, two = (
-        replace(
-            offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / name)
-        )
-        for name in "ab"
+    one = change(
+        offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / "one")
     )
+    two = change(one, folder=str(tmp_path / "two"))
     train_flow.main(one)
     finish("train_flow.py", flags(two))
     assert_same_run(one.folder, two.folder)
-    flow = replace(
+    flow = change(
         config, flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl")
     )
     train_rl.main(flow)
@@ -506,39 +533,40 @@ def test_the_published_settings_with_a_tiny_model_under_a_hub_id(
     model = tiny_vlm("qwen2_5_vl")
     model.config.text_config.max_position_embeddings = 8192
     save_vlm(model, snapshot("Qwen/Qwen2.5-VL-3B-Instruct"))
-    data = {"data": image_world.path("expert.jsonl")}
-    train_flow.main(train_flow.Config(model="Qwen2.5-VL-3B", epochs=1, **data))
-    train_rl.main(
-        train_rl.Config(
-            model="Qwen2.5-VL-3B",
-            prompts=2,
-            group_size=2,
-            train_batch=4,
-            steps=1,
-            max_tokens=8,
-            lr=1e-2,
-            **data,
-        )
+    data = image_world.path("expert.jsonl")
+    train_flow.main(change(train_flow.Config(), model="Qwen2.5-VL-3B", data=data, epochs=1))
+    config = change(
+        train_rl.Config(),
+        model="Qwen2.5-VL-3B",
+        data=data,
+        prompts=2,
+        group_size=2,
+        train_batch=4,
+        steps=1,
+        max_tokens=8,
+        lr=1e-2,
     )
+    train_rl.main(config)
     (line,) = figures(tmp_path / "runs" / "rl-Qwen2.5-VL-3B-flow")
     assert 0 < line["length"] <= 8 and line["flow/score"] > 0
 
 
 def test_the_exported_policy_loads_in_hugging_face(config, tmp_path):
-    run = replace(
+    run = change(
         config, steps=1, freeze="none", folder=str(tmp_path / "run"), max_pixels=28 * 28 * 8
     )
     train_rl.main(run)
-    folder, state = str(tmp_path / "run" / "policy"), last_state(run.folder)
+    folder = str(tmp_path / "run" / "policy")
+    state = last_state(run.folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert all(
         torch.equal(t, state[f"['policy']['module']['model.{name}']"])
         for name, t in model.state_dict().items()
     )
-    exported = rollout.find_model(folder)
+    exported = find_model(folder)
     assert exported.processor.size["longest_edge"] == 28 * 28 * 8, "the limits of the training"
     with pytest.raises(ValueError, match="that run has max_pixels=6272, this one asks for None"):
-        train_rl.main(replace(run, resume=run.folder, max_pixels=None))
+        train_rl.main(change(run, resume=run.folder, max_pixels=None))
 
 
 # ---- vLLM, and the image processor with torchvision
@@ -551,17 +579,8 @@ def torchvision(tmp_path_factory) -> str:
     if find_spec("torchvision"):
         return ""
     folder = tmp_path_factory.mktemp("torchvision")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "torchvision==0.28.0",
-        "-d",
-        str(folder),
-    ]
+    download = ["pip", "download", "-q", "--no-deps", "torchvision==0.28.0", "-d", str(folder)]
+    command = [sys.executable, "-m", *download]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
@@ -591,7 +610,7 @@ def test_with_torchvision(torchvision):
 def test_vllm_without_torchvision(config, monkeypatch):
     monkeypatch.setattr(rollout, "find_spec", lambda name: None if name == "torchvision" else True)
     with pytest.raises(ValueError, match="--engine vllm needs torchvision for images"):
-        train_rl.main(replace(config, engine="vllm", folder=config.folder + "-vllm"))
+        train_rl.main(change(config, engine="vllm", folder=config.folder + "-vllm"))
 
 
 # ---- B. The image world
@@ -614,16 +633,19 @@ def test_the_image_world_learns_and_looks(tmp_path):
         before, after = (summary[when]["test"][kind]["avg"]["mean"] for when in ("before", "after"))
         assert 0.3 <= before <= 0.6 and after >= 0.85
     test = tmp_path / "runs" / "toy-vl" / "test.jsonl"
-    lines = [json.loads(line) for line in test.read_text().splitlines()]
+    lines = read_lines(test)
     for line in lines:
         (image,) = line["images"]
         blank = Image.new("L", Image.open(io.BytesIO(base64.b64decode(image))).size)
         line["images"] = [toy.encode(blank)]
     (tmp_path / "blank.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     policy = str(tmp_path / "runs" / "rl-toy-vl-flow" / "policy")
-    options = toy.EVALUATE | dict(
-        model=policy, data=(str(tmp_path / "blank.jsonl"),), out=str(tmp_path / "blank")
+    config = change(
+        change(evaluation.Config(), **toy.EVALUATE),
+        model=policy,
+        data=(str(tmp_path / "blank.jsonl"),),
+        out=str(tmp_path / "blank"),
     )
-    evaluation.main(evaluation.Config(**options))
+    evaluation.main(config)
     blank = json.loads((tmp_path / "blank" / "summary.json").read_text())["sets"]["blank"]
     assert blank["avg"]["mean"] <= 0.2, "chance is 0.1"
