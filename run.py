@@ -244,7 +244,7 @@ def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that only one process of this machine has at a time; the others wait, and say so."""
+    """Hold a lock that one process of this machine has at a time; the others wait, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -286,7 +286,7 @@ def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
         temporary.write_text(json.dumps(value, indent=1))
 
 
-# Settings that cannot change when a run is resumed, and why. All others may: they act from there on.
+# Settings that cannot change when a run is resumed, and why; all others act from there on
 OF_THE_MODEL = "the checkpoint holds the weights of that model"
 OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
 OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
@@ -374,7 +374,7 @@ class Run:
         return changed
 
     def check_resume(self) -> None:
-        """Say which settings a resumed run changes; ValueError for those that a checkpoint fixes."""
+        """Say what a resumed run changes; ValueError for settings that a checkpoint fixes."""
         for name, (old, new) in self.changes().items():
             if name in FIXED_AT_START:
                 raise ValueError(
@@ -595,7 +595,7 @@ class ExportSettings:
 
 
 def export_checkpoint(settings: ExportSettings) -> Path:
-    """Write policy/ and flow/ of a checkpoint, whatever number of ranks wrote it; return their folder."""
+    """Write policy/ and flow/ of a checkpoint of any number of ranks; return their folder."""
     import rlfr
     import rollout
     import toy

@@ -14,7 +14,7 @@ and context; `noise_repeats` draws of (t, x_0); flow-matching loss; AdamW. Write
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -195,6 +195,7 @@ def main(config: Config) -> None:
     progress = {"step": 0}
     state = {"progress": progress, "flow": learner}
     run.begin(state)
+    run.write_json("flow.json", asdict(flow_config))  # an export of a checkpoint needs it
     if is_first():
         print(config)
         print(
@@ -265,6 +266,8 @@ def main(config: Config) -> None:
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
+        if config.run.export_every and (step + 1) % config.run.export_every == 0:
+            export_flow(flow, run.folder / "exports" / f"step-{step + 1}" / "flow")
 
     # ---- Write the flow
     if not run.end(state, total_steps):
