@@ -1,63 +1,90 @@
 """The flow environment: a velocity field of good latents, and how far a latent deviates from it.
 
 Notation (the same in every file):
-    N prompts, G samples a prompt, B = N*G episodes; S prompt+response positions, T response positions
-    L tapped layers, D hidden size, V vocabulary; C context modes, M target positions of a batch, P rows of the flow
+    N prompts, G samples a prompt, B = N*G episodes
+    S prompt+response positions, T response positions
+    L tapped layers, D hidden size, V vocabulary
     x_1 (…, D)      a latent: what a tapped decoder layer outputs at one position (data, t = 1)
     x_0 (…, D)      Gaussian noise (t = 0)
     t (…)           time in [0, 1]
     context (…, D)  latent of a neighbouring position at the same layer, the condition
     depth (…)       tapped layer index / number of layers, in [0, 1)
 
-Equations, each with its function:
-    x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                                  interpolate
-    v(x_t, t, context, depth)                                                VelocityNet
-    delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                      velocity_error
-    offline loss = mean of delta(sigmoid(z)) over tokens, taps and draws     matching_loss
-    score = mean over T_r of t/(1-t) * delta(t), then over taps              deviation_score, score_and_learn
+And in this file:
+    C context modes, M target positions of a batch: those to score or to learn from
+    P rows of the flow's input, one for each tap, context mode and target that has such a context
 
-Departures from the official code: each time has its own weight (there the last one's serves all); the context mode is
-stored with the flow; noise is keyed by (seed, step, episode), so that scores repeat and do not depend on the batch.
+Equations, each with its function:
+    x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                              interpolate
+    v(x_t, t, context, depth)                                            VelocityNet
+    delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                  velocity_error
+    offline loss = mean of delta(t) over tokens, taps, draws of t        matching_loss, draw_times
+    score = mean over T_r of t/(1-t) * delta(t), then over taps          deviation_score,
+                                                                         score_and_learn
+
+Departures from the official code: each time has its own weight (there the last one's serves all);
+the context mode is stored with the flow; noise is keyed by (seed, step, episode), so that scores
+repeat and do not depend on how episodes are batched.
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-FLOW_FILE, OFFICIAL_FILE = "flow.safetensors", "flow_model.bin"
+FLOW_FILE = "flow.safetensors"
+OFFICIAL_FILE = "flow_model.bin"
+Times = Literal["random", "uniform"]
 ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of the flow
 
 
-# ---- Context: the latent that conditions the one at position p. A new mode is one entry of CONTEXTS, and nothing else.
+# ---- Context: the latent that conditions the one at position p
 def neighbour(latents: Tensor, mask: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return the latent at position p + offset for each p (B, S, D), and where both positions hold tokens (B, S)."""
+    """Look up, for each position p, the latent at p + offset of the same sequence.
+
+    latents (B, S, D); mask (B, S) bool is false for padding. Returns the neighbours (B, S, D) and
+    where both p and p + offset hold tokens (B, S) bool; elsewhere the neighbour means nothing.
+    """
     size = mask.shape[1]
-    source = torch.arange(size, device=mask.device) + offset
-    inside = (source >= 0) & (source < size)
+    source = torch.arange(size, device=mask.device) + offset  # (S,)
+    is_inside = (source >= 0) & (source < size)
     source = source.clamp(0, size - 1)
-    return latents[:, source], mask & mask[:, source] & inside
+    exists = mask & mask[:, source] & is_inside
+    return latents[:, source], exists
 
 
-CONTEXTS = {  # name: (latents (B, S, D), mask (B, S) bool, shift) -> context (B, S, D), where it exists (B, S) bool
-    "previous": lambda latents, mask, shift: neighbour(
-        latents, mask, -shift
-    ),  # official `token_post`
-    "next": lambda latents, mask, shift: neighbour(latents, mask, shift),  # official `token_pre`
-    "self": lambda latents, mask, shift: neighbour(latents, mask, 0),  # official `identity`
+def previous_context(latents: Tensor, mask: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Condition position p on p - shift (official `token_post`)."""
+    return neighbour(latents, mask, -shift)
+
+
+def next_context(latents: Tensor, mask: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Condition position p on p + shift (official `token_pre`)."""
+    return neighbour(latents, mask, shift)
+
+
+def self_context(latents: Tensor, mask: Tensor, _shift: int) -> tuple[Tensor, Tensor]:
+    """Condition position p on itself (official `identity`)."""
+    return neighbour(latents, mask, 0)
+
+
+# A new mode is one function like those above and one entry here, and nothing else.
+CONTEXTS = {
+    "previous": previous_context,
+    "next": next_context,
+    "self": self_context,
 }
 
 
+# ---- Settings
 @dataclass(frozen=True)
 class FlowConfig:
     """What a flow is and what it was trained on; saved inside its file."""
@@ -67,20 +94,16 @@ class FlowConfig:
     width: int | None = None  # of the network; None: dim
     contexts: tuple[str, ...] = ("previous",)
     shift: int = 1  # distance of the neighbour, in positions
-    percentiles: tuple[float, ...] = (
-        0.25,
-        0.5,
-        0.75,
-    )  # where the policy is tapped, as fractions of its depth
+    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the policy's depth: where it is tapped
 
     def __post_init__(self):
         if not self.contexts or not set(self.contexts) <= CONTEXTS.keys():
-            raise ValueError(
-                f"contexts={self.contexts}: expected one or more of {', '.join(CONTEXTS)}"
-            )
+            modes = ", ".join(CONTEXTS)
+            raise ValueError(f"contexts={self.contexts}: expected one or more of {modes}")
         if not self.percentiles or not all(0 <= p <= 1 for p in self.percentiles):
             raise ValueError(
-                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], as 0.25 0.5 0.75"
+                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], "
+                "e.g. 0.25 0.5 0.75"
             )
         if self.n_blocks < 1 or self.shift < 1:
             raise ValueError(
@@ -89,28 +112,45 @@ class FlowConfig:
 
 
 def check_times(times: Sequence[float]) -> None:
-    """Raise ValueError unless all times are in (0, 1): at 1 the weight t/(1-t) is infinite, at 0 it is 0."""
+    """Raise ValueError unless all times are in (0, 1): t/(1-t), the weight, is infinite at 1."""
     if not times or not all(0 < t < 1 for t in times):
         raise ValueError(
-            f"reward times {times}: expected one or more in (0, 1), as 0.8; the weight t/(1-t) of 1 is infinite"
+            f"reward times {times}: expected one or more in (0, 1), e.g. 0.8; "
+            "the weight t/(1-t) of 1 is infinite"
         )
 
 
-# ---- Velocity network. Module names are the official ones, so that a state dict is an official checkpoint.
+# ---- Velocity network. Modules bear the official names, so that official checkpoints load.
+def two_layers(n_inputs: int, width: int) -> nn.Sequential:
+    """Make a SiLU MLP."""
+    return nn.Sequential(nn.Linear(n_inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def modulation(width: int, n_outputs: int) -> nn.Sequential:
+    """Make the linear map from y to so many vectors: shift, scale and perhaps gate."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, n_outputs * width))
+
+
 class ScalarEmbedding(nn.Module):
-    """Embed a scalar s: cosines, then sines, of s * 10000^(-k/128), k = 0 … 127, then a two-layer SiLU MLP."""
+    """Embed scalars s (P,) as vectors (P, width).
+
+    The features are the cosines, then the sines, of s * 10000^(-k/128) for k = 0 … 127; a two-layer
+    SiLU MLP follows.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("freqs", torch.exp(-math.log(10_000) * torch.arange(128) / 128)[None])
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        freqs = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+        self.register_buffer("freqs", freqs[None])  # (1, 128)
+        self.mlp = two_layers(256, width)
 
     def features(self, scalar: Tensor) -> Tensor:
         angle = scalar.float()[:, None] * self.freqs.float()  # (P, 128)
-        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (P, 256)
 
     def forward(self, scalar: Tensor) -> Tensor:
-        return self.mlp(self.features(scalar).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        return self.mlp(self.features(scalar).to(dtype))
 
 
 class Block(nn.Module):
@@ -119,30 +159,36 @@ class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_ln = nn.RMSNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.mlp = two_layers(width, width)
+        self.adaLN_modulation = modulation(width, 3)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
-        return h + gate * self.mlp(self.in_ln(h) * (1 + scale) + shift)
+        modulated = self.in_ln(h) * (1 + scale) + shift
+        return h + gate * self.mlp(modulated)
 
 
 class FinalLayer(nn.Module):
-    """Adaptive RMS-norm and the linear map to a velocity."""
+    """Adaptive RMS-norm, modulated by y, and the linear map to a velocity."""
 
     def __init__(self, width: int, dim: int):
         super().__init__()
         self.norm_final = nn.RMSNorm(width, eps=1e-6)
         self.linear = nn.Linear(width, dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = modulation(width, 2)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
-        return self.linear(self.norm_final(h) * (1 + scale) + shift)
+        modulated = self.norm_final(h) * (1 + scale) + shift
+        return self.linear(modulated)
 
 
 class VelocityNet(nn.Module):
-    """v(x_t, t, context, depth): x_t (P, dim), t (P,), context (P, context_dim), depth (P,) -> velocity (P, dim)."""
+    """v(x_t, t, context, depth), the velocity of latents on their way from noise to data.
+
+    x_t (P, dim), t (P,), context (P, context_dim), depth (P,) -> velocity (P, dim). One network
+    serves all tapped layers: depth tells it which one a row comes from.
+    """
 
     def __init__(self, dim: int, context_dim: int, width: int, n_blocks: int):
         super().__init__()
@@ -152,114 +198,159 @@ class VelocityNet(nn.Module):
         self.layer_embed = ScalarEmbedding(width)
         self.res_blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.final_layer = FinalLayer(width, dim)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the initial weights; modulations and output start at zero, hence so does v."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (
-            self.time_embed.mlp[0],
-            self.time_embed.mlp[2],
-            self.layer_embed.mlp[0],
-            self.layer_embed.mlp[2],
-        ):
-            nn.init.normal_(linear.weight, std=0.02)
-        for module in (*self.res_blocks, self.final_layer):  # modulations and output start at zero
+        for embedding in (self.time_embed, self.layer_embed):
+            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
+        for module in (*self.res_blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
         dtype = self.input_proj.weight.dtype
-        h = self.input_proj(x_t.to(dtype))
-        y = self.cond_embed(context.to(dtype)) + self.time_embed(t) + self.layer_embed(depth)
+        h = self.input_proj(x_t.to(dtype))  # (P, width)
+        y = self.cond_embed(context.to(dtype))
+        y = y + self.time_embed(t) + self.layer_embed(depth)  # (P, width)
         for block in self.res_blocks:
             h = block(h, y)
-        return self.final_layer(h, y)
+        return self.final_layer(h, y)  # (P, dim)
 
 
 class Flow(nn.Module):
-    """A velocity network and the configuration it was trained with. Call it as `flow(x_t, t, context, depth)`."""
+    """A velocity network together with the configuration that it was trained with."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.model = VelocityNet(
-            config.dim, config.dim, config.width or config.dim, config.n_blocks
-        )
+        width = config.width or config.dim
+        self.model = VelocityNet(config.dim, config.dim, width, config.n_blocks)
 
-    def forward(self, *arguments: Tensor) -> Tensor:
-        return self.model(*arguments)
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
+        return self.model(x_t, t, context, depth)
 
-    def example(self, device: torch.device | str) -> tuple[Tensor, ...]:
-        """Return arguments for one row."""
-        row = torch.zeros(1, self.config.dim, device=device)
-        return row, row[:, 0], row, row[:, 0]
+    def example(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return arguments of forward() with a single row of zeros."""
+        vector = torch.zeros(1, self.config.dim, device=device)
+        scalar = torch.zeros(1, device=device)
+        return vector, scalar, vector, scalar
 
 
-# ---- From latents to rows of the flow, and back
+# ---- From latents to rows of the flow's input, and back to positions
 @dataclass
-class Pairs:
-    """Rows of the flow: a latent and its context, for each tap, context mode and target position that has both."""
+class FlowRows:
+    """Input of the flow: a latent with its context for each tap, context mode and target.
+
+    A target without such a context, as the first position of a sequence has no previous one, has
+    no row. The P rows are ordered by tap, then mode, then target.
+    """
 
     x_1: Tensor  # (P, D)
     context: Tensor  # (P, D)
     depth: Tensor  # (P,)
-    exists: Tensor  # (L, C, M) bool, P trues: which rows there are
+    exists: Tensor  # (L, C, M) bool with P trues: which rows there are
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_1, context and depth of some of the rows."""
+        return self.x_1[indices], self.context[indices], self.depth[indices]
 
     def per_target(self, values: Tensor) -> Tensor:
-        """Average rows (P,) over taps and context modes, (M,); a mode without a neighbour counts 0 (as official)."""
+        """Average values of rows (P,) over taps and modes, (M,); a row that is missing counts 0.
+
+        The official code counts a mode without a neighbour as 0, too.
+        """
         grid = torch.zeros(self.exists.shape, dtype=values.dtype, device=values.device)
         grid[self.exists] = values
         return grid.mean(dim=(0, 1))
 
     def per_row(self, values: Tensor) -> Tensor:
-        """Broadcast values of targets (M,) to their rows (P,)."""
+        """Copy values of targets (M,) to each of their rows, (P,)."""
         return values.expand(self.exists.shape)[self.exists]
 
 
-def pair(
+def make_rows(
     config: FlowConfig,
     latents: Sequence[Tensor],
     depths: Sequence[float],
     mask: Tensor,
     targets: Tensor,
-) -> Pairs:
-    """Pair target latents with their contexts.
+) -> FlowRows:
+    """Put target latents together with their contexts.
 
-    A latent (B, S, D) and a depth in [0, 1) for each tap; mask (B, S) bool is false for padding; targets (B, S) bool
-    are the M positions to score or to learn from, in row-major order.
+    latents: (B, S, D) for each tap
+    depths: in [0, 1), one for each tap
+    mask: (B, S) bool, false for padding
+    targets: (B, S) bool, the M positions to score or to learn from, counted row by row
     """
-    found = []
+    x_1_parts = []
+    context_parts = []
+    depth_parts = []
+    exists_parts = []
     for layer, depth in zip(latents, depths, strict=True):
-        for name in config.contexts:
-            neighbours, present = CONTEXTS[name](layer, mask, config.shift)
-            rows = present & targets
-            found.append((layer[rows], neighbours[rows], rows[rows] * depth, present[targets]))
-    x_1, context, depth, exists = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Pairs(x_1, context, depth, exists.view(len(latents), len(config.contexts), -1))
+        for mode in config.contexts:
+            context, has_context = CONTEXTS[mode](layer, mask, config.shift)
+            is_row = targets & has_context  # (B, S)
+            x_1 = layer[is_row]
+            x_1_parts.append(x_1)
+            context_parts.append(context[is_row])
+            depth_of_rows = torch.full((len(x_1),), depth, device=x_1.device)
+            depth_parts.append(depth_of_rows)
+            exists_parts.append(has_context[targets])  # (M,)
+    exists = torch.stack(exists_parts)  # (L * C, M)
+    return FlowRows(
+        x_1=torch.cat(x_1_parts),
+        context=torch.cat(context_parts),
+        depth=torch.cat(depth_parts),
+        exists=exists.view(len(latents), len(config.contexts), -1),
+    )
 
 
+# ---- Noise
 def keyed_seed(*key: int | str) -> int:
-    """Derive a 63-bit seed from a key, such as ("noise", seed, step, episode); distinct keys give independent seeds."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+    """Derive a 63-bit seed from a key, e.g. ("noise", seed, step, episode).
+
+    Distinct keys give independent seeds: what is drawn for one episode does not depend on others.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def draw(
-    config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device="cpu"
+    config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Draw x_0 (L, C, M, D) and standard normal z (L, C, M) for episodes with `lengths` targets, each from its own key."""
-    grid, noise, z = (len(config.percentiles), len(config.contexts)), [], []
+    """Draw noise for the targets of some episodes, each episode from its own key.
+
+    lengths: number of targets of each episode, M in all
+    Returns x_0 (L, C, M, D) and z (L, C, M), both standard normal; see draw_times for z.
+    """
+    n_taps = len(config.percentiles)
+    n_modes = len(config.contexts)
+    noise = []
+    z = []
     for key, length in zip(keys, lengths, strict=True):
         generator = torch.Generator(device).manual_seed(keyed_seed(*key))
-        noise.append(torch.randn(*grid, length, config.dim, generator=generator, device=device))
-        z.append(torch.randn(*grid, length, generator=generator, device=device))
+        shape = (n_taps, n_modes, length)
+        noise.append(torch.randn(*shape, config.dim, generator=generator, device=device))
+        z.append(torch.randn(*shape, generator=generator, device=device))
     return torch.cat(noise, dim=2), torch.cat(z, dim=2)
 
 
 # ---- Losses and scores
 def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x_t = t*x_1 + (1-t)*x_0 and the target velocity u = x_1 - x_0, both (P, D), for times t (P,)."""
-    t = t[:, None]
-    return t * x_1 + (1 - t) * x_0, x_1 - x_0
+    """Return the path's point x_t = t*x_1 + (1-t)*x_0 and its velocity u = x_1 - x_0, both (P, D).
+
+    x_1 and x_0 are (P, D), t is (P,).
+    """
+    time = t[:, None]  # (P, 1)
+    x_t = time * x_1 + (1 - time) * x_0
+    u = x_1 - x_0
+    return x_t, u
 
 
 def velocity_error(
@@ -267,141 +358,204 @@ def velocity_error(
 ) -> Tensor:
     """Return delta(t) = mean_D (v - u)^2 of each row, (P,) float32, for times t (P,)."""
     x_t, u = interpolate(x_1.float(), x_0, t)
-    return (flow(x_t, t, context, depth).float() - u).square().mean(dim=-1)
+    v = flow(x_t, t, context, depth).float()
+    return (v - u).square().mean(dim=-1)
 
 
-def matching_loss(flow: nn.Module, pairs: Pairs, noise: Tensor, z: Tensor) -> Tensor:
-    """Return each row's offline loss, delta at t = sigmoid(z), (P,), from draw(); leave the gradient of its sum on the flow."""
-    noise, t, losses = noise[pairs.exists], z[pairs.exists].sigmoid(), []
-    for rows in torch.arange(len(t), device=t.device).split(ROWS_PER_CALL):
-        loss = velocity_error(
-            flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows], t[rows]
-        )
+def draw_times(z: Tensor, kind: Times) -> Tensor:
+    """Return random times of the shape of z, which is standard normal.
+
+    random: sigmoid(z), as in the official code; uniform: U[0, 1], as on the project's page, by the
+    normal distribution function of z.
+    """
+    if kind == "uniform":
+        return torch.special.ndtr(z)
+    return z.sigmoid()
+
+
+def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor) -> Tensor:
+    """Return the offline loss of each row, delta at its time, (P,).
+
+    noise (L, C, M, D) is from draw(), times (L, C, M) from draw_times(). The gradient of the sum over rows is added
+    to the flow's parameters, so that the caller only has to divide it.
+    """
+    x_0 = noise[rows.exists]  # (P, D)
+    t = times[rows.exists]  # (P,)
+    losses = []
+    all_rows = torch.arange(len(t), device=t.device)
+    for chunk in all_rows.split(ROWS_PER_CALL):
+        loss = velocity_error(flow, *rows.take(chunk), x_0[chunk], t[chunk])
         loss.sum().backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
 
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
-    """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P): the score-function error."""
-    weights = torch.tensor([t / (1 - t) for t in times], dtype=errors.dtype, device=errors.device)
+    """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P).
+
+    The factor t/(1-t) turns an error of the velocity into one of the score function, for this path.
+    """
+    factors = [t / (1 - t) for t in times]
+    weights = torch.tensor(factors, dtype=errors.dtype, device=errors.device)
     return (weights[:, None] * errors).mean(dim=0)
 
 
 def score_and_learn(
-    flow: nn.Module, pairs: Pairs, noise: Tensor, times: Sequence[float], weight: Tensor | None = None, z: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Score targets by velocity deviation and, in the same flow forward, add the online loss's gradient to the flow's.
+    flow: nn.Module,
+    rows: FlowRows,
+    noise: Tensor,
+    times: Sequence[float],
+    weight: Tensor | None = None,
+    learn_at: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score targets by velocity deviation and let the flow learn from them, in one flow forward.
 
-    The noise x_0 (L, C, M, D) is shared by all times T_r. With a weight (M,), the gradient is that of sum(weight * loss).
-    With z (L, C, M), the flow learns at t = sigmoid(z), as in the offline start, instead of at T_r.
-    Returns score (M,) and loss (M,), detached: the deviation, and the error at the times that are learnt from.
+    noise: x_0 (L, C, M, D), the same for all times
+    times: T_r, at which the deviation is taken
+    weight: (M,), adds the gradient of sum(weight * loss) to the flow's; None: learn nothing
+    learn_at: (L, C, M), times to learn at, as in the offline start; None: learn at T_r
+    Returns score (M,) and loss (M,), detached: the velocity deviation, and the mean error at the
+    times that are learnt from.
     """
-    noise, n_layers, n_contexts = noise[pairs.exists], *pairs.exists.shape[:2]
-    score, loss, zeros = (torch.zeros(len(noise), device=noise.device) for _ in range(3))
-    weight = (
-        zeros if weight is None else pairs.per_row(weight) / (n_layers * n_contexts)
-    )  # a target's loss is a mean
-    random_t = None if z is None else z[pairs.exists].sigmoid()
-    for learn in (True, False):  # only rows that are learnt from keep activations for a backward
-        chosen = ((weight != 0) == learn).nonzero().squeeze(1)
-        for rows in chosen.split(ROWS_PER_CALL) if len(chosen) else ():
-            arguments = (flow, pairs.x_1[rows], pairs.context[rows], pairs.depth[rows], noise[rows])
+    x_0 = noise[rows.exists]  # (P, D)
+    random_t = None if learn_at is None else learn_at[rows.exists]  # (P,)
+    row_weight = torch.zeros(len(x_0), device=x_0.device)
+    if weight is not None:
+        n_taps, n_modes, _ = rows.exists.shape
+        row_weight = rows.per_row(weight) / (n_taps * n_modes)  # a target's loss is a mean of rows
+    score = torch.zeros(len(x_0), device=x_0.device)
+    loss = torch.zeros(len(x_0), device=x_0.device)
+
+    # Rows of weight 0 come second, without a graph: only the others keep activations.
+    for learn in (True, False):
+        chosen = ((row_weight != 0) == learn).nonzero().squeeze(1)
+        if len(chosen) == 0:
+            continue
+        for chunk in chosen.split(ROWS_PER_CALL):
+            inputs = (flow, *rows.take(chunk), x_0[chunk])
             with torch.set_grad_enabled(learn and random_t is None):
-                errors = torch.stack(
-                    [velocity_error(*arguments, torch.full_like(weight[rows], t)) for t in times]
-                )
+                errors = errors_at(times, *inputs)  # (n_times, rows of the chunk)
             with torch.set_grad_enabled(learn):
-                row_loss = (
-                    errors.mean(dim=0)
-                    if random_t is None
-                    else velocity_error(*arguments, random_t[rows])
-                )
+                if random_t is None:
+                    row_loss = errors.mean(dim=0)
+                else:
+                    row_loss = velocity_error(*inputs, random_t[chunk])
             if learn:
-                (weight[rows] * row_loss).sum().backward()
-            score[rows] = deviation_score(errors.detach(), times)
-            loss[rows] = row_loss.detach()
-    return pairs.per_target(score), pairs.per_target(loss)
+                (row_weight[chunk] * row_loss).sum().backward()
+            score[chunk] = deviation_score(errors.detach(), times)
+            loss[chunk] = row_loss.detach()
+    return rows.per_target(score), rows.per_target(loss)
 
 
-# ---- Files: safetensors with the configuration inside; official flow_model.bin is read
-def save_flow(flow: Flow, folder: str | Path) -> None:
-    """Write `flow.safetensors` into the folder, whole or not at all; of a sharded flow, every rank must call this."""
-    folder, temporary = Path(folder), Path(folder) / f"{FLOW_FILE}.writing"
-    whole = {
-        name: t.full_tensor() if isinstance(t, DTensor) else t
-        for name, t in flow.state_dict().items()
-    }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, metadata={"config": json.dumps(asdict(flow.config))})
-        os.replace(temporary, folder / FLOW_FILE)
+def errors_at(
+    times: Sequence[float],
+    flow: nn.Module,
+    x_1: Tensor,
+    context: Tensor,
+    depth: Tensor,
+    x_0: Tensor,
+) -> Tensor:
+    """Return delta(t) of each row at each of some fixed times, (n_times, P)."""
+    errors = []
+    for time in times:
+        t = torch.full((len(x_0),), time, device=x_0.device)
+        errors.append(velocity_error(flow, x_1, context, depth, x_0, t))
+    return torch.stack(errors)
 
 
-def as_tuple(value):
-    """Return a list as the tuple that it was before JSON; anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
+# ---- Files: safetensors with the configuration inside; the official flow_model.bin is read, too
+def save_flow(config: FlowConfig, state: dict[str, Tensor], folder: str | Path) -> None:
+    """Write `flow.safetensors` into an existing folder, from a Flow's whole state dict."""
+    metadata = {"config": json.dumps(asdict(config))}
+    save_file(state, Path(folder) / FLOW_FILE, metadata=metadata)
 
 
 def load_flow(path: str | Path, dim: int, **expected) -> Flow:
-    """Load a flow from a file or its folder, native or official, and check that it fits.
+    """Load a flow, native or official, and check that it fits.
 
-    `dim` is the hidden size of the policy; `expected` are fields of FlowConfig and the values they must have, None for
-    any. An official file does not say its contexts, which must then be given, nor its taps. ValueError if it does not fit.
+    path: the file, or the folder that it is in
+    dim: hidden size of the policy
+    expected: fields of FlowConfig with the values that they must have; None: any. An official file
+        does not say its contexts, which must be given, nor its percentiles and shift.
+    Raises ValueError if there is no flow, or none that fits.
     """
-    path = Path(path)
-    found = [
-        p
-        for p in ([path / FLOW_FILE, path / OFFICIAL_FILE] if path.is_dir() else [path])
-        if p.is_file()
-    ]
-    if not found:
-        raise ValueError(
-            f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: run `python train_flow.py` first"
-        )
-    where = f"the flow {found[0]}"
-    expected = {"dim": dim} | {
-        name: as_tuple(value) for name, value in expected.items() if value is not None
-    }
-    if found[0].suffix == ".bin":
-        state, config = read_official(found[0], expected)
-    else:
-        with safe_open(found[0], "pt") as file:
-            if not (saved := (file.metadata() or {}).get("config")):
-                raise ValueError(
-                    f"{where} holds no configuration; expected a file written by train_flow.py"
-                )
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = FlowConfig(**{name: as_tuple(value) for name, value in json.loads(saved).items()})
+    file = find_flow(Path(path))
+    required = {"dim": dim}
     for name, value in expected.items():
+        if value is not None:
+            required[name] = as_tuple(value)
+    if file.suffix == ".bin":
+        state, config = read_official(file, required)
+    else:
+        state, config = read_native(file)
+    for name, value in required.items():
         if getattr(config, name) != value:
-            shape, blocks = tuple(state["model.input_proj.weight"].shape), config.n_blocks
+            shape = tuple(state["model.input_proj.weight"].shape)
             raise ValueError(
-                f"{where} has {name}={getattr(config, name)} (input {shape}, {blocks} blocks, contexts {config.contexts}), "
+                f"the flow {file} has {name}={getattr(config, name)} (input {shape}, "
+                f"{config.n_blocks} blocks, contexts {config.contexts}), "
                 f"expected {name}={value}: train one that fits with train_flow.py"
             )
     flow = Flow(config)
     try:
         flow.load_state_dict(state)
-    except RuntimeError as error:  # names missing and extra keys, and both shapes where they differ
-        raise ValueError(f"{where} is cut, or of another network: {error}") from error
+    except RuntimeError as error:  # it names missing and extra keys, and shapes that differ
+        raise ValueError(f"the flow {file} is cut, or of another network: {error}") from error
     return flow
 
 
-def read_official(path: Path, expected: dict) -> tuple[dict[str, Tensor], FlowConfig]:
-    """Read a `flow_model.bin`: its tensors, and the configuration that their shapes tell."""
+def find_flow(path: Path) -> Path:
+    """Return the file of the flow at a path, which may be its folder; native before official."""
+    candidates = [path]
+    if path.is_dir():
+        candidates = [path / FLOW_FILE, path / OFFICIAL_FILE]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"no flow at {path}; expected {FLOW_FILE} or {OFFICIAL_FILE}: "
+        "run `python train_flow.py` first"
+    )
+
+
+def read_native(path: Path) -> tuple[dict[str, Tensor], FlowConfig]:
+    """Read the tensors and the configuration of a `flow.safetensors`."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise ValueError(
+                f"the flow {path} holds no configuration; expected a file written by train_flow.py"
+            )
+        names = file.keys()
+        state = {name: file.get_tensor(name) for name in names}
+    settings = json.loads(metadata["config"])
+    config = FlowConfig(**{name: as_tuple(value) for name, value in settings.items()})
+    return state, config
+
+
+def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowConfig]:
+    """Read the tensors of a `flow_model.bin`, and the configuration that their shapes tell."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model.input_proj.weight" not in state:
         raise ValueError(
-            f"{path} is no official flow: 'model.input_proj.weight' is missing; found {sorted(state)[:5]}"
+            f"{path} is no official flow: it has no 'model.input_proj.weight', "
+            f"but {sorted(state)[:5]}"
         )
-    if "contexts" not in expected:
-        hint = "the official offline training conditions on the next token: --contexts next"
+    if "contexts" not in required:
         raise ValueError(
-            f"{path} does not say which context it was trained with; name it with --contexts ({hint})"
+            f"{path} does not say which context it was trained with; name it with --contexts "
+            "(the official offline training conditions on the next token: --contexts next)"
         )
     width, dim = state["model.input_proj.weight"].shape
-    n_blocks = len({name.split(".")[2] for name in state if name.startswith("model.res_blocks.")})
-    given = {k: expected[k] for k in ("contexts", "percentiles", "shift") if k in expected}
-    return state, FlowConfig(dim=dim, n_blocks=n_blocks, width=width, **given)
+    blocks = {name.split(".")[2] for name in state if name.startswith("model.res_blocks.")}
+    unknown = ("contexts", "percentiles", "shift")  # what no shape tells
+    given = {name: required[name] for name in unknown if name in required}
+    config = FlowConfig(dim=dim, n_blocks=len(blocks), width=width, **given)
+    return state, config
+
+
+def as_tuple(value):
+    """Return a list as a tuple, which it was before it went through JSON; others as they are."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value

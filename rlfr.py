@@ -1,21 +1,24 @@
-"""The algorithm: a policy with taps, token log-probs without logits, flow-reward shaping, advantages, policy loss.
+"""The algorithm: a policy with taps, token log-probs, flow reward, advantages, losses.
 
-Vision-language models are tapped in their text layers; a batch has the images of its episodes. Shapes as in flow.py.
+Shapes as in flow.py; in this file, M is the number of response tokens of a batch. Vision-language
+models are tapped in their text layers, and a batch holds the images of its episodes.
+
 Equations, each with its function:
-    taps: layers round(p*n), latent = the layer's output                     tap_layers, Policy.forward
-    log pi(y_k), H_k from hidden states, chunk by chunk                      TokenLogProbs
-    s' = (s - min)/(max - min) per response or group                         normalise
-    keep s' > threshold, then the top k (times -coef in train_rl.py)         select
-    A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++        outcome_advantage
-    A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j                 token_returns
-    A_k + min(alpha*H_k, |A_k|/kappa)                                        entropy_advantage
-    -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                              policy_loss
-    k1, k2, k3 to a reference                                                kl_divergence
-    weights pi_train/pi_sampler, truncated or masked                         importance_weights
-    rejection sampling for the online flow update                            online_flow_weights
+    taps: layers round(p*n), latent = the layer's output                 tap_layers, Policy.forward
+    log pi(y_k), H_k from hidden states, chunk by chunk                  TokenLogProbs
+    s' = (s - min)/(max - min) per response or group                     normalise
+    keep s' > threshold, then the top k (times -coef in train_rl.py)     select
+    A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
+    A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
+    A_k + min(alpha*H_k, |A_k|/kappa)                                    entropy_advantage
+    -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                          policy_loss
+    k1, k2, k3 to a reference                                            kl_divergence
+    weights pi_train/pi_sampler, truncated or masked                     importance_weights
+    rejection sampling for the online flow update                        online_flow_weights
 
-Departures from the official code: masked minimum (there the second-smallest value, NaN for constant rows); equal rewards
-have advantage 0 (there -0.83 from rounding); one denominator an optimiser step (there a mean of micro-batch means).
+Departures from the official code: the minimum is taken over the response (there it is the second
+smallest value, and constant rows give NaN); equal rewards have advantage 0 (there -0.83 from
+rounding); an optimiser step has one denominator (there it is a mean of micro-batch means).
 """
 
 import math
@@ -33,16 +36,26 @@ from parallel import DEVICE
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Freeze = Literal["none", "vision"]
 Normalisation = Literal["sequence", "token", "constant"]
-Row = tuple  # of one episode: prompt ids, response ids and, if there are any, vision.Images
+KLKind = Literal["k1", "k2", "k3"]
+Mismatch = Literal["none", "token", "sequence", "mask"]
 CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
 
 
-# ---- Batches: right-padded rows of prompt + response. Per-token results are (B, T), response token k in column k.
+# ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
+# (B, T), with token k of the response in column k.
+class Row(NamedTuple):
+    """What the policy reads of one episode; any object with these attributes will do."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    images: Sequence[vision.Image] = ()
+
+
 @dataclass
 class Batch:
     """Right-padded episodes. Example, prompt lengths 2 and 1, responses 2 and 3 (`.` is padding):
 
-    input_ids      p p r r      attention_mask 1 1 1 1      targets 0 0 1 1      response_mask 1 1 0
+    input_ids      p p r r .    attention_mask 1 1 1 1 0    targets 0 0 1 1 0    response_mask 1 1 0
                    p r r r                     1 1 1 1              0 1 1 1                    1 1 1
     """
 
@@ -61,138 +74,208 @@ class Batch:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Make a batch of (prompt, response) token ids, each with at least one token, or (prompt, response, images)."""
-    pairs, images = (
-        [row[:2] for row in rows],
-        [image for row in rows for image in row[2:] and row[2]],
-    )
-    lengths = [(len(prompt), len(prompt) + len(response)) for prompt, response in pairs]
-    assert all(0 < start < end for start, end in lengths), (
-        "an episode needs a prompt token and a response token"
-    )
-    width = max(end for _, end in lengths)
-    ids = [
-        [*prompt, *response] + [0] * (width - end)
-        for (prompt, response), (_, end) in zip(pairs, lengths, strict=True)
-    ]
-    start, end = torch.tensor(lengths, device=DEVICE).T[:, :, None]  # (B, 1) each
-    position = torch.arange(width, device=DEVICE)
-    attention_mask, response_mask = (
-        position < end,
-        position[: int((end - start).max())] < end - start,
-    )
+    """Make a batch of episodes; each must have a prompt token and a response token."""
+    prompt_lengths = [len(row.prompt_ids) for row in rows]
+    response_lengths = [len(row.response_ids) for row in rows]
+    assert min(prompt_lengths) > 0, "an episode needs a prompt token"
+    assert min(response_lengths) > 0, "an episode needs a response token"
+
+    token_ids = []
+    images = []
+    for row in rows:
+        token_ids.append([*row.prompt_ids, *row.response_ids])
+        images.extend(row.images)
+    width = max(len(ids) for ids in token_ids)  # S
+    padded_ids = [ids + [0] * (width - len(ids)) for ids in token_ids]
+    input_ids = torch.tensor(padded_ids, device=DEVICE)
+
+    start = torch.tensor(prompt_lengths, device=DEVICE)[:, None]  # (B, 1)
+    n_response = torch.tensor(response_lengths, device=DEVICE)[:, None]  # (B, 1)
+    position = torch.arange(width, device=DEVICE)  # (S,)
+    attention_mask = position < start + n_response
     targets = attention_mask & (position >= start)
-    return Batch(
-        torch.tensor(ids, device=DEVICE),
-        attention_mask,
-        targets,
-        response_mask,
-        *vision.stack(images, DEVICE),
-    )
+    response_mask = position[: max(response_lengths)] < n_response
+    pixel_values, image_grid_thw = vision.stack(images, DEVICE)
+    return Batch(input_ids, attention_mask, targets, response_mask, pixel_values, image_grid_thw)
 
 
 def micro_batches(
-    pairs: Sequence[Row], token_budget: int, rank: int = 0, n_ranks: int = 1
-) -> Iterator[tuple[list[int], Batch]]:  # fmt: skip
-    """Yield indices and batch of this rank's rows, like lengths together, longest first, rows * longest within the budget.
+    rows: Sequence[Row], token_budget: int, rank: int, n_ranks: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
-    Every rank has as many rows, of about as many tokens, and yields as many batches: sharded modules run in step.
+    Rows of like length go together, the longest first, so that rows * longest, the padded tokens of
+    a batch, stays within the budget (a single row may exceed it). Every rank has as many rows, of
+    about as many tokens, and yields as many batches, because sharded modules run in step.
     """
-    assert len(pairs) % n_ranks == 0, f"{len(pairs)} rows for {n_ranks} ranks"
-    lengths = [len(prompt) + len(response) for prompt, response, *_ in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
-    plans = []
-    for r in range(n_ranks):  # dealt back and forth: 0 1 2 2 1 0 0 1 2 ...
-        share = [
-            i for place, i in enumerate(order) if place % (2 * n_ranks) in (r, 2 * n_ranks - 1 - r)
-        ]
-        plan: list[list[int]] = []
-        while share:
-            size = max(1, token_budget // lengths[share[0]])
-            plan, share = [*plan, share[:size]], share[size:]
-        plans.append(plan)
-    plan = plans[rank]
-    while len(plan) < max(map(len, plans)):  # a rank with fewer batches splits its largest
-        largest = max(range(len(plan)), key=lambda b: len(plan[b]))
-        half = len(plan[largest]) // 2
-        plan[largest : largest + 1] = [plan[largest][:half], plan[largest][half:]]
-    for rows in plan:
-        yield rows, collate([pairs[i] for i in rows])
+    assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    plans = [pack(share, lengths, token_budget) for share in deal(lengths, n_ranks)]
+    n_batches = max(len(plan) for plan in plans)
+    for indices in split_to(plans[rank], n_batches):
+        yield indices, collate([rows[index] for index in indices])
 
 
-# ---- Policy
-def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
-    """Return layer indices round(p * n_layers), clamped to n_layers - 1 (paper: p = 0.25, 0.5, 0.75)."""
-    return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
+def deal(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
+    """Deal indices of rows to ranks, the longest row first, back and forth: 0 1 2 2 1 0 0 1 2 …"""
+    longest_first = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    shares: list[list[int]] = [[] for _ in range(n_ranks)]
+    for place, index in enumerate(longest_first):
+        turn, rank = divmod(place, n_ranks)
+        if turn % 2 == 1:
+            rank = n_ranks - 1 - rank
+        shares[rank].append(index)
+    return shares
 
 
+def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Cut a rank's rows, longest first, into batches whose padded tokens keep to the budget."""
+    batches = []
+    start = 0
+    while start < len(share):
+        longest = lengths[share[start]]
+        size = max(1, token_budget // longest)
+        batches.append(share[start : start + size])
+        start += size
+    return batches
+
+
+def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
+    """Halve the batch with the most rows, again and again, until there are n_batches."""
+    parts = list(batches)
+    while len(parts) < n_batches:
+        sizes = [len(part) for part in parts]
+        place = sizes.index(max(sizes))
+        largest = parts.pop(place)
+        half = len(largest) // 2
+        parts.insert(place, largest[:half])
+        parts.insert(place + 1, largest[half:])
+    return parts
+
+
+# ---- Token log-probs
 class TokenLogProbs(torch.autograd.Function):
-    """log pi(target) and entropy of each row from hidden states; logits live a chunk at a time, in both directions.
+    """log pi(target) and entropy of each row of hidden states; logits live only a chunk at a time.
 
-    apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap | None) -> logp (M,), entropy (M,), float32.
-    The backward recomputes each chunk: the gradient by scaled logits is p*(-g_logp - g_H*(log p + H)), + g_logp at the target.
+    apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap or None)
+    -> logp (M,), entropy (M,), both float32.
+
+    The backward makes each chunk's logits again. With z the scaled logits of a row, y its target,
+    p = softmax(z) and g the incoming gradients:
+        log p_y = z_y - logsumexp(z)             so  d log p_y / dz_j = [j = y] - p_j
+        H = logsumexp(z) - sum_j p_j * z_j       so  d H / dz_j = -p_j * (log p_j + H)
+        d loss / dz_j = g_logp * [j = y] + p_j * (-g_H * (log p_j + H) - g_logp)
     """
-
-    @staticmethod
-    def scaled_logits(
-        hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
-    ) -> Tensor:
-        logits = (hidden @ weight.T).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits / temperature
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, softcap):
-        logp, entropy, lse = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
-        for rows in torch.arange(len(hidden), device=hidden.device).split(
-            max(1, CHUNK_LOGITS // len(weight))
-        ):
-            z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
+        n_rows = len(hidden)
+        logp = torch.empty(n_rows, device=hidden.device)
+        entropy = torch.empty(n_rows, device=hidden.device)
+        lse = torch.empty(n_rows, device=hidden.device)  # logsumexp of the scaled logits
+        for rows in row_chunks(hidden, weight):
+            z = scaled_logits(hidden[rows], weight, temperature, softcap)  # (chunk, V)
             lse[rows] = z.logsumexp(dim=-1)
-            logp[rows] = z.gather(1, targets[rows, None]).squeeze(1) - lse[rows]
-            entropy[rows] = lse[rows] - torch.linalg.vecdot((z - lse[rows, None]).exp_(), z)
+            z_target = z.gather(1, targets[rows, None]).squeeze(1)
+            logp[rows] = z_target - lse[rows]
+            entropy[rows] = lse[rows] - mean_logit(z, lse[rows])
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.scaling = temperature, softcap
+        ctx.temperature = temperature
+        ctx.softcap = softcap
         return logp, entropy
 
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        temperature, softcap = ctx.scaling
         d_hidden = torch.empty_like(hidden)
-        d_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        for rows in torch.arange(len(hidden), device=hidden.device).split(
-            max(1, CHUNK_LOGITS // len(weight))
-        ):
-            z = TokenLogProbs.scaled_logits(hidden[rows], weight, temperature, softcap)
-            slope = (
-                1 / temperature
-                if softcap is None
-                else (1 - (z * (temperature / softcap)).square()) / temperature
-            )
-            log_p = z.sub_(lse[rows, None])
-            d = log_p.exp()
-            d *= (
-                log_p.add_(entropy[rows, None])
-                .mul_(-g_entropy[rows, None])
-                .sub_(g_logp[rows, None])
-            )
-            d = (
-                d.scatter_add_(1, targets[rows, None], g_logp[rows, None])
-                .mul_(slope)
-                .to(hidden.dtype)
-            )
-            d_hidden[rows] = d @ weight
-            if (
-                d_weight is not None
-            ):  # summed in float32, without a temporary where the dtypes allow it
-                d_weight.addmm_(d.T, hidden[rows]) if d.dtype == torch.float32 else d_weight.add_(
-                    d.T @ hidden[rows]
-                )
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over the chunks
+        for rows in row_chunks(hidden, weight):
+            z = scaled_logits(hidden[rows], weight, ctx.temperature, ctx.softcap)  # (chunk, V)
+            slope = scaling_slope(z, ctx.temperature, ctx.softcap)
+            d_logits = gradient_by_logits(
+                z,
+                slope,
+                targets[rows, None],
+                lse[rows, None],
+                entropy[rows, None],
+                g_logp[rows, None],
+                g_entropy[rows, None],
+            ).to(hidden.dtype)  # (chunk, V)
+            d_hidden[rows] = d_logits @ weight
+            if d_weight is None:
+                continue
+            if d_logits.dtype == d_weight.dtype:
+                d_weight.addmm_(d_logits.T, hidden[rows])  # without a temporary (V, D)
+            else:
+                d_weight.add_(d_logits.T @ hidden[rows])
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+def row_chunks(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    """Split the indices of the rows of hidden (M, D) into chunks of at most CHUNK_LOGITS logits."""
+    n_rows = max(1, CHUNK_LOGITS // len(weight))
+    return torch.arange(len(hidden), device=hidden.device).split(n_rows)
+
+
+def scaled_logits(
+    hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
+) -> Tensor:
+    """Return z = a/temperature with logits a = hidden @ weight.T, in float32.
+
+    A model with a softcap c (Gemma 2) has logits c * tanh(a/c).
+    """
+    logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def scaling_slope(z: Tensor, temperature: float, softcap: float | None) -> Tensor | float:
+    """Return dz/da of scaled_logits: 1/temperature, times 1 - tanh(a/c)^2 with a softcap c."""
+    if softcap is None:
+        return 1 / temperature
+    tanh = z * (temperature / softcap)
+    return (1 - tanh.square()) / temperature
+
+
+def mean_logit(z: Tensor, lse: Tensor) -> Tensor:
+    """Return sum_j p_j * z_j of each row, with p = exp(z - lse) its distribution."""
+    p = (z - lse[:, None]).exp_()
+    return torch.linalg.vecdot(p, z)
+
+
+def gradient_by_logits(
+    z: Tensor,
+    slope: Tensor | float,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor,
+) -> Tensor:
+    """Return the gradient of the loss by the logits, (chunk, V), as TokenLogProbs derives it.
+
+    z (chunk, V) is overwritten and all steps are in place, because a chunk of logits is large;
+    slope is dz/da; the others are (chunk, 1).
+    """
+    log_p = z.sub_(lse)
+    d_z = log_p.exp()  # p
+    factor = log_p.add_(entropy)
+    factor.mul_(-g_entropy)
+    factor.sub_(g_logp)
+    d_z.mul_(factor)
+    d_z.scatter_add_(1, targets, g_logp)
+    return d_z.mul_(slope)
+
+
+# ---- Policy
+def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
+    """Return layer indices round(p * n_layers), n_layers - 1 at most (paper: p = .25, .5, .75)."""
+    return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
 
 
 class Scored(NamedTuple):
@@ -208,25 +291,15 @@ class LastTap(Exception):  # noqa: N818 (a signal, not an error)
 
 
 class Policy(nn.Module):
-    """A Hugging Face decoder that returns log-probs, entropies and tapped latents of a batch of episodes."""
+    """A Hugging Face decoder that returns log-probs, entropies and tapped latents of episodes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        check_head(model)
         self.model = model
-        text, head = model.config.get_text_config(), model.get_output_embeddings()
-        self.n_layers, self.softcap = (
-            text.num_hidden_layers,
-            getattr(text, "final_logit_softcapping", None),
-        )
-        scaled = [
-            name
-            for name in ("logit_scale", "logits_scaling")
-            if getattr(text, name, None) not in (None, 1)
-        ]
-        if scaled or getattr(head, "bias", None) is not None:
-            raise ValueError(
-                f"{type(model).__name__}: {scaled or 'a bias'} on its logits; expected a plain linear head"
-            )
+        text_config = model.config.get_text_config()
+        self.n_layers = text_config.num_hidden_layers
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -234,284 +307,402 @@ class Policy(nn.Module):
         return self.model.get_decoder().layers
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """What is sharded by itself: decoder layers and the vision tower's blocks."""
-        return [*self.layers, *(self.tower.blocks if self.tower else ())]
+    def tower(self) -> nn.Module | None:
+        """The vision tower, or None if the model takes no images."""
+        if not vision.takes_images(self.model.config):
+            return None
+        return self.model.base_model.visual
 
     @property
-    def tower(self) -> nn.Module | None:
-        """The vision tower, of a model that has one."""
-        return self.model.base_model.visual if vision.sees(self.model.config) else None
-
-    def look(self, batch: Batch) -> tuple[dict, Tensor | float]:
-        """Return what the body needs to see a batch's images, and a zero that hangs on the tower's output.
-
-        Ranks gather the tower's shards together, forward and backward: without images it looks at one, for nothing.
-        """
+    def blocks(self) -> list[nn.Module]:
+        """The parts to shard one by one: decoder layers and the vision tower's blocks."""
         if self.tower is None:
-            return {}, 0.0
-        kinds = (batch.input_ids == self.model.config.image_token_id) & ~batch.targets
-        seen = {
-            "mm_token_type_ids": kinds.int()
-        }  # 1 image, 0 text: left out, positions would be wrong, silently
-        if batch.pixel_values is not None:
-            return seen | {
-                "pixel_values": batch.pixel_values,
-                "image_grid_thw": batch.image_grid_thw,
-            }, 0.0
-        size, patch = (
-            self.model.config.vision_config.spatial_merge_size,
-            self.tower.patch_embed.proj.weight[0],
-        )
-        grid = torch.tensor([[1, size, size]], device=patch.device)
-        output = self.tower(patch.new_zeros(size * size, patch.numel()), grid_thw=grid)
-        parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-        return seen, sum(part.sum() for part in parts) * 0
+            return list(self.layers)
+        return [*self.layers, *self.tower.blocks]
 
-    def forward(self, batch: Batch, temperature: float = 1.0, taps: Sequence[int] = (), latents_only: bool = False) -> Scored:  # fmt: skip
-        """Run a batch at a temperature, which divides the logits; return what `taps`, indices of layers, output as well.
+    def forward(
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        taps: Sequence[int] = (),
+        latents_only: bool = False,
+    ) -> Scored:
+        """Score the response tokens of a batch.
 
-        latents_only stops after the last tap: neither the layers above nor the head run.
+        temperature: of the distribution; the logits are divided by it
+        taps: indices of the layers whose outputs are returned as latents, without a gradient
+        latents_only: stop after the last tap, so that neither the layers above nor the head run
         """
+        last_tap = max(taps) if latents_only else None
+        tower_term = self.run_tower_without_images(batch)
         latents: dict[int, Tensor] = {}
-
-        def catch(index: int):
-            def hook(_module, _arguments, output):
-                latents[index] = (output[0] if isinstance(output, tuple) else output).detach()
-                if latents_only and index == max(taps):
-                    raise LastTap
-
-            return hook
-
-        body, (images, nothing), ids = self.model.base_model, self.look(batch), batch.input_ids
-        hooks = [self.layers[index].register_forward_hook(catch(index)) for index in set(taps)]
-        if images:  # a placeholder that was sampled is a word like others: the body must not take it for an image
-            ids = ids.masked_fill(batch.targets & (ids == self.model.config.image_token_id), 0)
-            embedding = self.model.get_input_embeddings()
-            hooks.append(embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,)))
+        hooks = self.add_taps(set(taps), last_tap, latents)
         try:
-            output = body(
-                input_ids=ids, attention_mask=batch.attention_mask, use_cache=False, **images
-            )
+            states = self.run_decoder(batch)  # (B, S, D)
         except LastTap:
             return Scored(None, None, [latents[index] for index in taps])
         finally:
             for hook in hooks:
                 hook.remove()
-        before = batch.targets.roll(-1, dims=1)  # the position before predicts a token
-        hidden = output.last_hidden_state[before] + nothing  # (M, D)
-        weight, tokens = self.model.get_output_embeddings().weight, batch.input_ids[batch.targets]
+
+        predicts = batch.targets.roll(-1, dims=1)  # the position before a token predicts it
+        hidden = states[predicts] + tower_term  # (M, D)
+        weight = self.model.get_output_embeddings().weight
+        tokens = batch.input_ids[batch.targets]  # (M,)
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
         return Scored(
-            batch.unflatten(logp), batch.unflatten(entropy), [latents[index] for index in taps]
+            logp=batch.unflatten(logp),
+            entropy=batch.unflatten(entropy),
+            latents=[latents[index] for index in taps],
+        )
+
+    def add_taps(self, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]) -> list:
+        """Let the tapped layers put their outputs into `latents`, and `last_tap` end the forward.
+
+        Returns the hooks, which the caller must remove.
+        """
+
+        def tap(index: int):
+            def keep(_module, _arguments, output):
+                latent = output[0] if isinstance(output, tuple) else output
+                latents[index] = latent.detach()
+                if index == last_tap:
+                    raise LastTap
+
+            return self.layers[index].register_forward_hook(keep)
+
+        return [tap(index) for index in taps]
+
+    def run_decoder(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (B, S, D), with the batch's images in their places."""
+        body = self.model.base_model
+        inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
+        if self.tower is None:
+            return body(input_ids=batch.input_ids, **inputs).last_hidden_state
+
+        # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
+        # response, is a word like others. So the body is not shown the latter, but for embedding.
+        is_placeholder = batch.input_ids == self.model.config.image_token_id
+        input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
+        is_image = is_placeholder & ~batch.targets
+        inputs["mm_token_type_ids"] = is_image.int()  # without it, positions are silently wrong
+        if batch.pixel_values is not None:
+            inputs["pixel_values"] = batch.pixel_values
+            inputs["image_grid_thw"] = batch.image_grid_thw
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,))
+        try:
+            return body(input_ids=input_ids, **inputs).last_hidden_state
+        finally:
+            hook.remove()
+
+    def run_tower_without_images(self, batch: Batch) -> Tensor | float:
+        """Run the vision tower on a blank image if the batch has none; return 0 times its output.
+
+        Under FSDP each rank holds a part of the tower's weights, and all ranks must gather them at
+        the same time, in the forward and again in the backward. A rank whose batch has no image
+        would leave the others waiting, so it runs the tower, too. The term that is returned is 0:
+        added to the hidden states it changes no number, but it makes the tower's parameters part
+        of the graph, so that the backward reaches them, with gradients of 0.
+        """
+        if self.tower is None or batch.pixel_values is not None:
+            return 0.0
+        size = self.model.config.vision_config.spatial_merge_size  # the smallest image, in patches
+        filters = self.tower.patch_embed.proj.weight
+        blank = filters.new_zeros(size * size, filters[0].numel())  # (n_patches, dim)
+        grid = torch.tensor([[1, size, size]], device=blank.device)  # time, height, width
+        output = self.tower(blank, grid_thw=grid)
+        total = output.pooler_output.sum()
+        for features in getattr(output, "deepstack_features", None) or []:  # Qwen3-VL
+            total = total + features.sum()
+        return total * 0
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise ValueError if the model's logits are more than a linear map of its hidden states."""
+    text_config = model.config.get_text_config()
+    additions = []
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(text_config, name, None) not in (None, 1):
+            additions.append(name)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        additions.append("a bias")
+    if additions:
+        raise ValueError(
+            f"{type(model).__name__}: {', '.join(additions)} on its logits; "
+            "expected a plain linear head"
         )
 
 
 def load_policy(
     path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none"
 ) -> Policy:
-    """Load a Hugging Face decoder to host memory, as it is stored; dropout must be off, or its scores would not repeat."""
+    """Load a Hugging Face decoder to host memory, in the dtype that it is stored in.
+
+    checkpointing: recompute activations in the backward
+    freeze: what does not learn; "vision" is the vision tower
+    Raises ValueError if the model has dropout, under which log-probs do not repeat.
+    """
     model = vision.load_model(path, "auto", trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
             raise ValueError(
-                f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: edit its config.json"
+                f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: "
+                "edit its config.json"
             )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train())
-    if freeze == "vision" and policy.tower:
+    if freeze == "vision" and policy.tower is not None:
         policy.tower.requires_grad_(False)
     return policy
 
 
 # ---- Flow reward (paper: flow reward shaping)
 def normalise(
-    score: Tensor, mask: Tensor, bilateral: bool = False, power: float = 1.0, group_size: int = 1
+    score: Tensor, mask: Tensor, bilateral: bool, power: float, group_size: int
 ) -> Tensor:
-    """Min-max normalise scores (B, T) over mask (B, T) to [0, 1], or [-1, 1] if bilateral; zero outside mask.
+    """Min-max normalise scores (B, T) over mask (B, T) to [0, 1]; zero outside mask.
 
-    The power is applied in [0, 1]. `group_size` rows share a minimum and maximum: 1 (paper), or G to keep what tells the
-    responses of a group apart. Equal scores are zero.
+    bilateral: to [-1, 1]
+    power: exponent, applied in [0, 1]
+    group_size: rows that share a minimum and a maximum: 1 (paper), or G to keep what tells the
+        responses of a group apart
+    Scores that are all equal become zero.
     """
-    rows = mask.view(-1, group_size * mask.shape[1])  # what shares a minimum and maximum
-    values = score.reshape(rows.shape)
-    low = values.masked_fill(~rows, torch.inf).amin(dim=1, keepdim=True)
-    spread = values.masked_fill(~rows, -torch.inf).amax(dim=1, keepdim=True) - low
+    scope_mask = mask.view(-1, group_size * mask.shape[1])  # a row is what is normalised together
+    values = score.reshape(scope_mask.shape)
+    low = values.masked_fill(~scope_mask, torch.inf).amin(dim=1, keepdim=True)
+    high = values.masked_fill(~scope_mask, -torch.inf).amax(dim=1, keepdim=True)
+    spread = high - low
     unit = ((values - low) / spread).pow(power)
-    unit = 2 * unit - 1 if bilateral else unit
-    return torch.where(rows & (spread > 0), unit, 0.0).view(mask.shape)
+    if bilateral:
+        unit = 2 * unit - 1
+    return torch.where(scope_mask & (spread > 0), unit, 0.0).view(mask.shape)
 
 
-def select(
-    score: Tensor, threshold: float = 0.6, top_k: int | None = 15, bilateral: bool = False
-) -> Tensor:
-    """Keep the tails of normalised scores (B, T): beyond the threshold, then the k largest; zero elsewhere.
+def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) -> Tensor:
+    """Keep the tail of normalised scores (B, T): above the threshold, then the k largest.
 
-    A threshold of 0 and a top_k of None keep everything. Bilateral keeps scores beyond the threshold on both sides and
-    k//2 of each; as in the official code, only rows with at least k tokens left are cut to k.
+    The others become zero. A threshold of 0 and a top_k of None keep everything. Bilateral keeps
+    scores beyond the threshold on both sides, and k//2 of each. As in the official code, only rows
+    with at least k scores left are cut to k.
     """
+    tail = score
     if threshold > 0:
-        score = torch.where((score > threshold) | (bilateral & (score < -threshold)), score, 0.0)
+        is_beyond = score > threshold
+        if bilateral:
+            is_beyond = is_beyond | (score < -threshold)
+        tail = torch.where(is_beyond, score, 0.0)
     if top_k is None or top_k >= score.shape[1]:
-        return score
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    for largest in (True, False) if bilateral else (True,):
-        kept.scatter_(
-            1, score.topk(top_k // 2 if bilateral else top_k, dim=1, largest=largest).indices, True
-        )
-    few = (score != 0).sum(dim=1, keepdim=True) < top_k
-    return torch.where(kept | few, score, 0.0)
+        return tail
+    is_kept = torch.zeros_like(tail, dtype=torch.bool)
+    if bilateral:
+        largest = tail.topk(top_k // 2, dim=1)
+        smallest = tail.topk(top_k // 2, dim=1, largest=False)
+        is_kept.scatter_(1, largest.indices, True)
+        is_kept.scatter_(1, smallest.indices, True)
+    else:
+        largest = tail.topk(top_k, dim=1)
+        is_kept.scatter_(1, largest.indices, True)
+    has_few = (tail != 0).sum(dim=1, keepdim=True) < top_k
+    return torch.where(is_kept | has_few, tail, 0.0)
 
 
 # ---- Advantages
 def varied_groups(reward: Tensor, group_size: int) -> Tensor:
-    """Return which groups (N,) of reward (B,) hold different rewards; the others have nothing to teach."""
+    """Return which groups (N,) bool of rewards (B,) differ; the others have nothing to teach."""
     groups = reward.view(-1, group_size)
     return groups.amax(dim=1) > groups.amin(dim=1)
 
 
-def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline = "grpo") -> Tensor:
+def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline) -> Tensor:
     """Return the outcome advantage (B,) of rewards (B,), G consecutive episodes a group.
 
-    grpo: (r - mean)/(std + 1e-9), std with G - 1; rloo: r - mean of the others; dr_grpo, reinforce++: r - mean (the
-    latter is whitened over the batch after the token part is added); reinforce: r. Equal rewards give exactly 0.
+    grpo: (r - mean)/(std + 1e-9), where std divides by G - 1
+    rloo: r - mean of the others
+    dr_grpo, reinforce++: r - mean; the latter is whitened once the token part is added
+    reinforce: r
+    A group of equal rewards gets exactly 0, but for reinforce.
     """
     if baseline == "reinforce":
         return reward.clone()
-    groups = reward.view(-1, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+    groups = reward.view(-1, group_size)  # (N, G)
+    advantage = groups - groups.mean(dim=1, keepdim=True)
     if baseline == "grpo":
-        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-9)
+        advantage = advantage / (groups.std(dim=1, keepdim=True) + 1e-9)
     elif baseline == "rloo":
-        centred = centred * group_size / (group_size - 1)
-    return torch.where(varied_groups(reward, group_size)[:, None], centred, 0.0).flatten()
+        advantage = advantage * group_size / (group_size - 1)
+    is_varied = varied_groups(reward, group_size)[:, None]
+    return torch.where(is_varied, advantage, 0.0).flatten()
 
 
-def token_returns(reward: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """Return sum_{j>=k} gamma^(j-k) * reward_j over response tokens, (B, T), from rewards (B, T)."""
+def token_returns(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return sum_{j>=k} gamma^(j-k) * reward_j over response tokens, (B, T), of rewards (B, T)."""
     reward = reward * mask
     if gamma == 1.0:
         return reward.flip(1).cumsum(dim=1).flip(1) * mask
-    returns, following = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    returns = torch.zeros_like(reward)
+    following = torch.zeros_like(reward[:, 0])  # (B,) the return from token k + 1 on
     for k in reversed(range(reward.shape[1])):
-        following = returns[:, k] = reward[:, k] + gamma * following
+        following = reward[:, k] + gamma * following
+        returns[:, k] = following
     return returns * mask
 
 
-def entropy_advantage(
-    advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0
-) -> Tensor:
-    """Return A_k + min(alpha * H_k, |A_k| / kappa), (B, T), no gradient through H: the entropy-shaping baseline."""
-    return advantage + torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
+def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float, kappa: float) -> Tensor:
+    """Return A_k + min(alpha * H_k, |A_k| / kappa), (B, T), without a gradient through H.
+
+    This is the baseline that the paper compares with, entropy-based advantage shaping.
+    """
+    bonus = torch.minimum(alpha * entropy.detach(), advantage.abs() / kappa)
+    return advantage + bonus
 
 
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
-    """Return advantages (B, T) with mean 0 and standard deviation 1 over all response tokens (REINFORCE++-baseline)."""
+    """Return advantages (B, T) with mean 0 and standard deviation 1 over all response tokens.
+
+    For REINFORCE++-baseline.
+    """
     values = advantage[mask]
-    return torch.where(mask, (advantage - values.mean()) / (values.std() + 1e-8), 0.0)
+    whitened = (advantage - values.mean()) / (values.std() + 1e-8)
+    return torch.where(mask, whitened, 0.0)
 
 
 # ---- Losses
-def token_weights(mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int) -> Tensor:  # fmt: skip
+def token_weights(
+    mask: Tensor, normalisation: Normalisation, n_episodes: int, n_tokens: int, max_tokens: int
+) -> Tensor:
     """Return the weight (B, T) of each token in the loss of a whole optimiser step.
 
-    sequence: mean over episodes of the mean over tokens; token: mean over all tokens; constant: sum over tokens divided
-    by episodes * max_tokens (Dr. GRPO). n_episodes and n_tokens count the step's mini-batch, over all micro-batches.
+    sequence: mean over episodes of the mean over tokens
+    token: mean over all tokens
+    constant: sum over tokens divided by episodes * max_tokens (Dr. GRPO)
+    n_episodes and n_tokens count the step's mini-batch, over all micro-batches and ranks.
     """
     if normalisation == "sequence":
-        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_episodes
-    return mask / (n_tokens if normalisation == "token" else n_episodes * max_tokens)
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return mask / lengths / n_episodes
+    if normalisation == "token":
+        return mask / n_tokens
+    return mask / (n_episodes * max_tokens)
 
 
 def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_low: float = 0.2, clip_high: float = 0.2, ratio_cap: float = 3.0
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the PPO-clip loss of each token (B, T) and where it was clipped (B, T) bool.
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    clip_low: float,
+    clip_high: float,
+    ratio_cap: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the PPO-clip loss of each token (B, T), and where it was clipped (B, T) bool.
 
-    -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A) with rho = min(exp(logp - old_logp), ratio_cap); DAPO's
-    clip-higher is clip_high = 0.28. The cap (as official) bounds the loss of negative advantages.
+    -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A), rho = min(exp(logp - old_logp), ratio_cap).
+    DAPO's clip-higher is clip_high = 0.28. The cap, as official, bounds the loss of tokens with a
+    negative advantage, which the clip does not.
     """
-    ratio = (logp - old_logp).clamp(max=math.log(ratio_cap)).exp()
-    plain, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    return -torch.minimum(plain, clipped), clipped < plain
+    log_ratio = (logp - old_logp).clamp(max=math.log(ratio_cap))
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return -torch.minimum(unclipped, clipped), clipped < unclipped
 
 
-def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
-    """Return the per-token KL estimate (B, T), d = logp - ref_logp: k1 = d (no gradient on average), k2 = d^2/2, k3 = e^-d - 1 + d."""
+def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: KLKind) -> Tensor:
+    """Return an estimate of the KL to a reference for each token, (B, T); d = logp - ref_logp.
+
+    k1 = d (its gradient is 0 on average), k2 = d^2/2, k3 = e^-d - 1 + d.
+    """
     d = logp - ref_logp
-    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[
-        kind
-    ]()
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    assert kind == "k3", kind
+    return torch.expm1(-d) + d
 
 
 def importance_weights(
-    old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, mode: Literal["none", "token", "sequence", "mask"], cap: float = 2.0
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, mode: Mismatch, cap: float
+) -> tuple[Tensor, dict[str, float]]:
     """Correct for a sampler whose probabilities differ from the trainer's.
 
-    Everything is (B, T); NaN log-probs of the sampler count as ratio 1. mode: `token` is min(ratio, cap), `sequence` the
-    same on the response's product of ratios, `mask` 0 beyond the cap. Returns the weights, and figures of the raw ratios.
+    old_logp, sampled_logp: (B, T), of trainer and sampler; NaN of the sampler counts as ratio 1
+    mode: none, weights of 1; token, min(ratio, cap); sequence, the same with the product of the
+        response's ratios; mask, the ratio where it is at most the cap, 0 elsewhere
+    Returns the weights (B, T), and figures of the ratios before the cap.
     """
-    broken = sampled_logp.isnan() & mask
-    difference = torch.where(mask & ~broken, old_logp - sampled_logp, 0.0)
+    is_nan = sampled_logp.isnan() & mask
+    difference = torch.where(mask & ~is_nan, old_logp - sampled_logp, 0.0)
     ratio = difference.exp()
     statistics = {
         "mismatch/ratio_mean": ratio[mask].mean().item(),
         "mismatch/ratio_max": ratio[mask].max().item(),
         "mismatch/over_cap": (ratio[mask] > cap).float().mean().item(),
-        "mismatch/nan": broken.sum().item(),
+        "mismatch/nan": is_nan.sum().item(),
     }
+    if mode == "mask":
+        return torch.where(ratio > cap, 0.0, ratio), statistics
+    weights = ratio
     if mode == "sequence":
-        ratio = difference.sum(dim=1, keepdim=True).exp().expand_as(ratio)
-    if mode == "none":
-        ratio = torch.ones_like(ratio)
-    return torch.where(ratio > cap, 0.0, ratio) if mode == "mask" else ratio.clamp(
-        max=cap
-    ), statistics
+        log_product = difference.sum(dim=1, keepdim=True)
+        weights = log_product.exp().expand_as(ratio)
+    elif mode == "none":
+        weights = torch.ones_like(ratio)
+    return weights.clamp(max=cap), statistics
 
 
 def online_flow_weights(
-    mask: Tensor, correct: Tensor | None, entropy: Tensor | None = None, quantile: float = 0.6, soft: float = 0.0,
-    quantile_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight tokens of the online flow loss by rejection sampling: sum_rows(b * sum(w*loss)/sum(w)) / sum(b).
+    mask: Tensor, accepted: Tensor, entropy: Tensor | None, quantile: float | None, soft: float
+) -> tuple[Tensor, Tensor]:
+    """Weight tokens and rows of the online flow loss, by rejection sampling.
 
-    Correct rows (B,) have b = 1, others b = soft. Tokens whose entropy (B, T) reaches their row's quantile over
-    quantile_mask (default mask; the official code includes padding) have w = 1, others w = soft. None accepts all.
+    The loss is sum_rows(b * sum_tokens(w*loss)/sum_tokens(w)) / sum_rows(b).
+    accepted: (B,) bool, rows that have b = 1; the others have b = soft
+    entropy: (B, T); tokens that reach this quantile of their response have w = 1, the others
+        w = soft; None: all have w = 1. (The official code takes the quantile over padding, too.)
     Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """
-    rows = (
-        torch.ones(len(mask), device=mask.device)
-        if correct is None
-        else torch.where(correct, 1.0, soft)
-    )
-    tokens = mask.float()
+    row_weight = torch.where(accepted, 1.0, soft)
+    token_weight = mask.float()
     if entropy is not None:
-        seen = entropy.masked_fill(~(mask if quantile_mask is None else quantile_mask), torch.nan)
-        tokens = tokens * torch.where(
-            entropy >= seen.nanquantile(quantile, dim=1, keepdim=True), 1.0, soft
-        )
-    return tokens / tokens.sum(dim=1, keepdim=True), rows
+        response_entropy = entropy.masked_fill(~mask, torch.nan)
+        threshold = response_entropy.nanquantile(quantile, dim=1, keepdim=True)  # (B, 1)
+        token_weight = token_weight * torch.where(entropy >= threshold, 1.0, soft)
+    return token_weight / token_weight.sum(dim=1, keepdim=True), row_weight
 
 
 # ---- Schedule and order
 def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
-    """Return the rate of a step: linear warm-up over a fraction of the steps, then a cosine to floor * peak."""
+    """Return the rate of a step: it rises linearly, then falls along a cosine to floor * peak.
+
+    warmup is the fraction of the total steps over which the rate rises.
+    """
     n_warmup = math.ceil(warmup * total)
+    if step < n_warmup:
+        return peak * ((step + 1) / n_warmup)
     progress = (step - n_warmup) / max(1, total - n_warmup)
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * ((step + 1) / n_warmup if step < n_warmup else cosine)
-
-
-def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
-    """Return (epoch, index) of places start, start + 1, ... in endless passes over range(n), each in an order of its own."""
-    places, orders = [divmod(place, n) for place in range(start, start + count)], {}
-    for epoch in {epoch for epoch, _ in places}:
-        orders[epoch] = permutation(n, *key, epoch)
-    return [(epoch, orders[epoch][place]) for epoch, place in places]
+    cosine = 1 + math.cos(math.pi * progress)  # from 2 down to 0
+    return peak * (floor + (1 - floor) * 0.5 * cosine)
 
 
 def permutation(n: int, *key: int | str) -> list[int]:
     """Return a random order of range(n) that depends on the key alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(keyed_seed(*key))).tolist()
+    generator = torch.Generator().manual_seed(keyed_seed(*key))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
+    """Return (epoch, index) of `count` places from `start` on, in endless passes over range(n).
+
+    Each pass, or epoch, has an order of its own.
+    """
+    orders: dict[int, list[int]] = {}
+    visits = []
+    for place in range(start, start + count):
+        epoch, position = divmod(place, n)
+        if epoch not in orders:
+            orders[epoch] = permutation(n, *key, epoch)
+        visits.append((epoch, orders[epoch][position]))
+    return visits

@@ -585,25 +585,24 @@ def export_flow(flow: fl.Flow, folder: Path) -> None:
 
 
 # ---- python run.py export RUN
-@dataclass(frozen=True)
-class ExportSettings:
-    """Write the weights of a checkpoint in formats that other programs read."""
+def export_checkpoint(
+    run: tyro.conf.Positional[str], step: int | None = None, out: str | None = None
+) -> None:
+    """Write policy/ and flow/ of a checkpoint of any number of ranks, for other programs.
 
-    run: tyro.conf.Positional[str]  # Run folder
-    step: int | None = None  # Step of the checkpoint; by default the newest
-    out: str | None = None  # Folder for policy/ and flow/; by default RUN/exports/step-N
-
-
-def export_checkpoint(settings: ExportSettings) -> Path:
-    """Write policy/ and flow/ of a checkpoint of any number of ranks; return their folder."""
+    Args:
+        run: Run folder
+        step: Step of the checkpoint; by default the newest
+        out: Folder for policy/ and flow/; by default RUN/exports/step-N
+    """
     import rlfr
     import rollout
     import toy
 
     start()
-    folder = Path(settings.run)
+    folder = Path(run)
     stored = stored_settings(folder)
-    checkpoint = find_checkpoint(folder, settings.step)
+    checkpoint = find_checkpoint(folder, step)
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
@@ -621,14 +620,13 @@ def export_checkpoint(settings: ExportSettings) -> Path:
         flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
         state["flow"] = {"module": flow.state_dict()}
     dcp.load(state, checkpoint_id=checkpoint)  # into the tensors of the modules
-    out = Path(settings.out or folder / "exports" / checkpoint.name)
+    target = Path(out or folder / "exports" / checkpoint.name)
     if "policy" in state:
         dtype = parallel.compute_dtype(loading.dtype)
-        export_policy(policy, dtype, [model.tokenizer, model.processor], out / "policy")
+        export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
     if "flow" in state:
-        export_flow(flow, out / "flow")
-    print(f"the weights of {checkpoint} are in {out}")
-    return out
+        export_flow(flow, target / "flow")
+    print(f"the weights of {checkpoint} are in {target}")
 
 
 def find_checkpoint(folder: Path, step: int | None) -> Path:

@@ -57,12 +57,10 @@ class FlowSettings:
     """What the flow is, and how often and at which times a token is drawn."""
 
     flow_blocks: int | None = None  # Residual blocks; by default 4 below 5B parameters, 6 above
-    noise_repeats: int | None = (
-        None  # Draws of (t, x_0) a token; by default 2 for text above 5B, else 4
-    )
-    flow_times: fl.Times = (
-        "logit_normal"  # How t is drawn: sigmoid of a normal, as official, or uniform
-    )
+    # Draws of (t, x_0) a token; by default 2 for text above 5B, else 4
+    noise_repeats: int | None = None
+    # How t is drawn: random is the sigmoid of a normal, as official
+    flow_times: fl.Times = "random"
     shift: int = 1  # Distance of the context's neighbour, in positions
 
 

@@ -144,9 +144,9 @@ class OptimisationSettings:
     ratio_cap: float = 3.0  # Largest probability ratio
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # KL estimator; k1 has no gradient on average
+    kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
     # Sampler-trainer ratio: truncate by, or mask
-    mismatch: Literal["none", "token", "sequence", "mask"] = "token"
+    mismatch: rlfr.Mismatch = "token"
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
     freeze: rlfr.Freeze | None = None

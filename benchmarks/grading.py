@@ -1,10 +1,13 @@
-"""Verifying answers: ours in one worker process, and plain math-verify in one process, on one core.
+"""Compare answers with ours in one worker process, and with plain math-verify, on one core.
 
-python benchmarks/grading.py PAIRS.jsonl [--limit 4000] [--json FILE]        labelled pairs, as `python rewards.py` reads
+    python benchmarks/grading.py PAIRS.jsonl [--limit 4000] [--json FILE]
+
+The pairs are labelled, as `python rewards.py` reads them.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,34 +27,48 @@ class Settings:
     json: str | None = None  # Where figures go as well
 
 
-def prepare(settings: Settings, variant: str):
+def load_pairs(settings: Settings) -> list:
+    from grading.pairs import read_pairs
+
+    pairs = []
+    for group in read_pairs(settings.file).values():
+        pairs.extend(group)
+    if settings.limit:
+        pairs = pairs[:: max(1, len(pairs) // settings.limit)]
+    return pairs
+
+
+def prepare(settings: Settings, variant: str) -> Callable[[], None]:
     """Return a function that grades all pairs and prints the share of errors."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    from rewards import Grader, read_pairs
-
-    pairs = [pair for group in read_pairs(settings.file).values() for pair in group]
-    pairs = pairs[:: max(1, len(pairs) // settings.limit)] if settings.limit else pairs
-
-    def ours() -> None:
-        with Grader(n_workers=1) as grader:  # started anew, with nothing cached
-            report(pairs, [grader.equal(pair["gold"], pair["pred"]) for pair in pairs])
-
-    def plain() -> None:
-        from math_verify import parse, verify
-
-        found = []
-        for pair in pairs:
-            golds = [pair["gold"]] if isinstance(pair["gold"], str) else pair["gold"]
-            prediction = parse(rf"${pair['pred']}$")
-            found.append(any(verify(parse(f"${gold}$"), prediction) for gold in golds))
-        report(pairs, found)
-
-    return ours if variant == "ours" else plain
+    pairs = load_pairs(settings)
+    grade = grade_with_ours if variant == "ours" else grade_with_math_verify
+    return lambda: report(pairs, grade(pairs))
 
 
-def report(pairs: list[dict], found: list[bool]) -> None:
-    wrong = sum(is_equal != pair["expected"] for is_equal, pair in zip(found, pairs, strict=True))
-    print(f"{len(pairs)} pairs, {wrong} errors ({wrong / len(pairs):.2%})")
+def grade_with_ours(pairs: list) -> list[bool]:
+    from grading import Pool
+
+    with Pool(n_workers=1) as pool:  # started anew, with nothing remembered
+        return [pool.equal(pair.gold, pair.prediction) for pair in pairs]
+
+
+def grade_with_math_verify(pairs: list) -> list[bool]:
+    from math_verify import parse, verify
+
+    verdicts = []
+    for pair in pairs:
+        golds = [pair.gold] if isinstance(pair.gold, str) else pair.gold
+        prediction = parse(rf"${pair.prediction}$")
+        verdicts.append(any(verify(parse(f"${gold}$"), prediction) for gold in golds))
+    return verdicts
+
+
+def report(pairs: list, verdicts: list[bool]) -> None:
+    n_errors = 0
+    for is_equal, pair in zip(verdicts, pairs, strict=True):
+        n_errors += is_equal != pair.expected
+    print(f"{len(pairs)} pairs, {n_errors} errors ({n_errors / len(pairs):.2%})")
 
 
 if __name__ == "__main__":

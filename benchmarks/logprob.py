@@ -13,7 +13,11 @@ import tyro
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from common import compare  # noqa: E402
 
-import rlfr  # noqa: E402
+from parallel import DEVICE  # noqa: E402
+from rlfr import TokenLogProbs  # noqa: E402
+
+CHUNKS = "chunks (ours)"
+FULL = "full logits"
 
 
 @dataclass(frozen=True)
@@ -27,33 +31,35 @@ class Settings:
     json: str | None = None  # file for the figures
 
 
+def full_logits(hidden, weight, targets):
+    """Return log-probs and entropies from log-probs of all words."""
+    log_p = (hidden @ weight.T).log_softmax(dim=-1)
+    logp = log_p.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return logp, entropy
+
+
 def prepare(settings: Settings, variant: str):
+    """Return a function that runs a variant once."""
     torch.manual_seed(0)
-    hidden = torch.randn(settings.tokens, settings.dim, device=rlfr.DEVICE, requires_grad=True)
-    weight = (
-        torch.randn(settings.vocabulary, settings.dim, device=rlfr.DEVICE) / settings.dim**0.5
-    ).requires_grad_()
-    targets = torch.randint(settings.vocabulary, (settings.tokens,), device=rlfr.DEVICE)
+    hidden = torch.randn(settings.tokens, settings.dim, device=DEVICE, requires_grad=True)
+    weight = torch.randn(settings.vocabulary, settings.dim, device=DEVICE) / settings.dim**0.5
+    weight.requires_grad_()
+    targets = torch.randint(settings.vocabulary, (settings.tokens,), device=DEVICE)
 
     def work():
-        if variant == "chunks (ours)":
-            logp, entropy = rlfr.TokenLogProbs.apply(hidden, weight, targets, 1.0, None)
+        if variant == CHUNKS:
+            logp, entropy = TokenLogProbs.apply(hidden, weight, targets, 1.0, None)
         else:
-            log_p = (hidden @ weight.T).log_softmax(dim=-1)
-            logp, entropy = (
-                log_p.gather(1, targets[:, None]).squeeze(1),
-                -(log_p.exp() * log_p).sum(dim=-1),
-            )
-        (logp.sum() + 0.1 * entropy.sum()).backward()
-        hidden.grad = weight.grad = None
+            logp, entropy = full_logits(hidden, weight, targets)
+        loss = logp.sum() + 0.1 * entropy.sum()
+        loss.backward()
+        hidden.grad = None
+        weight.grad = None
 
     return work
 
 
 if __name__ == "__main__":
-    compare(
-        "log-probs and entropies, forward and backward",
-        prepare,
-        tyro.cli(Settings),
-        ["chunks (ours)", "full logits"],
-    )
+    title = "log-probs and entropies, forward and backward"
+    compare(title, prepare, tyro.cli(Settings), [CHUNKS, FULL])

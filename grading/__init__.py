@@ -1,1 +1,37 @@
-"""Is this answer right? Mathematical answers, option letters, and the processes that compare them."""
+"""Is this answer right? Mathematical answers, option letters, and processes that compare them."""
+
+from grading.answers import Gold
+from grading.latex import boxes
+from grading.options import (
+    JOINED_BOXES,
+    LABELLED,
+    blank,
+    candidate,
+    judge_response,
+    letter_in_response,
+    option_letter,
+    option_letters,
+    stated,
+    tag_format,
+    tagged,
+    value,
+)
+from grading.pool import Pool
+
+__all__ = [
+    "Gold",
+    "JOINED_BOXES",
+    "LABELLED",
+    "Pool",
+    "blank",
+    "boxes",
+    "candidate",
+    "judge_response",
+    "letter_in_response",
+    "option_letter",
+    "option_letters",
+    "stated",
+    "tag_format",
+    "tagged",
+    "value",
+]

@@ -1,160 +1,228 @@
-r"""Answers of vision-language models: option letters, think/answer tags, and the rewards of training that use them.
+r"""Answers of vision-language models: option letters, think and answer tags, their rewards.
 
-A letter counts only in the form of an answer: `B`, `(B)`, `B.`, `\text{B}`, `**B**`, `Answer: B`, `the answer is B`, `option B`,
-`B. 12 cm` where 12 cm is what option B says, or the text of exactly one option. The official code looks for the letter
-anywhere in the answer: there `the area` and `A or B` are right where A is, and any answer is where the gold does not parse.
+A letter counts only in the form of an answer: `B`, `(B)`, `B.`, `\text{B}`, `**B**`, `Answer: B`,
+`the answer is B`, `option B`, `B. 12 cm` where 12 cm is what option B says, or the text of exactly
+one option. The official code looks for the letter anywhere in the answer: there `the area` and
+`A or B` are right where A is, and any answer is right where the gold does not parse.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from grading.answers import Gold
 from grading.latex import boxes
 
 LETTERS = "ABCDEFGH"
 LONGEST = 500  # characters of an answer; a longer text names no option
+
+# ---- Patterns, from parts to wholes
+# What may stand around a letter: spaces, quotes, brackets, Markdown, LaTeX
 DRESS = r"\\(?:text|textbf|mathrm|mathbf|mathsf|boxed)\s*\{"
 OPEN = rf"(?:[\s$*_`\"'“‘(\[{{<]|\\[(\[]|{DRESS})*"
 CLOSE = r"(?:[\s$*_`\"'”’)\]}>]|\\[)\]])*"
-NAMES = r"(?:(?:correct|right|best|final)\s+)*(?:options?|choices?|answers?)\b\s*(?:(?:is|are)\b)?\s*[:=]?\s*"
-LEAD = rf"(?i:(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:the\s+)?{NAMES}(?:{NAMES})?)"  # as in: the answer is option
+
+# What may introduce it: `the answer is option`, `so the correct choice:`
+NAMES = (
+    r"(?:(?:correct|right|best|final)\s+)*(?:options?|choices?|answers?)\b"
+    r"\s*(?:(?:is|are)\b)?\s*[:=]?\s*"
+)
+LEAD = rf"(?i:(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:the\s+)?{NAMES}(?:{NAMES})?)"
+
+# A letter and nothing else; a lower-case one, without an introduction: `the answer is a` goes on
 BARE = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}]){CLOSE}[.:,;!]*{CLOSE}")
 ALONE = re.compile(rf"{OPEN}([{LETTERS.lower()}]){CLOSE}[.:,;!]*{CLOSE}")
+# A letter and the text of its option: `B. 12 cm`, `(B) 12 cm`
 LABELLED = re.compile(
     rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?:{CLOSE}[.:]|[\s$*}}]*[)\]]){CLOSE}(\S.*)"
 )
+# Several letters: `A, C`, `A and C`, `AC`
 SEVERAL = re.compile(
     rf"[{LETTERS}](?:\s*(?:,\s*and\b|[,;&]|and\b)\s*[{LETTERS}])+|[{LETTERS}]{{2,}}"
 )
+# A letter at the beginning of a text that goes on
+LEADING = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?![\w'’]){CLOSE}")
+
+# What may follow a letter: a second one; an explanation; a change of mind
 ANOTHER = re.compile(rf"\s*[,/&;]?\s*(?:(?:or|and)\b)?\s*(?:option\s+)?{OPEN}[{LETTERS}](?![\w'’])")
-REASON = re.compile(
-    r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)"
-)  # goes on behind a letter, and is no part of the answer
+REASON = re.compile(r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)")
+WITHDRAWN = re.compile(r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE)
+
+# In a response: `the answer is`; a condition before it; `B is the correct answer`
 STATED = re.compile(
-    r"(?i:\b(?:answers?|(?:correct|right|best)\s+(?:options?|choices?))\b[*_>]*\s*(?:(?:is|are)\b\s*:?|should be\b|[:=]))"
+    r"(?i:\b(?:answers?|(?:correct|right|best)\s+(?:options?|choices?))\b[*_>]*"
+    r"\s*(?:(?:is|are)\b\s*:?|should be\b|[:=]))"
 )
-WITHDRAWN = re.compile(
-    r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE
-)  # behind a letter: not sure of it
-SUPPOSED = re.compile(
-    r"\b(?:if|whether|check|suppose|assume|unless)\b[^.\n]{0,30}$", re.IGNORECASE
-)  # before `the answer is`
+SUPPOSED = re.compile(r"\b(?:if|whether|check|suppose|assume|unless)\b[^.\n]{0,30}$", re.IGNORECASE)
 VERDICT = re.compile(
-    rf"(?:^|[\s:,])(?i:options?\s+)?\(?([{LETTERS}])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b[^.]{{0,20}}[.!]?$"
+    rf"(?:^|[\s:,])(?i:options?\s+)?\(?([{LETTERS}])\)?"
+    r"\s+is\s+(?:the\s+)?(?:correct|right|best)\b[^.]{0,20}[.!]?$"
 )
+
+# Several answers beside each other: `\boxed{A} or \boxed{B}`, `$1$ or $2$`
 JOINED_BOXES = re.compile(r"\}\s*\$?\s*(?:,|;|/|&|\bor\b|\band\b)[\s$]{0,4}\\+boxed")
-HEDGED = re.compile(r"(?:\$|\})\s*(?:,|;|/|\bor\b|\band\b)[\s]{0,4}(?:\$|\\+boxed)")  # $1$ or $2$
+HEDGED = re.compile(r"(?:\$|\})\s*(?:,|;|/|\bor\b|\band\b)[\s]{0,4}(?:\$|\\+boxed)")
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 # ---- Option letters
 def blank(text: str) -> str:
     """Turn LaTeX's spaces into plain ones, one at a time."""
-    return " ".join(
-        re.sub(r"\\[ ;,!:]|\\&", lambda match: " & " if match[0] == r"\&" else " ", text).split()
+    text = re.sub(r"\\[ ;,!:]", " ", text)
+    text = text.replace(r"\&", " & ")
+    return " ".join(text.split())
+
+
+def normalise_option(text: str) -> str:
+    """Rewrite the text of an option so that the same text in another dress is the same string."""
+    text = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|<<|>>|[$*`]", r"\1", text
     )
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # spaces, but 1 1/2 is not 11/2
+    return text.casefold().rstrip(".")
 
 
 def bare_letter(text: str) -> str | None:
-    """Return the letter of a text that is nothing but one letter in the form of an answer, or None."""
+    """Return the letter of a text that is one letter in the form of an answer, or None."""
     text = blank(text[:LONGEST])
     match = BARE.fullmatch(text) or ALONE.fullmatch(text)
     return match[1].upper() if match else None
 
 
-def plain(text: str) -> str:
-    """Rewrite the text of an option so that the same text in another dress becomes the same string."""
-    text = re.sub(
-        r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}|\\[()\[\]]|<<|>>|[$*`]", r"\1", text
-    )
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).casefold().rstrip(".")  # 1 1/2 is not 11/2
+def labelled_letter(text: str, option_texts: Mapping[str, str]) -> str | None:
+    """Return the letter before the text of its option, e.g. `B. 12 cm`, or None.
+
+    An option whose text is not known may say anything.
+    """
+    match = LABELLED.fullmatch(blank(text))
+    if match is None or ANOTHER.match(match[2]):
+        return None
+    letter, content = match.groups()
+    if letter in option_texts and option_texts[letter] != normalise_option(content):
+        return None
+    return letter
+
+
+def letter_of_text(text: str, option_texts: Mapping[str, str]) -> str | None:
+    """Return the letter of the only option that says `text`, or None."""
+    content = normalise_option(text)
+    letters = [letter for letter, option in option_texts.items() if option == content]
+    if len(letters) != 1:
+        return None
+    return letters[0]
 
 
 def option_letter(text: str, choices: Mapping[str, str] | None = None) -> str | None:
-    """Return the letter of the option that an answer names, or None if it names none, or more than one.
+    """Return the letter of the option that an answer names, None if it names none or several.
 
-    text is an answer, as from a box or a tag, not a whole response. choices are the options' texts by letter; a text may
-    be empty where it is not known, and choices None where not even the letters are.
+    Args:
+        text: An answer, such as a box or a tag holds, not a whole response.
+        choices: The options' texts by letter. A text may be empty where it is not known; choices
+            are None where not even the letters are.
     """
     if len(text) > LONGEST:
         return None
-    said = {letter: plain(option) for letter, option in (choices or {}).items() if plain(option)}
-    letter = bare_letter(text)
-    if (
-        letter is None
-        and (match := LABELLED.fullmatch(blank(text)))
-        and not ANOTHER.match(match[2])
-    ):
-        letter = match[1] if said.get(match[1]) in (None, plain(match[2])) else None
-    if letter is None:
-        same = [option for option in said if said[option] == plain(text)]
-        letter = same[0] if len(same) == 1 else None
-    return letter if not choices or letter in choices else None
+    option_texts = {}
+    for letter, option in (choices or {}).items():
+        option = normalise_option(option)
+        if option:
+            option_texts[letter] = option
+    letter = (
+        bare_letter(text)
+        or labelled_letter(text, option_texts)
+        or letter_of_text(text, option_texts)
+    )
+    if choices and letter not in choices:
+        return None
+    return letter
 
 
 def option_letters(text: str) -> str | None:
-    """Return all letters of an answer that may name several, sorted (`A, C`, `A and C`, `CA` -> AC), or None."""
-    if letter := option_letter(text):
+    """Return all letters that an answer names, sorted, e.g. AC for `C and A`, or None."""
+    letter = option_letter(text)
+    if letter:
         return letter
     text = re.sub(rf"{DRESS}|\\[()\[\]]|[$*`\"'(){{}}\[\]<>.]", " ", blank(text[:LONGEST]))
-    text = re.sub(rf"^{LEAD}", "", " ".join(text.split())).strip(" :")
-    letters = "".join(sorted(re.findall(rf"[{LETTERS}]", text)))
-    return letters if SEVERAL.fullmatch(text) and len(set(letters)) == len(letters) else None
+    text = " ".join(text.split())
+    text = re.sub(rf"^{LEAD}", "", text).strip(" :")
+    if not SEVERAL.fullmatch(text):
+        return None
+    letters = sorted(re.findall(rf"[{LETTERS}]", text))
+    if len(set(letters)) < len(letters):
+        return None
+    return "".join(letters)
 
 
+# ---- Whole responses
 def stated(response: str) -> str | None:
-    """Return what a response says behind its last `answer:` or `the answer is`, to the end of the line, or None."""
-    found = (
-        match
-        for match in STATED.finditer(response)
-        if not SUPPOSED.search(response[max(0, match.start() - 60) : match.start()])
-    )
-    *_, match = [None, *found]
-    return response[match.end() :].strip().split("\n", 1)[0].strip() or None if match else None
+    """Return the line behind the last `answer:` or `the answer is` of a response, or None."""
+    end = None  # of the last statement that is no supposition
+    for match in STATED.finditer(response):
+        before = response[max(0, match.start() - 60) : match.start()]
+        if not SUPPOSED.search(before):
+            end = match.end()
+    if end is None:
+        return None
+    first_line = response[end:].strip().split("\n", 1)[0]
+    return first_line.strip() or None
 
 
 def letter_in_response(response: str, choices: Mapping[str, str] | None = None) -> str | None:
-    """Return the letter that a whole response ends up with: behind its last `answer is`, or in its last line; or None."""
-    said, last = stated(response) or "", response.strip().rpartition("\n")[2]
-    said = "" if said in LETTERS.lower() else said  # `the answer is a`, cut off
-    if letter := option_letter(said, choices) or option_letter(last, choices):
+    """Return the letter that a whole response ends up with, or None.
+
+    It stands behind the last `the answer is`, or in the last line.
+    """
+    statement = stated(response) or ""
+    if statement in LETTERS.lower():  # `the answer is a`, cut off
+        statement = ""
+    last_line = response.strip().rpartition("\n")[2]
+    letter = option_letter(statement, choices) or option_letter(last_line, choices)
+    if letter:
         return letter
-    if (match := VERDICT.search(last)) and (not choices or match[1] in choices):
+    match = VERDICT.search(last_line)
+    if match and (not choices or match[1] in choices):
         return match[1]
-    match = re.match(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?![\w'’]){CLOSE}", said[:LONGEST])
-    rest = said[match.end() :] if match else ""
-    if (
-        not REASON.match(rest)
-        or ANOTHER.match(rest)
-        or WITHDRAWN.search(rest)
-        or (choices and match[1] not in choices)
-    ):
+    return letter_with_reason(statement, choices)
+
+
+def letter_with_reason(statement: str, choices: Mapping[str, str] | None) -> str | None:
+    """Return B for `B because it fits`; None if another letter or a doubt follows."""
+    match = LEADING.match(statement[:LONGEST])
+    if match is None:
         return None
-    others = {plain(option) for option in (choices or {}).values()} - {""}
-    return (
-        None if plain(rest.lstrip(" .,;")) in others else match[1]
-    )  # `B. 12 cm` where option C says 12 cm
+    letter = match[1]
+    rest = statement[match.end() :]
+    if not REASON.match(rest) or ANOTHER.match(rest) or WITHDRAWN.search(rest):
+        return None
+    if choices and letter not in choices:
+        return None
+    option_texts = {normalise_option(option) for option in (choices or {}).values()}
+    content = normalise_option(rest.lstrip(" .,;"))
+    if content != "" and content in option_texts:  # `B. 12 cm` where C says 12 cm
+        return None
+    return letter
 
 
 def value(text: str) -> str | None:
-    """Return a text without words around it: one word, a number with its unit, a formula or a list; None for a sentence."""
+    """Return a short answer without what is around it, None for a sentence.
+
+    Short are one word, a number with its unit, a formula and a list.
+    """
     text = text.strip().rstrip(".").strip("*` ")
     words = text.split()
-    bare = len(words) == 1 or (len(words) == 2 and re.match(r"[-+.\d\\]", text))
-    return (
-        text
-        if bare or re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text)
-        else None
-    )
+    is_word = len(words) == 1
+    is_quantity = len(words) == 2 and re.match(r"[-+.\d\\]", text)
+    is_enclosed = re.fullmatch(r"\$[^$]+\$|\\\(.+\\\)|\[[^\[\]]*\]|\([^()]*\)", text)
+    return text if is_word or is_quantity or is_enclosed else None
 
 
 # ---- Rewards of training
 def tag_format(response: str) -> bool:
-    """Return whether a response has the published form: one thought, not empty, and then one answer, each in its tags."""
-    once = all(response.count(tag) == 1 for tag in TAGS)
-    return (
-        once
-        and re.search(r"<think>.+?</think>\s*<answer>.+?</answer>", response, re.DOTALL) is not None
-    )
+    """Return whether a response is one thought and then one answer, each in its tags, not empty."""
+    if any(response.count(tag) != 1 for tag in TAGS):
+        return False
+    form = re.search(r"<think>.+?</think>\s*<answer>.+?</answer>", response, re.DOTALL)
+    return form is not None
 
 
 def tagged(response: str) -> str | None:
@@ -163,37 +231,69 @@ def tagged(response: str) -> str | None:
     return match[1].strip() if match else None
 
 
+def is_undecided(text: str) -> bool:
+    """Return whether an answer leaves open which of several it means."""
+    box_contents = {box.strip() for box in boxes(text)}
+    statements = {
+        text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)
+    }
+    is_hedged = HEDGED.search(text[-150:]) is not None
+    return len(box_contents) > 1 or len(statements) > 1 or is_hedged
+
+
 def candidate(text: str) -> str:
-    """Return the mathematics of an answer: its last box, or else its last formula between dollars, or else all of it; all of
-    one that leaves open which of several it means."""
-    found, said = (
-        boxes(text),
-        {text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)},
-    )
-    if len({box.strip() for box in found}) > 1 or HEDGED.search(text[-150:]) or len(said) > 1:
-        return text
-    if found:
-        return found[-1]
-    formulas = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, re.DOTALL)
-    return "".join(formulas[-1]) if formulas else (stated(text) or text)
+    """Return the mathematics of an answer: its last box, or else its last formula between dollars.
 
-
-def vlm_accuracy(
-    response: str, gold: str | Sequence[str], equal: Callable[[str, str], bool]
-) -> bool:
-    """Return whether a response is right by the official rules for vision-language models, their mistakes mended.
-
-    The first answer tag counts, or without one what follows an opening tag, or else all. A gold that is an option letter
-    wants a bare letter: its text alone, or behind the letter, does not count. An empty gold is never met. Of several golds
-    any may be met. equal(gold, prediction) compares the rest.
+    Without either, it is what stands behind the last `the answer is`, or else the whole answer;
+    and the whole answer where that leaves open which of several it means.
     """
-    if not isinstance(gold, str):
-        return any(vlm_accuracy(response, each, equal) for each in gold)
+    if is_undecided(text):
+        return text
+    box_contents = boxes(text)
+    if box_contents:
+        return box_contents[-1]
+    formulas = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, re.DOTALL)
+    if formulas:
+        displayed, inline = formulas[-1]
+        return displayed or inline
+    return stated(text) or text
+
+
+def judge_response(response: str, gold: Gold, judge: Callable[[str, str], str]) -> str:
+    """Judge a response by the official rules for vision-language models, their mistakes mended.
+
+    The first answer tag counts, or without one what follows an opening tag, or else all. A gold
+    that is an option letter wants a bare letter: its text alone, or behind the letter, does not
+    count. An empty gold is never met.
+
+    Args:
+        response: A whole response.
+        gold: The answer, or a list of answers, any of which may be met.
+        judge: judge(gold, prediction) compares what is no option letter, as Pool.judge does.
+
+    Returns:
+        "right", "wrong", or "timeout" where a comparison took too long and none was right.
+    """
+    golds = [gold] if isinstance(gold, str) else gold
+    verdict = "wrong"
+    for each in golds:
+        one_verdict = judge_against(response, each, judge)
+        if one_verdict == "right":
+            return "right"
+        if one_verdict == "timeout":
+            verdict = "timeout"
+    return verdict
+
+
+def judge_against(response: str, gold: str, judge: Callable[[str, str], str]) -> str:
+    """Compare a response with one gold; see judge_response."""
     answer = tagged(response)
-    answer = response.rpartition("<answer>")[2].strip() if answer is None else answer
+    if answer is None:
+        answer = response.rpartition("<answer>")[2].strip()
     if not gold.strip() or not answer:
-        return False
-    found = candidate(answer)
-    if re.fullmatch(rf"[{LETTERS}]", letter := re.sub(r"\\text\{(.*)\}|\$", r"\1", gold.strip())):
-        return letter in (bare_letter(answer), bare_letter(found))
-    return equal(gold, found)
+        return "wrong"
+    letter = re.sub(r"\\text\{(.*)\}|\$", r"\1", gold.strip())
+    if re.fullmatch(rf"[{LETTERS}]", letter):
+        letters_given = (bare_letter(answer), bare_letter(candidate(answer)))
+        return "right" if letter in letters_given else "wrong"
+    return judge(gold, candidate(answer))

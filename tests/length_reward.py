@@ -1,4 +1,4 @@
-"""A user's reward for the tests: it differs inside groups."""
+"""A user's reward for the tests: it differs within groups of responses to one problem."""
 
 
 def reward(problem: str, response: str) -> float:

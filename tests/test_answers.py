@@ -1,86 +1,105 @@
-"""Answers: spellings, values, structures; what is the same and what is not; hostile text; math-verify as the last resort."""
+"""Answers: what is the same and what is not, hostile text, math-verify as the last resort."""
 
 import time
 
 import pytest
 
-from grading.answers import equal, with_math_verify
+from grading.answers import equal
 from grading.latex import UnreadableError, boxes, read, unit_of
+from grading.worker import decide
 
 SAME = [
-    (r"\frac{1}{2}", "0.5"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("12 000", "12000"), (r"12\,000", "12000"),
-    ("x=5", "5"), ("5", "x = 5"), ("5", "x=2+3=5"), ("(1,2)", "(1, 2)"), ("(x,y)=(1,2)", "(1,2)"),
-    ("(1,2)", "(x, y) = (1, 2)"), (r"\{1,2\}", "2, 1"), ("1,2", r"1 \text{ and } 2"), ("1,2", "1 or 2"),
-    ("1,2", r"x=1 \text{ or } x=2"), (r"\pm 5", "5,-5"), (r"1\pm\sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}"), (r"x=\pm 3", "-3, 3"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"), (r"50\%", "50"),
-    ("50%", "0.5"), ("0.5", r"50\%"), ("50", "50%"), (r"50\%", r"\frac12"), (r"90^\circ", "90"), ("90", r"90^{\circ}"),
-    ("90", "90 degrees"), (r"5\text{ cm}", "5"), ("5", "5 cm"), ("5", "5cm"), ("5", r"5\,\mathrm{m/s}"),
-    ("5", "5 square units"), ("5", "5 apples"), (r"100\text{ cm}", r"1\text{ m}"), ("$5", "5 dollars"), (r"\$5.00", "5"),
-    ("204_5", "204_{5}"), ("204_{5}", "204_5"), (r"204_{\text{five}}", r"204_{\text{five}}"), ("6e13", r"6\times10^{13}"),
-    ("6e13", "6 x 10^13"), ("1.5e-7", r"1.5\cdot 10^{-7}"), ("10^{-20}", "1e-20"), ("y=2x+1", "2x+1"),
-    ("y=2x+1", "y - 2x = 1"), ("y=2x+1", "y=1+2x"), ("2x+3y=6", "4x+6y=12"), ("x^2+y^2=1", "1 = x^2 + y^2"), ("x>3", "3<x"),
-    ("x>3", r"(3,\infty)"), ("[1,2)", r"1\le x<2"), (r"(3,\infty)", r"x \in (3, \infty)"),
+    (r"\frac{1}{2}", "0.5"), ("1,234,567", "1234567"), ("1{,}234", "1234"), ("12 000", "12000"),
+    (r"12\,000", "12000"), ("x=5", "5"), ("5", "x = 5"), ("5", "x=2+3=5"), ("(1,2)", "(1, 2)"),
+    ("(x,y)=(1,2)", "(1,2)"), ("(1,2)", "(x, y) = (1, 2)"), (r"\{1,2\}", "2, 1"),
+    ("1,2", r"1 \text{ and } 2"), ("1,2", "1 or 2"), ("1,2", r"x=1 \text{ or } x=2"),
+    (r"\pm 5", "5,-5"), (r"1\pm\sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}"), (r"x=\pm 3", "-3, 3"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"),
+    (r"50\%", "50"), ("50%", "0.5"), ("0.5", r"50\%"), ("50", "50%"), (r"50\%", r"\frac12"),
+    (r"90^\circ", "90"), ("90", r"90^{\circ}"), ("90", "90 degrees"), (r"5\text{ cm}", "5"),
+    ("5", "5 cm"), ("5", "5cm"), ("5", r"5\,\mathrm{m/s}"), ("5", "5 square units"),
+    ("5", "5 apples"), (r"100\text{ cm}", r"1\text{ m}"), ("$5", "5 dollars"), (r"\$5.00", "5"),
+    ("204_5", "204_{5}"), ("204_{5}", "204_5"), (r"204_{\text{five}}", r"204_{\text{five}}"),
+    ("6e13", r"6\times10^{13}"), ("6e13", "6 x 10^13"), ("1.5e-7", r"1.5\cdot 10^{-7}"),
+    ("10^{-20}", "1e-20"), ("y=2x+1", "2x+1"), ("y=2x+1", "y - 2x = 1"), ("y=2x+1", "y=1+2x"),
+    ("2x+3y=6", "4x+6y=12"), ("x^2+y^2=1", "1 = x^2 + y^2"), ("x>3", "3<x"), ("x>3", r"(3,\infty)"),
+    ("[1,2)", r"1\le x<2"), (r"(3,\infty)", r"x \in (3, \infty)"),
     (r"(-\infty,0)\cup(0,\infty)", r"(0,\infty)\cup(-\infty,0)"), (r"\sqrt{8}", r"2\sqrt{2}"),
-    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), ("(x+1)^2", "x^2+2x+1"), (r"\sin 2x", r"2\sin x\cos x"),
-    (r"\ln 6", r"\ln 2+\ln 3"), (r"\log_2 8", "3"), (r"e^{i\pi}", "-1"), (r"\binom{5}{2}", "10"), ("5!", "120"),
-    (r"\lfloor 3.7\rfloor", "3"), (r"\text{Evelyn}", "Evelyn"), (r"\text{(A)}", "A"), ("A", "(A)"), ("A", r"\textbf{(A)}"),
-    ("A", "a"), ("A", r"\text{A}"), ("A", "A."), ("yes", "Yes"), (r"\text{Yes}", "yes"), (r"0.\overline{3}", r"\frac13"),
-    (r"3\frac12", "3.5"), ("3 1/2", "3.5"), (r"-3\frac{1}{2}", "-3.5"), (r"\frac{-1}{2}", r"-\frac12"), ("-1/2", "-0.5"),
-    ("2+3i", "3i+2"), (r"\frac{1+i}{2}", r"\frac12+\frac{i}{2}"), ("(1+i)^2", "2i"), ("5", "5"), (r"\pi", "pi"),
-    (r"2\pi", "2*pi"), (r"\frac{\pi}{2}", "pi/2"), (r"\sqrt{2}", "sqrt(2)"), ("x^2", "x**2"), (r"\infty", "infinity"),
-    ("3:4", "3:4"), ("2:3", "2 : 3"), ("12:30", "12:30"), ("x^{10}", "x^10"), (r"\frac{x+2}{7}", "(x+2)/7"),
-    (r"\tan^{-1} 1", r"\pi/4"), (r"\arctan 1", r"\frac{\pi}{4}"), ("5^{1/3}", r"\sqrt[3]{5}"), ("|x-1|", "|1-x|"),
-    (r"\emptyset", r"\varnothing"), (r"11\sqrt2", r"11\sqrt{2}"), (r"\left(\frac35,\frac83\right]", "(3/5, 8/3]"),
-    ("1,000", "1000"), (r"\text{Monday}", "Monday"), ("17.0", "17"), (r"\approx 3.14", "3.14"), ("3.14", r"\pi \approx 3.14"),
-    ("7", r"\frac{14}{2} = 7"), ("AB=5", "5"), ("5", "AB = 5"), (r"\angle A = 30^\circ", "30"),
-    ("30", r"\angle ABC=30^\circ"), ("5", r"\text{Area} = 5"), ("f(x)=x^2", "f(x) = x^2"), ("f(x)=x^2", "x^2"),
-    ("(-2,1)", r"\left(-2,1\right)"), (r"\langle 1,2\rangle", "(1,2)"), ("10^{12}", "1000000000000"), ("5,6,7", "5;6;7"),
-    ("$1,2$", "1,2"), (r"1.2\times 10^5", "120,000"), (r"\frac{3}{4}\text{ hours}", "45 minutes"), ("60 mph", "60"),
-    (r"5\text{ m}^2", "5"), (r"-\frac{1}{3}x+2", r"2-\frac{x}{3}"), (r"\dfrac{1}{2}", ".5"), ("a^{m+n}", "a^m a^n"),
-    ("2^{10}", "1024"), ("n(n+1)/2", r"\frac{n^2+n}{2}"), (r"\frac{n!}{k!(n-k)!}", r"\binom{n}{k}"), ("the answer is 5", "5"),
-    ("5", "Answer: 5"), ("5", r"\text{The final answer is: } 5"), ("1, 2, and 3", "1,2,3"), (r"\mathbb{R}", r"\mathbb R"),
-    (r"x \ne 3", r"x \neq 3"), ("[0,1]", r"0 \leq x \leq 1"), ("1<x<2", "1 < x < 2"), (r"2\times 3 = 6", "6"),
-    ("y=-x", "x+y=0"), ("x=1,y=2", "y=2,x=1"), ("x=1,y=2", r"x = 1 \text{ and } y = 2"), (r"\frac{2}{3}", "0.6666667"),
-    (r"\sqrt{2}", "1.41421356"), (r"3/4 \text{ cup}", "3/4"), ("2^{2^{3}}", "256"), (r"\$1{,}000", "1000"),
-    ("1000", "1,000.00"), (r"\text{7}", "7"), ("0", "0.0"), ("-0", "0"),
-    ("7", r"\text{7 ways}"), ("A, C", r"\text{A and C}"), ("1011_2", "(1011)_2"), ("1011_2", r"\text{1011}_2"), ("5", r"\boxed{5}"),
-    ("5", "**5**"), ("5", r"\color{red}5"), (r"\frac{1}{2},-\frac{1}{2}", r"\pm\frac12"), ("6(x+1)(x-2)", "6x^2-6x-12"),
-    (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"), (r"\sin 30^\circ", r"\frac12"), (r"\log_{2} 3", r"\frac{\ln 3}{\ln 2}"), ("2x - y = 3", "y=2x-3"),
-    (r"k=\pm 2", r"k=2 \text{ or } k=-2"), ("n!", "n(n-1)!"), (r"\overline{AB}=5", "5"), (r"5\sqrt2", r"\sqrt{50}\text{ cm}"),
-    ("x=5", "y=5"), ("x=1,y=2", "1,2"), ("3000000", "3 million"), ("24", "2 dozen"), ("5", "5 m"), ("3.2 km", "3200 m"), ("3e8 m/s", r"3\times 10^8"), ("1.6e-19", r"1.6\times10^{-19} J"), ("|x|<1", "1>|x|"),
-    (r"20^\circ\text{C}", r"20^\circ"), ("A,B", r"\text{A and B}"), (r"\lfloor n/2\rfloor", r"\lfloor\frac{n}{2}\rfloor"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"), ("(x+1)^2", "x^2+2x+1"),
+    (r"\sin 2x", r"2\sin x\cos x"), (r"\ln 6", r"\ln 2+\ln 3"), (r"\log_2 8", "3"),
+    (r"e^{i\pi}", "-1"), (r"\binom{5}{2}", "10"), ("5!", "120"), (r"\lfloor 3.7\rfloor", "3"),
+    (r"\text{Evelyn}", "Evelyn"), (r"\text{(A)}", "A"), ("A", "(A)"), ("A", r"\textbf{(A)}"),
+    ("A", "a"), ("A", r"\text{A}"), ("A", "A."), ("yes", "Yes"), (r"\text{Yes}", "yes"),
+    (r"0.\overline{3}", r"\frac13"), (r"3\frac12", "3.5"), ("3 1/2", "3.5"),
+    (r"-3\frac{1}{2}", "-3.5"), (r"\frac{-1}{2}", r"-\frac12"), ("-1/2", "-0.5"), ("2+3i", "3i+2"),
+    (r"\frac{1+i}{2}", r"\frac12+\frac{i}{2}"), ("(1+i)^2", "2i"), ("5", "5"), (r"\pi", "pi"),
+    (r"2\pi", "2*pi"), (r"\frac{\pi}{2}", "pi/2"), (r"\sqrt{2}", "sqrt(2)"), ("x^2", "x**2"),
+    (r"\infty", "infinity"), ("3:4", "3:4"), ("2:3", "2 : 3"), ("12:30", "12:30"),
+    ("x^{10}", "x^10"), (r"\frac{x+2}{7}", "(x+2)/7"), (r"\tan^{-1} 1", r"\pi/4"),
+    (r"\arctan 1", r"\frac{\pi}{4}"), ("5^{1/3}", r"\sqrt[3]{5}"), ("|x-1|", "|1-x|"),
+    (r"\emptyset", r"\varnothing"), (r"11\sqrt2", r"11\sqrt{2}"),
+    (r"\left(\frac35,\frac83\right]", "(3/5, 8/3]"), ("1,000", "1000"),
+    (r"\text{Monday}", "Monday"), ("17.0", "17"), (r"\approx 3.14", "3.14"),
+    ("3.14", r"\pi \approx 3.14"), ("7", r"\frac{14}{2} = 7"), ("AB=5", "5"), ("5", "AB = 5"),
+    (r"\angle A = 30^\circ", "30"), ("30", r"\angle ABC=30^\circ"), ("5", r"\text{Area} = 5"),
+    ("f(x)=x^2", "f(x) = x^2"), ("f(x)=x^2", "x^2"), ("(-2,1)", r"\left(-2,1\right)"),
+    (r"\langle 1,2\rangle", "(1,2)"), ("10^{12}", "1000000000000"), ("5,6,7", "5;6;7"),
+    ("$1,2$", "1,2"), (r"1.2\times 10^5", "120,000"), (r"\frac{3}{4}\text{ hours}", "45 minutes"),
+    ("60 mph", "60"), (r"5\text{ m}^2", "5"), (r"-\frac{1}{3}x+2", r"2-\frac{x}{3}"),
+    (r"\dfrac{1}{2}", ".5"), ("a^{m+n}", "a^m a^n"), ("2^{10}", "1024"),
+    ("n(n+1)/2", r"\frac{n^2+n}{2}"), (r"\frac{n!}{k!(n-k)!}", r"\binom{n}{k}"),
+    ("the answer is 5", "5"), ("5", "Answer: 5"), ("5", r"\text{The final answer is: } 5"),
+    ("1, 2, and 3", "1,2,3"), (r"\mathbb{R}", r"\mathbb R"), (r"x \ne 3", r"x \neq 3"),
+    ("[0,1]", r"0 \leq x \leq 1"), ("1<x<2", "1 < x < 2"), (r"2\times 3 = 6", "6"),
+    ("y=-x", "x+y=0"), ("x=1,y=2", "y=2,x=1"), ("x=1,y=2", r"x = 1 \text{ and } y = 2"),
+    (r"\frac{2}{3}", "0.6666667"), (r"\sqrt{2}", "1.41421356"), (r"3/4 \text{ cup}", "3/4"),
+    ("2^{2^{3}}", "256"), (r"\$1{,}000", "1000"), ("1000", "1,000.00"), (r"\text{7}", "7"),
+    ("0", "0.0"), ("-0", "0"), ("7", r"\text{7 ways}"), ("A, C", r"\text{A and C}"),
+    ("1011_2", "(1011)_2"), ("1011_2", r"\text{1011}_2"), ("5", r"\boxed{5}"), ("5", "**5**"),
+    ("5", r"\color{red}5"), (r"\frac{1}{2},-\frac{1}{2}", r"\pm\frac12"),
+    ("6(x+1)(x-2)", "6x^2-6x-12"), (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"),
+    (r"\sin 30^\circ", r"\frac12"), (r"\log_{2} 3", r"\frac{\ln 3}{\ln 2}"),
+    ("2x - y = 3", "y=2x-3"), (r"k=\pm 2", r"k=2 \text{ or } k=-2"), ("n!", "n(n-1)!"),
+    (r"\overline{AB}=5", "5"), (r"5\sqrt2", r"\sqrt{50}\text{ cm}"), ("x=5", "y=5"),
+    ("x=1,y=2", "1,2"), ("3000000", "3 million"), ("24", "2 dozen"), ("5", "5 m"),
+    ("3.2 km", "3200 m"), ("3e8 m/s", r"3\times 10^8"), ("1.6e-19", r"1.6\times10^{-19} J"),
+    ("|x|<1", "1>|x|"), (r"20^\circ\text{C}", r"20^\circ"), ("A,B", r"\text{A and B}"),
+    (r"\lfloor n/2\rfloor", r"\lfloor\frac{n}{2}\rfloor"),
 ]  # fmt: skip
 DIFFERENT = [
-    ("5", "6"), ("1/2", "1/3"), ("(1,2)", "(2,1)"), ("(1,2)", r"\{1,2\}"), ("[1,2]", "(1,2)"), ("1,2", "1"), ("1", "1,2"),
-    ("5", "5 or 6"), ("4210_6", "4210_5"), (r"2\pi", "2"), ("2", r"2\pi"), ("5", "x>5"), ("5", r"x \neq 5"),
-    ("x^2+1", "x^2-1"), ("A", "the area"), ("A", "A or B"), ("A", "B"), ("A", "AB"), ("10^{-20}", "10^{-21}"),
-    ("1e-30", "2e-30"), ("0.333", r"\frac13"), ("1000000", "1000000.5"), ("928", "928.0928"), ("12", "1 2"),
-    ("11/2", "1 1/2"), ("(1,200)", "1200"), ("[0,100]", "[0100]"), ("2 3", "23"), ("x=5", "x=-5"), ("y=2x", "y=3x"),
-    ("f(x)=x,g(x)=1", "g(x)=x,f(x)=1"), ("x>3", "x<3"), ("x>3", r"x\ge 3"), ("1<x<2", "(1,2)"), ("(0,1)", "[0,1)"),
-    (r"(1,2)\cup(3,4)", r"(1,2)\cap(3,4)"), (r"(1,2)\cup(3,4)", "(1,2)"), ("|x|", "x"), ("1", "2"), ("5 cm", "5 kg"),
-    ("5 cm", "5 m"), ("even", "not even"), ("even", "odd"), ("5", "?"), ("5", ""), ("5", "x"), ("5", r"\infty"),
-    (r"\infty", r"-\infty"), ("5", "no solution"), ("100!", "100"), ("5!", "5"), ("5", "5x"), ("5", "-5"), ("(3,4]", "(4,3]"),
-    (r"\frac{1}{4}", "14"), ("2^{100}", "2^{100}+1"), ("10^{30}", "10^{30}+1"), ("3", "3i"), ("0.5", "0.5%"), ("50%", "5"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"), ("e^x", "e^{-x}"), (r"\ln x", r"\log_2 x"),
-    ("x+y", "xy"), ("3:4", "4:3"), ("12:30", "12:31"), ("A", "E"), (r"\text{(A) } 5", r"\text{(B) } 5"), ("7", "7=8"),
-    ("8", "7=8"), ("9^{9^{9^9}}", "5"), ("5", "9^{9^{9^9}}"), ("5", "9!!!!"), ("1,2,3", "1,2,4"), ("1,1,2", "1,2,2"),
-    ("2x", "2y"), ("x_1", "x_2"), ("5", "$"), ("1.5e3", "1.5"), (r"\sqrt{2}", r"\sqrt{3}"), (r"\sqrt{2}", "1.4"),
-    ("Tuesday", "Monday"),
-    ("7", r"\ge 7"), ("7", r"\text{not }7"), ("7", "7 or more"), ("7", "at least 7"), ("5 cm", "5 inches"), ("0", r"\emptyset"),
-    ("0", r"\text{none}"), ("8", "8 - 1"), ("120", "12 0"), ("2^{2024}", "2^{2023}"), ("2024!", "2023!"), (r"\pi", r"\pi^2"), ("-1", "i"),
-    ("|x|<1", "x<1"), ("|x|+|y|=1", "x+y=1"), ("|x|=1", "x=1"), ("xy=6", "x=6"), ("AB=5", "AC=5"), ("B", r"\text{A and B}"),
-    (r"\text{A and B}", r"\text{B}"), (r"\text{Type A}", r"\text{Type}"), ("5", "it can't be 5"), ("5", "no answer is 5"), ("5", "5 at most"),
-    ("5", "5 squared"), ("5", "5 wrong"), ("101", "101 base two"), (r"5\text{ p.m.}", r"5\text{ a.m.}"), (r"5\text{ L}", r"5\text{ mL}"),
-    ("3 million", "3 billion"), (r"20^\circ\text{C}", r"20^\circ\text{F}"), (r"\lfloor n/4\rfloor", r"\lfloor (n-1)/4\rfloor"),
-    (r"\lfloor p/4\rfloor", r"\lfloor (p+2)/4\rfloor"), ("x=1,y=2", "2,1"), ("0.5", "0.4999999"), ("12345678.5", "12345678.6"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"), ("20", r"\log_0 9"), ("5", "5 dozen"),
+    ("5", "6"), ("1/2", "1/3"), ("(1,2)", "(2,1)"), ("(1,2)", r"\{1,2\}"), ("[1,2]", "(1,2)"),
+    ("1,2", "1"), ("1", "1,2"), ("5", "5 or 6"), ("4210_6", "4210_5"), (r"2\pi", "2"),
+    ("2", r"2\pi"), ("5", "x>5"), ("5", r"x \neq 5"), ("x^2+1", "x^2-1"), ("A", "the area"),
+    ("A", "A or B"), ("A", "B"), ("A", "AB"), ("10^{-20}", "10^{-21}"), ("1e-30", "2e-30"),
+    ("0.333", r"\frac13"), ("1000000", "1000000.5"), ("928", "928.0928"), ("12", "1 2"),
+    ("11/2", "1 1/2"), ("(1,200)", "1200"), ("[0,100]", "[0100]"), ("2 3", "23"), ("x=5", "x=-5"),
+    ("y=2x", "y=3x"), ("f(x)=x,g(x)=1", "g(x)=x,f(x)=1"), ("x>3", "x<3"), ("x>3", r"x\ge 3"),
+    ("1<x<2", "(1,2)"), ("(0,1)", "[0,1)"), (r"(1,2)\cup(3,4)", r"(1,2)\cap(3,4)"),
+    (r"(1,2)\cup(3,4)", "(1,2)"), ("|x|", "x"), ("1", "2"), ("5 cm", "5 kg"), ("5 cm", "5 m"),
+    ("even", "not even"), ("even", "odd"), ("5", "?"), ("5", ""), ("5", "x"), ("5", r"\infty"),
+    (r"\infty", r"-\infty"), ("5", "no solution"), ("100!", "100"), ("5!", "5"), ("5", "5x"),
+    ("5", "-5"), ("(3,4]", "(4,3]"), (r"\frac{1}{4}", "14"), ("2^{100}", "2^{100}+1"),
+    ("10^{30}", "10^{30}+1"), ("3", "3i"), ("0.5", "0.5%"), ("50%", "5"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"), ("e^x", "e^{-x}"),
+    (r"\ln x", r"\log_2 x"), ("x+y", "xy"), ("3:4", "4:3"), ("12:30", "12:31"), ("A", "E"),
+    (r"\text{(A) } 5", r"\text{(B) } 5"), ("7", "7=8"), ("8", "7=8"), ("9^{9^{9^9}}", "5"),
+    ("5", "9^{9^{9^9}}"), ("5", "9!!!!"), ("1,2,3", "1,2,4"), ("1,1,2", "1,2,2"), ("2x", "2y"),
+    ("x_1", "x_2"), ("5", "$"), ("1.5e3", "1.5"), (r"\sqrt{2}", r"\sqrt{3}"), (r"\sqrt{2}", "1.4"),
+    ("Tuesday", "Monday"), ("7", r"\ge 7"), ("7", r"\text{not }7"), ("7", "7 or more"),
+    ("7", "at least 7"), ("5 cm", "5 inches"), ("0", r"\emptyset"), ("0", r"\text{none}"),
+    ("8", "8 - 1"), ("120", "12 0"), ("2^{2024}", "2^{2023}"), ("2024!", "2023!"),
+    (r"\pi", r"\pi^2"), ("-1", "i"), ("|x|<1", "x<1"), ("|x|+|y|=1", "x+y=1"), ("|x|=1", "x=1"),
+    ("xy=6", "x=6"), ("AB=5", "AC=5"), ("B", r"\text{A and B}"), (r"\text{A and B}", r"\text{B}"),
+    (r"\text{Type A}", r"\text{Type}"), ("5", "it can't be 5"), ("5", "no answer is 5"),
+    ("5", "5 at most"), ("5", "5 squared"), ("5", "5 wrong"), ("101", "101 base two"),
+    (r"5\text{ p.m.}", r"5\text{ a.m.}"), (r"5\text{ L}", r"5\text{ mL}"),
+    ("3 million", "3 billion"), (r"20^\circ\text{C}", r"20^\circ\text{F}"),
+    (r"\lfloor n/4\rfloor", r"\lfloor (n-1)/4\rfloor"),
+    (r"\lfloor p/4\rfloor", r"\lfloor (p+2)/4\rfloor"), ("x=1,y=2", "2,1"), ("0.5", "0.4999999"),
+    ("12345678.5", "12345678.6"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"),
+    ("20", r"\log_0 9"), ("5", "5 dozen"),
 ]  # fmt: skip
-
-
-def judge(gold: str, prediction: str) -> bool:
-    """Decide as a worker does: math-verify is asked where the reader cannot tell."""
-    verdict = equal(gold, prediction)
-    return with_math_verify(gold, prediction) if verdict is None else verdict
 
 
 @pytest.mark.parametrize(("gold", "prediction"), SAME)
@@ -90,7 +109,8 @@ def test_same(gold, prediction):
 
 @pytest.mark.parametrize(("gold", "prediction"), DIFFERENT)
 def test_different(gold, prediction):
-    assert equal(gold, prediction) is not True and not judge(gold, prediction)
+    assert equal(gold, prediction) is not True
+    assert not decide(gold, prediction)
 
 
 @pytest.mark.parametrize(("gold", "_"), SAME + DIFFERENT)
@@ -103,31 +123,35 @@ def test_what_cannot_be_read_goes_to_math_verify():
     for text in (r"\sum_{i=1}^{3} i", "2 3", r"\frac{1}{2", r"\int_0^1 x\,dx"):
         with pytest.raises(UnreadableError):
             read(text)
-    assert equal(r"\sum_{i=1}^{3} i", "6") is None and judge(r"\sum_{i=1}^{3} i", "6")
-    assert not judge(r"\sum_{i=1}^{3} i", "7")
+    assert equal(r"\sum_{i=1}^{3} i", "6") is None
+    assert decide(r"\sum_{i=1}^{3} i", "6")
+    assert not decide(r"\sum_{i=1}^{3} i", "7")
 
 
 def test_units():
-    assert (
-        unit_of("cm^2") == ("length2", unit_of("square centimeters")[1])
-        and unit_of("apples") is None
-    )
+    assert unit_of("cm^2") == unit_of("square centimeters")
+    assert unit_of("cm^2")[0] == "length2"
+    assert unit_of("apples") is None
     assert unit_of("km/h")[0] == "length1 time-1"
 
 
 HOSTILE = [
-    "9^{9^{9^9}}", "9!!!!!!", "((((" * 300, "{" * 400 + "x" + "}" * 400, r"\frac" * 300, "x^{" * 200, "1" * 1999, "10^{999999999}",
-    "2^{2^{2^{2^{2^2}}}}", r"\binom{10^9}{10^8}", "1e99999", "(" + "1+" * 900 + "1)", ",".join("1" * 900), r"\pm" * 300 + "1",
-    r"\sqrt{" * 150 + "2" + "}" * 150, "|" * 500, "1/" * 900 + "1", "5" + "!" * 1000, r"\text{" * 100 + "}" * 100, "}{" * 500,
-    r"\begin{pmatrix}" * 40, "__import__('os').system('touch hacked')", "eval(1)", "\x00\ud800", "x_" * 500, "a" * 1999, "\\" * 999,
-    r"\overline{" * 90, "0." + r"\overline{9}" * 200, "((1+x)^{1000})^{1000}", "1 1/0", r"\frac{1}{0}", "0^{-1}", r"\log_1 5",
+    "9^{9^{9^9}}", "9!!!!!!", "((((" * 300, "{" * 400 + "x" + "}" * 400, r"\frac" * 300,
+    "x^{" * 200, "1" * 1999, "10^{999999999}", "2^{2^{2^{2^{2^2}}}}", r"\binom{10^9}{10^8}",
+    "1e99999", "(" + "1+" * 900 + "1)", ",".join("1" * 900), r"\pm" * 300 + "1",
+    r"\sqrt{" * 150 + "2" + "}" * 150, "|" * 500, "1/" * 900 + "1", "5" + "!" * 1000,
+    r"\text{" * 100 + "}" * 100, "}{" * 500, r"\begin{pmatrix}" * 40,
+    "__import__('os').system('touch hacked')", "eval(1)", "\x00\ud800", "x_" * 500, "a" * 1999,
+    "\\" * 999, r"\overline{" * 90, "0." + r"\overline{9}" * 200, "((1+x)^{1000})^{1000}", "1 1/0",
+    r"\frac{1}{0}", "0^{-1}", r"\log_1 5",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_read_quickly_or_not_at_all(answer):
     began = time.perf_counter()
-    assert equal("2\\sqrt{2}", answer) is not True and equal(answer, "2\\sqrt{2}") is not True
+    assert equal("2\\sqrt{2}", answer) is not True
+    assert equal(answer, "2\\sqrt{2}") is not True
     assert time.perf_counter() - began < 3
 
 
@@ -141,8 +165,6 @@ def test_boxes():
 
 def test_extraction_of_a_megabyte_is_quick():
     began = time.perf_counter()
-    assert (
-        boxes(r"\boxed{" * 150_000) == []
-        and len(boxes("{" * 100_000 + r"\boxed{1}" * 50_000)) == 50_000
-    )
+    assert boxes(r"\boxed{" * 150_000) == []
+    assert len(boxes("{" * 100_000 + r"\boxed{1}" * 50_000)) == 50_000
     assert time.perf_counter() - began < 5
