@@ -18,7 +18,7 @@ Equations, each with its function:
     x_t = t*x_1 + (1-t)*x_0,  u = x_1 - x_0                              interpolate
     v(x_t, t, context, depth)                                            VelocityNet
     delta(t) = mean_D (v(x_t, t, context, depth) - u)^2                  velocity_error
-    offline loss = mean of delta(sigmoid(z)) over tokens, taps, draws    matching_loss
+    offline loss = mean of delta(t) over tokens, taps, draws of t        matching_loss, draw_times
     score = mean over T_r of t/(1-t) * delta(t), then over taps          deviation_score,
                                                                          score_and_learn
 
@@ -33,6 +33,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 FLOW_FILE = "flow.safetensors"
 OFFICIAL_FILE = "flow_model.bin"
+Times = Literal["random", "uniform"]
 ROWS_PER_CALL = 8192  # bounds the activations of one forward and backward of the flow
 
 
@@ -325,7 +327,7 @@ def draw(
     """Draw noise for the targets of some episodes, each episode from its own key.
 
     lengths: number of targets of each episode, M in all
-    Returns x_0 (L, C, M, D) and z (L, C, M), both standard normal; sigmoid(z) is a random time.
+    Returns x_0 (L, C, M, D) and z (L, C, M), both standard normal; see draw_times for z.
     """
     n_taps = len(config.percentiles)
     n_modes = len(config.contexts)
@@ -360,14 +362,25 @@ def velocity_error(
     return (v - u).square().mean(dim=-1)
 
 
-def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, z: Tensor) -> Tensor:
-    """Return the offline loss of each row, delta at t = sigmoid(z), (P,).
+def draw_times(z: Tensor, kind: Times) -> Tensor:
+    """Return random times of the shape of z, which is standard normal.
 
-    noise (L, C, M, D) and z (L, C, M) are from draw(). The gradient of the sum over rows is added
+    random: sigmoid(z), as in the official code; uniform: U[0, 1], as on the project's page, by the
+    normal distribution function of z.
+    """
+    if kind == "uniform":
+        return torch.special.ndtr(z)
+    return z.sigmoid()
+
+
+def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor) -> Tensor:
+    """Return the offline loss of each row, delta at its time, (P,).
+
+    noise (L, C, M, D) is from draw(), times (L, C, M) from draw_times(). The gradient of the sum over rows is added
     to the flow's parameters, so that the caller only has to divide it.
     """
     x_0 = noise[rows.exists]  # (P, D)
-    t = z[rows.exists].sigmoid()  # (P,)
+    t = times[rows.exists]  # (P,)
     losses = []
     all_rows = torch.arange(len(t), device=t.device)
     for chunk in all_rows.split(ROWS_PER_CALL):
@@ -393,19 +406,19 @@ def score_and_learn(
     noise: Tensor,
     times: Sequence[float],
     weight: Tensor | None = None,
-    z: Tensor | None = None,
+    learn_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score targets by velocity deviation and let the flow learn from them, in one flow forward.
 
     noise: x_0 (L, C, M, D), the same for all times
     times: T_r, at which the deviation is taken
     weight: (M,), adds the gradient of sum(weight * loss) to the flow's; None: learn nothing
-    z: (L, C, M), learn at t = sigmoid(z), as in the offline start; None: learn at T_r
+    learn_at: (L, C, M), times to learn at, as in the offline start; None: learn at T_r
     Returns score (M,) and loss (M,), detached: the velocity deviation, and the mean error at the
     times that are learnt from.
     """
     x_0 = noise[rows.exists]  # (P, D)
-    random_t = None if z is None else z[rows.exists].sigmoid()  # (P,)
+    random_t = None if learn_at is None else learn_at[rows.exists]  # (P,)
     row_weight = torch.zeros(len(x_0), device=x_0.device)
     if weight is not None:
         n_taps, n_modes, _ = rows.exists.shape

@@ -216,9 +216,13 @@ class Learner:
     def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        # biases and the weights of norms do not decay, as with Hugging Face's trainer
+        matrices = [p for p in self.parameters if p.ndim > 1]
+        vectors = [p for p in self.parameters if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}]
+        if vectors:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
         # AdamW makes its state at its first step. It is made now, so that every checkpoint has it.
         for parameter in self.parameters:
             self.optimizer.state[parameter] = {

@@ -57,6 +57,12 @@ TEMPLATES = {  # one for each family: the same in the offline start, in training
     "llama": LLAMA_CHAT.format(instruction=INSTRUCTION),
     "none": "{problem}",
 }
+# What ends the assistant's turn in these templates
+SOLUTION_ENDS = {
+    "qwen": "<|im_end|>\n",
+    "qwen_tag": "<|im_end|>\n",
+    "llama": "<|eot_id|>",
+}
 # Tokens that end a response, whatever the model's own EOS
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
@@ -81,6 +87,7 @@ class DataSettings:
     """Where rows of the data stand, and how they become prompts."""
 
     split: str = "train"  # Split of a hub data set
+    subset: str | None = None  # Subset (configuration) of a hub data set
     # Column with the text; by default problem, for VL models prompt
     problem_column: str | None = None
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
@@ -88,7 +95,7 @@ class DataSettings:
     max_images: int = 4  # Most images a problem may have
     # auto, qwen, qwen_tag, llama, chat, none, or a file with {problem} in it
     template: str = "auto"
-    # Longest prompt accepted; by default 1024, for VL models 4096
+    # Longest prompt accepted; by default 3000
     max_prompt_tokens: int | None = None
 
 
@@ -162,30 +169,9 @@ def find_model(name: str, loading: LoadingSettings) -> Model:
 
 
 def fill_in(config, model: Model):
-    """Fill in what is None or `auto` in a script's settings from the model, and print it.
-
-    These are the published settings (paper, implementation details), the family's template, and
-    gradient checkpointing where activations would be large.
-    """
-    is_large = model.n_parameters > 5e9
+    """Fill in what is None or `auto` in a script's settings from the model, and print it."""
     has_vision = vision.takes_images(model.config)
-    published = {
-        "flow_blocks": 6 if is_large else 4,
-        "noise_repeats": 2 if is_large else 4,
-        "gradient_checkpointing": model.n_parameters > 1e9,
-    }
-    if has_vision:
-        published["max_tokens"] = 3072
-        published["max_prompt_tokens"] = 4096
-        published["problem_column"] = "prompt"
-        published["reward"] = ("vlm", "tags=0.5")
-        published["freeze"] = "vision"
-    else:
-        published["max_tokens"] = 1024
-        published["max_prompt_tokens"] = 1024
-        published["problem_column"] = "problem"
-        published["reward"] = ("binary",)
-        published["freeze"] = "none"
+    published = published_settings(model)
     flat = flatten(config)
     if flat.get("freeze") == "vision" and not has_vision:
         raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
@@ -201,17 +187,50 @@ def fill_in(config, model: Model):
     return change(config, **derived)
 
 
+def published_settings(model: Model) -> dict[str, object]:
+    """Return the settings of the official runs that differ among models (paper, official scripts).
+
+    Gradient checkpointing is ours: on where activations would be large.
+    """
+    is_large = model.n_parameters > 5e9
+    settings = {
+        "flow_blocks": 6 if is_large else 4,
+        "max_prompt_tokens": 3000,
+        "gradient_checkpointing": model.n_parameters > 1e9,
+    }
+    if vision.takes_images(model.config):
+        settings["noise_repeats"] = 4
+        settings["cutoff"] = 16384
+        settings["max_tokens"] = 3072 if is_large else 1024
+        settings["problem_column"] = "prompt"
+        settings["reward"] = ("vlm", "tags=0.5")
+        settings["freeze"] = "vision"
+    else:
+        settings["noise_repeats"] = 2 if is_large else 4
+        settings["cutoff"] = 8192
+        settings["max_tokens"] = 1024
+        settings["problem_column"] = "problem"
+        settings["reward"] = ("binary",)
+        settings["freeze"] = "none"
+    return settings
+
+
 def choose_template(template: str, model: Model) -> str:
-    """Return the template; `auto` becomes the family's, or else `chat` or `none`."""
+    """Return the template; `auto` becomes the family's, or else `chat` or `none`.
+
+    Vision-language models get their chat template without an instruction of ours, as published:
+    the prompts of the data set say how to answer.
+    """
     if template != "auto":
         return template
+    if vision.takes_images(model.config):
+        return "bare" if model.tokenizer.chat_template else "none"
     vocabulary = model.tokenizer.get_vocab()
     model_type = model.config.model_type
     for family, pattern in TEMPLATES.items():
         first_token = pattern.partition(">")[0] + ">"
         if first_token in vocabulary and model_type.startswith(family):
-            is_qwen_vl = family == "qwen" and model_type in vision.FAMILIES
-            return "qwen_tag" if is_qwen_vl else family
+            return family
     return "chat" if model.tokenizer.chat_template else "none"
 
 
@@ -236,6 +255,12 @@ def load_rows(
         rows = read_with_datasets(source, split, subset)
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
+    check_columns(rows, source, columns)
+    return rows
+
+
+def check_columns(rows: Sequence[dict], source: str, columns: Sequence[str]) -> None:
+    """Raise ValueError if a column is missing or has empty values."""
     for column in columns:
         if column not in rows[0]:
             raise ValueError(
@@ -248,7 +273,6 @@ def load_rows(
                 f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, "
                 f"first in row {empty[0]}; fill or drop them"
             )
-    return rows
 
 
 def read_jsonl(path: str) -> list[dict]:
@@ -295,7 +319,7 @@ def load_problems(
 ) -> list[Problem]:
     """Load problems with answers, images and prompts; errors as of load_rows and make_prompts."""
     columns = (settings.problem_column, settings.answer_column)
-    rows = load_rows(source, columns, settings.split, subset)
+    rows = load_rows(source, columns, settings.split, subset or settings.subset)
     return make_problems(rows, source, settings, model)
 
 
@@ -380,6 +404,43 @@ def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
             f"template {template!r} has no {{problem}} in it; put it where the problem goes"
         )
     return [pattern.replace("{problem}", text) for text in texts]
+
+
+def solution_end(model: Model, template: str) -> list[int]:
+    """Return the tokens that end an expert solution: those that end the assistant's turn.
+
+    Where a template says nothing of that, it is the tokenizer's EOS.
+    """
+    tokenizer = model.tokenizer
+    if template in SOLUTION_ENDS:
+        end = SOLUTION_ENDS[template]
+    elif template in ("chat", "bare"):
+        mark = "the solution"
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+        end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
+    else:
+        return [tokenizer.eos_token_id]
+    return tokenizer(end, add_special_tokens=False)["input_ids"]
+
+
+def read_exchange(row: dict, number: int) -> tuple[str, str]:
+    """Return the first problem and solution of a chat row.
+
+    Rows have `messages` of role and content, or `conversations` of from and value. ValueError names
+    the row in which no user turn is followed by an assistant's.
+    """
+    problem = None
+    for turn in row.get("messages") or row.get("conversations") or []:
+        role = turn.get("role") or turn.get("from")
+        content = turn.get("content") or turn.get("value")
+        if role in ("user", "human"):
+            problem = content
+        elif role in ("assistant", "gpt") and problem and content:
+            return problem, content
+    raise ValueError(
+        f"row {number} has no user turn followed by an assistant's; expected messages such as "
+        f'{{"role": "user", "content": …}}, {{"role": "assistant", "content": …}}'
+    )
 
 
 def check_lengths(

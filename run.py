@@ -2,11 +2,14 @@
 
     runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
 
+    python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
+
 A checkpoint is whole or absent: it is written in the background under another name, then renamed.
 Any number of ranks can read it.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -115,6 +118,7 @@ class RunSettings:
 
     save_every: int = 20  # Steps between checkpoints; 0: none, unless a signal stops the run
     keep: int = 2  # Checkpoints kept
+    export_every: int = 0  # Steps between exports to exports/step-N, for other programs; 0: none
     track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
 
 
@@ -238,6 +242,19 @@ def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
         temporary.replace(path)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that one process of this machine has at a time; the others wait, and say so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run works on {path.with_suffix('')}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir():
@@ -269,15 +286,51 @@ def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
         temporary.write_text(json.dumps(value, indent=1))
 
 
+# Settings that cannot change when a run is resumed, and why; all others act from there on
+OF_THE_MODEL = "the checkpoint holds the weights of that model"
+OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
+OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
+OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
+FIXED_AT_START = {
+    "model": OF_THE_MODEL,
+    "trust_remote_code": OF_THE_MODEL,
+    "data": OF_THE_DATA,
+    "split": OF_THE_DATA,
+    "subset": OF_THE_DATA,
+    "problem_column": OF_THE_DATA,
+    "answer_column": OF_THE_DATA,
+    "solution_column": OF_THE_DATA,
+    "images_column": OF_THE_DATA,
+    "batch_size": OF_THE_DATA,
+    "shaping": OF_THE_WEIGHTS,
+    "flow": OF_THE_WEIGHTS,
+    "freeze": OF_THE_WEIGHTS,
+    "freeze_flow": OF_THE_WEIGHTS,
+    "contexts": OF_THE_WEIGHTS,
+    "percentiles": OF_THE_WEIGHTS,
+    "shift": OF_THE_WEIGHTS,
+    "flow_blocks": OF_THE_WEIGHTS,
+    "seed": OF_THE_RANDOMNESS,
+}
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return a run's whole checkpoints, oldest first."""
+    folders = (folder / "checkpoints").glob("step-*")
+    whole = [path for path in folders if path.name.removeprefix("step-").isdigit()]
+    return sorted(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 class Run:
     """One run's folder, the same on all ranks; the first one writes, after begin().
 
     `config` is a script's settings: `folder` and `resume` at its top, and a group `run`.
     """
-
-    # What may change when a run is resumed, without changing what is learnt
-    FREE_GROUPS = ("engine", "compute", "run")
-    FREE_SETTINGS = ("folder", "resume", "eval_every")
 
     def __init__(self, config, default_name: str):
         self.config = config
@@ -310,21 +363,25 @@ class Run:
             folder = Path(f"runs/{default_name}-{number}")
         return folder
 
-    def check_resume(self) -> None:
-        """Raise ValueError if a setting that changes what is learnt differs from the run's."""
+    def changes(self) -> dict[str, tuple]:
+        """Return the settings that a resumed run changes: name to old and new value."""
         stored = stored_settings(self.config.resume)
         asked = json.loads(json.dumps(flatten(self.config)))
-        free = set(self.FREE_SETTINGS)
-        for group in self.FREE_GROUPS:
-            if hasattr(self.config, group):
-                free.update(flatten(getattr(self.config, group)))
-        for name in sorted((stored.keys() | asked.keys()) - free):
-            if stored.get(name) != asked.get(name):
+        changed = {}
+        for name, new in asked.items():
+            if name not in ("folder", "resume") and stored.get(name) != new:
+                changed[name] = (stored.get(name), new)
+        return changed
+
+    def check_resume(self) -> None:
+        """Say what a resumed run changes; ValueError for settings that a checkpoint fixes."""
+        for name, (old, new) in self.changes().items():
+            if name in FIXED_AT_START:
                 raise ValueError(
-                    f"--resume {self.config.resume}: that run has {name}={stored.get(name)!r}, "
-                    f"this one asks for {asked.get(name)!r}; "
-                    f"give the same settings, or start a new run"
+                    f"--resume {self.config.resume}: that run has {name}={old!r}, this one asks "
+                    f"for {new!r}; {FIXED_AT_START[name]}: leave it, or start a new run"
                 )
+            print(f"resumed with {name}={new!r}, which was {old!r} until here")
 
     def begin(self, state: dict) -> None:
         """Make the folder, or go on in it: load the newest checkpoint into `state`.
@@ -335,19 +392,24 @@ class Run:
         newest = on_first(self.prepare_folder)
         if newest:
             dcp.load(state, checkpoint_id=newest, process_group=self.group)
-            self.saved_step = self.step_of(newest)
+            self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"
-        self.tracker = open_tracker(kind, self.folder, asdict(self.config))
+        self.tracker = Tracker(kind, self.folder, asdict(self.config))
 
     def prepare_folder(self) -> Path | None:
         """Make the folder, or clear it of what a dead run left; return its newest checkpoint."""
+        config_file = self.folder / "config.json"
         if not self.config.resume:
-            write_json(self.folder / "config.json", asdict(self.config), must_be_new=True)
+            write_json(config_file, asdict(self.config), must_be_new=True)
         for unfinished in (self.folder / "checkpoints").glob("*.writing"):
             shutil.rmtree(unfinished)
-        checkpoints = self.checkpoints()
+        checkpoints = whole_checkpoints(self.folder)
         newest = checkpoints[-1] if checkpoints else None
-        self.cut_metrics(self.step_of(newest) if newest else 0)
+        step = step_of(newest) if newest else 0
+        self.cut_metrics(step)
+        if self.config.resume and self.changes():
+            config_file.replace(self.folder / f"config-until-step-{step}.json")
+            write_json(config_file, asdict(self.config))
         return newest
 
     def cut_metrics(self, last_step: int) -> None:
@@ -368,17 +430,6 @@ class Run:
             write_json(self.folder / name, value)
 
     # ---- Checkpoints
-    def checkpoints(self) -> list[Path]:
-        """Return the whole checkpoints, oldest first."""
-        folders = (self.folder / "checkpoints").glob("step-*")
-        whole = [path for path in folders if path.name.removeprefix("step-").isdigit()]
-        return sorted(whole, key=self.step_of)
-
-    @staticmethod
-    def step_of(checkpoint: Path) -> int:
-        """Return the step that a checkpoint was saved after."""
-        return int(checkpoint.name.removeprefix("step-"))
-
     def save(self, state: dict) -> None:
         """Copy the state to host memory, then write it to checkpoints/step-N in the background."""
         self.wait_for_save()
@@ -397,7 +448,7 @@ class Run:
             written.result()  # on the first rank: once all ranks have written
             if is_first():
                 writing.rename(folder)
-                for old in self.checkpoints()[: -self.config.run.keep]:
+                for old in whole_checkpoints(self.folder)[: -self.config.run.keep]:
                     outdated = old.rename(old.with_name(f"{old.name}.writing"))
                     shutil.rmtree(outdated)  # a checkpoint is never half there under its name
         except BaseException as error:  # the checkpoint library's own error is no Exception
@@ -421,6 +472,7 @@ class Run:
         self.wait_for_save()
         if not is_complete and is_first():
             print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
+        self.tracker.close()
         return is_complete
 
     # ---- Figures
@@ -430,7 +482,7 @@ class Run:
             self.wait_for_save()
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
-            checkpoints = self.checkpoints() or ["none"]
+            checkpoints = whole_checkpoints(self.folder) or ["none"]
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
                 f"Last checkpoint: {checkpoints[-1]}; look at the data, "
@@ -439,36 +491,40 @@ class Run:
         if is_first():
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.tracker(metrics, step)
+        self.tracker.log(metrics, step)
 
 
-def open_tracker(kind: str, folder: Path, settings: dict) -> Callable[[dict, int], None]:
-    """Return a function (metrics, step) that sends figures to a tracker, or does nothing."""
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+class Tracker:
+    """Sends figures to tensorboard or wandb, besides metrics.jsonl; `none` sends nothing."""
 
-        writer = SummaryWriter(folder / "tensorboard")
+    def __init__(self, kind: str, folder: Path, settings: dict):
+        self.writer = None
+        self.wandb_run = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-        def track(metrics: dict, step: int) -> None:
+            self.writer = SummaryWriter(folder / "tensorboard")
+        if kind == "wandb":
+            import wandb
+
+            self.wandb_run = wandb.init(
+                project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
+            )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Send the figures of a step."""
+        if self.writer:
             for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, step)
+        if self.wandb_run:
+            self.wandb_run.log(metrics, step=step)
 
-    elif kind == "wandb":
-        import wandb
-
-        wandb.init(
-            project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
-        )
-
-        def track(metrics: dict, step: int) -> None:
-            wandb.log(metrics, step=step)
-
-    else:
-
-        def track(metrics: dict, step: int) -> None:
-            pass
-
-    return track
+    def close(self) -> None:
+        """Send what is still on its way: the process ends without waiting for anybody's threads."""
+        if self.writer:
+            self.writer.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
 
 
 class Stopwatch:
@@ -526,3 +582,65 @@ def export_flow(flow: fl.Flow, folder: Path) -> None:
             fl.save_flow(flow.config, weights, temporary)
 
     on_first(write)
+
+
+# ---- python run.py export RUN
+def export_checkpoint(
+    run: tyro.conf.Positional[str], step: int | None = None, out: str | None = None
+) -> None:
+    """Write policy/ and flow/ of a checkpoint of any number of ranks, for other programs.
+
+    Args:
+        run: Run folder
+        step: Step of the checkpoint; by default the newest
+        out: Folder for policy/ and flow/; by default RUN/exports/step-N
+    """
+    import rlfr
+    import rollout
+    import toy
+
+    start()
+    folder = Path(run)
+    stored = stored_settings(folder)
+    checkpoint = find_checkpoint(folder, step)
+    state = {}
+    is_rl_run = "shaping" in stored
+    if is_rl_run:
+        name = stored["model"]
+        if name in toy.WORLDS:
+            name = toy.WORLDS[name].path("model")
+        fields_of_loading = ("dtype", "trust_remote_code", "min_pixels", "max_pixels")
+        loading = rollout.LoadingSettings(**{field: stored[field] for field in fields_of_loading})
+        model = rollout.find_model(name, loading)
+        policy = rlfr.load_policy(model.path, loading.trust_remote_code).float()
+        state["policy"] = {"module": policy.state_dict()}
+    flow_config = folder / "flow.json"
+    if flow_config.exists():
+        values = json.loads(flow_config.read_text())
+        flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
+        state["flow"] = {"module": flow.state_dict()}
+    dcp.load(state, checkpoint_id=checkpoint)  # into the tensors of the modules
+    target = Path(out or folder / "exports" / checkpoint.name)
+    if "policy" in state:
+        dtype = parallel.compute_dtype(loading.dtype)
+        export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
+    if "flow" in state:
+        export_flow(flow, target / "flow")
+    print(f"the weights of {checkpoint} are in {target}")
+
+
+def find_checkpoint(folder: Path, step: int | None) -> Path:
+    """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
+    checkpoints = whole_checkpoints(folder)
+    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    if not checkpoints:
+        raise ValueError(f"{folder} has no checkpoint; expected the folder of a run with one")
+    if step is None:
+        return checkpoints[-1]
+    if step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {steps}")
+    return checkpoints[steps.index(step)]
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint})

@@ -20,7 +20,6 @@ The training scripts make the world by themselves for `--model toy` and `--model
 import base64
 import io
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass
@@ -44,6 +43,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
@@ -394,24 +395,33 @@ def process_drawings(problems: list[str], rng: random.Random) -> dict[str, Tenso
 def make(world: World = World()) -> World:
     """Make the world in its folder, which appears when it is whole, unless it is there already.
 
+    Of several runs that ask for it at once, one makes it and the others wait.
+
     Raises:
         ValueError: if the folder holds something else.
     """
     folder = Path(world.folder)
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        make_unless_there(world, folder)
+    return world
+
+
+def make_unless_there(world: World, folder: Path) -> None:
+    """Make the world, unless it is there; see make."""
     settings_file = folder / "world.json"
     settings = settings_of(world)
     if settings_file.exists():
         if json.loads(settings_file.read_text()) == settings:
-            return world
+            return
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} exists and is not an embedded world; name another folder or remove it"
         )
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
-    # a name with the process id, since another process may be making the same world
-    making = folder.with_name(f"{folder.name}.making-{os.getpid()}")
-    making.mkdir(parents=True, exist_ok=True)
+    making = folder.with_name(f"{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)  # what a run left that was killed
+    making.mkdir(parents=True)
     write_problems(world, train, making / "train.jsonl", rng)
     write_problems(world, test, making / "test.jsonl", rng)
     write_problems(world, expert, making / "expert.jsonl", rng)
@@ -419,7 +429,6 @@ def make(world: World = World()) -> World:
     (making / "world.json").write_text(json.dumps(settings))
     shutil.rmtree(folder, ignore_errors=True)
     making.rename(folder)
-    return world
 
 
 def settings_of(world: World) -> dict:

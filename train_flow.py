@@ -1,16 +1,20 @@
 """Offline start: fit the flow to the latents of expert solutions (paper: flow pre-training).
 
-    python train_flow.py                                                the embedded world
-    python train_flow.py --model Qwen2.5-7B --data expert.jsonl         torchrun for several GPUs
+    python train_flow.py                                           the embedded world
+    python train_flow.py --model Qwen2.5-7B                        the published expert solutions
+    python train_flow.py --model Qwen2.5-7B --data expert.jsonl    torchrun for several GPUs
 
-Solutions have the columns `problem` and `solution`. Each step: latents of the tapped layers at
+Solutions have the columns `problem` and `solution`, or are chats (`messages`, `conversations`);
+without --data, the published data set is taken from the hub.
+
+Each step: latents of the tapped layers at
 response tokens of the frozen policy, which runs up to the last tap and no further; rows of latent
 and context; `noise_repeats` draws of (t, x_0); flow-matching loss; AdamW. Writes
 `flow/flow.safetensors` into the run's folder.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -35,21 +39,28 @@ from run import (
     with_defaults,
 )
 
+# Expert solutions of the published language runs: columns problem and solution, 94k rows
+PUBLISHED_DATA = "open-r1/OpenR1-Math-220k"
+
 
 @dataclass(frozen=True)
 class SolutionSettings(rollout.DataSettings):
     """Where expert solutions stand, and how problems become prompts."""
 
     solution_column: str = "solution"  # Column with the solution's text
-    cutoff: int = 8192  # Longest prompt + solution, in tokens; longer ones are cut
+    # Longest prompt + solution in tokens, longer ones are cut; by default 8192, for VL models 16384
+    cutoff: int | None = None
 
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """What the flow is, and how often a token is drawn."""
+    """What the flow is, and how often and at which times a token is drawn."""
 
     flow_blocks: int | None = None  # Residual blocks; by default 4 below 5B parameters, 6 above
-    noise_repeats: int | None = None  # Draws of (t, x_0) a token; by default 4 below 5B, 2 above
+    # Draws of (t, x_0) a token; by default 2 for text above 5B, else 4
+    noise_repeats: int | None = None
+    # How t is drawn: random is the sigmoid of a normal, as official
+    flow_times: fl.Times = "random"
     shift: int = 1  # Distance of the context's neighbour, in positions
 
 
@@ -80,7 +91,7 @@ class Config:
     flow: FlowSettings = FlowSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
     compute: ComputeSettings = ComputeSettings()
-    loading: rollout.LoadingSettings = rollout.LoadingSettings()
+    loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=262_144)
     run: RunSettings = RunSettings()
 
 
@@ -100,9 +111,14 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         config = with_defaults(config, data=world.path("expert.jsonl"))
     model = rollout.find_model(name, config.loading)
     if config.data is None:
-        raise ValueError(
-            "no data given; expected --data with expert solutions (columns problem and solution)"
-        )
+        if model.processor is not None:
+            raise ValueError(
+                "no data given; expected --data with expert solutions (columns prompt, solution, "
+                "images): those of the published vision-language runs are not one data set"
+            )
+        config = with_defaults(config, data=PUBLISHED_DATA)
+        if is_first():
+            print(f"no --data given: taking the published expert solutions, {PUBLISHED_DATA}")
     config = rollout.fill_in(config, model)
     cutoff = config.solutions.cutoff
     max_prompt_tokens = config.solutions.max_prompt_tokens
@@ -114,17 +130,25 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
 
 
 def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model) -> list[rlfr.Row]:
-    """Load expert solutions as tokens; a whole one ends with EOS, one that was cut does not."""
+    """Load expert solutions as tokens; a whole one ends as a turn does, a cut one does not."""
+    rows = rollout.load_rows(source, (), settings.split, settings.subset)
     columns = (settings.problem_column, settings.solution_column)
-    rows = rollout.load_rows(source, columns, settings.split)
-    texts = [row[settings.problem_column] for row in rows]
+    is_chat = "messages" in rows[0] or "conversations" in rows[0]
+    if is_chat and settings.solution_column not in rows[0]:
+        exchanges = [rollout.read_exchange(row, i) for i, row in enumerate(rows)]
+        texts = [problem for problem, _ in exchanges]
+        solutions = [solution for _, solution in exchanges]
+    else:
+        rollout.check_columns(rows, source, columns)
+        texts = [row[settings.problem_column] for row in rows]
+        solutions = [row[settings.solution_column] for row in rows]
     images = rollout.load_images(rows, source, settings, model.processor)
     prompts = rollout.make_prompts(texts, images, model, settings)
-    solutions = [row[settings.solution_column] for row in rows]
     ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
+    end = rollout.solution_end(model, settings.template)
     episodes = []
     for i, prompt in enumerate(prompts):
-        solution = ids[i] + [model.tokenizer.eos_token_id]
+        solution = ids[i] + end
         room = settings.cutoff - len(prompt)
         episodes.append(rlfr.Row(prompt, solution[:room], images[i]))
     return episodes
@@ -169,6 +193,7 @@ def main(config: Config) -> None:
     progress = {"step": 0}
     state = {"progress": progress, "flow": learner}
     run.begin(state)
+    run.write_json("flow.json", asdict(flow_config))  # an export of a checkpoint needs it
     if is_first():
         print(config)
         print(
@@ -210,7 +235,8 @@ def main(config: Config) -> None:
             for repeat in range(config.flow.noise_repeats):
                 keys = [("flow noise", config.seed, *places[i], repeat) for i in rows]
                 noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
-                loss = fl.matching_loss(flow, flow_rows, noise, z)
+                t = fl.draw_times(z, config.flow.flow_times)
+                loss = fl.matching_loss(flow, flow_rows, noise, t)
                 loss_sum += loss.sum()
                 n_rows += len(loss)
         parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt=True)
@@ -238,6 +264,8 @@ def main(config: Config) -> None:
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
+        if config.run.export_every and (step + 1) % config.run.export_every == 0:
+            export_flow(flow, run.folder / "exports" / f"step-{step + 1}" / "flow")
 
     # ---- Write the flow
     if not run.end(state, total_steps):

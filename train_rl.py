@@ -14,11 +14,14 @@ passes of micro-batches.
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,9 +48,15 @@ from run import (
     export_flow,
     export_policy,
     launch,
+    locked,
     with_defaults,
 )
 
+# Problems of the published runs: columns problem and answer; prompt, answer and images
+PUBLISHED_DATA = {
+    "text": "JingHaoZ/RLFR-Dataset-LM",
+    "images": "JingHaoZ/RLFR-Dataset-VLM",
+}
 # What torchrun tells a rank
 RANK_VARIABLES = (
     "RANK",
@@ -66,7 +75,7 @@ class SamplingSettings:
 
     prompts: int = 128  # N, prompts a step
     group_size: int = 8  # G, samples a prompt
-    max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
+    max_tokens: int | None = None  # Longest response; by default 1024, for VL-7B 3072
     temperature: float = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     # Rounds of dynamic sampling a step; dropped groups fill what is then missing
@@ -86,6 +95,7 @@ class AdvantageSettings:
 class FlowRewardSettings:
     """How velocity deviations become rewards of tokens."""
 
+    flow_after: int = 0  # Steps before the flow reward counts; until then the flow only learns
     flow_coef: float = 0.01  # Scale of the flow reward
     # T_r, times at which the deviation is taken, in (0, 1)
     reward_times: tuple[float, ...] = (0.8,)
@@ -111,8 +121,10 @@ class FlowUpdateSettings:
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
     # Learn only from tokens at or above this quantile of entropy
     flow_entropy_quantile: float | None = None
-    # Times to learn at; random: as in the offline start
-    flow_times: Literal["reward", "random"] = "reward"
+    # Times to learn at: those of the reward, or drawn, as a sigmoid of a normal or uniformly
+    flow_times: Literal["reward", "random", "uniform"] = "reward"
+    # rollout: a step of AdamW a rollout; official: with every mini-batch, as the policy's optimiser
+    flow_optimiser: Literal["rollout", "official"] = "rollout"
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class OptimisationSettings:
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
     ratio_cap: float = 3.0  # Largest probability ratio
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
+    kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
     # Sampler-trainer ratio: truncate by, or mask
     mismatch: rlfr.Mismatch = "token"
@@ -169,7 +182,7 @@ class Config:
     reward: tuple[str, ...] | None = None
     # Dense part of the advantage; none: plain RLVR
     shaping: Literal["flow", "entropy", "none"] = "flow"
-    # Flow of the offline start, folder or file; by default runs/flow-MODEL/flow
+    # Flow of the offline start: folder or file, new for an untrained one; by default the newest
     flow: str | None = None
     steps: int | None = None  # RL steps; by default as `epochs` says
     lr: float = 1e-6  # Peak learning rate of the policy
@@ -186,7 +199,7 @@ class Config:
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: rollout.EngineSettings = rollout.EngineSettings()
     compute: TrainingComputeSettings = TrainingComputeSettings()
-    loading: rollout.LoadingSettings = rollout.LoadingSettings()
+    loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=501_760)
     run: RunSettings = RunSettings()
 
 
@@ -195,6 +208,19 @@ MUST_BE_POSITIVE = """
     clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
     grader_deadline overlong_buffer eval_samples max_sequences tensor_parallel tokens_per_gpu keep
 """
+
+
+class FlowRecipe(NamedTuple):
+    """What an optimiser of the online flow update is made with."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+FLOW_RECIPES = {
+    "rollout": FlowRecipe((0.9, 0.999), 0.01),  # a step with every rollout, constant rate
+    "official": FlowRecipe((0.9, 0.95), 0.0),  # a step with every mini-batch, the policy's schedule
+}
 
 
 def check(config: Config) -> None:
@@ -251,13 +277,14 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         config = with_defaults(config, data=data, eval_data=(world.path("test.jsonl"),))
         if config.shaping == "flow" and config.flow is None:
             on_first(lambda: make_toy_flow(config.model, flow_folder))
-    if config.shaping == "flow":
-        config = with_defaults(config, flow=f"{flow_folder}/flow")
+    if config.shaping == "flow" and config.flow is None:
+        config = with_defaults(config, flow=on_first(lambda: newest_flow(flow_folder)))
     model = rollout.find_model(name, config.loading)
     if config.data is None:
-        raise ValueError(
-            "no data given; expected --data with problems (columns problem and answer)"
-        )
+        data = PUBLISHED_DATA["text" if model.processor is None else "images"]
+        config = with_defaults(config, data=data)
+        if is_first():
+            print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
     prompt = config.problems.max_prompt_tokens
     response = config.sampling.max_tokens
@@ -270,10 +297,32 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     return config, model
 
 
+def newest_flow(folder: str) -> str:
+    """Return the newest flow in a folder of the offline start or its followers `-2`, `-3` …; say it."""
+    name = Path(folder).name
+    flows = []
+    for run_folder in Path(folder).parent.glob(f"{name}*"):
+        suffix = run_folder.name.removeprefix(name)
+        file = run_folder / "flow" / fl.FLOW_FILE
+        if re.fullmatch(r"(-\d+)?", suffix) and file.exists():
+            flows.append(file)
+    if not flows:
+        return f"{folder}/flow"  # it will be missed, with what to do about it, when it is loaded
+    newest = max(flows, key=lambda file: file.stat().st_mtime)
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.stat().st_mtime))
+    print(f"no --flow given: taking the newest one, {newest.parent}, written {written}")
+    return str(newest.parent)
+
+
 def make_toy_flow(model: str, folder: str) -> None:
     """Run the offline start of an embedded world, in one process, unless it has been run."""
-    if Path(folder, "flow", fl.FLOW_FILE).exists():
-        return
+    with locked(Path(f"{folder}.lock")):
+        if not Path(folder, "flow", fl.FLOW_FILE).exists():
+            run_offline_start(model, folder)
+
+
+def run_offline_start(model: str, folder: str) -> None:
+    """Run train_flow.py in a process of its own, or go on with it if it was interrupted."""
     has_begun = Path(folder, "config.json").exists()
     script = str(Path(__file__).with_name("train_flow.py"))
     command = [sys.executable, script, "--resume" if has_begun else "--folder", folder]
@@ -282,6 +331,22 @@ def make_toy_flow(model: str, folder: str) -> None:
         if variable not in RANK_VARIABLES and "TORCHELASTIC" not in variable:
             environment[variable] = value
     subprocess.run([*command, "--model", model], check=True, env=environment)
+
+
+def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
+    """Load the flow of the offline start, or make an untrained one for `--flow new`."""
+    dim = model.text_config.hidden_size
+    contexts = config.flow_reward.contexts
+    percentiles = config.flow_reward.percentiles
+    if config.flow != "new":
+        return fl.load_flow(config.flow, dim, contexts=contexts, percentiles=percentiles)
+    flow_config = fl.FlowConfig(dim, rollout.published_settings(model)["flow_blocks"])
+    if contexts:
+        flow_config = replace(flow_config, contexts=contexts)
+    if percentiles:
+        flow_config = replace(flow_config, percentiles=percentiles)
+    torch.manual_seed(config.seed)  # the same flow on all ranks
+    return fl.Flow(flow_config)
 
 
 # ---- 1. and 2. Roll out and verify
@@ -409,7 +474,7 @@ def score(
     """
     temperature = config.sampling.temperature
     scores = Scores.empty(episodes)
-    flow_learns = flow is not None and not config.flow_update.freeze_flow
+    flow_learns = flow is not None and learns_while_scoring(config.flow_update)
     flow_loss = torch.zeros((), device=parallel.DEVICE)
     taps = []
     if flow:
@@ -448,6 +513,11 @@ def score(
     return scores, metrics
 
 
+def learns_while_scoring(settings: FlowUpdateSettings) -> bool:
+    """Return whether the flow's gradient comes from the scoring pass; else see update_flow."""
+    return not settings.freeze_flow and settings.flow_optimiser == "rollout"
+
+
 class LatentScores(NamedTuple):
     """What the flow says of a micro-batch."""
 
@@ -469,8 +539,10 @@ def score_latents(
     flow_rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
     lengths = batch.response_mask.sum(dim=1).tolist()
     noise, z = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
-    learn_at = z if config.flow_update.flow_times == "random" else None
     times = config.flow_reward.reward_times
+    learn_at = None  # the times of the reward
+    if config.flow_update.flow_times != "reward":
+        learn_at = fl.draw_times(z, config.flow_update.flow_times)
     score, loss = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at)
     has_context = flow_rows.exists.any(dim=1).any(dim=0)  # (M,)
     total = torch.zeros((), device=parallel.DEVICE) if weight is None else (weight * loss).sum()
@@ -520,21 +592,30 @@ def my_micro_batches(
 
 # ---- 4. Shape and advantage
 def shape_advantage(
-    scores: Scores, reward: Tensor, config: Config
+    scores: Scores, reward: Tensor, config: Config, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     """Return each token's advantage (B, T): the outcome, and the dense part that `shaping` adds."""
     mask = scores.mask
+    gamma = config.flow_reward.gamma
     settings = config.advantage
     outcome = rlfr.outcome_advantage(reward, config.sampling.group_size, settings.baseline)
     advantage = outcome[:, None] * mask
     metrics = {}
     if config.shaping == "flow":
         flow_reward = shape_flow_reward(scores, config.flow_reward, config.sampling.group_size)
-        advantage = advantage + rlfr.token_returns(flow_reward, mask, config.flow_reward.gamma)
+        if step < config.flow_reward.flow_after:
+            flow_reward = torch.zeros_like(flow_reward)
+        advantage = advantage + rlfr.token_returns(flow_reward, mask, gamma)
         n_scored = scores.flow_mask.sum().clamp(min=1)
         metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
         metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
+    optimisation = config.optimisation
+    if optimisation.kl_coef and optimisation.kl_in == "reward":
+        kl = rlfr.kl_divergence(scores.old_logp, scores.ref_logp, optimisation.kl_kind)
+        kl_reward = -optimisation.kl_coef * kl
+        advantage = advantage + rlfr.token_returns(kl_reward, mask, gamma)
+        metrics["kl_reward"] = kl_reward[mask].mean().item()
     if config.shaping == "entropy":
         shaped = rlfr.entropy_advantage(
             advantage, scores.entropy, settings.entropy_alpha, settings.entropy_kappa
@@ -574,16 +655,19 @@ def update_policy(
     config: Config,
     step: int,
     lr: float,
+    learn_flow: Callable[[Tensor], dict[str, float]] | None,
 ) -> dict[str, float]:
     """Take the optimiser steps of one RL step, a mini-batch each; return figures, their means.
 
-    advantage and weight are (B, T); weight corrects for the sampler's probabilities.
+    advantage and weight are (B, T); weight corrects for the sampler's probabilities. learn_flow is
+    called with each mini-batch's places in the step before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
     share = settings.train_batch / len(episodes)  # of a mini-batch in the step
     sums = {name: torch.zeros((), device=parallel.DEVICE) for name in ("loss", "kl", "clipped")}
     grad_norm = 0.0
+    metrics: dict[str, float] = {}
     for mini_batch in order.split(settings.train_batch):
         # over all micro-batches and ranks: one denominator for each optimiser step
         n_tokens = int(scores.mask[mini_batch].sum())
@@ -605,7 +689,7 @@ def update_policy(
             token_weight = rlfr.token_weights(
                 mask, settings.normalisation, n_episodes, n_tokens, config.sampling.max_tokens
             )
-            if settings.kl_coef:
+            if settings.kl_coef and settings.kl_in == "loss":
                 kl = rlfr.kl_divergence(logp, scores.ref_logp[place], settings.kl_kind)
                 loss = loss + settings.kl_coef * kl
                 sums["kl"] += share * (kl * token_weight).sum().detach()
@@ -613,12 +697,53 @@ def update_policy(
             loss.backward()
             sums["loss"] += share * loss.detach()
             sums["clipped"] += share * (is_clipped & mask).sum() / n_tokens
+        if learn_flow:
+            for name, value in learn_flow(mini_batch).items():
+                metrics[name] = metrics.get(name, 0.0) + share * value
         grad_norm += share * learner.step(lr, settings.clip_norm)
-    metrics = {}
     for name, value in sums.items():
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm
     return metrics
+
+
+# ---- 6. Update the flow, if it takes a step with every mini-batch
+def update_flow(
+    policy: rlfr.Policy,
+    flow: fl.Flow,
+    learner: parallel.Learner,
+    episodes: Sequence[rollout.Episode],
+    scores: Scores,
+    accepted: Tensor,
+    config: Config,
+    step: int,
+    lr: float,
+    mini_batch: Tensor,
+) -> dict[str, float]:
+    """Let the flow learn from a mini-batch and take a step, as the official code intended.
+
+    accepted (B,) bool says which episodes it learns from; mini_batch holds places among them.
+    """
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    depths = [tap / policy.n_layers for tap in taps]
+    accepted = accepted[mini_batch]
+    chosen = [episodes[i] for i in mini_batch]
+    loss = torch.zeros((), device=parallel.DEVICE)
+    parallel.begin_calls(flow)
+    for rows, batch in my_micro_batches(chosen, config, "flow"):
+        with torch.no_grad():
+            latents = policy(batch, taps=taps, latents_only=True).latents
+        places = mini_batch[rows]
+        entropy = scores.entropy[places, : batch.response_mask.shape[1]]
+        weight = flow_loss_weights(batch, rows, entropy, accepted, config.flow_update)
+        keys = [("flow noise", config.seed, step, place) for place in places.tolist()]
+        loss += score_latents(flow, batch, latents, depths, keys, weight, config).loss
+    has_learnt = bool(accepted.any()) or config.flow_update.flow_soft > 0
+    parallel.end_calls(flow, flow.example(parallel.DEVICE), has_learnt)
+    return {
+        "flow/loss": parallel.sum_over_ranks(loss).item(),
+        "flow/grad_norm": learner.step(lr, config.optimisation.clip_norm),
+    }
 
 
 # ---- 7. Log and evaluate
@@ -717,12 +842,7 @@ def main(config: Config) -> None:
     cpu_offload = config.compute.cpu_offload
     flow = None
     if config.shaping == "flow":
-        flow = fl.load_flow(
-            config.flow,
-            model.text_config.hidden_size,
-            contexts=config.flow_reward.contexts,
-            percentiles=config.flow_reward.percentiles,
-        )
+        flow = make_flow(config, model)
     engine = rollout.make_engine(
         model,
         config.engine,
@@ -749,12 +869,15 @@ def main(config: Config) -> None:
         parallel.compile_flow(flow, config.compute.compile)
         parallel.shard(flow, (), dtype, cpu_offload)
         if not config.flow_update.freeze_flow:
-            learners["flow"] = parallel.Learner(flow, (0.9, 0.999), 0.01)
+            recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
+            learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
     state = {"progress": progress, **learners}
     run.begin(state)
+    if flow:
+        run.write_json("flow.json", asdict(flow.config))  # an export of a checkpoint needs it
     sampler = Sampler(engine, grader, problems, progress["lengths"], config.sampling, config.seed)
     if is_first():
         print(config)
@@ -774,6 +897,13 @@ def main(config: Config) -> None:
         engine.sleep()
         if config.compute.offload:
             parallel.move([*learners.values(), reference], parallel.DEVICE)
+
+    def export(folder: Path) -> None:
+        """Write the policy and the flow for other programs."""
+        processors = [model.tokenizer, model.processor]
+        export_policy(policy, dtype, processors, folder / "policy")
+        if flow:
+            export_flow(flow, folder / "flow")
 
     summary_file = run.folder / "summary.json"
     summary = {}
@@ -805,7 +935,7 @@ def main(config: Config) -> None:
         clock.lap("verify")
 
         # ---- 4. Shape and advantage
-        advantage, shaping_metrics = shape_advantage(scores, reward, config)
+        advantage, shaping_metrics = shape_advantage(scores, reward, config, step)
         weight, mismatch_metrics = rlfr.importance_weights(
             scores.old_logp,
             scores.sampled_logp,
@@ -815,17 +945,27 @@ def main(config: Config) -> None:
         )
 
         # ---- 5. Update the policy
-        lr = rlfr.learning_rate(
-            config.lr, step, total_steps, config.optimisation.warmup, config.optimisation.lr_floor
-        )
+        schedule = (config.optimisation.warmup, config.optimisation.lr_floor)
+        lr = rlfr.learning_rate(config.lr, step, total_steps, *schedule)
+        flow_lr = config.flow_update.flow_lr
+        learn_flow = None
+        if "flow" in learners and not learns_while_scoring(config.flow_update):
+            flow_lr = rlfr.learning_rate(flow_lr, step, total_steps, *schedule)
+            accepted = accepted_episodes(verdicts(), config.flow_update)
+            learn_flow = partial(
+                update_flow,
+                *(policy, flow, learners["flow"], episodes, scores, accepted),
+                *(config, step, flow_lr),
+            )
         policy_metrics = update_policy(
-            policy, learners["policy"], episodes, scores, advantage, weight, config, step, lr
+            *(policy, learners["policy"], episodes, scores, advantage, weight),
+            *(config, step, lr, learn_flow),
         )
 
-        # ---- 6. Update the flow
-        if "flow" in learners:
+        # ---- 6. Update the flow, with the gradient of the scoring pass
+        if "flow" in learners and learns_while_scoring(config.flow_update):
             flow_metrics["flow/grad_norm"] = learners["flow"].step(
-                config.flow_update.flow_lr, config.optimisation.clip_norm
+                flow_lr, config.optimisation.clip_norm
             )
         clock.lap("update")
 
@@ -860,14 +1000,13 @@ def main(config: Config) -> None:
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
+        if config.run.export_every and (step + 1) % config.run.export_every == 0:
+            export(run.folder / "exports" / f"step-{step + 1}")
 
     # ---- Write the results
     if not run.end(state, total_steps):
         return
-    processors = [model.tokenizer, model.processor]
-    export_policy(policy, dtype, processors, run.folder / "policy")
-    if flow:
-        export_flow(flow, run.folder / "flow")
+    export(run.folder)
     if held_out:
         with engine_awake():
             summary["after"] = evaluate(engine, grader, held_out, config)

@@ -82,7 +82,7 @@ def prepare(settings: Settings, variant: str):
         rows = fl.make_rows(flow_config, latents, depths, batch.attention_mask, targets)
         lengths = targets.sum(dim=1).tolist()
         noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
-        losses = fl.matching_loss(flow, rows, noise, z)
+        losses = fl.matching_loss(flow, rows, noise, fl.draw_times(z, "random"))
         learner.step(1e-4, 1.0, denominator=len(losses))
 
     return work

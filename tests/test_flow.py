@@ -136,7 +136,7 @@ def test_learning_at_random_times_leaves_the_score_alone():
     score, _ = fl.score_and_learn(fixed, rows, x_0[None, None], [0.8], weight)
     random = LinearField()
     score_random, loss = fl.score_and_learn(
-        random, rows, x_0[None, None], [0.8], weight, z[None, None]
+        random, rows, x_0[None, None], [0.8], weight, z.sigmoid()[None, None]
     )
     torch.testing.assert_close(score, score_random)
     expected = fl.velocity_error(random, x_1, context, torch.zeros(5), x_0, z.sigmoid())
@@ -153,7 +153,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         monkeypatch.setattr(fl, "ROWS_PER_CALL", size)
         field = LinearField()
         score, loss = fl.score_and_learn(field, rows, x_0[None, None], [0.8], weight)
-        offline = fl.matching_loss(field, rows, x_0[None, None], torch.zeros(1, 1, 7))
+        offline = fl.matching_loss(field, rows, x_0[None, None], torch.full((1, 1, 7), 0.5))
         results.append((score, loss, offline, field.a.grad, field.b.grad))
     torch.testing.assert_close(*results)
 

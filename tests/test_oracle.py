@@ -148,7 +148,9 @@ def test_iii_offline_loss_of_sequences(mode):
             z[has_draw] = x[f"u[{mode}].layer{layer}"][drawn]
             chosen = targets.flatten()
             losses.append(
-                fl.matching_loss(net, rows, noise[chosen][None, None], z[chosen][None, None])
+                fl.matching_loss(
+                    net, rows, noise[chosen][None, None], z[chosen][None, None].sigmoid()
+                )
             )
         layer_losses.append(torch.cat(losses).mean())
         near(layer_losses[-1], x[f"out.loss_layer{layer}[{mode}]"])

@@ -1,7 +1,9 @@
 """The published settings: everything but --model and --data follows from the model. Hub ids come from a local hub cache."""
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,14 +77,27 @@ def save_tokenizer(world, folder: Path, llama: bool) -> None:
     tokenizer.save_pretrained(folder)
 
 
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def set_chat_template(folder: Path) -> None:
+    """Give a model's tokenizer a chat template, as those of vision-language models have one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("short", "blocks", "repeats", "tokens", "template"),
     [
         ("Qwen2.5-Math-1.5B", 4, 4, 1024, "qwen"),
         ("Qwen2.5-Math-7B", 6, 2, 1024, "qwen"),
         ("Llama-3.1-8B", 6, 2, 1024, "llama"),
-        ("Qwen2.5-VL-3B-Instruct", 4, 4, 3072, "qwen_tag"),
-        ("Qwen2.5-VL-7B-Instruct", 6, 2, 3072, "qwen_tag"),
+        ("Qwen2.5-VL-3B-Instruct", 4, 4, 1024, "bare"),
+        ("Qwen2.5-VL-7B-Instruct", 6, 4, 3072, "bare"),
     ],
 )
 def test_model_and_data_are_enough(
@@ -93,6 +108,7 @@ def test_model_and_data_are_enough(
     save_tokenizer(world, snapshot(name), llama="Llama" in name)
     if "VL" in name:
         toy.make_processor().save_pretrained(snapshot(name))
+        set_chat_template(snapshot(name))
     for given in (short, name):  # a short name, a hub id
         monkeypatch.setattr(
             sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"]
@@ -104,19 +120,20 @@ def test_model_and_data_are_enough(
         assert model.path == name
     said = capsys.readouterr().out
     assert (
-        f"flow_blocks={blocks}  noise_repeats={repeats}" in said
+        f"flow_blocks={blocks}" in said
+        and f"noise_repeats={repeats}" in said
         and f"max_tokens={tokens}" in said
         and f"template={template}" in said
     )
     has_vision = "VL" in name
-    prompt_tokens = 4096 if has_vision else 1024
     assert offline.batch_size == 128 and offline.epochs == 2 and offline.lr == 1e-4
     assert runs.flatten(offline).items() >= {
         "flow_blocks": blocks, "noise_repeats": repeats, "template": template, "warmup": 0.1,
-        "weight_decay": 0.01, "cutoff": 8192, "max_prompt_tokens": prompt_tokens,
+        "weight_decay": 0.01, "cutoff": 16384 if has_vision else 8192, "max_pixels": 262_144,
+        "flow_times": "random",
     }.items()  # fmt: skip
     assert runs.flatten(rl).items() >= {
-        "max_tokens": tokens, "template": template, "max_prompt_tokens": prompt_tokens,
+        "max_tokens": tokens, "template": template, "max_prompt_tokens": 3000, "max_pixels": 640 * 28**2,
         "reward": ("vlm", "tags=0.5") if has_vision else ("binary",), "prompts": 128,
         "group_size": 8, "train_batch": 128, "lr": 1e-6, "lr_floor": 0.1, "warmup": 0.03,
         "clip_norm": 1.0, "temperature": 1.0, "kl_coef": 0.0, "flow_lr": 1e-4, "epochs": 5,
@@ -132,7 +149,7 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = snapshot("Qwen/Qwen2.5-0.5B")
     torch.manual_seed(0)
-    config = Qwen2Config.from_pretrained(world.path("model"), max_position_embeddings=2048)
+    config = Qwen2Config.from_pretrained(world.path("model"), max_position_embeddings=8192)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     save_tokenizer(world, folder, llama=False)
     train_flow.main(
@@ -183,3 +200,81 @@ def test_placeholders_of_images_are_refused(world):
         ValueError, match=r"row 1 has 0 images and 1 tokens <\|image_pad\|> in its prompt; drop"
     ):
         rollout.make_prompts(["a", "b <|image_pad|>"], [(), ()], model, settings)
+
+
+# ---- Expert solutions
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("qwen", "<|im_end|>\n"),
+        ("llama", "<|eot_id|>"),
+        ("bare", "<|im_end|>\n"),
+        ("none", "<|im_end|>"),  # the tokenizer's EOS
+    ],
+)
+def test_an_expert_solution_ends_as_a_turn_does(world, tmp_path, template, end):
+    data = tmp_path / "expert.jsonl"
+    data.write_text('{"problem": "1+1>", "solution": "2"}\n')
+    model = find_model(world.path("model"))
+    model.tokenizer.chat_template = CHAT
+    settings = train_flow.SolutionSettings(
+        template=template, problem_column="problem", max_prompt_tokens=300, cutoff=400
+    )
+    (solution,) = train_flow.load_solutions(str(data), settings, model)
+    assert model.tokenizer.decode(solution.response_ids) == "2" + end
+    cut = replace(settings, cutoff=len(solution.prompt_ids) + 1)
+    (solution,) = train_flow.load_solutions(str(data), cut, model)
+    assert model.tokenizer.decode(solution.response_ids) == "2", "a cut solution does not end"
+
+
+def test_chats_are_expert_solutions(world, tmp_path):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "1+1>"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "3"},
+    ]
+    conversations = [{"from": "human", "value": "1+1>"}, {"from": "gpt", "value": "2"}]
+    model = find_model(world.path("model"))
+    settings = train_flow.SolutionSettings(
+        template="none", problem_column="problem", max_prompt_tokens=300, cutoff=400
+    )
+    for column, turns in {"messages": messages, "conversations": conversations}.items():
+        data = tmp_path / f"{column}.jsonl"
+        data.write_text(json.dumps({column: turns}) + "\n")
+        (solution,) = train_flow.load_solutions(str(data), settings, model)
+        assert model.tokenizer.decode(solution.prompt_ids) == "1+1>"
+        assert model.tokenizer.decode(solution.response_ids) == "2<|im_end|>"
+        data.write_text(json.dumps({column: turns}) + "\n" + json.dumps({column: turns[:1]}) + "\n")
+        with pytest.raises(ValueError, match="row 1 has no user turn followed by an assistant's"):
+            train_flow.load_solutions(str(data), settings, model)
+
+
+def test_without_data_the_published_sets_are_taken(world, monkeypatch, capsys):
+    name = "Qwen/Qwen2.5-Math-1.5B"
+    CONFIGS[name].save_pretrained(snapshot(name))
+    save_tokenizer(world, snapshot(name), llama=False)
+    config, _ = train_flow.resolve(train_flow.Config(model="Qwen2.5-Math-1.5B"))
+    assert config.data == "open-r1/OpenR1-Math-220k"
+    config, _ = train_rl.resolve(train_rl.Config(model="Qwen2.5-Math-1.5B"))
+    assert config.data == "JingHaoZ/RLFR-Dataset-LM"
+    said = capsys.readouterr().out
+    assert "taking the published expert solutions, open-r1/OpenR1-Math-220k" in said
+    assert "taking the published problems, JingHaoZ/RLFR-Dataset-LM" in said
+
+
+def test_subsets_of_a_hub_data_set(tmp_path):
+    folder = tmp_path / "hub"
+    for subset, answer in (("main", "1"), ("hard", "2")):
+        (folder / subset).mkdir(parents=True)
+        row = {"problem": "a", "answer": answer}
+        (folder / subset / "train.jsonl").write_text(json.dumps(row) + "\n")
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "hard")
+    )
+    (folder / "README.md").write_text(card + "---\n")
+    rows = rollout.load_rows(str(folder), ("problem", "answer"), "train", "hard")
+    assert [row["answer"] for row in rows] == ["2"]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from conftest import (
     save_flow,
     torch_engine,
 )
+from transformers import AutoTokenizer
 
 import flow as fl
+import parallel
 import rlfr
 import rollout
 import run as runs
@@ -168,22 +171,48 @@ def test_micro_batches_change_nothing(config):
 
 # ---- Options: each does something, and runs
 
+OPTIONS = [  # what both runs have, what one has besides
+    ({}, {"baseline": "rloo"}),
+    ({}, {"baseline": "dr_grpo", "normalisation": "constant"}),
+    ({}, {"baseline": "reinforce++"}),
+    ({}, {"baseline": "reinforce"}),
+    ({}, {"normalisation": "token"}),
+    ({"train_batch": 4, "lr": 3e-2}, {"clip_high": 0.28}),
+    ({"train_batch": 4, "lr": 3e-2}, {"clip_low": 0.5}),
+    ({"train_batch": 4, "lr": 3e-2}, {"ratio_cap": 1.0}),
+    ({}, {"kl_coef": 0.1, "kl_kind": "k1"}),
+    ({"kl_coef": 0.1}, {"kl_kind": "k2"}),
+    ({"kl_coef": 0.1}, {"kl_kind": "k1"}),
+    ({"kl_coef": 1.0}, {"kl_in": "reward"}),
+    ({}, {"gamma": 0.5}),
+    ({}, {"flow_coef": 1.0}),
+    ({}, {"reward_times": (0.5, 0.8)}),
+    ({}, {"flow_threshold": 0.0}),
+    ({}, {"flow_top_k": 1}),
+    ({}, {"flow_bilateral": True}),
+    ({}, {"flow_power": 3.0}),
+    ({}, {"flow_scope": "group"}),
+    ({}, {"flow_after": 1}),
+    ({}, {"shaping": "entropy"}),
+    ({}, {"shaping": "none"}),
+    ({"shaping": "entropy"}, {"entropy_alpha": 0.01}),
+    ({"shaping": "entropy"}, {"entropy_kappa": 20.0}),
+    ({}, {"mismatch": "mask", "mismatch_cap": 0.5}),
+    ({"mismatch_cap": 0.5}, {"mismatch": "sequence"}),
+    ({}, {"temperature": 0.7}),
+    ({}, {"seed": 1}),
+]
+
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"baseline": "rloo"}, {"baseline": "dr_grpo", "normalisation": "constant"}, {"baseline": "reinforce++"},
-        {"baseline": "reinforce"}, {"normalisation": "token"}, {"clip_high": 0.28, "train_batch": 4, "lr": 3e-2},
-        {"kl_coef": 0.1, "kl_kind": "k2"}, {"gamma": 0.5}, {"flow_coef": 1.0}, {"reward_times": (0.5, 0.8)},
-        {"flow_threshold": 0.0}, {"flow_top_k": 1}, {"flow_bilateral": True}, {"flow_power": 3.0}, {"flow_scope": "group"},
-        {"shaping": "entropy"}, {"shaping": "none"}, {"mismatch": "mask", "mismatch_cap": 0.5}, {"temperature": 0.7}, {"seed": 1},
-    ],
+    ("both", "options"),
+    OPTIONS,
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
-)  # fmt: skip
-def test_every_option_changes_the_policy(config, options, world, tmp_path):
+)
+def test_every_option_changes_the_policy(config, both, options, tmp_path):
     file = tmp_path / "reward.py"  # rewards that differ inside groups, and so does the length
     file.write_text("def reward(problem, response):\n    return float(len(response) % 3)\n")
-    config = change(config, reward=(str(file),), steps=2)
+    config = change(config, reward=(str(file),), steps=2, **both)
     train_rl.main(change(config, folder=config.folder + "-a"))
     train_rl.main(change(config, folder=config.folder + "-b", **options))
     policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
@@ -198,6 +227,9 @@ def test_every_option_changes_the_policy(config, options, world, tmp_path):
         {"flow_accept": "correct"},
         {"flow_soft": 0.5, "flow_entropy_quantile": 0.8},
         {"flow_times": "random"},
+        {"flow_times": "uniform"},
+        {"flow_optimiser": "official"},
+        {"flow_lr": 1e-4},
     ],
 )
 def test_every_option_changes_the_flow(config, options):
@@ -221,6 +253,37 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
     save_flow(flow, tmp_path / "other")
     train_rl.main(change(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
     assert figures(config.folder)[0]["flow/score"] > 0
+
+
+def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(config, monkeypatch):
+    """And its first loss is that of the scoring pass, as no weight has moved: the same tokens."""
+    rates = []
+    step = parallel.Learner.step
+
+    def spy(learner, lr, *arguments):
+        rates.append((type(learner.module).__name__, lr))
+        return step(learner, lr, *arguments)
+
+    monkeypatch.setattr(parallel.Learner, "step", spy)
+    official = change(config, flow_optimiser="official", steps=3, flow_lr=1e-9, lr=1e-12)
+    train_rl.main(change(official, folder=config.folder + "-b"))
+    names = [name.removeprefix("FSDP") for name, _ in rates]
+    assert names == ["Flow", "Policy"] * 6, "16 episodes are two mini-batches of 8, in three steps"
+    flow_rates = [lr for name, lr in rates if "Flow" in name]
+    assert flow_rates[0] == flow_rates[1] > flow_rates[5] > 0, "the schedule is the policy's"
+    train_rl.main(change(config, steps=1, folder=config.folder + "-a"))
+    a, b = (figures(f"{config.folder}-{name}")[0] for name in "ab")
+    assert a["flow/loss"] == pytest.approx(b["flow/loss"], rel=1e-4)
+
+
+def test_an_untrained_flow_learns_before_its_reward_counts(config):
+    train_rl.main(change(config, flow="new", flow_after=2, steps=3))
+    lines = figures(config.folder)
+    assert [line["flow/tokens"] > 0 for line in lines] == [False, False, True]
+    assert all(line["flow/grad_norm"] > 0 for line in lines)
+    assert lines[0]["flow/loss"] > lines[2]["flow/loss"]
+    trained = fl.load_flow(Path(config.folder) / "flow", 32)
+    assert trained.config == fl.FlowConfig(32), "4 blocks, previous, three taps"
 
 
 def test_dynamic_sampling_drops_groups_of_equal_reward(config, tmp_path):
@@ -435,8 +498,57 @@ def test_evaluating_in_between_changes_nothing(config, world):
 
 
 def test_tensorboard(config):
-    train_rl.main(change(config, steps=1, track="tensorboard"))
-    assert list((Path(config.folder) / "tensorboard").glob("events.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_rl.main(change(config, steps=2, track="tensorboard"))
+    events = EventAccumulator(str(Path(config.folder) / "tensorboard"))
+    events.Reload()
+    for name in ("reward", "policy/loss", "flow/score"):
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([line[name] for line in figures(config.folder)]), name
+
+
+def read_wandb(file: Path) -> list:
+    """Read the records of an offline run: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = file.read_bytes()
+    position, records, parts = 7, [], b""
+    while position + 7 <= len(data):
+        room = 32768 - position % 32768
+        if room < 7:  # the rest of a block is padding
+            position += room
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]  # 1 whole, 2 first, 3 middle, 4 last part of a record
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb(config):
+    """Offline, in a process that ends as scripts do: every figure is in the file that is left."""
+    arguments = flags(change(config, steps=2, track="wandb"))
+    command = [sys.executable, str(ROOT / "train_rl.py"), *arguments]
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (file,) = Path(config.folder).glob("wandb/offline-run-*/*.wandb")
+    logged = []
+    finished = False
+    for record in read_wandb(file):
+        finished = finished or record.HasField("exit")
+        if record.HasField("history"):
+            items = record.history.item
+            logged.append(
+                {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+            )
+    assert finished, "the run was ended, not left"
+    for line, row in zip(figures(config.folder), logged, strict=True):
+        assert row["reward"] == line["reward"] and row["policy/loss"] == line["policy/loss"]
 
 
 # ---- H. Bad input: one clear error, before anything slow
@@ -457,7 +569,7 @@ def test_tensorboard(config):
         ({"steps": 0}, "steps=0: expected a positive value"),
         ({"steps": None, "epochs": 1, "prompts": 100}, "64 problems in 1 epochs do not fill a step of 100; lower --prompts"),
         ({"max_tokens": 9000}, "9000 is more than the model's 8192 positions; lower one of them"),
-        ({"data": None}, "no data given; expected --data"),
+        ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM'"),
         ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
         ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
@@ -489,7 +601,7 @@ def test_flow_of_another_width(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data": None}, "no data given; expected --data with expert solutions"),
+        ({"data": None}, "no data at 'open-r1/OpenR1-Math-220k'"),
         ({"cutoff": 64}, "cutoff 64 leaves no room"),
         ({"percentiles": (1.2,)}, r"percentiles=\(1.2,\)"),
         ({"contexts": ("before",)}, "contexts=.*expected one or more of"),
@@ -509,11 +621,69 @@ def test_resume_checks_the_settings(config):
     train_rl.main(change(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
-    train_rl.main(change(config, steps=1, tokens_per_gpu=50, resume=config.folder))
-    with pytest.raises(
-        ValueError, match="that run has lr=0.001, this one asks for 0.1; give the same settings"
-    ):
-        train_rl.main(change(config, steps=1, lr=0.1, resume=config.folder))
+    for options, reason in [
+        ({"seed": 1}, "seed=0, this one asks for 1; order, sampling and noise follow from it"),
+        ({"shaping": "none"}, "the checkpoint holds other weights and optimisers than that needs"),
+        ({"data": "other.jsonl"}, "the checkpoint's place in the data would mean other problems"),
+        ({"freeze_flow": True}, "the checkpoint holds other weights and optimisers"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            train_rl.main(change(config, steps=1, resume=config.folder, **options))
+
+
+def test_resuming_with_more_steps_and_other_settings(config, world, capsys):
+    train_rl.main(change(config, steps=1))
+    more = {"steps": 3, "lr": 1e-4, "tokens_per_gpu": 50, "eval_data": (world.path("test.jsonl"),)}
+    train_rl.main(change(config, resume=config.folder, **more))
+    said = capsys.readouterr().out
+    assert "resumed with steps=3, which was 1 until here" in said
+    assert "resumed with lr=0.0001, which was 0.001 until here" in said
+    assert [line["step"] for line in figures(config.folder)] == [1, 2, 3]
+    summary = json.loads((Path(config.folder) / "summary.json").read_text())
+    assert "test" in summary["before"] and "test" in summary["after"]
+    assert runs.stored_settings(config.folder)["lr"] == 1e-4, "the next resume goes on from these"
+    old = json.loads((Path(config.folder) / "config-until-step-1.json").read_text())
+    assert old["lr"] == 1e-3 and old["steps"] == 1
+
+
+def test_the_newest_flow_of_a_model_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_rl.newest_flow("runs/flow-m") == "runs/flow-m/flow"
+    for age, name in enumerate(["flow-m-2", "flow-m", "flow-m-2x", "flow-m-3"]):
+        folder = tmp_path / "runs" / name / "flow"
+        if name != "flow-m-3":  # whose offline start has not ended
+            save_flow(fl.Flow(fl.FlowConfig(dim=16)), folder)
+            os.utime(folder / fl.FLOW_FILE, (1e9 + age * 86400,) * 2)
+    assert train_rl.newest_flow("runs/flow-m") == "runs/flow-m/flow"
+    assert "taking the newest one, runs/flow-m/flow, written 2001-09-10" in capsys.readouterr().out
+    os.utime(tmp_path / "runs" / "flow-m-2" / "flow" / fl.FLOW_FILE, (2e9, 2e9))
+    assert train_rl.newest_flow("runs/flow-m") == "runs/flow-m-2/flow"
+
+
+def test_weights_of_a_checkpoint_are_exported(config):
+    """As they are at the end, in between, and afterwards from any checkpoint."""
+    train_rl.main(change(config, steps=2, export_every=1))
+    folder = Path(config.folder)
+    command = [sys.executable, str(ROOT / "run.py"), "export", config.folder]
+    for step in (1, 2):
+        out = folder / f"again-{step}"
+        done = subprocess.run(
+            [*command, "--step", str(step), "--out", str(out)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        for name in ("policy/model.safetensors", "flow/flow.safetensors"):
+            in_between = folder / "exports" / f"step-{step}" / name
+            assert (out / name).read_bytes() == in_between.read_bytes(), (step, name)
+        AutoTokenizer.from_pretrained(str(out / "policy"))
+    assert (folder / "policy" / "model.safetensors").read_bytes() == (
+        folder / "again-2" / "policy" / "model.safetensors"
+    ).read_bytes()
+    for arguments, words in [
+        ([config.folder, "--step", "7"], r"no checkpoint of step 7, only of \[1, 2\]"),
+        (["nowhere"], "no config.json there"),
+    ]:
+        done = subprocess.run([*command[:3], *arguments], capture_output=True, text=True)
+        assert done.returncode != 0 and re.search(words, done.stderr), done.stderr
 
 
 def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
