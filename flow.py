@@ -97,18 +97,28 @@ class FlowConfig:
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the policy's depth: where it is tapped
 
     def __post_init__(self):
-        if not self.contexts or not set(self.contexts) <= CONTEXTS.keys():
-            modes = ", ".join(CONTEXTS)
-            raise ValueError(f"contexts={self.contexts}: expected one or more of {modes}")
-        if not self.percentiles or not all(0 <= p <= 1 for p in self.percentiles):
-            raise ValueError(
-                f"percentiles={self.percentiles}: expected fractions of the depth in [0, 1], "
-                "e.g. 0.25 0.5 0.75"
-            )
+        check_contexts(self.contexts)
+        check_percentiles(self.percentiles)
         if self.n_blocks < 1 or self.shift < 1:
             raise ValueError(
                 f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1"
             )
+
+
+def check_contexts(contexts: Sequence[str]) -> None:
+    """Raise ValueError unless all context modes are known, and there is one."""
+    if not contexts or not set(contexts) <= CONTEXTS.keys():
+        modes = ", ".join(CONTEXTS)
+        raise ValueError(f"contexts={contexts}: expected one or more of {modes}")
+
+
+def check_percentiles(percentiles: Sequence[float]) -> None:
+    """Raise ValueError unless all taps are fractions of the depth, and there is one."""
+    if not percentiles or not all(0 <= p <= 1 for p in percentiles):
+        raise ValueError(
+            f"percentiles={percentiles}: expected fractions of the depth in [0, 1], "
+            "e.g. 0.25 0.5 0.75"
+        )
 
 
 def check_times(times: Sequence[float]) -> None:
@@ -376,8 +386,8 @@ def draw_times(z: Tensor, kind: Times) -> Tensor:
 def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor) -> Tensor:
     """Return the offline loss of each row, delta at its time, (P,).
 
-    noise (L, C, M, D) is from draw(), times (L, C, M) from draw_times(). The gradient of the sum over rows is added
-    to the flow's parameters, so that the caller only has to divide it.
+    noise (L, C, M, D) is from draw(), times (L, C, M) from draw_times(). The gradient of the sum
+    over rows is added to the flow's parameters: the caller only has to divide it.
     """
     x_0 = noise[rows.exists]  # (P, D)
     t = times[rows.exists]  # (P,)
@@ -393,7 +403,9 @@ def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor)
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
     """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P).
 
-    The factor t/(1-t) turns an error of the velocity into one of the score function, for this path.
+    On this path t/(1-t) turns a squared velocity error into its weight in the likelihood bound:
+    half of d(log SNR)/dt = 1/(t(1-t)), times t^2 from velocity to noise. With a single time it is
+    a constant, which the min-max of the shaping cancels.
     """
     factors = [t / (1 - t) for t in times]
     weights = torch.tensor(factors, dtype=errors.dtype, device=errors.device)

@@ -84,6 +84,18 @@ def on_first(work: Callable):
     return result
 
 
+def cores_per_rank() -> int:
+    """Return how many worker processes a rank may start: its share of this node's cores."""
+    return max(1, (os.cpu_count() or 1) // dist.get_world_size())
+
+
+def gather_objects(value) -> list:
+    """Return every rank's value, in the order of the ranks, on all of them."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place, and return it."""
     dist.all_reduce(values)

@@ -274,7 +274,10 @@ def gradient_by_logits(
 
 # ---- Policy
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
-    """Return layer indices round(p * n_layers), n_layers - 1 at most (paper: p = .25, .5, .75)."""
+    """Return indices of layers, round(p * n_layers), n_layers - 1 at most (paper: .25, .5, .75).
+
+    They count from 0: the latent of layer i is what Hugging Face calls hidden_states[i + 1].
+    """
     return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
 
 
@@ -460,17 +463,19 @@ def load_policy(
 
 # ---- Flow reward (paper: flow reward shaping)
 def normalise(
-    score: Tensor, mask: Tensor, bilateral: bool, power: float, group_size: int
+    score: Tensor, mask: Tensor, bilateral: bool, power: float, rows_together: int
 ) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1]; zero outside mask.
 
     bilateral: to [-1, 1]
     power: exponent, applied in [0, 1]
-    group_size: rows that share a minimum and a maximum: 1 (paper), or G to keep what tells the
-        responses of a group apart
+    rows_together: how many rows share a minimum and a maximum: 1 (paper), or G to keep what tells
+        the responses of a group apart
     Scores that are all equal become zero.
     """
-    scope_mask = mask.view(-1, group_size * mask.shape[1])  # a row is what is normalised together
+    scope_mask = mask.view(
+        -1, rows_together * mask.shape[1]
+    )  # a row is what is normalised together
     values = score.reshape(scope_mask.shape)
     low = values.masked_fill(~scope_mask, torch.inf).amin(dim=1, keepdim=True)
     high = values.masked_fill(~scope_mask, -torch.inf).amax(dim=1, keepdim=True)
@@ -485,8 +490,8 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
     """Keep the tail of normalised scores (B, T): above the threshold, then the k largest.
 
     The others become zero. A threshold of 0 and a top_k of None keep everything. Bilateral keeps
-    scores beyond the threshold on both sides, and k//2 of each. As in the official code, only rows
-    with at least k scores left are cut to k.
+    scores beyond the threshold on both sides, and of these k//2 of each side; all of them, as in
+    the official code, where fewer than k are left.
     """
     tail = score
     if threshold > 0:
@@ -533,6 +538,8 @@ def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline) -> Te
         advantage = advantage / (groups.std(dim=1, keepdim=True) + 1e-9)
     elif baseline == "rloo":
         advantage = advantage * group_size / (group_size - 1)
+    else:
+        assert baseline in ("dr_grpo", "reinforce++"), f"unknown baseline {baseline!r}"
     is_varied = varied_groups(reward, group_size)[:, None]
     return torch.where(is_varied, advantage, 0.0).flatten()
 

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 import vision
-from run import change, flatten
+from parallel import gather_objects, is_first
+from run import change, flatten, unset_among
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 TAG_INSTRUCTION = (  # for vision-language models, word for word as published
@@ -73,7 +74,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mist
 class LoadingSettings:
     """How a model is loaded."""
 
-    # Of forward and backward; auto: bfloat16 on a GPU
+    # Compute dtype of forward and backward; auto: bfloat16 on a GPU
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
     # Smaller images are enlarged to this size; by default the processor's
@@ -84,7 +85,7 @@ class LoadingSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where rows of the data stand, and how they become prompts."""
+    """Where rows of data are found, and how they become prompts."""
 
     split: str = "train"  # Split of a hub data set
     subset: str | None = None  # Subset (configuration) of a hub data set
@@ -93,7 +94,7 @@ class DataSettings:
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
     media_dir: str | None = None  # Folder that image paths start from; by default that of the data
     max_images: int = 4  # Most images a problem may have
-    # auto, qwen, qwen_tag, llama, chat, none, or a file with {problem} in it
+    # auto, qwen, qwen_tag, llama, chat, bare, none, or a file with {problem} in it
     template: str = "auto"
     # Longest prompt accepted; by default 3000
     max_prompt_tokens: int | None = None
@@ -101,7 +102,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ProblemSettings(DataSettings):
-    """Where problems and answers stand, and how problems become prompts."""
+    """Where problems and answers are found, and how problems become prompts."""
 
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
 
@@ -175,12 +176,9 @@ def fill_in(config, model: Model):
     flat = flatten(config)
     if flat.get("freeze") == "vision" and not has_vision:
         raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
-    derived = {}
-    for name, value in published.items():
-        if name in flat and flat[name] is None:
-            derived[name] = value
+    derived = unset_among(config, published)
     derived["template"] = choose_template(flat["template"], model)
-    if dist.get_rank() == 0:
+    if is_first():
         settings = "  ".join(f"{name}={value}" for name, value in derived.items())
         size = f"{model.n_parameters / 1e9:.3g}B parameters"
         print(f"from the model {model.path} ({size}):  {settings}")
@@ -326,7 +324,7 @@ def load_problems(
 def make_problems(
     rows: Sequence[dict], source: str, settings: ProblemSettings, model: Model
 ) -> list[Problem]:
-    """Make problems of rows that come from `source`, the folder of which image paths start from."""
+    """Build problems from rows; image paths are relative to the folder of `source`."""
     texts = [row[settings.problem_column] for row in rows]
     images = load_images(rows, source, settings, model.processor)
     prompts = make_prompts(texts, images, model, settings)
@@ -398,7 +396,7 @@ def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
         pattern = Path(template).read_text()
     else:
         known = ", ".join(TEMPLATES)
-        raise ValueError(f"template {template!r}: neither {known}, chat, auto nor a file")
+        raise ValueError(f"template {template!r}: neither {known}, chat, bare, auto nor a file")
     if "{problem}" not in pattern:
         raise ValueError(
             f"template {template!r} has no {{problem}} in it; put it where the problem goes"
@@ -546,7 +544,7 @@ def make_engine(
         engine = TorchEngine(model, settings.max_sequences, device, dtype)
     else:
         engine = VllmEngine(model, settings, max_length, max_images, device, dtype)
-    if dist.get_rank() == 0:
+    if is_first():
         seconds = time.perf_counter() - began
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")
     return engine
@@ -577,18 +575,21 @@ def generate_on_all_ranks(
     shares = balanced_shares(expected_tokens, n_engines)
     my_share = shares[dist.get_rank() // engine.n_ranks]
     episodes = engine.generate([requests[i] for i in my_share], sampling)
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, episodes)
+    gathered = gather_objects(episodes)
     by_request: dict[int, list[Episode]] = {}
     for share, sampled in zip(shares, gathered[:: engine.n_ranks], strict=True):
-        for place, i in enumerate(share):
-            by_request[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
+        by_request.update(zip(share, in_groups(sampled, sampling.n), strict=True))
     ordered = []
     for i, request in enumerate(requests):
         for episode in by_request[i]:
             # every rank has the images: they did not travel with the episodes
             ordered.append(replace(episode, images=request.images))
     return ordered
+
+
+def in_groups(items: list, size: int) -> list[list]:
+    """Cut a list into consecutive groups of one size."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def balanced_shares(work: Sequence[float], n_shares: int) -> list[list[int]]:
@@ -621,8 +622,7 @@ def grade_on_all_ranks(
 
     @cache
     def verdicts() -> list:
-        gathered: list = [None] * n_ranks
-        dist.all_gather_object(gathered, pending.result())
+        gathered = gather_objects(pending.result())
         ordered = []
         for i in range(len(problems)):
             graded = gathered[i % n_ranks]
@@ -648,7 +648,7 @@ def end_tokens(model: Model) -> list[int]:
 
 
 class VllmEngine:
-    """vLLM in this process: an engine for each rank, or one for neighbours, which call it together.
+    """vLLM in this process: an engine a rank, or one that neighbouring ranks call together.
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it
     samples. On a CPU sleeping frees nothing.
@@ -713,7 +713,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.state == "asleep":
-            # weights first: the trainer still needs the cache's room to gather them
+            # only the weights: the trainer still needs the cache's memory to gather them
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
             self.state = "no cache"
@@ -736,7 +736,7 @@ class VllmEngine:
         prompts = [self.to_vllm_prompt(request) for request in requests]
         parameters = [self.sampling_parameters(sampling, request.seed) for request in requests]
         # the bar shows tokens a second
-        bar = partial(tqdm, leave=False, delay=3) if dist.get_rank() == 0 else False
+        bar = partial(tqdm, leave=False, delay=3) if is_first() else False
         outputs = self.llm.generate(prompts, parameters, use_tqdm=bar)
         episodes = []
         for request, output in zip(requests, outputs, strict=True):
@@ -875,7 +875,7 @@ class TorchEngine:
             unit="seq",
             leave=False,
             delay=3,
-            disable=dist.get_rank() > 0,
+            disable=not is_first(),
         )
         n_tokens = 0
         began = time.perf_counter()
@@ -883,8 +883,7 @@ class TorchEngine:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             sampled = self.sample([requests[i] for i in chosen], sampling)
-            for place, i in enumerate(chosen):
-                by_request[i] = sampled[place * sampling.n : (place + 1) * sampling.n]
+            by_request.update(zip(chosen, in_groups(sampled, sampling.n), strict=True))
             n_tokens += sum(len(episode.response_ids) for episode in sampled)
             bar.update(len(sampled))
             bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s")

@@ -42,11 +42,11 @@ STOP_SIGNALS: list[int] = []  # received so far
 
 # ---- From start to exit
 def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
-    """Run a script's main with settings from the command line.
+    """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
 
-    The process leaves with exit code 0, or 1 after an error. The first SIGTERM or SIGINT lets main
-    finish its step, the second exits at once. The exit is os._exit: threads that libraries leave
-    behind can neither spoil it (one run in eight died so) nor wait for ranks that are gone.
+    The first SIGTERM or SIGINT lets main finish its step; the second exits at once. The process
+    ends by os._exit, because threads left by libraries crashed one exit in eight, or waited for
+    ranks that were gone.
     """
     recorder = get_error_handler()
     recorder.initialize()
@@ -76,15 +76,15 @@ def note_signal(number: int, _frame) -> None:
 
 
 def report_error(error: BaseException, recorder) -> None:
-    """Show an error and record it for torchrun, whose last word is the first error recorded."""
+    """Print an error and record it for torchrun, which reports the first one recorded."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
     if lost_a_peer:
-        time.sleep(10)  # the rank that was lost has more to say: let it record its error first
+        time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
     recorder.record_exception(error)
     is_other_rank = dist.is_initialized() and dist.get_rank() > 0
     if is_other_rank and isinstance(error, ValueError):
-        return  # bad input: every rank has met it, and the first one shows it
+        return  # invalid input fails on every rank, and the first one prints it
     print("\n" + traceback.format_exc(), end="", file=sys.stderr)
 
 
@@ -151,10 +151,14 @@ def change(settings, **values):
 
 
 def with_defaults(settings, **values):
-    """Return a copy with each of the values filled in whose flag exists and is None."""
+    """Fill in each value whose setting exists and is None; return a copy."""
+    return change(settings, **unset_among(settings, values))
+
+
+def unset_among(settings, values: dict[str, object]) -> dict[str, object]:
+    """Return those of the values whose setting exists and is None."""
     flat = flatten(settings)
-    missing = [name for name in values if name in flat and flat[name] is None]
-    return change(settings, **{name: values[name] for name in missing})
+    return {name: value for name, value in values.items() if name in flat and flat[name] is None}
 
 
 def parse_config(config_class: type, presets: dict[str, dict]):
@@ -173,7 +177,7 @@ def parse_config(config_class: type, presets: dict[str, dict]):
         if foreign:
             raise ValueError(
                 f"--resume {known.resume}: that run has {foreign}, settings of another script or "
-                f"version; go on with the one that began it"
+                f"version; resume with the one that began it"
             )
     else:
         values = presets.get(known.model, {})
@@ -188,14 +192,12 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
         raise ValueError(f"--resume {folder}: no config.json there; expected the folder of a run")
     nested = json.loads(path.read_text())
     flat = {}
-    n_groups = 0
     for name, value in nested.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # a group
             flat.update(value)
-            n_groups += 1
         else:
             flat[name] = value
-    if not n_groups:
+    if len(flat) == len(nested):
         raise ValueError(
             f"{path} holds settings in one flat list, as an earlier version wrote them; expected "
             f"groups of settings: resume with the version that began the run, or start a new one"
@@ -221,17 +223,23 @@ def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.writing")
+    if must_be_new:  # another process may be about to make the same file
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     try:
         yield temporary
         flush_to_disk(temporary)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         remove(temporary)
-        raise cannot_write(path, error) from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as the latter
+            raise cannot_write(path, error) from error
+        raise
     if must_be_new:
-        os.link(temporary, path)
-        temporary.unlink()
+        try:
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
     elif path.is_dir():
         outdated = path.with_name(f"{path.name}.outdated")
         remove(outdated)
@@ -276,7 +284,7 @@ def cannot_write(path: Path, error: BaseException) -> OSError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     folder = next(parent for parent in path.parents if parent.exists())
     room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
-    hint = "what was saved before is whole; make room, then --resume"
+    hint = "what was saved before is whole; make room, then go on (a training: --resume)"
     return OSError(f"could not write {path} ({room}): {reason}; {hint}")
 
 
@@ -413,7 +421,7 @@ class Run:
         return newest
 
     def cut_metrics(self, last_step: int) -> None:
-        """Cut metrics.jsonl behind a step, and leave out a last line that was not finished."""
+        """Drop the lines of metrics.jsonl after a step, and an incomplete last line."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return

@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards and the flow reward, on one node (paper: RLFR).
 
     python train_rl.py                                    the embedded world, from nothing
-    python train_rl.py --shaping none | entropy | flow    baselines differ in this flag alone
+    python train_rl.py --shaping none | entropy | flow    methods to compare differ in this flag
     torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl
 
 Problems have the columns `problem` and `answer`. A step is the loop at the end of main(): roll out,
@@ -68,7 +68,7 @@ RANK_VARIABLES = (
 )
 
 
-# ---- Settings; None is filled in from the model
+# ---- Settings; one that is None is filled in from the model
 @dataclass(frozen=True)
 class SamplingSettings:
     """How many episodes a step has, and how they are sampled."""
@@ -99,7 +99,7 @@ class FlowRewardSettings:
     flow_coef: float = 0.01  # Scale of the flow reward
     # T_r, times at which the deviation is taken, in (0, 1)
     reward_times: tuple[float, ...] = (0.8,)
-    flow_threshold: float = 0.6  # Normalised scores below are dropped, in [0, 1]
+    flow_threshold: float = 0.6  # Only normalised scores above it are kept, in [0, 1]
     flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: no limit
     # What is normalised together; paper: response
     flow_scope: Literal["response", "group"] = "response"
@@ -137,7 +137,7 @@ class OptimisationSettings:
     lr_floor: float = 0.1  # Rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.0  # AdamW weight decay of the policy
     clip_norm: float = 1.0  # Largest gradient norm
-    # Of the loss: mean of means, token, or constant (Dr. GRPO)
+    # sequence: mean over episodes of token means; token: over all tokens; constant: Dr. GRPO
     normalisation: rlfr.Normalisation = "sequence"
     clip_low: float = 0.2  # PPO clip below 1
     clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
@@ -145,7 +145,7 @@ class OptimisationSettings:
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
-    # Sampler-trainer ratio: truncate by, or mask
+    # Trainer-sampler ratio: truncated, of a token or a sequence; mask: 0 above the cap
     mismatch: rlfr.Mismatch = "token"
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
@@ -260,9 +260,10 @@ def check(config: Config) -> None:
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is outside [0, 1]")
     fl.check_times(config.flow_reward.reward_times)
-    contexts = config.flow_reward.contexts or ("previous",)
-    percentiles = config.flow_reward.percentiles or (0.5,)
-    fl.FlowConfig(dim=1, contexts=contexts, percentiles=percentiles)  # raises ValueError
+    if config.flow_reward.contexts is not None:
+        fl.check_contexts(config.flow_reward.contexts)
+    if config.flow_reward.percentiles is not None:
+        fl.check_percentiles(config.flow_reward.percentiles)
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
@@ -298,7 +299,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
 
 
 def newest_flow(folder: str) -> str:
-    """Return the newest flow in a folder of the offline start or its followers `-2`, `-3` …; say it."""
+    """Return the newest flow among those of the offline start, `folder` and `folder-N`; say it."""
     name = Path(folder).name
     flows = []
     for run_folder in Path(folder).parent.glob(f"{name}*"):
@@ -350,7 +351,8 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
 
 
 # ---- 1. and 2. Roll out and verify
-Verdicts = Callable[[], list[Verdict]]  # waits for the verdicts on all episodes
+# Waits for the verdicts on all episodes, once; then it returns them at once
+Verdicts = Callable[[], list[Verdict]]
 
 
 class Sampler(NamedTuple):
@@ -409,7 +411,8 @@ def sample_groups(
     group_size = settings.group_size
     places = rlfr.passes(len(problems), cursor, n_problems, "problem order", seed)
     rows = [row for _, row in places]
-    usual_length = lengths[lengths > 0].mean().nan_to_num(settings.max_tokens)
+    known = lengths[lengths > 0]
+    usual_length = known.mean() if len(known) else torch.tensor(float(settings.max_tokens))
     requests = []
     expected_tokens = []
     for epoch, row in places:
@@ -440,16 +443,23 @@ class Scores:
     flow_mask: Tensor  # bool, tokens with a flow score: not the last one if the context is the next
 
     @classmethod
-    def empty(cls, episodes: Sequence[rollout.Episode]) -> "Scores":
-        """Return scores before the scoring pass: mask and sampled log-probs, zeros elsewhere."""
+    def before_the_pass(cls, episodes: Sequence[rollout.Episode]) -> "Scores":
+        """Return what is known before the pass, mask and sampled log-probs, and zeros elsewhere."""
         device = parallel.DEVICE
         lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
         sampled_logp = torch.zeros(mask.shape, device=device)
         all_logp = [logp for episode in episodes for logp in episode.logp]
         sampled_logp[mask] = torch.tensor(all_logp, device=device)
-        to_be_scored = [torch.zeros(mask.shape, device=device) for _ in range(4)]
-        return cls(mask, sampled_logp, *to_be_scored, flow_mask=torch.zeros_like(mask))
+        return cls(
+            mask,
+            sampled_logp,
+            old_logp=torch.zeros(mask.shape, device=device),
+            entropy=torch.zeros(mask.shape, device=device),
+            ref_logp=torch.zeros(mask.shape, device=device),
+            flow_score=torch.zeros(mask.shape, device=device),
+            flow_mask=torch.zeros_like(mask),
+        )
 
     def sum_over_ranks(self) -> None:
         """Add up what each rank has scored; it left zeros for the others' episodes."""
@@ -473,7 +483,7 @@ def score(
     episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
     temperature = config.sampling.temperature
-    scores = Scores.empty(episodes)
+    scores = Scores.before_the_pass(episodes)
     flow_learns = flow is not None and learns_while_scoring(config.flow_update)
     flow_loss = torch.zeros((), device=parallel.DEVICE)
     taps = []
@@ -490,7 +500,9 @@ def score(
                 scores.ref_logp[place] = reference(batch, temperature).logp
         if flow:
             weight = None
-            if flow_learns:  # the first micro-batch waits here for the verdicts, the GPU works on
+            if flow_learns:
+                # which rows to learn from: the first micro-batch waits here for all verdicts,
+                # while the kernels that are already queued keep the GPU busy
                 accepted = accepted_episodes(verdicts(), config.flow_update)
                 weight = flow_loss_weights(
                     batch, rows, scored.entropy, accepted, config.flow_update
@@ -657,7 +669,7 @@ def update_policy(
     lr: float,
     learn_flow: Callable[[Tensor], dict[str, float]] | None,
 ) -> dict[str, float]:
-    """Take the optimiser steps of one RL step, a mini-batch each; return figures, their means.
+    """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
     advantage and weight are (B, T); weight corrects for the sampler's probabilities. learn_flow is
     called with each mini-batch's places in the step before its optimiser step, and returns figures.
@@ -833,8 +845,8 @@ def main(config: Config) -> None:
         )
     evaluation_problems = replace(config.problems, split=config.evaluation.eval_split)
     held_out = sets.load_sets(config.eval_data or (), evaluation_problems, model)
-    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
-    grader = Grader(config.reward, config.grading, config.sampling.max_tokens, n_workers)
+    max_tokens = config.sampling.max_tokens
+    grader = Grader(config.reward, config.grading, max_tokens, parallel.cores_per_rank())
 
     # ---- Flow, engine, policy
     dtype = parallel.compute_dtype(config.loading.dtype)
@@ -921,13 +933,13 @@ def main(config: Config) -> None:
         clock = Stopwatch()
         grader.counts.clear()
 
-        # ---- 1. Roll out, and 2. verify in worker processes, while the scores are computed
+        # ---- 1. Roll out, and 2. verify: worker processes grade while the policy scores
         with engine_awake():
             clock.lap("sync")
             episodes, verdicts, cursor = roll_out(sampler, progress["cursor"])
         clock.lap("roll_out")
 
-        # ---- 3. Score
+        # ---- 3. Score, and let the flow's gradient add up
         scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
         clock.lap("score")
         reward = [verdict.reward for verdict in verdicts()]
@@ -962,7 +974,7 @@ def main(config: Config) -> None:
             *(config, step, lr, learn_flow),
         )
 
-        # ---- 6. Update the flow, with the gradient of the scoring pass
+        # ---- 6. Step the flow, with the gradient of 3
         if "flow" in learners and learns_while_scoring(config.flow_update):
             flow_metrics["flow/grad_norm"] = learners["flow"].step(
                 flow_lr, config.optimisation.clip_norm

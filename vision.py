@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from parallel import gather_objects, is_first
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PLACEHOLDER = "<image>"  # an image in the text of a problem
 PAD = "<|image_pad|>"  # one vector of an image in the prompt
@@ -293,9 +295,8 @@ def fit_grids(values: Sequence[list], processor, media_dir: str) -> list[list[Gr
     All ranks call this together. A bad image raises the same ValueError on every rank, because a
     rank that raised it alone would leave the others waiting.
     """
-    n_ranks = dist.get_world_size()
-    share = range(dist.get_rank(), len(values), n_ranks)
-    is_silent = dist.get_rank() > 0
+    share = range(dist.get_rank(), len(values), dist.get_world_size())
+    is_silent = not is_first()
     grids = {}  # by row
     error = None
     try:
@@ -303,10 +304,8 @@ def fit_grids(values: Sequence[list], processor, media_dir: str) -> list[list[Gr
             grids[i] = [read_grid(i, value, processor, media_dir) for value in values[i]]
     except ValueError as caught:
         error = caught
-    gathered: list = [None] * n_ranks
-    dist.all_gather_object(gathered, (grids, error))
     all_grids = {}
-    for rank_grids, rank_error in gathered:
+    for rank_grids, rank_error in gather_objects((grids, error)):
         if rank_error is not None:
             raise rank_error
         all_grids.update(rank_grids)
