@@ -341,8 +341,11 @@ def test_placeholders():
         assert prompt("Q?", one, template=template) == official.replace("{QUESTION}", "Q?"), (
             template
         )
-    model = MODEL._replace(config=tiny_vlm("qwen2_5_vl").config)
-    assert rollout.choose_template("auto", model) == "qwen_tag"
+    tokenizer = toy.make_tokenizer(images=True)
+    model = MODEL._replace(config=tiny_vlm("qwen2_5_vl").config, tokenizer=tokenizer)
+    assert rollout.choose_template("auto", model) == "none"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert rollout.choose_template("auto", model) == "bare", "no instruction of ours, as published"
 
 
 @pytest.mark.parametrize(
