@@ -297,6 +297,7 @@ def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
 # Settings that cannot change when a run is resumed, and why; all others act from there on
 OF_THE_MODEL = "the checkpoint holds the weights of that model"
 OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
+OF_THE_PROMPTS = "the policy has learnt from other prompts"
 OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
 OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
 FIXED_AT_START = {
@@ -310,6 +311,9 @@ FIXED_AT_START = {
     "solution_column": OF_THE_DATA,
     "images_column": OF_THE_DATA,
     "batch_size": OF_THE_DATA,
+    "template": OF_THE_PROMPTS,
+    "min_pixels": OF_THE_PROMPTS,
+    "max_pixels": OF_THE_PROMPTS,
     "shaping": OF_THE_WEIGHTS,
     "flow": OF_THE_WEIGHTS,
     "freeze": OF_THE_WEIGHTS,

@@ -12,10 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, flags, last_state, requests
+from conftest import (
+    ROOT,
+    figures,
+    flags,
+    last_state,
+    load_problems,
+    requests,
+    torch_engine,
+    vllm_engine,
+)
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import flow as fl
 import parallel
 import rlfr
 import rollout
@@ -70,7 +80,7 @@ def wait_for_step(folder: str, step: int, process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
     return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
-        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3,
+        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3, export_every=4,
         flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),),
         folder=str(tmp_path_factory.mktemp("distributed") / "one"),
     )  # fmt: skip
@@ -276,6 +286,38 @@ def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
     ]
     loads = [sum(expected[r.prompt_ids[0]] for r in engine.asked[0]) for engine in engines]
     assert sum(loads) == sum(expected) and max(loads) - min(loads) <= 1
+
+
+# ---- Exports
+
+
+@pytest.mark.vllm
+def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world, tmp_path):
+    """run.py export gives the weights that the engine got after that step, and others load them."""
+    greedy = rollout.Sampling(temperature=0.0, max_tokens=24)
+    problems = load_problems(world.path("test.jsonl"))
+    asked = requests([problem.prompt_ids for problem in problems])
+
+    def tokens(engine) -> list[list[int]]:
+        return [episode.response_ids for episode in engine.generate(asked, greedy)]
+
+    for name, folder in {"one": one, "two": two}.items():
+        out = tmp_path / name
+        finish("run.py", ["export", folder, "--step", "4", "--out", str(out)], 1)
+        by_the_run = torch_engine(Path(folder, "exports", "step-4", "policy"))  # what it synced
+        exported = torch_engine(out / "policy")
+        for key, tensor in by_the_run.model.state_dict().items():
+            assert torch.equal(tensor, exported.model.state_dict()[key]), key
+        expected = tokens(by_the_run)
+        assert tokens(exported) == expected and len(set(map(tuple, expected))) > 1
+        for problem, response in zip(problems, expected, strict=True):  # by transformers
+            ids = torch.tensor([problem.prompt_ids])
+            generated = exported.model.generate(
+                ids, do_sample=False, max_new_tokens=24, eos_token_id=exported.end_tokens.tolist()
+            )
+            assert generated[0, ids.shape[1] :].tolist() == response
+        assert tokens(vllm_engine(out / "policy", 96)) == expected
+        assert fl.load_flow(out / "flow", 32).config == fl.load_flow(config.flow, 32).config
 
 
 # ---- C. Killed

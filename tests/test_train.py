@@ -198,7 +198,7 @@ OPTIONS = [  # what both runs have, what one has besides
     ({"shaping": "entropy"}, {"entropy_alpha": 0.01}),
     ({"shaping": "entropy"}, {"entropy_kappa": 20.0}),
     ({}, {"mismatch": "mask", "mismatch_cap": 0.5}),
-    ({"mismatch_cap": 0.5}, {"mismatch": "sequence"}),
+    ({}, {"mismatch": "sequence"}),
     ({}, {"temperature": 0.7}),
     ({}, {"seed": 1}),
 ]
