@@ -718,6 +718,21 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
     assert folders == ["runs/rl-x", "runs/rl-x-2", "runs/rl-x-3"]
 
 
+def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
+    folder = tmp_path / "toy"
+    command = [sys.executable, "-u", str(ROOT / "toy.py"), "--folder", str(folder)]
+    size = (
+        "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
+    )
+    with runs.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
+        process = subprocess.Popen([*command, *size.split()], stdout=subprocess.PIPE, text=True)
+        assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
+        assert not folder.exists()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"the embedded world is in {folder}" in output
+    assert (folder / "world.json").exists() and not list(tmp_path.glob("*.making*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
 def test_the_default_run_learns(tmp_path, engine):
