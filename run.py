@@ -420,7 +420,9 @@ class Run:
         step = step_of(newest) if newest else 0
         self.cut_metrics(step)
         if self.config.resume and self.changes():
-            config_file.replace(self.folder / f"config-until-step-{step}.json")
+            until_here = self.folder / f"config-until-step-{step}.json"
+            if not until_here.exists():
+                shutil.copy(config_file, until_here)
             write_json(config_file, asdict(self.config))
         return newest
 
