@@ -50,7 +50,8 @@ class Config:
     data: tuple[str, ...] | None = None  # Sets: a name such as math500, NAME=SOURCE or SOURCE
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
-    max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
+    # Longest response; by default 8192, or what the prompts leave of the model's positions
+    max_tokens: int | None = None
     reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT; by default as in training
     judge_url: str | None = None  # OpenAI-compatible server that reads what the rules cannot
     judge_model: str | None = None  # The model that it serves
@@ -65,6 +66,7 @@ class Config:
     loading: LoadingSettings = LoadingSettings()
 
 
+OFFICIAL_LENGTH = 8192  # tokens of a response; of a VL model's prompt and response together
 MUST_BE_POSITIVE = """
     samples max_tokens top_p chunk max_prompt_tokens grader_deadline overlong_buffer
     max_sequences tensor_parallel
@@ -97,6 +99,10 @@ def main(config: Config) -> None:
     check(config)
     config, model = resolve(config)
     problems, questions = load_data(config, model)
+    longest_prompt = find_longest_prompt(problems)
+    if config.max_tokens is None:
+        max_tokens = choose_max_tokens(model, longest_prompt)
+        config = replace(config, max_tokens=max_tokens)
     check_judge(config, problems, questions)
     folder = on_first(lambda: open_folder(config))
     judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl")
@@ -108,7 +114,7 @@ def main(config: Config) -> None:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: one of vLLM takes the process group with it.
-            engine = make_engine(config, model)
+            engine = make_engine(config, model, longest_prompt)
             is_complete = sample_chunks(engine, chunks, n_done, grader, config, folder)
             if not is_complete:
                 if is_first():
@@ -134,15 +140,52 @@ def resolve(config: Config) -> tuple[Config, Model]:
             "or files with columns problem and answer"
         )
     model = rollout.find_model(name, config.loading)
-    return rollout.fill_in(config, model), model
+    # fill_in knows the length of training; that of evaluation depends on the prompts.
+    filled = rollout.fill_in(with_defaults(config, max_tokens=OFFICIAL_LENGTH), model)
+    return replace(filled, max_tokens=config.max_tokens), model
 
 
-def make_engine(config: Config, model: Model) -> rollout.Engine:
+def find_longest_prompt(problems: dict[str, list[Problem]]) -> int:
+    """Return the length of the longest prompt of all sets, in tokens."""
+    longest = 0
+    for problems_of_set in problems.values():
+        longest = max(longest, *(len(problem.prompt_ids) for problem in problems_of_set))
+    return longest
+
+
+def choose_max_tokens(model: Model, longest_prompt: int) -> int:
+    """Return the official length of a response, as far as the model's positions allow.
+
+    OFFICIAL_LENGTH is that of the response alone, for vision-language models that of prompt and
+    response together. One line says so where the response gets less.
+
+    Raises:
+        ValueError: the longest prompt leaves no room for a response.
+    """
+    positions = model.text_config.max_position_embeddings
+    limit = positions
+    if model.processor is not None:
+        limit = min(OFFICIAL_LENGTH, positions)
+    max_tokens = min(OFFICIAL_LENGTH, limit - longest_prompt)
+    if max_tokens < 1:
+        raise ValueError(
+            f"the longest prompt has {longest_prompt} tokens, which leaves no room in {limit} for "
+            "a response; leave it out, or give --max-tokens"
+        )
+    if max_tokens < OFFICIAL_LENGTH and is_first():
+        print(
+            f"responses may have {max_tokens} tokens: {limit} for prompt and response, "
+            f"less the longest prompt ({longest_prompt})"
+        )
+    return max_tokens
+
+
+def make_engine(config: Config, model: Model, longest_prompt: int) -> rollout.Engine:
     """Start the engine that samples, with the model's weights."""
     return rollout.make_engine(
         model,
         config.engine,
-        max_length=config.problems.max_prompt_tokens + config.max_tokens,
+        max_length=longest_prompt + config.max_tokens,
         max_images=config.problems.max_images,
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),

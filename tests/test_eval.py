@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, find_model, read_lines
+from conftest import ROOT, find_model, load_problems, read_lines
 
 import eval as evaluation
 import parallel
+import rollout
 import run as runs
 from evals import sets
 from evals.sets import HUB_SETS, cluster
 from grading import Pool
+from rollout import Problem
 
 
 # ---- Equal answers are one vote
@@ -115,6 +118,67 @@ def test_bad_settings(config, changes, message):
 def test_a_folder_of_something_else_is_left_alone(config, world):
     with pytest.raises(ValueError, match="holds no evaluation; name another --out"):
         evaluation.main(runs.change(config, out=world.folder))
+
+
+# ---- How long a response may be
+def make_problems_of(*lengths: int) -> list[Problem]:
+    """Problems whose prompts have these lengths."""
+    return [Problem(str(length), "1+1", "2", [0] * length) for length in lengths]
+
+
+def model_with(positions: int, processor=None) -> SimpleNamespace:
+    """What choose_max_tokens looks at in a model."""
+    text_config = SimpleNamespace(max_position_embeddings=positions)
+    return SimpleNamespace(text_config=text_config, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("positions", "processor", "expected"),
+    [
+        (32768, None, 8192),
+        (4096, None, 4096 - 300),
+        (8300, None, 8000),
+        (128000, "images", 8192 - 300),
+        (4096, "images", 4096 - 300),
+    ],
+)
+def test_responses_are_as_long_as_in_the_official_evaluation(
+    positions, processor, expected, capsys
+):
+    problems = {"a": make_problems_of(100, 300), "b": make_problems_of(200)}
+    longest_prompt = evaluation.find_longest_prompt(problems)
+    assert longest_prompt == 300
+    model = model_with(positions, processor)
+    assert evaluation.choose_max_tokens(model, longest_prompt) == expected
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == int(expected < 8192)
+    assert f"responses may have {expected} tokens" in printed or expected == 8192
+
+
+def test_a_prompt_that_leaves_no_room():
+    with pytest.raises(ValueError, match="has 512 tokens, which leaves no room in 512"):
+        evaluation.choose_max_tokens(model_with(512), 512)
+
+
+def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def make_engine(model, settings, max_length, **_):
+        raise Stop(max_length)
+
+    monkeypatch.setattr(rollout, "make_engine", make_engine)
+    positions = find_model(config.model).text_config.max_position_embeddings
+    with pytest.raises(Stop) as stopped:
+        evaluation.main(runs.change(config, max_tokens=None))
+    assert stopped.value.args == (positions,)
+    longest_prompt = max(len(problem.prompt_ids) for problem in load_problems(config.data[0]))
+    assert f"responses may have {positions - longest_prompt} tokens" in capsys.readouterr().out
+    stored = json.loads(Path(config.out, "config.json").read_text())["config"]
+    assert stored["max_tokens"] == positions - longest_prompt
+    with pytest.raises(Stop) as stopped:
+        evaluation.main(runs.change(config, out=f"{config.out}-16"))
+    assert stopped.value.args == (longest_prompt + 16,)
 
 
 # ---- Whole evaluations
