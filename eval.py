@@ -61,7 +61,8 @@ class Config:
     chunk: int = 2048  # Responses between writes: what an interruption loses at most
     seed: int = 0  # Seed of the sampling
     problems: ProblemSettings = ProblemSettings(split="test")
-    grading: RewardSettings = RewardSettings()
+    # As in the official evaluation, where a response need not have ended by itself
+    grading: RewardSettings = RewardSettings(grade_truncated=True)
     engine: EngineSettings = EngineSettings()
     loading: LoadingSettings = LoadingSettings()
 

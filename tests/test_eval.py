@@ -16,9 +16,12 @@ import eval as evaluation
 import parallel
 import rollout
 import run as runs
+import toy
+import train_rl
 from evals import sets
 from evals.sets import HUB_SETS, cluster
 from grading import Pool
+from rewards import Grader
 from rollout import Problem
 
 
@@ -179,6 +182,21 @@ def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeyp
     with pytest.raises(Stop) as stopped:
         evaluation.main(runs.change(config, out=f"{config.out}-16"))
     assert stopped.value.args == (longest_prompt + 16,)
+
+
+# ---- Responses that ran out of room
+@pytest.mark.parametrize(
+    ("flags", "is_graded"),
+    [([], True), (["--no-grade-truncated"], False), (["--grade-truncated"], True)],
+)
+def test_a_response_that_was_cut_is_graded_unless_told_otherwise(flags, is_graded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+    config = runs.parse_config(evaluation.Config, toy.PRESETS["eval"])
+    assert config.max_tokens == 96, "the preset of the embedded world still holds"
+    with Grader(config.reward, config.grading, n_workers=1) as grader:
+        verdict = grader.grade("1+1", "2", r"so \boxed{1} or \boxed{2}, or", finished=False)
+    assert verdict.kind == ("right" if is_graded else "cut")
+    assert not train_rl.Config().grading.grade_truncated, "training is strict"
 
 
 # ---- Whole evaluations
