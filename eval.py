@@ -47,7 +47,7 @@ class Config:
     """Evaluate a model on sets of problems, or compare two evaluations."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: tuple[str, ...] | None = None  # Sets: a name such as math500, NAME=SOURCE or SOURCE
+    data: tuple[str, ...] | None = None  # Sets: a name such as math500, [NAME=]SOURCE[:SPLIT]
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
     # Longest response; by default 8192, or what the prompts leave of the model's positions
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
         # ---- What came of it
         if is_first():
             benchmarks = score_benchmarks(folder, questions, grader.pool, judge)
-            finish(config, folder, benchmarks)
+            finish(config, folder, questions, benchmarks)
 
 
 def resolve(config: Config) -> tuple[Config, Model]:
@@ -437,14 +437,40 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def finish(config: Config, folder: Path, benchmarks: dict[str, dict]) -> None:
+def list_points(
+    records: Sequence[dict], questions: dict[str, list[vlm.Question]]
+) -> dict[str, list[figures.Point]]:
+    """Return what the average over sets is made of, by set: those that were judged at all."""
+    points = {}
+    for name, of_set in figures.group_by("set", records).items():
+        if name in questions:
+            verdicts = []
+            for record in of_set:
+                is_judged = record["verdict"] != "unjudged"
+                verdicts.append(record["correct"] if is_judged else None)
+            benchmark = vlm.BENCHMARKS[name]
+            points[name] = benchmark.list_points(questions[name], verdicts)
+        else:
+            points[name] = figures.list_points(of_set)
+    return {name: of_set for name, of_set in points.items() if of_set}
+
+
+def finish(
+    config: Config,
+    folder: Path,
+    questions: dict[str, list[vlm.Question]],
+    benchmarks: dict[str, dict],
+) -> None:
     """Write summary and report of an evaluation, and print its tables."""
     records = figures.read_samples(folder)
     judged = [record for record in records if record["verdict"] != "unjudged"]
     rows = {}
     for name, records_of_set in figures.group_by("set", judged).items():
         rows[name] = figures.summarise(records_of_set)
+    averages = figures.average_sets(list_points(records, questions))
     text = figures.table(rows) if rows else "nothing was judged"
+    if averages:
+        text += f"\n\n{figures.average_table(averages)}"
     if benchmarks:
         text += f"\n\n{vlm.table(benchmarks)}"
     stored = json.loads((folder / "config.json").read_text())
@@ -453,6 +479,7 @@ def finish(config: Config, folder: Path, benchmarks: dict[str, dict]) -> None:
         "config": {**stored["config"], **judge},
         "versions": stored["versions"],
         "sets": rows,
+        "averages": averages,
         "benchmarks": benchmarks,
     }
     write_json(folder / "summary.json", summary)
