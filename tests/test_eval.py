@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from conftest import ROOT, find_model, load_problems, read_lines
 
@@ -80,10 +81,48 @@ def test_names_of_sets(tmp_path):
     file.touch()
     specifications = ("math500", "mine=data/test.jsonl", "data/train.jsonl", "org/set", str(file))
     assert list(sets.name_sets(specifications)) == ["math500", "mine", "train", "set", "a=b"]
-    assert sets.parse_specification("math500") == ("math500", "")
-    assert sets.parse_specification("math500=mine.jsonl") == ("math500", "mine.jsonl")
     with pytest.raises(ValueError, match="two sets are named 'test'"):
         sets.name_sets(("a/test.jsonl", "b/test.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("math500", ("math500", "", None)),
+        ("math500=mine.jsonl", ("math500", "mine.jsonl", None)),
+        ("gsm8k:train", ("gsm8k", "", "train")),
+        ("org/set:validation", ("set", "org/set", "validation")),
+        ("mine=org/set:train[:100]", ("mine", "org/set", "train[:100]")),
+        ("mine=a:10/set:test", ("mine", "a:10/set", "test")),
+        ("mine=hf://datasets/set", ("mine", "hf://datasets/set", None)),
+        ("mine=here:train", ("mine", "here:train", None)),
+        ("here:train", ("here:train", "here:train", None)),
+        ("mine=here:train:test", ("mine", "here:train", "test")),
+    ],
+)
+def test_splits_of_sets(text, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here:train").mkdir()
+    assert sets.parse_specification(text) == expected
+
+
+def test_two_splits_of_one_folder(config, tmp_path):
+    rows = {split: [{"problem": "1+1>", "answer": split}] for split in ("easy", "hard", "test")}
+    splits = {split: datasets.Dataset.from_list(rows[split]) for split in rows}
+    saved = tmp_path / "saved"
+    datasets.DatasetDict(splits).save_to_disk(saved)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"problem": "2>", "answer": split}))
+    settings = runs.change(config.problems, problem_column="problem", max_prompt_tokens=64)
+    specifications = (f"a={saved}:easy", f"b={saved}:hard", str(saved), f"{folder}:validation")
+    loaded = sets.load_sets(specifications, settings, find_model(config.model))
+    answers = {name: problems[0].answer for name, problems in loaded.items()}
+    assert answers == {"a": "easy", "b": "hard", "saved": "test", "folder": "validation"}
+    for source in (saved / "easy", folder / "train.jsonl"):
+        with pytest.raises(ValueError, match=f"{source} has no splits; leave out :easy"):
+            sets.load_sets((f"a={source}:easy",), settings, find_model(config.model))
 
 
 def test_sets_are_loaded_by_name(config, world):
@@ -227,10 +266,28 @@ def test_the_folder_of_an_evaluation(config, tmp_path):
     assert stored["config"]["samples"] == 4
     assert "torch" in stored["versions"]
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary) == ["config", "versions", "sets", "benchmarks"]
+    assert list(summary) == ["config", "versions", "sets", "averages", "benchmarks"]
+    assert summary["averages"] == {}, "there is one set"
     assert summary["config"] == stored["config"] | {"judge_url": None, "judge_model": None}
     assert "avg@n" in (out / "summary.md").read_text()
     assert (out / "report.html").exists()
+
+
+def test_averages_of_an_evaluation(config, world, tmp_path, capsys):
+    data = (f"math500={world.path('test.jsonl')}", f"gsm8k={world.path('train.jsonl')}")
+    evaluation.main(runs.change(config, data=(*data, world.path("test.jsonl"))))
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    means = {name: row["avg"]["mean"] for name, row in summary["sets"].items()}
+    averages = summary["averages"]
+    assert list(averages) == ["all", "maths"]
+    assert averages["all"]["mean"] == pytest.approx(sum(means.values()) / 3)
+    assert averages["maths"]["mean"] == pytest.approx((means["math500"] + means["gsm8k"]) / 2)
+    mean = f"{averages['maths']['mean']:.1%}"
+    row = f"| maths             | {mean:>5} |"
+    assert row in (out / "summary.md").read_text()
+    assert row in capsys.readouterr().out
+    assert "average over sets" in (out / "report.html").read_text()
 
 
 def test_a_folder_with_other_settings_is_left_alone(config, tmp_path):
