@@ -7,7 +7,8 @@ r"""Accuracy of a model on sets of problems, with 95 % intervals over problems.
 Figures are avg@n, pass@k and maj@k, see evals/figures.py; evals/README.md describes the sets, the
 vision-language benchmarks and the judge. The folder of an evaluation holds
 
-    config.json      the settings, by flag, and the versions of what a result may depend on
+    config.json      the settings, by flag, a fingerprint of the weights, and the versions of what a
+                     result may depend on
     samples.jsonl    a line a sample
     summary.json     settings, versions and figures
     summary.md       the tables
@@ -16,6 +17,7 @@ vision-language benchmarks and the judge. The folder of an evaluation holds
 The same command goes on with an evaluation that was interrupted.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -55,7 +57,7 @@ class Config:
     reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT; by default as in training
     judge_url: str | None = None  # OpenAI-compatible server that reads what the rules cannot
     judge_model: str | None = None  # The model that it serves
-    out: str | None = None  # Folder for the results; by default runs/eval-MODEL
+    out: str | None = None  # Folder for the results; by default runs/eval-RUN or runs/eval-MODEL
     compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
     top_p: float = 1.0  # Nucleus of the sampling
     chunk: int = 2048  # Responses between writes: what an interruption loses at most
@@ -105,7 +107,7 @@ def main(config: Config) -> None:
         max_tokens = choose_max_tokens(model, longest_prompt)
         config = replace(config, max_tokens=max_tokens)
     check_judge(config, problems, questions)
-    folder = on_first(lambda: open_folder(config))
+    folder = on_first(lambda: open_folder(config, model))
     judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl")
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
     n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
@@ -389,32 +391,82 @@ def to_lines(records: Sequence[dict]) -> str:
 MAY_CHANGE = ("out", "judge_url", "judge_model")  # settings of which samples do not depend
 
 
-def open_folder(config: Config) -> Path:
-    """Make the folder, or find it with the same settings; ValueError if it holds something else."""
-    folder = Path(config.out or f"runs/eval-{Path(config.model).name}")
+def open_folder(config: Config, model: Model) -> Path:
+    """Make the folder, or find it with the same settings and weights.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    folder = Path(config.out or default_folder(config.model))
     settings = flatten(config)
     for name in MAY_CHANGE:
         del settings[name]
     settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples are lists
+    weights = identify_weights(model)
     file = folder / "config.json"
     if file.exists():
-        check_settings(folder, json.loads(file.read_text())["config"], settings)
+        stored = json.loads(file.read_text())
+        check_settings(folder, stored["config"], settings)
+        check_weights(folder, stored, weights)
         return folder
     if folder.exists() and any(path.suffix != ".writing" for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"config": settings, "versions": versions()})
+    write_json(file, {"config": settings, "weights": weights, "versions": versions()})
     return folder
+
+
+def default_folder(model: str) -> str:
+    """Return the folder for an evaluation of a model, named after the run that has trained it.
+
+    RUN/policy -> runs/eval-RUN, RUN/exports/step-N/policy -> runs/eval-RUN-step-N, and any other
+    folder or name -> runs/eval-NAME.
+    """
+    if not Path(model).is_dir():
+        return f"runs/eval-{Path(model).name}"
+    path = Path(os.path.abspath(model))  # without `..`
+    if path.name != "policy":
+        return f"runs/eval-{path.name}"
+    run = path.parent
+    if run.parent.name == "exports":
+        return f"runs/eval-{run.parent.parent.name}-{run.name}"
+    return f"runs/eval-{run.name}"
+
+
+SMALL_FILE = 64 * 2**20  # bytes; larger files are not read whole
+BLOCK = 2**20  # bytes
+N_BLOCKS = 64  # of a larger file
+
+
+def identify_weights(model: Model) -> str | None:
+    """Return what tells a model's weights from others; None if the hub says nothing of them.
+
+    This is the commit of a hub id. For a folder it is a hash of the names and sizes of the files
+    with weights and of their contents, of which a large file gives N_BLOCKS evenly spaced blocks.
+    """
+    folder = Path(model.path)
+    if not folder.is_dir():
+        return getattr(model.config, "_commit_hash", None)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with open(path, "rb") as file:
+            if size <= SMALL_FILE:
+                digest.update(file.read())
+                continue
+            for i in range(N_BLOCKS):
+                file.seek(i * (size - BLOCK) // (N_BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def check_settings(folder: Path, stored: dict, settings: dict) -> None:
     """Raise ValueError if an evaluation was begun with other settings than these."""
     unknown = sorted(settings.keys() - stored.keys())
     if unknown:
-        raise ValueError(
-            f"{folder} holds an evaluation by another version of eval.py, "
-            f"whose config.json has no {', '.join(unknown)}; name another --out"
-        )
+        raise ValueError(describe_version(folder, unknown))
     changes = []
     for name, value in settings.items():
         if value != stored[name]:
@@ -424,6 +476,30 @@ def check_settings(folder: Path, stored: dict, settings: dict) -> None:
             f"{folder} holds an evaluation with {', '.join(changes)}; "
             "give the same settings, or another --out"
         )
+
+
+def check_weights(folder: Path, stored: dict, weights: str | None) -> None:
+    """Raise ValueError if an evaluation was begun with other weights than these.
+
+    Args:
+        stored: What config.json holds.
+        weights: What identify_weights returns.
+    """
+    if "weights" not in stored:
+        raise ValueError(describe_version(folder, ["weights"]))
+    if stored["weights"] != weights:
+        raise ValueError(
+            f"{folder} holds an evaluation of other weights, {stored['weights']} (now {weights}); "
+            "name another --out"
+        )
+
+
+def describe_version(folder: Path, missing: Sequence[str]) -> str:
+    """Return the message for a config.json in which something is missing."""
+    return (
+        f"{folder} holds an evaluation by another version of eval.py, "
+        f"whose config.json has no {', '.join(missing)}; name another --out"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,95 @@ def test_a_folder_with_other_settings_is_left_alone(config, tmp_path):
     file.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="another version of eval.py.* has no grade_truncated"):
         evaluation.main(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("runs/rl-a-flow/policy", "runs/eval-rl-a-flow"),
+        ("runs/rl-b-none/policy/", "runs/eval-rl-b-none"),
+        ("runs/rl-a-flow/exports/step-50/policy", "runs/eval-rl-a-flow-step-50"),
+        ("models/Qwen", "runs/eval-Qwen"),
+        ("models/../models/Qwen", "runs/eval-Qwen"),
+        ("Qwen/Qwen2.5-7B", "runs/eval-Qwen2.5-7B"),
+        ("org/policy", "runs/eval-policy"),
+        ("toy", "runs/eval-toy"),
+    ],
+)
+def test_the_default_folder_is_named_after_the_run(model, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if model.startswith(("runs", "models")):
+        Path(model).mkdir(parents=True)
+    assert evaluation.default_folder(model) == folder
+
+
+def test_the_default_folder_from_within_a_run(tmp_path, monkeypatch):
+    (tmp_path / "rl-a" / "policy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "rl-a")
+    assert evaluation.default_folder("policy") == "runs/eval-rl-a"
+    monkeypatch.chdir(tmp_path / "rl-a" / "policy")
+    assert evaluation.default_folder(".") == "runs/eval-rl-a"
+
+
+def test_an_evaluation_does_not_go_on_with_other_weights(config, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+    config = runs.change(config, model=str(model))
+    evaluation.main(config)
+    file = tmp_path / "out" / "config.json"
+    stored = json.loads(file.read_text())
+    assert len(stored["weights"]) == 32
+    (weights,) = model.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="evaluation of other weights, .*; name another --out"):
+        evaluation.main(config)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    evaluation.main(config)
+    del stored["weights"]  # as an earlier version wrote it
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="another version of eval.py.* has no weights"):
+        evaluation.main(config)
+
+
+def model_in(path, commit: str | None = None) -> SimpleNamespace:
+    """What identify_weights looks at in a model."""
+    return SimpleNamespace(path=str(path), config=SimpleNamespace(_commit_hash=commit))
+
+
+def test_what_tells_weights_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SMALL_FILE", 1000)
+    monkeypatch.setattr(evaluation, "BLOCK", 10)
+    seen = {evaluation.identify_weights(model_in("org/model", "c0ffee"))}
+    assert seen == {"c0ffee"}
+    assert evaluation.identify_weights(model_in("org/model")) is None
+
+    def is_new() -> bool:
+        identity = evaluation.identify_weights(model_in(tmp_path))
+        if identity in seen:
+            return False
+        seen.add(identity)
+        return True
+
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(bytes(1000))
+    assert is_new()
+    file.write_bytes(bytes(999) + b"1")
+    assert is_new(), "a small file is read to its end"
+    file.write_bytes(bytes(1001))
+    assert is_new()
+    file.write_bytes(bytes(1000) + b"1")
+    assert is_new(), "the last block of a large file reaches to its end"
+    file.write_bytes(b"1" + bytes(1000))
+    assert is_new()
+    file.rename(tmp_path / "another.bin")
+    assert is_new()
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    assert is_new()
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_new(), "it holds no weights"
 
 
 def test_a_comparison_is_printed_and_written(config, tmp_path, capsys):
