@@ -805,7 +805,17 @@ def read_rest(
         for i in rest:
             completed[i] = Reading(None, "none", error="no judge")
     elif rest:
-        replies = judge.ask([judge_prompt(questions[i], responses[i]) for i in rest])
+        prompts = [judge_prompt(questions[i], responses[i]) for i in rest]
+        questions_by_prompt = defaultdict(list)
+        for i, prompt in zip(rest, prompts, strict=True):
+            questions_by_prompt[prompt].append(questions[i])
+
+        def is_understood(prompt: str, reply: str) -> bool:
+            """Return whether the reply has an answer to every question that asks so."""
+            asking = questions_by_prompt[prompt]
+            return all(understand(question, reply) is not None for question in asking)
+
+        replies = judge.ask(prompts, is_understood)
         for i, reply in zip(rest, replies, strict=True):
             completed[i] = read_reply(questions[i], reply)
     return completed
