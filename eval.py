@@ -7,7 +7,8 @@ r"""Accuracy of a model on sets of problems, with 95 % intervals over problems.
 Figures are avg@n, pass@k and maj@k, see evals/figures.py; evals/README.md describes the sets, the
 vision-language benchmarks and the judge. The folder of an evaluation holds
 
-    config.json      the settings, by flag, and the versions of what a result may depend on
+    config.json      the settings, by flag, a fingerprint of the weights, and the versions of what a
+                     result may depend on
     samples.jsonl    a line a sample
     summary.json     settings, versions and figures
     summary.md       the tables
@@ -16,6 +17,7 @@ vision-language benchmarks and the judge. The folder of an evaluation holds
 The same command goes on with an evaluation that was interrupted.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -47,24 +49,27 @@ class Config:
     """Evaluate a model on sets of problems, or compare two evaluations."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: tuple[str, ...] | None = None  # Sets: a name such as math500, NAME=SOURCE or SOURCE
+    data: tuple[str, ...] | None = None  # Sets: a name such as math500, [NAME=]SOURCE[:SPLIT]
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
-    max_tokens: int | None = None  # Longest response; by default 1024, for VL models 3072
+    # Longest response; by default 8192, or what the prompts leave of the model's positions
+    max_tokens: int | None = None
     reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT; by default as in training
     judge_url: str | None = None  # OpenAI-compatible server that reads what the rules cannot
     judge_model: str | None = None  # The model that it serves
-    out: str | None = None  # Folder for the results; by default runs/eval-MODEL
+    out: str | None = None  # Folder for the results; by default runs/eval-RUN or runs/eval-MODEL
     compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
     top_p: float = 1.0  # Nucleus of the sampling
     chunk: int = 2048  # Responses between writes: what an interruption loses at most
     seed: int = 0  # Seed of the sampling
     problems: ProblemSettings = ProblemSettings(split="test")
-    grading: RewardSettings = RewardSettings()
+    # As in the official evaluation, where a response need not have ended by itself
+    grading: RewardSettings = RewardSettings(grade_truncated=True)
     engine: EngineSettings = EngineSettings()
     loading: LoadingSettings = LoadingSettings()
 
 
+OFFICIAL_LENGTH = 8192  # tokens of a response; of a VL model's prompt and response together
 MUST_BE_POSITIVE = """
     samples max_tokens top_p chunk max_prompt_tokens grader_deadline overlong_buffer
     max_sequences tensor_parallel
@@ -97,8 +102,12 @@ def main(config: Config) -> None:
     check(config)
     config, model = resolve(config)
     problems, questions = load_data(config, model)
+    longest_prompt = find_longest_prompt(problems)
+    if config.max_tokens is None:
+        max_tokens = choose_max_tokens(model, longest_prompt)
+        config = replace(config, max_tokens=max_tokens)
     check_judge(config, problems, questions)
-    folder = on_first(lambda: open_folder(config))
+    folder = on_first(lambda: open_folder(config, model))
     judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl")
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
     n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
@@ -108,7 +117,7 @@ def main(config: Config) -> None:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: one of vLLM takes the process group with it.
-            engine = make_engine(config, model)
+            engine = make_engine(config, model, longest_prompt)
             is_complete = sample_chunks(engine, chunks, n_done, grader, config, folder)
             if not is_complete:
                 if is_first():
@@ -118,7 +127,7 @@ def main(config: Config) -> None:
         # ---- What came of it
         if is_first():
             benchmarks = score_benchmarks(folder, questions, grader.pool, judge)
-            finish(config, folder, benchmarks)
+            finish(config, folder, questions, benchmarks)
 
 
 def resolve(config: Config) -> tuple[Config, Model]:
@@ -134,15 +143,52 @@ def resolve(config: Config) -> tuple[Config, Model]:
             "or files with columns problem and answer"
         )
     model = rollout.find_model(name, config.loading)
-    return rollout.fill_in(config, model), model
+    # fill_in knows the length of training; that of evaluation depends on the prompts.
+    filled = rollout.fill_in(with_defaults(config, max_tokens=OFFICIAL_LENGTH), model)
+    return replace(filled, max_tokens=config.max_tokens), model
 
 
-def make_engine(config: Config, model: Model) -> rollout.Engine:
+def find_longest_prompt(problems: dict[str, list[Problem]]) -> int:
+    """Return the length of the longest prompt of all sets, in tokens."""
+    longest = 0
+    for problems_of_set in problems.values():
+        longest = max(longest, *(len(problem.prompt_ids) for problem in problems_of_set))
+    return longest
+
+
+def choose_max_tokens(model: Model, longest_prompt: int) -> int:
+    """Return the official length of a response, as far as the model's positions allow.
+
+    OFFICIAL_LENGTH is that of the response alone, for vision-language models that of prompt and
+    response together. One line says so where the response gets less.
+
+    Raises:
+        ValueError: the longest prompt leaves no room for a response.
+    """
+    positions = model.text_config.max_position_embeddings
+    limit = positions
+    if model.processor is not None:
+        limit = min(OFFICIAL_LENGTH, positions)
+    max_tokens = min(OFFICIAL_LENGTH, limit - longest_prompt)
+    if max_tokens < 1:
+        raise ValueError(
+            f"the longest prompt has {longest_prompt} tokens, which leaves no room in {limit} for "
+            "a response; leave it out, or give --max-tokens"
+        )
+    if max_tokens < OFFICIAL_LENGTH and is_first():
+        print(
+            f"responses may have {max_tokens} tokens: {limit} for prompt and response, "
+            f"less the longest prompt ({longest_prompt})"
+        )
+    return max_tokens
+
+
+def make_engine(config: Config, model: Model, longest_prompt: int) -> rollout.Engine:
     """Start the engine that samples, with the model's weights."""
     return rollout.make_engine(
         model,
         config.engine,
-        max_length=config.problems.max_prompt_tokens + config.max_tokens,
+        max_length=longest_prompt + config.max_tokens,
         max_images=config.problems.max_images,
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),
@@ -345,32 +391,82 @@ def to_lines(records: Sequence[dict]) -> str:
 MAY_CHANGE = ("out", "judge_url", "judge_model")  # settings of which samples do not depend
 
 
-def open_folder(config: Config) -> Path:
-    """Make the folder, or find it with the same settings; ValueError if it holds something else."""
-    folder = Path(config.out or f"runs/eval-{Path(config.model).name}")
+def open_folder(config: Config, model: Model) -> Path:
+    """Make the folder, or find it with the same settings and weights.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    folder = Path(config.out or default_folder(config.model))
     settings = flatten(config)
     for name in MAY_CHANGE:
         del settings[name]
     settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples are lists
+    weights = identify_weights(model)
     file = folder / "config.json"
     if file.exists():
-        check_settings(folder, json.loads(file.read_text())["config"], settings)
+        stored = json.loads(file.read_text())
+        check_settings(folder, stored["config"], settings)
+        check_weights(folder, stored, weights)
         return folder
     if folder.exists() and any(path.suffix != ".writing" for path in folder.iterdir()):
         raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"config": settings, "versions": versions()})
+    write_json(file, {"config": settings, "weights": weights, "versions": versions()})
     return folder
+
+
+def default_folder(model: str) -> str:
+    """Return the folder for an evaluation of a model, named after the run that has trained it.
+
+    RUN/policy -> runs/eval-RUN, RUN/exports/step-N/policy -> runs/eval-RUN-step-N, and any other
+    folder or name -> runs/eval-NAME.
+    """
+    if not Path(model).is_dir():
+        return f"runs/eval-{Path(model).name}"
+    path = Path(os.path.abspath(model))  # without `..`
+    if path.name != "policy":
+        return f"runs/eval-{path.name}"
+    run = path.parent
+    if run.parent.name == "exports":
+        return f"runs/eval-{run.parent.parent.name}-{run.name}"
+    return f"runs/eval-{run.name}"
+
+
+SMALL_FILE = 64 * 2**20  # bytes; larger files are not read whole
+BLOCK = 2**20  # bytes
+N_BLOCKS = 64  # of a larger file
+
+
+def identify_weights(model: Model) -> str | None:
+    """Return what tells a model's weights from others; None if the hub says nothing of them.
+
+    This is the commit of a hub id. For a folder it is a hash of the names and sizes of the files
+    with weights and of their contents, of which a large file gives N_BLOCKS evenly spaced blocks.
+    """
+    folder = Path(model.path)
+    if not folder.is_dir():
+        return getattr(model.config, "_commit_hash", None)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with open(path, "rb") as file:
+            if size <= SMALL_FILE:
+                digest.update(file.read())
+                continue
+            for i in range(N_BLOCKS):
+                file.seek(i * (size - BLOCK) // (N_BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def check_settings(folder: Path, stored: dict, settings: dict) -> None:
     """Raise ValueError if an evaluation was begun with other settings than these."""
     unknown = sorted(settings.keys() - stored.keys())
     if unknown:
-        raise ValueError(
-            f"{folder} holds an evaluation by another version of eval.py, "
-            f"whose config.json has no {', '.join(unknown)}; name another --out"
-        )
+        raise ValueError(describe_version(folder, unknown))
     changes = []
     for name, value in settings.items():
         if value != stored[name]:
@@ -380,6 +476,30 @@ def check_settings(folder: Path, stored: dict, settings: dict) -> None:
             f"{folder} holds an evaluation with {', '.join(changes)}; "
             "give the same settings, or another --out"
         )
+
+
+def check_weights(folder: Path, stored: dict, weights: str | None) -> None:
+    """Raise ValueError if an evaluation was begun with other weights than these.
+
+    Args:
+        stored: What config.json holds.
+        weights: What identify_weights returns.
+    """
+    if "weights" not in stored:
+        raise ValueError(describe_version(folder, ["weights"]))
+    if stored["weights"] != weights:
+        raise ValueError(
+            f"{folder} holds an evaluation of other weights, {stored['weights']} (now {weights}); "
+            "name another --out"
+        )
+
+
+def describe_version(folder: Path, missing: Sequence[str]) -> str:
+    """Return the message for a config.json in which something is missing."""
+    return (
+        f"{folder} holds an evaluation by another version of eval.py, "
+        f"whose config.json has no {', '.join(missing)}; name another --out"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -393,14 +513,40 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def finish(config: Config, folder: Path, benchmarks: dict[str, dict]) -> None:
+def list_points(
+    records: Sequence[dict], questions: dict[str, list[vlm.Question]]
+) -> dict[str, list[figures.Point]]:
+    """Return what the average over sets is made of, by set: those that were judged at all."""
+    points = {}
+    for name, of_set in figures.group_by("set", records).items():
+        if name in questions:
+            verdicts = []
+            for record in of_set:
+                is_judged = record["verdict"] != "unjudged"
+                verdicts.append(record["correct"] if is_judged else None)
+            benchmark = vlm.BENCHMARKS[name]
+            points[name] = benchmark.list_points(questions[name], verdicts)
+        else:
+            points[name] = figures.list_points(of_set)
+    return {name: of_set for name, of_set in points.items() if of_set}
+
+
+def finish(
+    config: Config,
+    folder: Path,
+    questions: dict[str, list[vlm.Question]],
+    benchmarks: dict[str, dict],
+) -> None:
     """Write summary and report of an evaluation, and print its tables."""
     records = figures.read_samples(folder)
     judged = [record for record in records if record["verdict"] != "unjudged"]
     rows = {}
     for name, records_of_set in figures.group_by("set", judged).items():
         rows[name] = figures.summarise(records_of_set)
+    averages = figures.average_sets(list_points(records, questions))
     text = figures.table(rows) if rows else "nothing was judged"
+    if averages:
+        text += f"\n\n{figures.average_table(averages)}"
     if benchmarks:
         text += f"\n\n{vlm.table(benchmarks)}"
     stored = json.loads((folder / "config.json").read_text())
@@ -409,6 +555,7 @@ def finish(config: Config, folder: Path, benchmarks: dict[str, dict]) -> None:
         "config": {**stored["config"], **judge},
         "versions": stored["versions"],
         "sets": rows,
+        "averages": averages,
         "benchmarks": benchmarks,
     }
     write_json(folder / "summary.json", summary)

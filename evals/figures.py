@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,23 @@ N_RESAMPLES = 10_000  # of a bootstrap
 RESAMPLES_AT_A_TIME = 500  # bounds the memory of a bootstrap
 MAX_SUBSETS = 2_000  # of samples; where there are more, maj@k takes so many at random
 SEED = 0  # of resamples and random subsets: the same records always give the same figures
+
+GROUPS = {  # sets that the paper averages over
+    "maths": (
+        "aime24",
+        "aime25",
+        "amc",
+        "math500",
+        "minerva",
+        "olympiad_bench",
+        "gsm8k",
+        "MathVista_MINI",
+        "MathVision_MINI",
+        "MathVerse_MINI",
+        "WeMath",
+    ),
+    "logic": ("LogicVista", "VisuLogic"),
+}
 
 
 def read_samples(folder: str | Path) -> list[dict]:
@@ -205,6 +223,95 @@ def describe_responses(records: Sequence[dict]) -> dict:
     }
 
 
+# ---- Averages over sets
+class Point(NamedTuple):
+    """What a problem, or a question of it, adds to the score of its set.
+
+    The score of a part is the mean of its values, and that of the set is the mean over its parts.
+    A set has one part as a rule; the versions of MathVerse are five.
+    """
+
+    problem: str  # what the bootstrap draws: points of a problem are drawn together
+    value: float  # in [0, 1]
+    part: str = ""
+
+
+def list_points(records: Sequence[dict]) -> list[Point]:
+    """Return the points of one set from its records: for each problem its share of right samples."""
+    points = []
+    for problem, samples in group_by("problem", records).items():
+        n_right = sum(sample["correct"] for sample in samples)
+        points.append(Point(problem, n_right / len(samples)))
+    return points
+
+
+def average_sets(sets: dict[str, Sequence[Point]]) -> dict[str, dict]:
+    """Return averages of scores: over all sets, and over those of each of GROUPS.
+
+    An average is there if it is over two sets or more. Its 95 % interval is a bootstrap that draws
+    the problems of each set by themselves.
+
+    Returns:
+        Name of the average -> `mean`, `low`, `high`, and the names of its `sets`.
+    """
+    rng = np.random.default_rng(SEED)
+    resamples = {name: resample_score(points, rng) for name, points in sets.items()}
+    averages = {}
+    for group, members in {"all": tuple(sets), **GROUPS}.items():
+        names = [name for name in sets if name in members]
+        if len(names) < 2:
+            continue
+        mean = float(np.mean([score_points(sets[name]) for name in names]))
+        resampled = np.mean([resamples[name] for name in names], axis=0)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        # Where nothing varies, the far bound is the mean of the exact ones, as in bootstrap.
+        exact = np.mean([0.025 ** (1 / count_problems(sets[name])) for name in names])
+        if mean == 1:
+            low = exact
+        if mean == 0:
+            high = 1 - exact
+        averages[group] = {"mean": mean, "low": float(low), "high": float(high), "sets": names}
+    return averages
+
+
+def count_problems(points: Sequence[Point]) -> int:
+    """Return the number of different problems."""
+    return len({point.problem for point in points})
+
+
+def score_points(points: Sequence[Point]) -> float:
+    """Return the score of a set."""
+    sums, counts = tabulate(points)
+    return float(np.mean(sums.sum(axis=0) / counts.sum(axis=0)))
+
+
+def resample_score(points: Sequence[Point], rng: np.random.Generator) -> np.ndarray:
+    """Return the scores of N_RESAMPLES draws of as many problems as the set has."""
+    sums, counts = tabulate(points)
+    n = len(sums)
+    scores = []
+    for _ in range(N_RESAMPLES // RESAMPLES_AT_A_TIME):
+        times_drawn = rng.multinomial(n, [1 / n] * n, size=RESAMPLES_AT_A_TIME)
+        drawn_counts = times_drawn @ counts  # (resamples, parts)
+        is_drawn = drawn_counts > 0
+        means = times_drawn @ sums / np.maximum(1, drawn_counts)
+        scores.append((means * is_drawn).sum(axis=1) / is_drawn.sum(axis=1))
+    return np.concatenate(scores)
+
+
+def tabulate(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of the values and the numbers of points, (problems, parts) each."""
+    problems = {problem: i for i, problem in enumerate(dict.fromkeys(p.problem for p in points))}
+    parts = {part: i for i, part in enumerate(dict.fromkeys(p.part for p in points))}
+    sums = np.zeros((len(problems), len(parts)))
+    counts = np.zeros((len(problems), len(parts)))
+    for point in points:
+        place = (problems[point.problem], parts[point.part])
+        sums[place] += point.value
+        counts[place] += 1
+    return sums, counts
+
+
 # ---- Tables
 def ks_to_show(rows: dict[str, dict]) -> list[int]:
     """Return the k for which a table of these sets shows pass@k and maj@k: at 1 both are avg@n."""
@@ -231,6 +338,15 @@ def table(rows: dict[str, dict]) -> str:
         cells += [f"{row['length_mean']:.1f}", f"{row['length_p95']:.0f}"]
         cells += [percent(row["truncated"]), percent(row["boxed"]), str(row["timeouts"])]
         lines.append(cells)
+    return markdown(lines)
+
+
+def average_table(averages: dict[str, dict]) -> str:
+    """Lay out the averages of average_sets() as Markdown."""
+    lines = [["average over sets", "avg@n", "95 % interval", "sets"]]
+    for name, average in averages.items():
+        bounds = f"{100 * average['low']:.1f} – {100 * average['high']:.1f}"
+        lines.append([name, percent(average["mean"]), bounds, ", ".join(average["sets"])])
     return markdown(lines)
 
 

@@ -2,8 +2,8 @@
 
 ServerJudge asks a model behind any OpenAI-compatible endpoint, e.g. one that was started with
 `vllm serve MODEL`. Each prompt gets a reply: a text, or the reason why there is none. A judge that
-fails is never taken for a verdict. Replies are kept in a file, so that a second run asks only for
-those that are missing.
+fails is never taken for a verdict. Replies that are understood are kept in a file, so that a second
+run asks only for the others.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -42,11 +43,14 @@ class Reply(NamedTuple):
     error: str | None = None
 
 
+IsUnderstood = Callable[[str, str], bool]  # is_understood(prompt, reply)
+
+
 class Judge(Protocol):
     """Whoever replies to prompts."""
 
-    def ask(self, prompts: Sequence[str]) -> list[Reply]:
-        """Return a reply for each prompt, in order."""
+    def ask(self, prompts: Sequence[str], is_understood: IsUnderstood) -> list[Reply]:
+        """Return a reply for each prompt, in order, and keep those that are understood."""
         ...
 
 
@@ -160,18 +164,24 @@ class ServerJudge:
         self.give_up = give_up
         self.failed_in_a_row = 0  # prompts
 
-    def ask(self, prompts: Sequence[str]) -> list[Reply]:
-        """Return a reply for each prompt, in order; equal prompts are asked once."""
+    def ask(self, prompts: Sequence[str], is_understood: IsUnderstood) -> list[Reply]:
+        """Return a reply for each prompt, in order; equal prompts are asked once.
+
+        Args:
+            is_understood: Called in several threads. A reply that is not understood is returned,
+                but not kept: the next run asks again.
+        """
         self.failed_in_a_row = 0
         distinct = list(dict.fromkeys(prompts))
         with ThreadPoolExecutor(self.concurrency) as threads:
-            replies = dict(zip(distinct, threads.map(self.reply, distinct), strict=True))
+            asked = threads.map(partial(self.reply, is_understood=is_understood), distinct)
+            replies = dict(zip(distinct, asked, strict=True))
         return [replies[prompt] for prompt in prompts]
 
-    def reply(self, prompt: str) -> Reply:
+    def reply(self, prompt: str, is_understood: IsUnderstood) -> Reply:
         """Return the reply from the cache, or from the server after as many tries as it takes."""
         known = self.cache.get(prompt)
-        if known is not None:
+        if known is not None and is_understood(prompt, known):  # an earlier version kept all
             return Reply(known)
         for attempt in range(self.attempts):
             if self.failed_in_a_row >= self.give_up:
@@ -189,7 +199,8 @@ class ServerJudge:
                 time.sleep(max(error.wait, pause))
             else:
                 self.failed_in_a_row = 0
-                self.cache.put(prompt, text)
+                if is_understood(prompt, text):
+                    self.cache.put(prompt, text)
                 return Reply(text)
         raise AssertionError(f"attempts={self.attempts}; expected at least 1")
 

@@ -246,6 +246,17 @@ def interval(figure: dict | None) -> str:
     return f"{100 * figure['mean']:.1f} <small>{bounds}</small>"
 
 
+def averages_table(averages: dict[str, dict]) -> str:
+    """Lay out the averages over sets of summary.json, a row each; nothing without any."""
+    if not averages:
+        return ""
+    html = "<table class=sets><tr><th scope=col>average over sets<th scope=col>avg<th scope=col>of"
+    for name, average in averages.items():
+        members = escape(", ".join(average["sets"]))
+        html += f"<tr><th scope=row>{escape(name)}<td>{interval(average)}<td>{members}"
+    return html + "</table>"
+
+
 # ---- Problems
 def pack(samples: list[dict]) -> dict:
     """Return what report.js needs of a problem: what it filters by, and the compressed card."""
@@ -321,9 +332,10 @@ def make_page(samples: list[dict], summary: dict) -> str:
     for samples_of_set in sets.values():
         problems += [pack(group) for group in group_by("problem", samples_of_set).values()]
     data = json.dumps(problems, ensure_ascii=False).replace("<", "\\u003c")
+    averages = summary.get("averages", {})  # an earlier version wrote none
     return Template(read_part("report.html")).substitute(
         title=escape(f"Evaluation of {summary['config']['model']}"),
-        table=sets_table(summary["sets"]),
+        table=sets_table(summary["sets"]) + averages_table(averages),
         settings=settings_table(summary["config"]) + settings_table(summary["versions"]),
         sets=options(sets),
         verdicts=options(VERDICTS),

@@ -1,11 +1,12 @@
 """Sets of problems: where they come from, and records of a model's samples.
 
-    problems = load_sets(["math500", "mine=problems.jsonl"], settings, model)
+    problems = load_sets(["math500", "mine=problems.jsonl", "org/set:validation"], settings, model)
     records = sample(engine, "math500", problems["math500"], grader, sampling, seed=0)
 
 To add a set of the Hugging Face hub, add an entry to HUB_SETS.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,14 @@ from grading import Pool
 from parallel import on_first
 from rewards import Grader, Verdict
 from rollout import Episode, Model, Problem, ProblemSettings, Request, Sampling
+
+
+class Specification(NamedTuple):
+    """What names a set on the command line."""
+
+    name: str
+    source: str  # a file, a folder or a hub id; empty for a key of HUB_SETS
+    split: str | None = None
 
 
 class HubSet(NamedTuple):
@@ -53,8 +62,9 @@ def load_sets(
 
     Args:
         specifications: For each set a key of HUB_SETS, NAME=SOURCE, or SOURCE alone: a file, a
-            folder or a hub id.
-        settings: How rows become problems; HUB_SETS knows the split and columns of its own sets.
+            folder or a hub id; :SPLIT behind it names the split.
+        settings: How rows become problems, and the split of sets that name none; HUB_SETS knows
+            the split and columns of its own sets.
 
     Raises:
         ValueError: two sets share a name, two problems of a set share an id, or a set cannot be
@@ -70,27 +80,41 @@ def name_sets(specifications: Sequence[str]) -> dict[str, str]:
     """Return each set's specification by the set's name; ValueError if two share a name."""
     named = {}
     for specification in specifications:
-        name, _ = parse_specification(specification)
+        name = parse_specification(specification).name
         if name in named:
             raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
         named[name] = specification
     return named
 
 
-def parse_specification(specification: str) -> tuple[str, str]:
-    """Return a set's name and source; the source of a key of HUB_SETS is empty."""
-    if Path(specification).exists():  # there may be a `=` in the name of a file
-        return Path(specification).stem, specification
-    name, _, source = specification.partition("=")
-    if name in HUB_SETS or (name and source):
-        return name, source
-    source = source or name
-    return Path(source).stem, source
+def parse_specification(text: str) -> Specification:
+    """Read NAME, NAME=SOURCE or SOURCE, perhaps with :SPLIT behind it."""
+    if Path(text).exists():  # there may be a `=` or a `:` in the name of a file
+        return Specification(Path(text).stem, text)
+    name, _, source = text.partition("=")
+    if name and source:
+        return Specification(name, *cut_split(source))
+    source, split = cut_split(name or source)
+    if source in HUB_SETS:
+        return Specification(source, "", split)
+    return Specification(Path(source).stem, source, split)
 
 
-def load_set(specification: str, settings: ProblemSettings, model: Model) -> list[Problem]:
+# A split, perhaps a part of it such as train[:100], behind the last colon that can precede one
+SPLIT = re.compile(r"(.+):(\w[^/:\[\]]*(?:\[[^/\]]*\])?)")
+
+
+def cut_split(source: str) -> tuple[str, str | None]:
+    """Return a source without its split, and the split or None."""
+    match = SPLIT.fullmatch(source)
+    if match is None or Path(source).exists():
+        return source, None
+    return match[1], match[2]
+
+
+def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem]:
     """Load one set of problems; see load_sets."""
-    name, source = parse_specification(specification)
+    name, source, split = parse_specification(text)
     subset = None
     if not source:
         hub_set = HUB_SETS[name]
@@ -102,6 +126,10 @@ def load_set(specification: str, settings: ProblemSettings, model: Model) -> lis
             problem_column=hub_set.problem_column,
             answer_column=hub_set.answer_column,
         )
+    if split is not None:
+        if Path(source).is_file() or Path(source, "state.json").exists():
+            raise ValueError(f"{source} has no splits; leave out :{split}")
+        settings = replace(settings, split=split)
     problems = rollout.load_problems(source, settings, model, subset)
     counts = Counter(problem.id for problem in problems)
     repeated = [i for i, count in counts.items() if count > 1]

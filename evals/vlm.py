@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
-from evals.figures import percent
+from evals.figures import Point, percent
 from evals.judge import Judge, Reply, judge_prompt, understand
 from grading.latex import boxes
 from grading.options import (
@@ -79,6 +79,8 @@ class Benchmark(NamedTuple):
     read: Callable[[Row], Task]  # raises ValueError for a cell that it cannot read
     groups: Callable[[Row], list[str]]  # names of the groups that a row counts in; may raise too
     score: Callable[[Sequence[Question], Sequence[Verdict]], dict]  # with at least `score`
+    # What `score` is made of; nothing of what nobody could judge
+    list_points: Callable[[Sequence[Question], Sequence[Verdict]], list[Point]]
 
 
 # ---- Prompts, word for word as in the official run, with its slips and doubled backslashes
@@ -581,6 +583,15 @@ def score_by_question(questions: Sequence[Question], verdicts: Sequence[Verdict]
     return {"score": accuracy(verdicts)}
 
 
+def list_questions(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Point]:
+    """Return a point for each question that was judged."""
+    points = []
+    for question, verdict in zip(questions, verdicts, strict=True):
+        if verdict is not None:
+            points.append(Point(question.index, float(verdict)))
+    return points
+
+
 def score_mathverse(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict:
     """Return the mean of the accuracies of the versions, which weigh the same, as `score`."""
     versions = defaultdict(list)
@@ -588,6 +599,19 @@ def score_mathverse(questions: Sequence[Question], verdicts: Sequence[Verdict]) 
         versions[question.row["problem_version"]].append(verdict)
     accuracies = [accuracy(version) for version in versions.values()]
     return {"score": accuracy(accuracies), "versions": len(versions)}
+
+
+def list_mathverse(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Point]:
+    """Return a point for each question that was judged, with its version as the part.
+
+    Where the file says which questions are versions of one problem, they are drawn together.
+    """
+    points = []
+    for question, verdict in zip(questions, verdicts, strict=True):
+        if verdict is not None:
+            problem = question.row.get("problem_index") or question.index
+            points.append(Point(problem, float(verdict), question.row["problem_version"]))
+    return points
 
 
 def wemath_problems(questions: Sequence[Question]) -> dict[tuple[str, str], dict[str, int]]:
@@ -654,42 +678,63 @@ def score_wemath(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> 
     return figures
 
 
+def list_wemath(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Point]:
+    """Return a point for each problem all of whose parts were judged: its part of the strict score."""
+    points = []
+    for (n_steps, identity), parts in wemath_problems(questions).items():
+        whole = verdicts[parts["multi"]]
+        steps = [verdicts[i] for part, i in parts.items() if part != "multi"]
+        if whole is None or None in steps:
+            continue
+        value = 0.0  # IK or RM
+        if all(steps):
+            value = 1.0 if whole else 0.5  # CM or IG
+        points.append(Point(f"{n_steps} {identity}", value))
+    return points
+
+
 BENCHMARKS = {
     "MathVista_MINI": Benchmark(
         columns=("question_type", "answer_type", "choices", "answer_option", "task", "skills"),
         read=read_mathvista,
         groups=mathvista_groups,
         score=score_by_question,
+        list_points=list_questions,
     ),
     "MathVision_MINI": Benchmark(
         columns=("choices", "category"),
         read=read_mathvision,
         groups=category_groups,
         score=score_by_question,
+        list_points=list_questions,
     ),
     "MathVerse_MINI": Benchmark(
         columns=("question_type", "problem_version", "metadata"),
         read=read_mathverse,
         groups=mathverse_groups,
         score=score_mathverse,
+        list_points=list_mathverse,
     ),
     "WeMath": Benchmark(
         columns=("ID", "key", "A", "B"),
         read=read_wemath,
         groups=wemath_groups,
         score=score_wemath,
+        list_points=list_wemath,
     ),
     "LogicVista": Benchmark(
         columns=("skill",),
         read=read_logicvista,
         groups=logicvista_groups,
         score=score_by_question,
+        list_points=list_questions,
     ),
     "VisuLogic": Benchmark(
         columns=("category",),
         read=read_visulogic,
         groups=category_groups,
         score=score_by_question,
+        list_points=list_questions,
     ),
 }
 
@@ -760,7 +805,17 @@ def read_rest(
         for i in rest:
             completed[i] = Reading(None, "none", error="no judge")
     elif rest:
-        replies = judge.ask([judge_prompt(questions[i], responses[i]) for i in rest])
+        prompts = [judge_prompt(questions[i], responses[i]) for i in rest]
+        questions_by_prompt = defaultdict(list)
+        for i, prompt in zip(rest, prompts, strict=True):
+            questions_by_prompt[prompt].append(questions[i])
+
+        def is_understood(prompt: str, reply: str) -> bool:
+            """Return whether the reply has an answer to every question that asks so."""
+            asking = questions_by_prompt[prompt]
+            return all(understand(question, reply) is not None for question in asking)
+
+        replies = judge.ask(prompts, is_understood)
         for i, reply in zip(rest, replies, strict=True):
             completed[i] = read_reply(questions[i], reply)
     return completed

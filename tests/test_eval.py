@@ -2,21 +2,29 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
-from conftest import ROOT, find_model, read_lines
+from conftest import ROOT, find_model, load_problems, read_lines
 
 import eval as evaluation
 import parallel
+import rollout
 import run as runs
+import toy
+import train_rl
 from evals import sets
 from evals.sets import HUB_SETS, cluster
 from grading import Pool
+from rewards import Grader
+from rollout import Problem
 
 
 # ---- Equal answers are one vote
@@ -74,10 +82,48 @@ def test_names_of_sets(tmp_path):
     file.touch()
     specifications = ("math500", "mine=data/test.jsonl", "data/train.jsonl", "org/set", str(file))
     assert list(sets.name_sets(specifications)) == ["math500", "mine", "train", "set", "a=b"]
-    assert sets.parse_specification("math500") == ("math500", "")
-    assert sets.parse_specification("math500=mine.jsonl") == ("math500", "mine.jsonl")
     with pytest.raises(ValueError, match="two sets are named 'test'"):
         sets.name_sets(("a/test.jsonl", "b/test.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("math500", ("math500", "", None)),
+        ("math500=mine.jsonl", ("math500", "mine.jsonl", None)),
+        ("gsm8k:train", ("gsm8k", "", "train")),
+        ("org/set:validation", ("set", "org/set", "validation")),
+        ("mine=org/set:train[:100]", ("mine", "org/set", "train[:100]")),
+        ("mine=a:10/set:test", ("mine", "a:10/set", "test")),
+        ("mine=hf://datasets/set", ("mine", "hf://datasets/set", None)),
+        ("mine=here:train", ("mine", "here:train", None)),
+        ("here:train", ("here:train", "here:train", None)),
+        ("mine=here:train:test", ("mine", "here:train", "test")),
+    ],
+)
+def test_splits_of_sets(text, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here:train").mkdir()
+    assert sets.parse_specification(text) == expected
+
+
+def test_two_splits_of_one_folder(config, tmp_path):
+    rows = {split: [{"problem": "1+1>", "answer": split}] for split in ("easy", "hard", "test")}
+    splits = {split: datasets.Dataset.from_list(rows[split]) for split in rows}
+    saved = tmp_path / "saved"
+    datasets.DatasetDict(splits).save_to_disk(saved)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text(json.dumps({"problem": "2>", "answer": split}))
+    settings = runs.change(config.problems, problem_column="problem", max_prompt_tokens=64)
+    specifications = (f"a={saved}:easy", f"b={saved}:hard", str(saved), f"{folder}:validation")
+    loaded = sets.load_sets(specifications, settings, find_model(config.model))
+    answers = {name: problems[0].answer for name, problems in loaded.items()}
+    assert answers == {"a": "easy", "b": "hard", "saved": "test", "folder": "validation"}
+    for source in (saved / "easy", folder / "train.jsonl"):
+        with pytest.raises(ValueError, match=f"{source} has no splits; leave out :easy"):
+            sets.load_sets((f"a={source}:easy",), settings, find_model(config.model))
 
 
 def test_sets_are_loaded_by_name(config, world):
@@ -117,6 +163,82 @@ def test_a_folder_of_something_else_is_left_alone(config, world):
         evaluation.main(runs.change(config, out=world.folder))
 
 
+# ---- How long a response may be
+def make_problems_of(*lengths: int) -> list[Problem]:
+    """Problems whose prompts have these lengths."""
+    return [Problem(str(length), "1+1", "2", [0] * length) for length in lengths]
+
+
+def model_with(positions: int, processor=None) -> SimpleNamespace:
+    """What choose_max_tokens looks at in a model."""
+    text_config = SimpleNamespace(max_position_embeddings=positions)
+    return SimpleNamespace(text_config=text_config, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("positions", "processor", "expected"),
+    [
+        (32768, None, 8192),
+        (4096, None, 4096 - 300),
+        (8300, None, 8000),
+        (128000, "images", 8192 - 300),
+        (4096, "images", 4096 - 300),
+    ],
+)
+def test_responses_are_as_long_as_in_the_official_evaluation(
+    positions, processor, expected, capsys
+):
+    problems = {"a": make_problems_of(100, 300), "b": make_problems_of(200)}
+    longest_prompt = evaluation.find_longest_prompt(problems)
+    assert longest_prompt == 300
+    model = model_with(positions, processor)
+    assert evaluation.choose_max_tokens(model, longest_prompt) == expected
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == int(expected < 8192)
+    assert f"responses may have {expected} tokens" in printed or expected == 8192
+
+
+def test_a_prompt_that_leaves_no_room():
+    with pytest.raises(ValueError, match="has 512 tokens, which leaves no room in 512"):
+        evaluation.choose_max_tokens(model_with(512), 512)
+
+
+def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def make_engine(model, settings, max_length, **_):
+        raise Stop(max_length)
+
+    monkeypatch.setattr(rollout, "make_engine", make_engine)
+    positions = find_model(config.model).text_config.max_position_embeddings
+    with pytest.raises(Stop) as stopped:
+        evaluation.main(runs.change(config, max_tokens=None))
+    assert stopped.value.args == (positions,)
+    longest_prompt = max(len(problem.prompt_ids) for problem in load_problems(config.data[0]))
+    assert f"responses may have {positions - longest_prompt} tokens" in capsys.readouterr().out
+    stored = json.loads(Path(config.out, "config.json").read_text())["config"]
+    assert stored["max_tokens"] == positions - longest_prompt
+    with pytest.raises(Stop) as stopped:
+        evaluation.main(runs.change(config, out=f"{config.out}-16"))
+    assert stopped.value.args == (longest_prompt + 16,)
+
+
+# ---- Responses that ran out of room
+@pytest.mark.parametrize(
+    ("flags", "is_graded"),
+    [([], True), (["--no-grade-truncated"], False), (["--grade-truncated"], True)],
+)
+def test_a_response_that_was_cut_is_graded_unless_told_otherwise(flags, is_graded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+    config = runs.parse_config(evaluation.Config, toy.PRESETS["eval"])
+    assert config.max_tokens == 96, "the preset of the embedded world still holds"
+    with Grader(config.reward, config.grading, n_workers=1) as grader:
+        verdict = grader.grade("1+1", "2", r"so \boxed{1} or \boxed{2}, or", finished=False)
+    assert verdict.kind == ("right" if is_graded else "cut")
+    assert not train_rl.Config().grading.grade_truncated, "training is strict"
+
+
 # ---- Whole evaluations
 def test_a_killed_evaluation_goes_on_to_the_same_file(config, tmp_path):
     evaluation.main(config)
@@ -145,10 +267,28 @@ def test_the_folder_of_an_evaluation(config, tmp_path):
     assert stored["config"]["samples"] == 4
     assert "torch" in stored["versions"]
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary) == ["config", "versions", "sets", "benchmarks"]
+    assert list(summary) == ["config", "versions", "sets", "averages", "benchmarks"]
+    assert summary["averages"] == {}, "there is one set"
     assert summary["config"] == stored["config"] | {"judge_url": None, "judge_model": None}
     assert "avg@n" in (out / "summary.md").read_text()
     assert (out / "report.html").exists()
+
+
+def test_averages_of_an_evaluation(config, world, tmp_path, capsys):
+    data = (f"math500={world.path('test.jsonl')}", f"gsm8k={world.path('train.jsonl')}")
+    evaluation.main(runs.change(config, data=(*data, world.path("test.jsonl"))))
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    means = {name: row["avg"]["mean"] for name, row in summary["sets"].items()}
+    averages = summary["averages"]
+    assert list(averages) == ["all", "maths"]
+    assert averages["all"]["mean"] == pytest.approx(sum(means.values()) / 3)
+    assert averages["maths"]["mean"] == pytest.approx((means["math500"] + means["gsm8k"]) / 2)
+    mean = f"{averages['maths']['mean']:.1%}"
+    row = f"| maths             | {mean:>5} |"
+    assert row in (out / "summary.md").read_text()
+    assert row in capsys.readouterr().out
+    assert "average over sets" in (out / "report.html").read_text()
 
 
 def test_a_folder_with_other_settings_is_left_alone(config, tmp_path):
@@ -162,6 +302,95 @@ def test_a_folder_with_other_settings_is_left_alone(config, tmp_path):
     file.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="another version of eval.py.* has no grade_truncated"):
         evaluation.main(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("runs/rl-a-flow/policy", "runs/eval-rl-a-flow"),
+        ("runs/rl-b-none/policy/", "runs/eval-rl-b-none"),
+        ("runs/rl-a-flow/exports/step-50/policy", "runs/eval-rl-a-flow-step-50"),
+        ("models/Qwen", "runs/eval-Qwen"),
+        ("models/../models/Qwen", "runs/eval-Qwen"),
+        ("Qwen/Qwen2.5-7B", "runs/eval-Qwen2.5-7B"),
+        ("org/policy", "runs/eval-policy"),
+        ("toy", "runs/eval-toy"),
+    ],
+)
+def test_the_default_folder_is_named_after_the_run(model, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if model.startswith(("runs", "models")):
+        Path(model).mkdir(parents=True)
+    assert evaluation.default_folder(model) == folder
+
+
+def test_the_default_folder_from_within_a_run(tmp_path, monkeypatch):
+    (tmp_path / "rl-a" / "policy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "rl-a")
+    assert evaluation.default_folder("policy") == "runs/eval-rl-a"
+    monkeypatch.chdir(tmp_path / "rl-a" / "policy")
+    assert evaluation.default_folder(".") == "runs/eval-rl-a"
+
+
+def test_an_evaluation_does_not_go_on_with_other_weights(config, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+    config = runs.change(config, model=str(model))
+    evaluation.main(config)
+    file = tmp_path / "out" / "config.json"
+    stored = json.loads(file.read_text())
+    assert len(stored["weights"]) == 32
+    (weights,) = model.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="evaluation of other weights, .*; name another --out"):
+        evaluation.main(config)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    evaluation.main(config)
+    del stored["weights"]  # as an earlier version wrote it
+    file.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="another version of eval.py.* has no weights"):
+        evaluation.main(config)
+
+
+def model_in(path, commit: str | None = None) -> SimpleNamespace:
+    """What identify_weights looks at in a model."""
+    return SimpleNamespace(path=str(path), config=SimpleNamespace(_commit_hash=commit))
+
+
+def test_what_tells_weights_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SMALL_FILE", 1000)
+    monkeypatch.setattr(evaluation, "BLOCK", 10)
+    seen = {evaluation.identify_weights(model_in("org/model", "c0ffee"))}
+    assert seen == {"c0ffee"}
+    assert evaluation.identify_weights(model_in("org/model")) is None
+
+    def is_new() -> bool:
+        identity = evaluation.identify_weights(model_in(tmp_path))
+        if identity in seen:
+            return False
+        seen.add(identity)
+        return True
+
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(bytes(1000))
+    assert is_new()
+    file.write_bytes(bytes(999) + b"1")
+    assert is_new(), "a small file is read to its end"
+    file.write_bytes(bytes(1001))
+    assert is_new()
+    file.write_bytes(bytes(1000) + b"1")
+    assert is_new(), "the last block of a large file reaches to its end"
+    file.write_bytes(b"1" + bytes(1000))
+    assert is_new()
+    file.rename(tmp_path / "another.bin")
+    assert is_new()
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    assert is_new()
+    (tmp_path / "config.json").write_text("{}")
+    assert not is_new(), "it holds no weights"
 
 
 def test_a_comparison_is_printed_and_written(config, tmp_path, capsys):

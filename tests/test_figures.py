@@ -8,7 +8,19 @@ import pytest
 
 from evals import figures
 from evals.compare import compare
-from evals.figures import bootstrap, maj_at, pass_at, powers_of_two, sign_test, summarise, table
+from evals.figures import (
+    Point,
+    average_sets,
+    average_table,
+    bootstrap,
+    list_points,
+    maj_at,
+    pass_at,
+    powers_of_two,
+    sign_test,
+    summarise,
+    table,
+)
 
 
 def make_record(problem: str, number: int, extracted: str | None, verdict: str, **more) -> dict:
@@ -183,6 +195,94 @@ def test_a_table_is_padded_and_leaves_out_what_a_set_has_not():
     assert cells_of_four[columns.index("maj@4")] == "25.0%"
     assert cells_of_one[columns.index("avg@n")] == "50.0%"
     assert cells_of_one[columns.index("maj@4")] == ""
+
+
+def test_pass_at_32_from_32_samples():
+    records = []
+    for problem, n_right in {"p": 1, "q": 0, "r": 16}.items():
+        for number in range(32):
+            fields = {"extracted": "1", "verdict": "wrong", "cluster": 1}
+            if number < n_right:
+                fields = {"extracted": "2", "verdict": "right", "cluster": 0}
+            records.append(make_record(problem, number, **fields))
+    row = summarise(records)
+    assert row["pass"]["32"]["mean"] == pytest.approx(2 / 3)
+    assert row["pass"]["2"]["mean"] == pytest.approx((2 / 32 + 1 - 16 * 15 / (32 * 31)) / 3)
+    assert row["maj"]["32"]["mean"] == pytest.approx(0.5 / 3), "the tie is decided by chance"
+    heading, _, cells = table({"s": row}).splitlines()
+    by_column = dict(zip(heading.split("|"), cells.split("|"), strict=True))
+    by_column = {name.strip(): cell.strip() for name, cell in by_column.items()}
+    assert by_column["pass@32"] == "66.7%"
+    assert [name for name in by_column if name.startswith("pass")] == [
+        f"pass@{k}" for k in (2, 4, 8, 16, 32)
+    ]
+
+
+# ---- Averages over sets
+def points_of(*values: float) -> list[Point]:
+    return [Point(str(i), value) for i, value in enumerate(values)]
+
+
+def test_averages_over_sets_and_groups():
+    sets = {
+        "mine": points_of(1, 1),
+        "math500": list_points(two_problems()),  # 2 of 4 right, 0 of 4 right
+        "aime24": points_of(1, 0, 0, 0),
+        "LogicVista": points_of(0, 1),
+        "VisuLogic": points_of(0, 0),
+    }
+    averages = average_sets(sets)
+    assert list(averages) == ["all", "maths", "logic"]
+    assert averages["all"]["mean"] == pytest.approx((1 + 0.25 + 0.25 + 0.5 + 0) / 5)
+    assert averages["all"]["sets"] == list(sets)
+    assert averages["maths"]["mean"] == 0.25
+    assert averages["maths"]["sets"] == ["math500", "aime24"]
+    assert averages["logic"]["mean"] == 0.25
+    text = average_table(averages)
+    assert "| maths " in text
+    assert "25.0%" in text
+    assert "math500, aime24 |" in text
+    del sets["VisuLogic"]
+    assert list(average_sets(sets)) == ["all", "maths"], "a group needs two of its sets"
+    assert average_sets({"mine": points_of(1, 0)}) == {}
+
+
+def test_the_parts_of_a_set_weigh_the_same():
+    points = [Point("a", 1, "x"), Point("b", 0, "x"), Point("c", 0, "x"), Point("a", 1, "y")]
+    averages = average_sets({"s": points, "t": points_of(0, 1)})
+    assert averages["all"]["mean"] == pytest.approx(((1 / 3 + 1) / 2 + 1 / 2) / 2)
+
+
+def test_the_interval_of_an_average():
+    """Its variance is the sum of the sets' own, over the square of their number."""
+    rng = np.random.default_rng(0)
+    sets = {}
+    variance = 0
+    for name, n in {"a": 200, "b": 100, "c": 400}.items():
+        values = rng.integers(0, 2, n).astype(float)
+        sets[name] = points_of(*values)
+        variance += values.var() / n / 9
+    average = average_sets(sets)["all"]
+    width = average["high"] - average["low"]
+    assert width == pytest.approx(2 * 1.96 * variance**0.5, rel=0.03)
+    assert average == average_sets(sets)["all"], "the same points give the same interval"
+
+
+def test_problems_of_a_set_are_drawn_together():
+    """Five versions of a problem that are right together say no more than one of them."""
+    values = [i % 2 for i in range(100)]
+    versions = [Point(str(i), value, str(v)) for i, value in enumerate(values) for v in range(5)]
+    single = average_sets({"s": points_of(*values), "t": points_of(*[0] * 50)})["all"]
+    several = average_sets({"s": versions, "t": points_of(*[0] * 50)})["all"]
+    assert several == single
+
+
+def test_averages_where_nothing_varies():
+    right = average_sets({"a": points_of(*[1] * 30), "b": points_of(*[1] * 10)})["all"]
+    exact = (0.025 ** (1 / 30) + 0.025 ** (1 / 10)) / 2
+    assert (right["low"], right["high"]) == pytest.approx((exact, 1))
+    wrong = average_sets({"a": points_of(*[0] * 30), "b": points_of(*[0] * 10)})["all"]
+    assert (wrong["low"], wrong["high"]) == pytest.approx((0, 1 - exact))
 
 
 # ---- Comparison

@@ -103,6 +103,11 @@ def impatient(server: Server, **settings) -> ServerJudge:
     return ServerJudge(server.url, "judge", **{**defaults, **settings})
 
 
+def keep(prompt: str, reply: str) -> bool:
+    """Every reply is understood."""
+    return True
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -194,24 +199,53 @@ def test_a_dead_judge_is_given_up(tmp_path, pool):
 def test_the_cache_outlives_a_run_and_a_torn_line(tmp_path, server):
     cache = tmp_path / "deep" / "replies.jsonl"
     prompts = ["DO answer A", "DO answer B", "DO answer A"]
-    replies = impatient(server, cache=cache).ask(prompts)
+    replies = impatient(server, cache=cache).ask(prompts, keep)
     assert replies == [Reply("A"), Reply("B"), Reply("A")]
     assert len(server.asked) == 2, "equal prompts are asked once"
 
     whole = cache.read_text()
     cache.write_text(whole[:-5])  # killed while it wrote
-    replies = impatient(server, cache=cache).ask(prompts)
+    replies = impatient(server, cache=cache).ask(prompts, keep)
     assert replies == [Reply("A"), Reply("B"), Reply("A")]
     assert len(server.asked) == 3
-    assert impatient(server, cache=cache).ask(["DO answer B"]) == [Reply("B")]
+    assert impatient(server, cache=cache).ask(["DO answer B"], keep) == [Reply("B")]
     assert len(server.asked) == 3
+
+
+def test_a_reply_that_is_not_understood_is_asked_for_again(tmp_path, pool, server):
+    cache = tmp_path / "replies.jsonl"
+    rows = [choice_row("I waver. DO answer B"), choice_row("I waver. DO answer A or B")]
+
+    def score() -> list[str]:
+        judge = impatient(server, cache=cache)
+        records = score_rows("MathVista_MINI", tmp_path / "m.tsv", rows, pool, judge)[2]
+        return [record["verdict"] for record in records]
+
+    assert score() == ["correct", "unjudged"]
+    assert [json.loads(line)["reply"] for line in cache.read_text().splitlines()] == ["B"]
+    assert len(server.asked) == 2, "it is not asked again at once"
+    assert score() == ["correct", "unjudged"]
+    assert len(server.asked) == 3, "the understood reply was kept"
+
+    def answer_b(handler):
+        handler.server.asked.append("B")
+        handler.send(200, completion("B"))
+
+    # An earlier version kept what it had not understood.
+    (question,) = load_rows("MathVista_MINI", tmp_path / "m.tsv", rows[1:])
+    prompt = judges.judge_prompt(question, rows[1]["response"])
+    judges.Cache(cache, "judge").put(prompt, "A or B")
+    server.RequestHandlerClass = type("AnswersB", (Handler,), {"do_POST": answer_b})
+    assert score() == ["correct", "correct"]
+    assert score() == ["correct", "correct"]
+    assert server.asked[3:] == ["B"], "now it is understood, and kept"
 
 
 def test_the_cache_keeps_models_apart(tmp_path, server):
     cache = tmp_path / "replies.jsonl"
-    impatient(server, cache=cache).ask(["DO answer A"])
+    impatient(server, cache=cache).ask(["DO answer A"], keep)
     other = ServerJudge(server.url, "another", cache=cache, wait=0.01)
-    assert other.ask(["DO answer A"]) == [Reply("A")]
+    assert other.ask(["DO answer A"], keep) == [Reply("A")]
     assert len(server.asked) == 2
 
 
@@ -233,7 +267,7 @@ def test_the_judge_bounds_its_requests(server):
 
     server.RequestHandlerClass = Slow
     judge = impatient(server, concurrency=3, timeout=10)
-    replies = judge.ask([f"{i} DO answer {i}" for i in range(12)])
+    replies = judge.ask([f"{i} DO answer {i}" for i in range(12)], keep)
     assert [reply.text for reply in replies] == [str(i) for i in range(12)]
     assert 1 < most_running <= 4, "one more: a reply is read before its thread has ended"
 
@@ -354,7 +388,7 @@ def test_a_model_that_vllm_serves(vllm_server, tmp_path, pool):
     port, process = vllm_server
     url = f"http://127.0.0.1:{port}/v1"
     judge = ServerJudge(url, "toy", attempts=2, timeout=20)
-    for reply in judge.ask(["7+5*3=", "9-4+2=", "3*3*3="]):
+    for reply in judge.ask(["7+5*3=", "9-4+2=", "3*3*3="], keep):
         assert reply.text or "more than 128 tokens: " in reply.error, "it seldom comes to an end"
 
     rows = [choice_row(r"\boxed{B}"), choice_row("I waver between A and B.")]
@@ -366,13 +400,13 @@ def test_a_model_that_vllm_serves(vllm_server, tmp_path, pool):
     else:
         assert records[1]["how"] == "judge"
 
-    (unknown,) = ServerJudge(url, "another", attempts=3).ask(["7+5="])
+    (unknown,) = ServerJudge(url, "another", attempts=3).ask(["7+5="], keep)
     assert unknown.text is None
     assert "HTTP 404" in unknown.error
     assert "try 1 of 3" in unknown.error
 
     process.terminate()
     process.wait(20)
-    (dead,) = judge.ask(["1+1="])
+    (dead,) = judge.ask(["1+1="], keep)
     assert dead.text is None
     assert "try 2 of 2" in dead.error

@@ -69,6 +69,7 @@ def write_folder(folder, samples: list[dict]):
         "config": {"model": "toy <1>", "samples": 2},
         "versions": {"torch": "2.13.0"},
         "sets": {"math500": figures},
+        "averages": {"all": FIGURE | {"mean": 0.4375, "sets": ["math500", "<aime>"]}},
     }
     folder.mkdir(exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -229,7 +230,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_an_evaluation_without_figures_has_a_page(tmp_path):
     """As after a vision-language benchmark of which nobody could judge a question."""
     write_folder(tmp_path, some_samples())
-    summary = {"config": {"model": "toy"}, "versions": {}, "sets": {}}
+    summary = {"config": {"model": "toy"}, "versions": {}, "sets": {}, "averages": {}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert "Evaluation of toy" in write_report(tmp_path).read_text()
 
@@ -241,6 +242,7 @@ def test_the_page_holds_the_figures(tmp_path):
     assert "2.13.0" in page
     assert "pass@1" not in page
     assert "62.5 <small>25.0 – 75.0</small>" in page
+    assert "43.8 <small>25.0 – 75.0</small><td>math500, &lt;aime&gt;" in page
     assert "1,234" in page
     assert "12.5%" in page
     assert page.count("<script") == 2

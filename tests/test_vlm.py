@@ -22,6 +22,7 @@ from PIL import Image
 
 import eval as evaluation
 from evals import vlm
+from evals.figures import average_sets, score_points
 from grading import Pool
 from run import change
 
@@ -30,6 +31,14 @@ from run import change
 def pool():
     with Pool(n_workers=1) as pool:
         yield pool
+
+
+def mean_of_points(name: str, questions: list[vlm.Question], records: list[dict]) -> float:
+    """The score as an average over sets has it."""
+    read = {"correct": True, "wrong": False, "unjudged": None}
+    judged = [read[record["verdict"]] for record in records]
+    points = vlm.BENCHMARKS[name].list_points(questions, judged)
+    return score_points(points)
 
 
 def verdicts(records: list[dict]) -> list[str]:
@@ -77,6 +86,7 @@ def test_mathvista(tmp_path, pool):
     assert records[2]["error"] == "no judge"
     assert "unjudged, 1 questions: no judge: 2" in vlm.unjudged(records)
     assert (figures["score"], figures["low"], figures["high"]) == (6 / 8, 6 / 9, 7 / 9)
+    assert mean_of_points("MathVista_MINI", questions, records) == figures["score"]
     assert figures["unextracted"] == 2 / 9
     assert figures["judged"] == 0
     assert figures["unjudged"] == 1
@@ -166,7 +176,10 @@ def test_mathverse_is_the_mean_of_versions(tmp_path, pool):
     }
     rows.append({**vision_only, "response": r"<answer> $\boxed{27}$ </answer>"})
     rows.append({**vision_only, "response": r"\boxed{28\text{ cm}}"})
-    questions, figures, _ = score_rows("MathVerse_MINI", tmp_path / "m.tsv", rows, pool, **shared)
+    questions, figures, records = score_rows(
+        "MathVerse_MINI", tmp_path / "m.tsv", rows, pool, **shared
+    )
+    assert mean_of_points("MathVerse_MINI", questions, records) == pytest.approx(figures["score"])
     assert questions[0].choices == {"A": "2", "B": "2√3", "C": "√3", "D": "2√2"}
     assert figures["versions"] == 5
     assert figures["score"] == pytest.approx((1 + 0.5 + 1 + 0 + 0.5) / 5)
@@ -231,6 +244,7 @@ def test_wemath_four_kinds(tmp_path, pool):
     assert questions[0].prompt == "How far? Options:\nA. 1 m\nB. 2 m<image>"
     assert {record["how"] for record in records} == {"letter"}
     assert "of 11 problems" in vlm.table({"WeMath": figures})
+    assert mean_of_points("WeMath", questions, records) == pytest.approx(figures["score"])
 
 
 def test_wemath_leaves_out_problems_with_an_unjudged_part(tmp_path, pool):
@@ -240,7 +254,8 @@ def test_wemath_leaves_out_problems_with_an_unjudged_part(tmp_path, pool):
         *wemath_rows(2, "2", "110"),
     ]
     shared = {**WEMATH, "hint": "look"}
-    questions, figures, _ = score_rows("WeMath", tmp_path / "w.tsv", rows, pool, **shared)
+    questions, figures, records = score_rows("WeMath", tmp_path / "w.tsv", rows, pool, **shared)
+    assert mean_of_points("WeMath", questions, records) == figures["score"]
     assert questions[0].prompt.startswith("Hint: look\nQuestion: How far? \nOptions:\nA. 1 m")
     assert figures["problems"] == 2
     assert figures["unjudged"] == 1
@@ -481,6 +496,36 @@ def test_an_evaluation_of_each_benchmark(tmp_path, image_world, capsys, monkeypa
     printed = capsys.readouterr().out
     assert name in printed
     assert ("refused" in printed) == (figures["unjudged"] > 0)
+
+
+def test_an_average_takes_a_benchmark_by_its_own_score(tmp_path, image_world):
+    """WeMath's is by problem; the questions of both are one set each, in the group `maths`."""
+    data = []
+    for name in ("WeMath", "MathVerse_MINI"):
+        rows = [{**without_response(row), "question": "sum>"} for row in ROWS[name]]
+        data.append(f"{name}={write_rows(tmp_path / f'{name}.tsv', rows)}")
+    config = change(
+        evaluation.Config(),
+        model=image_world.path("model"),
+        data=tuple(data),
+        template="none",
+        max_tokens=12,
+        max_prompt_tokens=4096,
+        out=str(tmp_path / "out"),
+    )
+    questions = evaluation.load_data(*evaluation.resolve(config))[1]
+    samples = []
+    verdicts_by_set = {"WeMath": ["right", "right", "wrong"], "MathVerse_MINI": ["wrong"] * 3}
+    for name, verdicts_of_set in verdicts_by_set.items():
+        for question, verdict in zip(questions[name], verdicts_of_set, strict=True):
+            correct = verdict == "right"
+            samples.append(
+                {"set": name, "problem": question.index, "correct": correct, "verdict": verdict}
+            )
+    averages = average_sets(evaluation.list_points(samples, questions))
+    assert averages["maths"]["mean"] == 0.25, "half a point: both steps are right, the whole not"
+    samples[0]["verdict"] = "unjudged"
+    assert list(evaluation.list_points(samples, questions)) == ["MathVerse_MINI"]
 
 
 @pytest.mark.parametrize(
