@@ -249,6 +249,11 @@ def load_rows(
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
     if source.endswith(".jsonl") and Path(source).is_file():
         rows = read_jsonl(source)  # by ourselves: values of a column may differ in type
+    elif source.endswith(".tsv"):
+        raise ValueError(
+            f"{source}: a TSV file is a vision-language benchmark for eval.py, e.g. --data "
+            f"WeMath=FILE.tsv; expected a JSONL or Parquet file, a folder or a hub id"
+        )
     else:
         rows = read_with_datasets(source, split, subset)
     if not rows:

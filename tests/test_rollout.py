@@ -90,6 +90,13 @@ def test_bad_data(tmp_path, content, words):
         rollout.load_rows(str(file), ("problem", "answer"))
 
 
+def test_benchmarks_of_eval_are_not_data_to_train_on():
+    with pytest.raises(
+        ValueError, match="x.tsv: a TSV file is a vision-language benchmark for eval"
+    ):
+        rollout.load_rows("x.tsv", ("problem",))
+
+
 def test_unknown_data_and_models():
     for source in ("nowhere/at/all.jsonl", "nobody/nothing"):
         with pytest.raises(
