@@ -281,7 +281,7 @@ def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
     return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
 
 
-class Scored(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What one forward of the policy gives."""
 
     logp: Tensor | None  # (B, T) log-prob of each response token at the temperature
@@ -329,7 +329,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         taps: Sequence[int] = (),
         latents_only: bool = False,
-    ) -> Scored:
+    ) -> PolicyOutput:
         """Score the response tokens of a batch.
 
         temperature: of the distribution; the logits are divided by it
@@ -343,7 +343,7 @@ class Policy(nn.Module):
         try:
             states = self.run_decoder(batch)  # (B, S, D)
         except LastTap:
-            return Scored(None, None, [latents[index] for index in taps])
+            return PolicyOutput(None, None, [latents[index] for index in taps])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -353,7 +353,7 @@ class Policy(nn.Module):
         weight = self.model.get_output_embeddings().weight
         tokens = batch.input_ids[batch.targets]  # (M,)
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
-        return Scored(
+        return PolicyOutput(
             logp=batch.unflatten(logp),
             entropy=batch.unflatten(entropy),
             latents=[latents[index] for index in taps],

@@ -491,13 +491,13 @@ def score(
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
     for rows, batch in my_micro_batches(episodes, config, "score"):
-        place = (rows, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
+        cells = (rows, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
-            scored = policy(batch, temperature, taps)
-            scores.old_logp[place] = scored.logp
-            scores.entropy[place] = scored.entropy
+            output = policy(batch, temperature, taps)
+            scores.old_logp[cells] = output.logp
+            scores.entropy[cells] = output.entropy
             if reference:
-                scores.ref_logp[place] = reference(batch, temperature).logp
+                scores.ref_logp[cells] = reference(batch, temperature).logp
         if flow:
             weight = None
             if flow_learns:
@@ -505,21 +505,21 @@ def score(
                 # while the kernels that are already queued keep the GPU busy
                 accepted = accepted_episodes(verdicts(), config.flow_update)
                 weight = flow_loss_weights(
-                    batch, rows, scored.entropy, accepted, config.flow_update
+                    batch, rows, output.entropy, accepted, config.flow_update
                 )
             depths = [tap / policy.n_layers for tap in taps]
             keys = [("flow noise", config.seed, step, row) for row in rows]
-            result = score_latents(flow, batch, scored.latents, depths, keys, weight, config)
-            scores.flow_score[place] = result.score
-            scores.flow_mask[place] = result.exists
-            flow_loss += result.loss
+            latent_scores = score_latents(flow, batch, output.latents, depths, keys, weight, config)
+            scores.flow_score[cells] = latent_scores.score
+            scores.flow_mask[cells] = latent_scores.exists
+            flow_loss += latent_scores.loss
     metrics = {}
     has_learnt = False
     if flow_learns:
         accepted = accepted_episodes(verdicts(), config.flow_update)
         has_learnt = bool(accepted.any()) or config.flow_update.flow_soft > 0
         metrics["flow/loss"] = parallel.sum_over_ranks(flow_loss).item()
-    if flow:
+    if flow:  # gradients are summed over ranks in a backward alone: here one of weight 0
         parallel.end_calls(flow, flow.example(parallel.DEVICE), has_learnt)
     scores.sum_over_ranks()
     return scores, metrics
@@ -663,7 +663,7 @@ def update_policy(
     episodes: Sequence[rollout.Episode],
     scores: Scores,
     advantage: Tensor,
-    weight: Tensor,
+    importance: Tensor,
     config: Config,
     step: int,
     lr: float,
@@ -671,7 +671,8 @@ def update_policy(
 ) -> dict[str, float]:
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
-    advantage and weight are (B, T); weight corrects for the sampler's probabilities. learn_flow is
+    advantage and importance are (B, T); the latter corrects for the sampler's probabilities and the
+    ratio of the loss is to the scoring pass's log-probs: 1 in the first mini-batch. learn_flow is
     called with each mini-batch's places in the step before its optimiser step, and returns figures.
     """
     settings = config.optimisation
@@ -687,22 +688,22 @@ def update_policy(
         chosen = [episodes[i] for i in mini_batch]
         for rows, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
-            place = (mini_batch[rows], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            cells = (mini_batch[rows], slice(mask.shape[1]))  # of the micro-batch in (B, T)
             logp = policy(batch, config.sampling.temperature).logp
             loss, is_clipped = rlfr.policy_loss(
                 logp,
-                scores.old_logp[place],
-                advantage[place],
+                scores.old_logp[cells],
+                advantage[cells],
                 settings.clip_low,
                 settings.clip_high,
                 settings.ratio_cap,
             )
-            loss = loss * weight[place]
+            loss = loss * importance[cells]
             token_weight = rlfr.token_weights(
                 mask, settings.normalisation, n_episodes, n_tokens, config.sampling.max_tokens
             )
             if settings.kl_coef and settings.kl_in == "loss":
-                kl = rlfr.kl_divergence(logp, scores.ref_logp[place], settings.kl_kind)
+                kl = rlfr.kl_divergence(logp, scores.ref_logp[cells], settings.kl_kind)
                 loss = loss + settings.kl_coef * kl
                 sums["kl"] += share * (kl * token_weight).sum().detach()
             loss = (loss * token_weight).sum()
@@ -712,7 +713,7 @@ def update_policy(
         if learn_flow:
             for name, value in learn_flow(mini_batch).items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
-        grad_norm += share * learner.step(lr, settings.clip_norm)
+        grad_norm += share * learner.step(lr, settings.clip_norm)  # clips, steps, clears
     for name, value in sums.items():
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm
@@ -948,7 +949,7 @@ def main(config: Config) -> None:
 
         # ---- 4. Shape and advantage
         advantage, shaping_metrics = shape_advantage(scores, reward, config, step)
-        weight, mismatch_metrics = rlfr.importance_weights(
+        importance, mismatch_metrics = rlfr.importance_weights(
             scores.old_logp,
             scores.sampled_logp,
             scores.mask,
@@ -970,7 +971,7 @@ def main(config: Config) -> None:
                 *(config, step, flow_lr),
             )
         policy_metrics = update_policy(
-            *(policy, learners["policy"], episodes, scores, advantage, weight),
+            *(policy, learners["policy"], episodes, scores, advantage, importance),
             *(config, step, lr, learn_flow),
         )
 
