@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import run as runs
 import toy
 import train_rl
 from evals import sets
+from evals.figures import GROUPS
 from evals.sets import HUB_SETS, cluster
 from grading import Pool
 from rewards import Grader
@@ -400,6 +402,25 @@ def test_a_comparison_is_printed_and_written(config, tmp_path, capsys):
     text = (tmp_path / "comparison" / "comparison.md").read_text()
     assert "0 problems flipped" in text
     assert text in capsys.readouterr().out
+
+
+def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
+    """Flags, sets, groups, and what a folder holds, as evals/README.md names them."""
+    page = " ".join((ROOT / "evals" / "README.md").read_text().split())
+    flags = {f"--{name.replace('_', '-')}" for name in runs.flatten(evaluation.Config())}
+    flags |= {"--eval-data", "--eval-split"}  # of train_rl.py
+    flags.add("--no-grade-truncated")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= flags
+    assert f"a name: `{' '.join(HUB_SETS)}`" in page
+    for group, members in GROUPS.items():
+        assert f"`{group}` over `{' '.join(members)}`" in page
+    assert f"may have {evaluation.OFFICIAL_LENGTH} tokens" in page
+    assert f"have {toy.EVALUATE['max_tokens']}." in page
+    evaluation.main(config)
+    keys = read_lines(tmp_path / "out" / "samples.jsonl")[0]
+    assert f"`{' '.join(keys)}`" in page
+    for file in (tmp_path / "out").iterdir():
+        assert f"| `{file.name}` |" in page
 
 
 @pytest.mark.distributed
