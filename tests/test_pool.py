@@ -291,6 +291,18 @@ def test_the_command_that_counts_errors(pairs_file, tmp_path):
     assert total["errors"] == 2
 
 
+def test_the_grader_makes_no_error_on_the_pairs_of_the_tests(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "rewards.py", "tests/pairs.jsonl", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    groups = json.loads(out.read_text())
+    assert set(groups) == {"identity", "rewriting", "surface", "wrong", "type", "total"}
+    assert min(count["n"] for count in groups.values()) >= 50
+    total = groups["total"]
+    assert (total["n"], total["errors"], total["false_accepts"]) == (300, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
