@@ -1,18 +1,21 @@
 """Outcome rewards: what a response is worth. This is the file to edit for another reward.
 
 A reward is a weighted sum of parts, `--reward binary format=0.1 overlong=0.5`:
-    binary      1 for a right boxed answer, else 0
+    binary      1 for a right answer in the last box, else 0
     official    the rules of the official code: 1 for a right answer, 0.5 for a wrong one in a box,
                 0 without a box, with five or more, and for garbage
     vlm         1 for a right answer by the rules for vision-language models: in its tag, in a box,
                 or bare (grading/options.py)
-    format      1 for a response that ends by itself and has one to four boxes
+    format      1 for a response that ends by itself and has a box
     tags        1 for `<think>…</think> <answer>…</answer>`, as the official rules want it of
                 vision-language models
     overlong    DAPO's soft penalty of length (eq. 13), from 0 to -1
-    FILE.py     a Python file with `reward(problem, response) -> float`
-An episode is correct where `binary`, `official` or `vlm` says so; with none of them, where the
-first file's value is 1 or more.
+    FILE.py     a Python file with `reward(problem, response) -> float` or
+                `reward(problem, response, answer) -> float`, where answer is the right one, a list
+                of right ones, or None. It may return {"reward": float, "text": str} instead: the
+                text is for logs, and may be left out
+An episode is correct where `binary`, `vlm` or, without these, `official` says so; with none of
+them, where the first file's value is 1 or more.
 
 To add a part, write a function of a Response and the kind of its verdict, and name it in PARTS.
 
@@ -23,6 +26,7 @@ pairs, columns gold (or a list of them), pred, expected and group:
 """
 
 import importlib.util
+import inspect
 import math
 import re
 import sys
@@ -31,9 +35,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, SupportsFloat
 
-from grading import Gold, Pool, boxes, candidate, judge_response, tag_format, tagged
+from grading import Gold, Pool, boxes, extract, judge_response, tag_format
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
 
@@ -46,6 +50,7 @@ class Verdict(NamedTuple):
     parts: dict[str, float]  # unweighted, by name
     extracted: str | None  # the last boxed answer; by the rules of `vlm` what is compared
     kind: Kind
+    text: str = ""  # what users' functions say of the response
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,19 @@ class Response(NamedTuple):
     """A response as the parts of a reward see it, with the kind of its verdict beside it."""
 
     problem: str
+    answer: Gold | None  # the right one, or a list of them
     text: str
     finished: bool  # ended by itself, or may score although it ran out of room
     n_tokens: int
     max_tokens: int  # the longest response
     overlong_buffer: int  # tokens before max_tokens where the penalty of length begins
-    has_box: bool  # finished, with one to four boxes: more are a way of guessing (official rules)
-    is_comparable: bool  # has a box, is no garbage where that matters, and the answer is known
+    n_boxes: int
+    obeys_official_rules: bool  # see obeys_official_rules; only the part official looks at it
     extracted: str | None  # as in Verdict
+
+    @property
+    def has_box(self) -> bool:
+        return self.finished and self.n_boxes > 0
 
 
 def is_right(response: Response, kind: Kind) -> float:
@@ -78,9 +88,16 @@ def is_right(response: Response, kind: Kind) -> float:
 
 
 def official_score(response: Response, kind: Kind) -> float:
-    if kind == "right":
-        return 1.0
-    return 0.5 if response.is_comparable else 0.0
+    if not response.obeys_official_rules:
+        return 0.0
+    return 1.0 if kind == "right" else 0.5
+
+
+def official_kind(response: Response, kind: Kind) -> Kind:
+    """Return the kind of a verdict by the official rules, which refuse some boxes unread."""
+    if not response.has_box or response.obeys_official_rules:
+        return kind
+    return "no answer" if response.n_boxes > MAX_OFFICIAL_BOXES else "wrong"
 
 
 def has_format(response: Response, kind: Kind) -> float:
@@ -106,7 +123,15 @@ PARTS = {
     "tags": has_tags,
     "overlong": overlong_penalty,
 }
+MAX_OFFICIAL_BOXES = 4
 VERIFYING_PARTS = {"binary", "official", "vlm"}  # these decide what is correct
+
+
+class Score(NamedTuple):
+    """What a part says of a response."""
+
+    value: float
+    text: str = ""  # for logs
 
 
 class Part(NamedTuple):
@@ -114,8 +139,13 @@ class Part(NamedTuple):
 
     name: str
     weight: float
-    score: Callable[[Response, Kind], float]
-    is_users: bool = False  # from a Python file
+    score: Callable[[Response, Kind], float | Score]
+    is_users: bool = False  # from a Python file; its score is a Score
+
+
+def obeys_official_rules(response: str, n_boxes: int) -> bool:
+    """Return whether the official rules look into the last box: more than four are guessing."""
+    return 0 < n_boxes <= MAX_OFFICIAL_BOXES and not is_degenerate(response)
 
 
 def is_degenerate(response: str) -> bool:
@@ -161,7 +191,7 @@ def read_part(text: str) -> Part:
     weight = read_weight(text, weight_text)
     if name in PARTS:
         return Part(name, weight, PARTS[name])
-    return Part(Path(name).stem, weight, score_by(load_reward(name)), is_users=True)
+    return Part(Path(name).stem, weight, load_reward(name), is_users=True)
 
 
 def read_weight(part: str, text: str) -> float:
@@ -176,12 +206,18 @@ def read_weight(part: str, text: str) -> float:
     return weight
 
 
-def load_reward(path: str) -> Callable[[str, str], float]:
-    """Load `reward(problem, response)` from a user's Python file."""
+# ---- Users' functions
+SIGNATURES = (["problem", "response"], ["problem", "response", "answer"])
+EXPECTED_SIGNATURE = "reward(problem, response) or reward(problem, response, answer)"
+EXPECTED_RESULT = 'a finite number, or {"reward": a finite number, "text": a text for logs}'
+
+
+def load_reward(path: str) -> Callable[[Response, Kind], Score]:
+    """Make a part of the function `reward` of a user's Python file."""
     if not path.endswith(".py") or not Path(path).is_file():
         raise ValueError(
             f"reward {path!r}: neither {', '.join(PARTS)} nor a Python file that defines "
-            "reward(problem, response)"
+            f"{EXPECTED_SIGNATURE}"
         )
     name = f"reward_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -189,20 +225,58 @@ def load_reward(path: str) -> Callable[[str, str], float]:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     function = getattr(module, "reward", None)
-    if not callable(function):
-        raise ValueError(f"{path} defines no function reward(problem, response) -> float")
-    return function
+    if not inspect.isfunction(function):
+        raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
+    parameters = read_signature(path, function)
+    return score_by(path, function, takes_answer="answer" in parameters)
 
 
-def score_by(function: Callable[[str, str], float]) -> Callable[[Response, Kind], float]:
+def read_signature(path: str, function: Callable) -> list[str]:
+    """Return the names of a user's function's parameters; ValueError if they are unexpected."""
+    signature = inspect.signature(function)
+    names = list(signature.parameters)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if names not in SIGNATURES or kinds != {inspect.Parameter.POSITIONAL_OR_KEYWORD}:
+        raise ValueError(f"{path} defines reward{signature}; expected {EXPECTED_SIGNATURE}")
+    return names
+
+
+def score_by(
+    path: str, function: Callable, takes_answer: bool
+) -> Callable[[Response, Kind], Score]:
     """Make a part of a user's function; a response that ran out of room is no answer."""
 
-    def score(response: Response, kind: Kind) -> float:
+    def score(response: Response, kind: Kind) -> Score:
         if not response.finished:
-            return 0.0
-        return float(function(response.problem, response.text))
+            return Score(0.0)
+        if takes_answer:
+            result = function(response.problem, response.text, response.answer)
+        else:
+            result = function(response.problem, response.text)
+        return read_score(path, result)
 
     return score
+
+
+def read_score(path: str, result: object) -> Score:
+    """Read what a user's function returned; ValueError names the file and what it is."""
+    message = f"{path}: reward returned {result!r}; expected {EXPECTED_RESULT}"
+    value = result
+    text = ""
+    if isinstance(result, dict):
+        if "reward" not in result or not set(result) <= {"reward", "text"}:
+            raise ValueError(message)
+        value = result["reward"]
+        text = result.get("text", "")
+    if not isinstance(value, SupportsFloat) or not isinstance(text, str):
+        raise ValueError(message)
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # e.g. of an array
+        raise ValueError(message) from error
+    if not math.isfinite(value):
+        raise ValueError(message)
+    return Score(value, text)
 
 
 # ---- Grading
@@ -278,62 +352,77 @@ class Grader(AbstractContextManager):
             finished: Whether it ended by itself.
             n_tokens: Its length; only the part overlong looks at it.
         """
-        seen = self.examine(problem, response, finished, n_tokens, has_answer=bool(answer))
-        kind = self.judge(answer, seen)
-        scores = {part.name: part.score(seen, kind) for part in self.parts}
+        seen = self.examine(problem, answer, response, finished, n_tokens)
+        kind = self.judge(seen)
+        scores = {}
+        texts = []
+        for part in self.parts:
+            score = part.score(seen, kind)
+            if part.is_users:
+                texts.append(score.text)
+                score = score.value
+            scores[part.name] = score
         reward = sum(part.weight * scores[part.name] for part in self.parts)
-        if not self.names & VERIFYING_PARTS:
-            kind = self.judge_by_function(scores, kind)
-        return Verdict(reward, kind == "right", scores, seen.extracted, kind)
+        kind = self.kind_by_parts(seen, scores, kind)
+        text = "\n".join(filter(None, texts))
+        return Verdict(reward, kind == "right", scores, seen.extracted, kind, text)
 
     def examine(
-        self, problem: str, text: str, finished: bool, n_tokens: int, has_answer: bool
+        self, problem: str, answer: Gold | None, text: str, finished: bool, n_tokens: int
     ) -> Response:
         """Find out about a response what can be told without comparing answers."""
         finished = finished or self.settings.grade_truncated
-        found_boxes = boxes(text)
-        has_box = finished and 0 < len(found_boxes) < 5
-        is_comparable = has_box and has_answer
-        if is_comparable and "official" in self.names:
-            is_comparable = not is_degenerate(text)
+        box_contents = boxes(text)
+        obeys_rules = False
+        if "official" in self.names and finished and answer:
+            obeys_rules = obeys_official_rules(text, len(box_contents))
         if "vlm" in self.names:
-            extracted = candidate(tagged(text) or text).strip() or None
+            extracted = extract(text)
         else:
-            extracted = found_boxes[-1] if found_boxes else None
+            extracted = box_contents[-1] if box_contents else None
         return Response(
             problem=problem,
+            answer=answer,
             text=text,
             finished=finished,
             n_tokens=n_tokens,
             max_tokens=self.max_tokens,
             overlong_buffer=self.overlong_buffer,
-            has_box=has_box,
-            is_comparable=is_comparable,
+            n_boxes=len(box_contents),
+            obeys_official_rules=obeys_rules,
             extracted=extracted,
         )
 
-    def judge(self, answer: Gold | None, response: Response) -> Kind:
+    def judge(self, response: Response) -> Kind:
         """Compare a response with the answer: its last box, or all of it by the rules of `vlm`."""
         if not response.finished:
             return "cut"
         if "vlm" in self.names:
-            return self.judge_by_vlm_rules(answer, response)
+            return self.judge_by_vlm_rules(response)
         if not response.has_box:
             return "no answer"
-        if not response.is_comparable:
+        if not response.answer:
             return "wrong"
-        return self.pool.judge(answer, response.extracted)
+        return self.pool.judge(response.answer, response.extracted)
 
-    def judge_by_vlm_rules(self, answer: Gold | None, response: Response) -> Kind:
-        kind = "wrong"
-        if answer:
-            kind = judge_response(response.text, answer, self.pool.judge)
-        if kind == "wrong" and response.extracted is None:
+    def judge_by_vlm_rules(self, response: Response) -> Kind:
+        if response.extracted is None:
             return "no answer"
-        return kind
+        if not response.answer:
+            return "wrong"
+        return judge_response(response.text, response.answer, self.pool.judge)
 
-    def judge_by_function(self, scores: dict[str, float], kind: Kind) -> Kind:
-        """Let the first of the user's functions decide what is right, if there is one."""
+    def kind_by_parts(self, response: Response, scores: dict[str, float], kind: Kind) -> Kind:
+        """Let the part that decides what is correct decide, or the first of the user's functions.
+
+        Args:
+            scores: What the parts say, by name.
+            kind: The kind by comparison alone.
+        """
+        if self.names & VERIFYING_PARTS == {"official"}:
+            return official_kind(response, kind)
+        if self.names & VERIFYING_PARTS:
+            return kind
         for part in self.parts:
             if part.is_users and kind != "cut":
                 return "right" if scores[part.name] >= 1 else "wrong"

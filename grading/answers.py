@@ -6,6 +6,8 @@ r"""Are two mathematical answers the same? Read both into trees (latex.py), comp
 These are the same:
     spellings: sizes, fonts, spaces, dollars, degrees, thousands, units, `x =`, `the answer is`
     numbers of equal value: integers and fractions exactly, decimals to a ratio of 1e-6
+    an irrational gold and a decimal of seven right significant digits
+    ratios; times of day with the same digits
     expressions of equal value, at points chosen for their letters (values.py)
     lists and sets in any order; tuples and intervals with the same brackets in the same order
     matrices cell by cell
@@ -19,8 +21,9 @@ MATH-500 answers then fail against themselves, and `2` passes for `2\pi`.)
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from operator import truediv
+from typing import NamedTuple
 
 from grading.latex import (
     CHOICE,
@@ -33,7 +36,16 @@ from grading.latex import (
     spell,
     unit_of,
 )
-from grading.values import Value, are_close, combine, evaluate, is_exact, to_complex
+from grading.units import forgets_power
+from grading.values import (
+    N_NARROW_POINTS,
+    Value,
+    are_close,
+    combine,
+    evaluate,
+    is_exact,
+    to_complex,
+)
 
 Gold = str | Sequence[str]  # an answer, or a list of answers any of which will do
 
@@ -100,15 +112,10 @@ def unit_factor(gold: str | None, prediction: str | None) -> Fraction | None:
         dimension, size = known_prediction
         if gold_dimension == dimension:
             return size / gold_size
-        is_slip = without_powers(gold_dimension) == without_powers(dimension)  # cm for cm^2
-        return Fraction(1) if is_slip else None
+        return Fraction(1) if forgets_power(gold, prediction) else None
     if not known_gold and not known_prediction and unit_words(gold) != unit_words(prediction):
         return None
     return Fraction(1)
-
-
-def without_powers(dimension: str) -> str:
-    return re.sub(r"-?\d", "", dimension)
 
 
 def unit_words(unit: str) -> list[str]:
@@ -144,7 +151,7 @@ def is_too_large(node: tuple) -> bool:
 
 
 def scale(node: tuple, factor: Fraction) -> tuple:
-    return node if factor == 1 else ("product", node, ("number", factor, False))
+    return node if factor == 1 else ("product", node, ("number", factor, None))
 
 
 # ---- What a tree contains
@@ -166,7 +173,19 @@ def calls(node: tuple, *functions: str) -> bool:
 
 
 def has_decimal(node: tuple) -> bool:
-    return any_part(node, lambda part: part[0] == "number" and part[2])
+    return any_part(node, lambda part: part[0] == "number" and part[2] is not None)
+
+
+def last_places(node: tuple) -> list[Fraction]:
+    """Return the last places of all decimals in a tree, as ratios to the decimals."""
+    if not isinstance(node, tuple) or not node:
+        return []
+    if node[0] == "number":
+        return [] if node[2] is None else [node[2]]
+    places = []
+    for part in node:
+        places += last_places(part)
+    return places
 
 
 def letters_of(node) -> set[str]:
@@ -204,6 +223,10 @@ def same(a: tuple, b: tuple, strict: bool = False) -> bool:
         return words is not None and words == words_of(b)
     if a[0] in STRUCTURES or b[0] in STRUCTURES:
         return a[0] == b[0] and same_structure(a, b)
+    if kinds == ("clock", "clock"):  # compared digit by digit: 12:30 is not 24:60
+        return False
+    if is_long_ratio(a) or is_long_ratio(b):
+        return a[0] == b[0] and same_ratio(a[1:], b[1:])
     if contains(a, "infinity") or contains(b, "infinity"):
         return same_value(name_infinity(a), name_infinity(b))
     return same_value(a, b)
@@ -239,6 +262,23 @@ def same_matrix(rows_a: Sequence[tuple], rows_b: Sequence[tuple]) -> bool:
     if [len(row) for row in rows_a] != [len(row) for row in rows_b]:
         return False
     return all(same_in_order(x, y) for x, y in zip(rows_a, rows_b, strict=True))
+
+
+def is_long_ratio(node: tuple) -> bool:
+    """Return whether a node is a ratio of three terms or more; one of two is their quotient."""
+    return node[0] == "ratio" and len(node) > 3
+
+
+def same_ratio(terms_a: Sequence[tuple], terms_b: Sequence[tuple]) -> bool:
+    """Return whether two ratios are equal: 1:2:3 is 2:4:6."""
+    zeros_a = [evaluate(term, 0) == 0 for term in terms_a]
+    zeros_b = [evaluate(term, 0) == 0 for term in terms_b]
+    if zeros_a != zeros_b:
+        return False
+    for i, j in combinations(range(len(terms_a)), 2):
+        if not same_value(("product", terms_a[i], terms_b[j]), ("product", terms_a[j], terms_b[i])):
+            return False
+    return True
 
 
 def flatten(node: tuple, kind: str) -> Iterator[tuple]:
@@ -362,13 +402,15 @@ def find_same(item: tuple, others: Sequence[tuple], strict: bool) -> int | None:
 # ---- Values
 def same_value(a: tuple, b: tuple) -> bool:
     """Compare expressions by their values, with letters at several points."""
-    has_decimals = has_decimal(a) or has_decimal(b)
+    tolerance = tolerance_for(a, b)
     if not letters_of(a) and not letters_of(b):
-        return same_number(evaluate(a, 0), evaluate(b, 0), has_decimals)
+        return same_number(evaluate(a, 0), evaluate(b, 0), tolerance)
     points, n_wanted = points_to_compare(a, b)
     golds = []
     error = UnreadableError("no value")
     for point in points:
+        if not are_roots_real(point, a, b):
+            continue
         try:
             gold = evaluate(a, point)
             value = evaluate(b, point)
@@ -377,7 +419,7 @@ def same_value(a: tuple, b: tuple) -> bool:
         except UnreadableError as caught:  # a division by zero there
             error = caught
             continue
-        if not same_number(gold, value, has_decimals):
+        if not same_number(gold, value, tolerance):
             return False
         golds.append(gold)
         if len(golds) == n_wanted:
@@ -392,13 +434,75 @@ def points_to_compare(a: tuple, b: tuple) -> tuple[range, int]:
     """Return points, and at how many of them two expressions with letters are compared."""
     if any(calls(node, "floor", "ceil", "min", "max") for node in (a, b)):
         return range(10, 50), 40  # steps show only where values are many and wide apart
-    if any(calls(node, "abs") for node in (a, b)):
+    if depends_on_signs(a) or depends_on_signs(b):
         return range(10), 5  # every other one has negative letters
     return range(0, 10, 2), 3
 
 
-def same_number(gold: Value, value: Value, has_decimals: bool) -> bool:
-    """Compare two values, exactly or to a ratio of 1e-6 where the answers have decimals.
+def depends_on_signs(node: tuple) -> bool:
+    """Return whether the signs of letters may matter beyond what positive letters show."""
+    return calls(node, "abs") or any_part(node, is_even_root)
+
+
+def is_even_root(node: tuple) -> bool:
+    """Return whether a node is an even root of something with letters: sqrt(x), x^{3/4}."""
+    if node[0] != "power" or not letters_of(node[1]) or letters_of(node[2]):
+        return False
+    try:
+        exponent = evaluate(node[2], 0)
+    except UnreadableError:
+        return False
+    return is_exact(exponent) and exponent.denominator % 2 == 0
+
+
+def are_roots_real(point: int, *nodes: tuple) -> bool:
+    """Return whether expressions can be compared at a point; letters are negative at odd ones.
+
+    There, even roots must be real: sqrt(x^2) is not x, but sqrt(xy) is sqrt(x) sqrt(y).
+    """
+
+    def has_no_real_value(node: tuple) -> bool:
+        if not is_even_root(node):
+            return False
+        base = to_complex(evaluate(node[1], point))
+        return base.imag != 0 or base.real < 0
+
+    if point >= N_NARROW_POINTS or point % 2 == 0:
+        return True
+    try:
+        return not any(any_part(node, has_no_real_value) for node in nodes)
+    except TooLargeError:
+        raise
+    except UnreadableError:  # a division by zero there
+        return False
+
+
+class Tolerance(NamedTuple):
+    """How far apart, as a ratio, two answers that contain decimals may be."""
+
+    to_fraction: Fraction  # of a gold that is a fraction
+    to_irrational: Fraction  # of a gold that is a root or the like
+
+
+def tolerance_for(gold: tuple, prediction: tuple) -> Tolerance:
+    """Return the tolerance for a prediction: none unless an answer has decimals.
+
+    Where the gold has none, and is a root or the like, a decimal must have seven significant
+    digits, rounded or cut off: 1.414214 and 1.414213 are the root of 2, 1.41421 and 1.414215 are
+    not.
+    """
+    if has_decimal(gold):
+        return Tolerance(TOLERANCE, TOLERANCE)
+    places = last_places(prediction)
+    if not places:
+        return Tolerance(EXACT, EXACT)
+    finest = min(places)
+    has_enough_digits = finest <= TOLERANCE
+    return Tolerance(TOLERANCE, finest if has_enough_digits else EXACT)
+
+
+def same_number(gold: Value, value: Value, tolerance: Tolerance) -> bool:
+    """Compare two values within a tolerance.
 
     Integers are meant exactly, and so are golds of at most four decimal places, unless the other
     value is a root or the like.
@@ -406,9 +510,11 @@ def same_number(gold: Value, value: Value, has_decimals: bool) -> bool:
     is_short = is_exact(gold) and 10**4 % gold.denominator == 0 and terminates(value)
     is_integer = is_exact(gold) and gold.denominator == 1
     is_meant_exactly = is_integer or is_short
-    if has_decimals and not is_meant_exactly:
-        return are_close(gold, value, TOLERANCE)
-    return are_close(gold, value, EXACT)
+    if is_meant_exactly:
+        return are_close(gold, value, EXACT)
+    if is_exact(gold):
+        return are_close(gold, value, tolerance.to_fraction)
+    return are_close(gold, value, tolerance.to_irrational)
 
 
 def terminates(value: Value) -> bool:
@@ -418,6 +524,7 @@ def terminates(value: Value) -> bool:
 
 # ---- Relations
 EQUALITIES = ("=", "~")
+NAMELESS = ("symbol", "")  # the left side of "> 5"
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}  # other operators read the same both ways
 
 
@@ -488,7 +595,19 @@ def same_relations(a: tuple, b: tuple, strict: bool) -> bool:
         may_names_differ = not strict and not share_unknowns(a, b)
         if same(a[2], b[2]) or may_names_differ:
             return same(value_of(a), value_of(b))
+    a = name_unknown(a, b)
+    b = name_unknown(b, a)
     return len(a) == len(b) and (same_sides(a, b) or same_sides(a, flip(b)))
+
+
+def name_unknown(relation: tuple, other: tuple) -> tuple:
+    """Give the side that `> 5` leaves out the letter that stands alone in another relation."""
+    if relation[2] != NAMELESS:
+        return relation
+    letters = [side for side in other[2:] if side[0] == "symbol"]
+    if len(letters) != 1:
+        return relation
+    return (*relation[:2], letters[0], *relation[3:])
 
 
 def share_unknowns(a: tuple, b: tuple) -> bool:
@@ -524,9 +643,11 @@ def are_proportional(a: tuple, b: tuple) -> bool:
 
     For an inequality the constant must be positive.
     """
-    takes_absolute_values = calls(a, "abs") or calls(b, "abs")
+    points = range(5) if depends_on_signs(a) or depends_on_signs(b) else (0, 2, 4)
     ratios = []
-    for point in range(5) if takes_absolute_values else (0, 2, 4):
+    for point in points:
+        if not are_roots_real(point, a, b):
+            continue
         difference_a = evaluate(("sum", a[2], negative(a[3])), point)
         difference_b = evaluate(("sum", b[2], negative(b[3])), point)
         if difference_a == 0 or difference_b == 0:

@@ -6,7 +6,7 @@ r"""Read an answer, LaTeX or plain text, into a tree.
 `read` brings the answer to one spelling (spelling.py), splits a unit off (units.py), and parses the
 rest by recursive descent. A node of the tree is a tuple whose first item is its kind:
 
-    ("number", Fraction, is_decimal)        ("numeral", digits, base)
+    ("number", Fraction, last_place)        ("numeral", digits, base)
     ("symbol", name)                        ("infinity",)
     ("text", words)                         ("matrix", *rows)
     ("sum", *terms)                         ("product", *factors)
@@ -14,7 +14,11 @@ rest by recursive descent. A node of the tree is a tuple whose first item is its
     ("pm", left or None, right, sign)       ("degree", angle)
     ("call", function, *arguments)          ("relation", operators, *sides)
     ("list", *items)                        ("group", opening, closing, *items)
+    ("ratio", *terms)                       ("clock", hours, minutes)
     ("union" | "intersection" | "difference", left, right)
+
+The last place of a decimal is what one unit there is of the whole: 1/314 for 3.14. That of other
+numbers is None.
 """
 
 import re
@@ -94,7 +98,7 @@ def boxes(text: str) -> list[str]:
 
 def integer(value: int) -> tuple:
     """Make the node of an exact integer."""
-    return ("number", Fraction(value), False)
+    return ("number", Fraction(value), None)
 
 
 def number(text: str) -> tuple:
@@ -106,8 +110,10 @@ def number(text: str) -> tuple:
     if mantissa.endswith("."):
         mantissa += "0"
     value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-    is_decimal = "." in text or "e" in text
-    return ("number", value, is_decimal)
+    if "." not in text and "e" not in text:
+        return ("number", value, None)
+    digits = int(mantissa.replace(".", ""))
+    return ("number", value, Fraction(1, max(1, digits)))
 
 
 def negative(node: tuple) -> tuple:
@@ -144,12 +150,14 @@ def enclose(opening: str, node: tuple, closing: str) -> tuple:
 class Token(NamedTuple):
     """A piece of an answer."""
 
-    kind: str  # number, command, char, text, matrix or end
+    kind: str  # clock, number, command, char, text, matrix or end
     value: str  # as written; what the braces of a text, or begin and end of a matrix, hold
 
 
 TOKEN = re.compile(
     r"\s+"
+    # 9:05, perhaps a time of day; but neither the ratio 3:4 nor a part of 1:10:100
+    r"|(?P<clock>(?<![\d.:^_/*-])\d{1,2}:\d{2}(?!\s*[\d.:^_!/*A-Za-z\\]))"
     r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|(?P<command>\\(?:[A-Za-z]+|.))"
     r"|(?P<char>.)",
@@ -196,9 +204,11 @@ def braced(text: str, start: int) -> tuple[str, int]:
 
 # ---- The parser
 
+NUMERIC = ("number", "clock")
 SIGNS = ("+", "-", r"\pm", r"\mp")
 TIMES = ("*", r"\cdot", r"\times", r"\ast")
-OVER = ("/", r"\div", ":", r"\colon")
+COLONS = (":", r"\colon")
+OVER = ("/", r"\div")
 RELATIONS = {
     "=": "=",
     "<": "<",
@@ -215,7 +225,6 @@ RELATIONS = {
     r"\equiv": "=",
 }
 SETS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "difference"}
-BARS = {"|": "|", r"\lvert": r"\rvert", r"\vert": r"\vert"}
 BRACKETS = {
     "(": ")",
     "[": "]",
@@ -224,9 +233,11 @@ BRACKETS = {
     r"\langle": r"\rangle",
     r"\lfloor": r"\rfloor",
     r"\lceil": r"\rceil",
+    r"\lvert": r"\rvert",
 }
+CALLED_BRACKETS = {r"\lfloor": "floor", r"\lceil": "ceil", r"\lvert": "abs"}
 # Commands that do not begin an atom.
-CONNECTIVES = frozenset([*RELATIONS, *SETS, *TIMES, *OVER, *SIGNS, *BRACKETS.values()])
+CONNECTIVES = frozenset([*RELATIONS, *SETS, *TIMES, *OVER, *COLONS, *SIGNS, *BRACKETS.values()])
 FUNCTIONS = frozenset(FUNCTION_NAMES.split("|"))
 CALLS = {rf"\{name}": name for name in FUNCTIONS if name != "sqrt"}
 # Commands that belong to the name of the letter behind them.
@@ -249,12 +260,13 @@ class Parser:
 
         list      = relation {("," | ";") relation}
         relation  = [sets] {("=" | "<" | "\in" | …) sets}
-        sets      = sum {("\cup" | "\cap" | "\setminus") sum}
+        sets      = ratio {("\cup" | "\cap" | "\setminus") ratio}
+        ratio     = sum {":" sum}
         sum       = [sign] product {sign product}
         product   = ("-" | "+") product | power {[times | over] power}
         power     = atom {postfix} ["^" script {postfix}]
         postfix   = "!" | "%" | "\degree"
-        atom      = number | numeral | symbol | text | matrix | bracketed | command
+        atom      = clock | number | numeral | symbol | text | matrix | bracketed | command
 
     Every method raises UnreadableError where it does not understand.
     """
@@ -306,9 +318,9 @@ class Parser:
     def parse_relation(self) -> tuple:
         operators = []
         sides = []
-        if self.peek().value not in RELATIONS:
+        if not self.starts_relation():
             sides.append(self.parse_sets())
-        while self.peek().kind != "text" and self.peek().value in RELATIONS:
+        while self.starts_relation():
             operators.append(RELATIONS[self.peek().value])
             self.position += 1
             sides.append(self.parse_sets())
@@ -321,11 +333,24 @@ class Parser:
             return sides[0]
         return ("relation", tuple(operators), *sides)
 
+    def starts_relation(self) -> bool:
+        """Return whether the next token is the sign of a relation, and not a text that says `=`."""
+        token = self.peek()
+        return token.kind in ("char", "command") and token.value in RELATIONS
+
     def parse_sets(self) -> tuple:
-        node = self.parse_sum()
+        node = self.parse_ratio()
         while operator := self.take(*SETS):
-            node = (SETS[operator], node, self.parse_sum())
+            node = (SETS[operator], node, self.parse_ratio())
         return node
+
+    def parse_ratio(self) -> tuple:
+        terms = [self.parse_sum()]
+        while self.take(*COLONS):
+            terms.append(self.parse_sum())
+        if len(terms) == 1:
+            return terms[0]
+        return ("ratio", *terms)
 
     def parse_sum(self) -> tuple:
         terms = []
@@ -355,7 +380,7 @@ class Parser:
             elif self.take(*OVER):
                 node = ("quotient", node, self.parse_signed_power())
             elif self.starts_atom():
-                if previous.kind == "number" and self.peek().kind == "number":
+                if previous.kind in NUMERIC and self.peek().kind in NUMERIC:
                     raise UnreadableError("two numbers beside each other")
                 node = multiply(node, self.parse_power())
             else:
@@ -415,7 +440,7 @@ class Parser:
             return token.kind == "char" and self.n_open_bars == 0
         if token.kind == "char":
             return token.value.isalpha() or token.value in "([{"
-        return token.kind in ("number", "matrix", "text")
+        return token.kind in ("clock", "number", "matrix", "text")
 
     def parse_atom(self) -> tuple:
         self.depth += 1
@@ -432,14 +457,17 @@ class Parser:
         kind, value = token
         if kind == "number":
             return self.parse_numeral(value) if self.take("_") else number(value)
+        if kind == "clock":
+            hours, minutes = value.split(":")
+            return ("clock", int(hours), minutes)
         if kind == "matrix":
             return parse_matrix(value)
         if kind == "text":
             return self.parse_text(value)
         if kind == "char" and value.isalpha():
             return self.parse_symbol(value)
-        if value in BARS:
-            return self.parse_absolute_value(BARS[value])
+        if value == "|":
+            return self.parse_absolute_value()
         if value in BRACKETS:
             return self.parse_bracketed(value)
         if kind == "command":
@@ -514,11 +542,11 @@ class Parser:
 
     # -- Brackets
 
-    def parse_absolute_value(self, closing: str) -> tuple:
+    def parse_absolute_value(self) -> tuple:
         self.n_open_bars += 1
         node = self.parse_sum()
         self.n_open_bars -= 1
-        self.need(closing)
+        self.need("|")
         return ("call", "abs", node)
 
     def parse_bracketed(self, opening: str) -> tuple:
@@ -541,7 +569,7 @@ class Parser:
             if node[0] != "list":  # a set of one element
                 return ("group", "{", "}", node)
             return enclose("{", node, "}")
-        return ("call", opening[2:], node)  # \lfloor is a floor
+        return ("call", CALLED_BRACKETS[opening], node)
 
     def parse_inside(self) -> tuple:
         """Parse what brackets hold, where a bar cannot end an absolute value from outside."""

@@ -259,12 +259,34 @@ def candidate(text: str) -> str:
     return stated(text) or text
 
 
+def answer_part(response: str) -> str:
+    """Return the part of a response that is its answer.
+
+    It is what the first answer tag holds, or without one what follows an opening tag, or else all.
+    """
+    answer = tagged(response)
+    if answer is None:
+        answer = response.rpartition("<answer>")[2].strip()
+    return answer
+
+
+def extract(response: str) -> str | None:
+    """Return what of a response is compared with the gold, None if there is nothing.
+
+    It is the candidate of its answer, or the whole answer where only that is an option letter.
+    """
+    answer = answer_part(response)
+    part = candidate(answer).strip()
+    if bare_letter(part) is None and bare_letter(answer) is not None:
+        part = answer
+    return part or None
+
+
 def judge_response(response: str, gold: Gold, judge: Callable[[str, str], str]) -> str:
     """Judge a response by the official rules for vision-language models, their mistakes mended.
 
-    The first answer tag counts, or without one what follows an opening tag, or else all. A gold
-    that is an option letter wants a bare letter: its text alone, or behind the letter, does not
-    count. An empty gold is never met.
+    What `extract` returns is compared. A gold that is an option letter wants a bare letter: its
+    text alone, or behind the letter, does not count. An empty gold is never met.
 
     Args:
         response: A whole response.
@@ -275,9 +297,12 @@ def judge_response(response: str, gold: Gold, judge: Callable[[str, str], str]) 
         "right", "wrong", or "timeout" where a comparison took too long and none was right.
     """
     golds = [gold] if isinstance(gold, str) else gold
+    answer = extract(response)
+    if answer is None:
+        return "wrong"
     verdict = "wrong"
     for each in golds:
-        one_verdict = judge_against(response, each, judge)
+        one_verdict = judge_against(answer, each, judge)
         if one_verdict == "right":
             return "right"
         if one_verdict == "timeout":
@@ -285,15 +310,11 @@ def judge_response(response: str, gold: Gold, judge: Callable[[str, str], str]) 
     return verdict
 
 
-def judge_against(response: str, gold: str, judge: Callable[[str, str], str]) -> str:
-    """Compare a response with one gold; see judge_response."""
-    answer = tagged(response)
-    if answer is None:
-        answer = response.rpartition("<answer>")[2].strip()
-    if not gold.strip() or not answer:
+def judge_against(answer: str, gold: str, judge: Callable[[str, str], str]) -> str:
+    """Compare an answer with one gold; see judge_response."""
+    if not gold.strip():
         return "wrong"
     letter = re.sub(r"\\text\{(.*)\}|\$", r"\1", gold.strip())
     if re.fullmatch(rf"[{LETTERS}]", letter):
-        letters_given = (bare_letter(answer), bare_letter(candidate(answer)))
-        return "right" if letter in letters_given else "wrong"
-    return judge(gold, candidate(answer))
+        return "right" if bare_letter(answer) == letter else "wrong"
+    return judge(gold, answer)

@@ -5,8 +5,9 @@
 
 Comparing answers means computing with text that a language model wrote: it may never end, or fill
 the memory. So it happens in worker processes (worker.py) that may do nothing else. The pool keeps
-the deadline, kills a worker that misses it and starts another. It remembers verdicts, so that a
-repeated pair is not compared twice.
+the deadline, kills a worker that misses it and starts another. A pair that misses its deadline is
+compared once more, while no other is: the machine may just have been busy. Verdicts are remembered,
+so that a repeated pair is not compared twice; that a pair timed out or crashed is not a verdict.
 """
 
 import json
@@ -18,10 +19,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Literal
@@ -133,7 +133,9 @@ class Pool(AbstractContextManager):
         self.threads = ThreadPoolExecutor(n_workers)
         self.counts = Counter()
         self.counts_lock = threading.Lock()
-        self.compare_once = lru_cache(N_REMEMBERED)(self.compare)
+        self.all_workers_lock = threading.Lock()  # held by the one thread that wants all workers
+        self.verdicts: dict[tuple[str, str], str] = {}  # the oldest first
+        self.verdicts_lock = threading.Lock()
 
     def __exit__(self, *_):
         self.close()
@@ -169,6 +171,25 @@ class Pool(AbstractContextManager):
         """Return whether a prediction equals the gold answer, or any of a list of them."""
         return self.judge(gold, prediction) == "right"
 
+    def compare_once(self, gold: str, prediction: str) -> str:
+        """Compare as `compare` does, unless the pair's verdict is remembered."""
+        pair = (gold, prediction)
+        with self.verdicts_lock:
+            remembered = self.verdicts.get(pair)
+        if remembered is not None:
+            return remembered
+        verdict = self.compare(gold, prediction)
+        if verdict in ("right", "wrong"):
+            self.remember(pair, verdict)
+        return verdict
+
+    def remember(self, pair: tuple[str, str], verdict: str) -> None:
+        with self.verdicts_lock:
+            if len(self.verdicts) >= N_REMEMBERED:
+                oldest = next(iter(self.verdicts))
+                del self.verdicts[oldest]
+            self.verdicts[pair] = verdict
+
     def compare(self, gold: str, prediction: str) -> str:
         """Return right, wrong, timeout, crashed or capped; the plainest cases need no worker."""
         gold = gold.strip()
@@ -181,8 +202,25 @@ class Pool(AbstractContextManager):
             return "right"
         if INTEGER.fullmatch(gold) and INTEGER.fullmatch(prediction):
             return "right" if int(gold) == int(prediction) else "wrong"
-        worker = self.idle_workers.get()
+        with self.borrow_workers(1) as (worker,):
+            verdict = worker.ask(gold, prediction, self.deadline)
+        if verdict != "timeout":
+            return verdict
+        return self.compare_alone(gold, prediction)
+
+    def compare_alone(self, gold: str, prediction: str) -> str:
+        """Compare a pair within the deadline while no other is compared."""
+        with self.all_workers_lock, self.borrow_workers(len(self.workers)) as workers:
+            return workers[0].ask(gold, prediction, self.deadline)
+
+    @contextmanager
+    def borrow_workers(self, n: int) -> Iterator[list[Worker]]:
+        """Wait until this thread has as many workers, and give them back afterwards."""
+        workers = []
         try:
-            return worker.ask(gold, prediction, self.deadline)
+            while len(workers) < n:
+                workers.append(self.idle_workers.get())
+            yield workers
         finally:
-            self.idle_workers.put(worker)
+            for worker in workers:
+                self.idle_workers.put(worker)

@@ -118,6 +118,7 @@ REWRITES = [
     (r"\*\*", "^"),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
     (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\vert(?![A-Za-z])", "|"),
     # Spaces: mark those that may separate thousands, make the others plain, close the marked ones
     (r"(?<=\d)(?:\\,|\\!|\\;|\\ |\{,\}|,\\!|,\\,|\s)+(?=\d{3}(?!\d))", THOUSANDS_GAP),
     (r"(?<!\\)\\(?:[,;:!> ]|quad(?![A-Za-z])|qquad(?![A-Za-z]))|~|\\nobreakspace", " "),

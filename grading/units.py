@@ -86,6 +86,28 @@ def unit_of(text: str) -> tuple[str, Fraction] | None:
     return dimension, size
 
 
+def forgets_power(gold: str, prediction: str) -> bool:
+    """Return whether a known unit is another one but for forgotten powers: cm for cm^2."""
+    gold_exponents = exponents_of(gold)
+    exponents = exponents_of(prediction)
+    if gold_exponents.keys() != exponents.keys():
+        return False
+    for unit, gold_exponent in gold_exponents.items():
+        without_power = 1 if gold_exponent > 0 else -1
+        if exponents[unit] not in (gold_exponent, without_power):
+            return False
+    return True
+
+
+def exponents_of(text: str) -> dict[tuple[str, Fraction], int]:
+    """Return the exponent of each unit, by dimension and size, in a known compound unit."""
+    exponents: dict[tuple[str, Fraction], int] = {}
+    for part in parse_unit(text) or []:
+        unit = (part.dimension, part.size)
+        exponents[unit] = exponents.get(unit, 0) + part.exponent
+    return exponents
+
+
 def parse_unit(text: str) -> list[UnitPower] | None:
     """Return the parts of a compound unit; None if one of them is not known."""
     parts = []
@@ -121,15 +143,18 @@ def parse_unit(text: str) -> list[UnitPower] | None:
 TEMPERATURE_SCALE = re.compile(
     r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CFK])\s*\}|([CFK]))\s*$"
 )
+# 12:30 p.m.
+HALF_OF_DAY = re.compile(r"(?<=:\d\d)\s*([ap]\.?m)\.?\s*$", re.IGNORECASE)
 # \text{cm}^2, \mathrm{m}/\mathrm{s}
 TEXT_UNIT = re.compile(
     rf"(?<=[\w}})!\]])\s*((?:\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}"
     r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?[\s/\\]*(?:cdot)?\s*)+)$"
 )
-# cm^2, miles per hour
+# cm^2, miles per hour. Possessive quantifiers keep it linear: a text has one reading alone.
+UNIT_EXPONENT = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
 PLAIN_UNIT = re.compile(
-    r"(?<=[\d})!])(\s*)((?:[A-Za-z][A-Za-z.]*\s*)+(?:\^\s*\{?\s*-?\d\s*\}?)?"
-    r"(?:\s*(?:/|per)\s*[A-Za-z]+(?:\^\s*\{?\s*-?\d\s*\}?)?)*)\s*$"
+    rf"(?<=[\d}})!])(\s*+)((?:[A-Za-z][A-Za-z.]*+\s*+)++{UNIT_EXPONENT}"
+    rf"(?:\s*+(?:/|per)\s*+[A-Za-z]++{UNIT_EXPONENT})*+)\s*+$"
 )
 PLAIN_NUMBER = re.compile(r"(?:\\times|\\cdot|[-+\d.,/ eE^{}])+")
 # A command's name, or an open subscript or exponent: letters behind it are not a unit.
@@ -140,6 +165,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     """Return an answer without the unit at its end, and the unit, or None if it has none."""
     return (
         split_temperature_scale(text)
+        or split_half_of_day(text)
         or split_text_unit(text)
         or split_plain_unit(text)
         or (text, None)
@@ -152,6 +178,14 @@ def split_temperature_scale(text: str) -> tuple[str, str] | None:
     if match is None:
         return None
     return text[: match.start()] + r"^{\circ}", match[1] or match[2]
+
+
+def split_half_of_day(text: str) -> tuple[str, str] | None:
+    """Split `12:30 p.m.` into time and half of the day; None for another text."""
+    match = HALF_OF_DAY.search(text)
+    if match is None:
+        return None
+    return text[: match.start()], match[1]
 
 
 def split_text_unit(text: str) -> tuple[str, str] | None:

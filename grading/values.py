@@ -107,6 +107,10 @@ def evaluate(node: tuple, point: int, in_angle: bool = False) -> Value:
         return value
     if kind == "quotient":
         return divide(evaluate(node[1], point, in_angle), evaluate(node[2], point, in_angle))
+    if kind == "ratio" and len(node) == 3:
+        return divide(evaluate(node[1], point), evaluate(node[2], point))
+    if kind == "clock":  # compared with something else than a clock time, it is a ratio
+        return divide(Fraction(node[1]), Fraction(node[2]))
     if kind == "power":
         return power(evaluate(node[1], point), evaluate(node[2], point))
     if kind == "call":

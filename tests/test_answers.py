@@ -6,6 +6,7 @@ import pytest
 
 from grading.answers import equal
 from grading.latex import UnreadableError, boxes, read, unit_of
+from grading.units import split_unit
 from grading.worker import decide
 
 SAME = [
@@ -66,6 +67,55 @@ SAME = [
     ("|x|<1", "1>|x|"), (r"20^\circ\text{C}", r"20^\circ"), ("A,B", r"\text{A and B}"),
     (r"\lfloor n/2\rfloor", r"\lfloor\frac{n}{2}\rfloor"),
 ]  # fmt: skip
+# The rules of README.md, by what they are about: what passes, and what must not.
+SAME_UNITS = [
+    ("5 cm^2", "5 cm"), ("5 m/s^2", "5 m/s"), ("5 cm^2", "0.0005 m²"), ("5 m³", "5 cubic meters"),
+]  # fmt: skip
+DIFFERENT_UNITS = [
+    ("5 cm", "5 m²"), ("5 km²", "5 m³"), ("5 m^2", "5 m^3"), ("5 cm", "5 cm^2"),
+    ("5 cm^2", "5 m"), ("5 m/s", "5 m s"),
+]  # fmt: skip
+SAME_TIMES = [
+    ("3:4", "6:8"), ("12:30", "12:30"), ("05:30", "5:30"), ("12:30", "12:30 p.m."), ("1:2", "15:30"),
+    ("12:30 pm", "12:30 P.M."), ("1:2:3", "2:4:6"), ("3:2", "1/2:1/3"), ("x:2y", "2x : 4y"),
+    ("12:00", r"\text{12:00}"), ("1/4", "1:4"),
+]  # fmt: skip
+DIFFERENT_TIMES = [
+    ("1:10", "3:30"), ("12:30", "24:60"), ("12:00", "12:01"), ("12:00", "11:00"),
+    ("12:30 a.m.", "12:30 p.m."), ("1:2:3", "1:3:2"), ("1:2:3", "1/6"), ("1:2:3", "1:2"),
+    ("0:1:2", "0:5:9"), ("1:2:3", "0:0:0"), ("5:00", "5"),
+]  # fmt: skip
+SAME_ROOTS = [
+    ("|x|", r"\sqrt{x^2}"), (r"\sqrt{ab}", r"\sqrt{a}\sqrt{b}"), ("x^2", r"\sqrt{x^4}"),
+    (r"\sqrt{1-x^2}", r"\sqrt{1-x}\sqrt{1+x}"), ("x", r"\sqrt[3]{x^3}"), (r"x\sqrt{x}", "x^{3/2}"),
+    (r"\frac{1}{\sqrt{x}}", r"\frac{\sqrt{x}}{x}"),
+]  # fmt: skip
+DIFFERENT_ROOTS = [
+    ("x", r"\sqrt{x^2}"), (r"\sqrt{x^2}", "x"), ("y=x", r"y=\sqrt{x^2}"), ("x", "(x^4)^{1/4}"),
+    ("y-x=0", r"y-\sqrt{x^2}=0"), ("x-1", r"\sqrt{(x-1)^2}"), ("x^3", r"\sqrt{x^6}"),
+]  # fmt: skip
+SAME_DECIMALS = [
+    (r"\sqrt{2}", "1.414214"), (r"\sqrt{2}", "1.414213"), (r"\pi", "3.141593"),
+    (r"\frac{\pi}{2}", r"0.5\pi"), (r"\sqrt{2}x", "1.414214x"), ("3.14159", r"\pi"),
+    (r"\sin 30^\circ", "0.5"), (r"-\sqrt{2}", "-1.41421356"), (r"1000\sqrt{2}", "1414.214"),
+]  # fmt: skip
+DIFFERENT_DECIMALS = [
+    (r"\pi", "3.14159"), (r"\pi", "3.14"), (r"\pi", "3.141591"), (r"\sqrt{2}", "1.41421"),
+    (r"\sqrt{2}", "1.414215"), (r"\sqrt{2}", "1.4142140"), (r"\ln 2", "0.693147"),
+    (r"\frac{\pi}{3}", r"0.333333\pi"),
+]  # fmt: skip
+SAME_RELATIONS = [
+    ("x > 5", "> 5"), ("> 5", "x > 5"), ("5 < x", "> 5"), (r"x \ne 3", r"\ne 3"),
+    (r"x \ge 5", r"\ge 5"),
+]  # fmt: skip
+DIFFERENT_RELATIONS = [
+    ("x > 5", "< 5"), ("x > 5", r"\ge 5"), ("x > 5", "> 6"), ("|x| > 5", "> 5"), ("5", "> 5"),
+]  # fmt: skip
+SAME_BARS = [
+    ("|x|", r"\lvert x\rvert"), ("|x|", r"\vert x\vert"), (r"\lvert x\rvert", r"\left|x\right|"),
+    ("5", r"\lvert -5\rvert"), ("||x|-1|", r"\lvert\lvert x\rvert-1\rvert"),
+]  # fmt: skip
+SAME += SAME_UNITS + SAME_TIMES + SAME_ROOTS + SAME_DECIMALS + SAME_RELATIONS + SAME_BARS
 DIFFERENT = [
     ("5", "6"), ("1/2", "1/3"), ("(1,2)", "(2,1)"), ("(1,2)", r"\{1,2\}"), ("[1,2]", "(1,2)"),
     ("1,2", "1"), ("1", "1,2"), ("5", "5 or 6"), ("4210_6", "4210_5"), (r"2\pi", "2"),
@@ -98,8 +148,10 @@ DIFFERENT = [
     (r"\lfloor p/4\rfloor", r"\lfloor (p+2)/4\rfloor"), ("x=1,y=2", "2,1"), ("0.5", "0.4999999"),
     ("12345678.5", "12345678.6"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}"),
-    ("20", r"\log_0 9"), ("5", "5 dozen"),
+    ("20", r"\log_0 9"), ("5", "5 dozen"), ("5", r"\text{=}"), (r"\text{=}", "5"),
 ]  # fmt: skip
+DIFFERENT += DIFFERENT_UNITS + DIFFERENT_TIMES + DIFFERENT_ROOTS + DIFFERENT_DECIMALS
+DIFFERENT += DIFFERENT_RELATIONS
 
 
 @pytest.mark.parametrize(("gold", "prediction"), SAME)
@@ -133,6 +185,30 @@ def test_units():
     assert unit_of("cm^2")[0] == "length2"
     assert unit_of("apples") is None
     assert unit_of("km/h")[0] == "length1 time-1"
+
+
+def test_a_sign_in_a_text_is_no_relation():
+    for answer in (r"\text{=}", r"\text{<}", r"x \text{=}"):
+        assert equal("5", answer) is not True
+        assert equal(answer, answer) is True
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "5 " + "word " * 300,
+        "5" + "a" * 1900,
+        "5 " + "per x" * 300,
+        "5 a" + "/per" * 300,
+        "5" + " " * 1900,
+    ],
+    ids=["words", "letters", "per", "slashes", "spaces"],
+)
+def test_prose_behind_a_number_is_read_in_no_time(prose):
+    """It took twenty seconds for a hundred characters."""
+    began = time.perf_counter()
+    split_unit(prose + "!")
+    assert time.perf_counter() - began < 0.5
 
 
 HOSTILE = [

@@ -1,6 +1,7 @@
 """Outcome rewards: parts and their weights, verdicts, grading in the background."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,8 @@ def grader():
         ("so 2", True, 0, 0, "no answer"),
         ("so \\boxed{2}", False, 0, 0, "cut"),
         ("first \\boxed{3}, no \\boxed{2}", True, 1, 1, "right"),
-        ("\\boxed{2}" * 5, True, 0, 0, "no answer"),
+        ("\\boxed{2}" * 5, True, 1, 0, "right"),
+        ("\\boxed{2}" * 4 + "\\boxed{3}", True, 0, 0, "wrong"),
         ("abcde" * 6 + "\\boxed{2}", True, 1, 0, "right"),
         ("字符" * 20 + "\\boxed{2}", True, 1, 0, "right"),
     ],
@@ -37,6 +39,22 @@ def test_reward_sets(response, finished, binary, official, kind):
             assert verdict.correct == (expected == 1)
             assert verdict.parts == {name: expected}
             assert name == "official" or verdict.kind == kind
+
+
+def test_five_boxes_are_refused_by_the_part_official_alone():
+    """The rule of the official code was every part's."""
+    response = "\\boxed{3}" * 5 + "\\boxed{2}"
+    with Grader(["binary", "official", "format"], n_workers=1) as grader:
+        verdict = grader.grade("", "2", response, True)
+        assert verdict.parts == {"binary": 1.0, "official": 0.0, "format": 1.0}
+        assert (verdict.kind, verdict.extracted) == ("right", "2")
+        verdict = grader.grade("", "2", "abcde" * 6 + "\\boxed{2}", True)
+        assert verdict.parts == {"binary": 1.0, "official": 0.0, "format": 1.0}
+    with Grader(["official", "format"], n_workers=1) as grader:
+        verdict = grader.grade("", "2", response, True)
+        assert verdict.parts == {"official": 0.0, "format": 1.0}
+        assert (verdict.kind, verdict.extracted) == ("no answer", "2")
+        assert grader.grade("", "2", "abcde" * 6 + "\\boxed{2}", True).kind == "wrong"
 
 
 def test_garbage_by_the_official_rules():
@@ -103,6 +121,37 @@ def test_kinds_of_verdicts_by_the_rules_of_vision_language_models(
         verdict = grader.grade("", gold, response, True)
     assert verdict.kind == kind
     assert verdict.reward == (kind == "right")
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "extracted"),
+    [
+        ("<think>$5$</think><answer></answer>", "5", None),
+        ("<think>$5$</think><answer> </answer>", "5", None),
+        ("<think>$5$</think><answer>$6$</answer>", "6", "6"),
+        ("<think>$5$</think><answer>six is $6$", "6", "6"),
+        ("<think>$5$</think><answer>", "5", None),
+        ("<think> x </think><answer>**B**</answer>", "B", "**B**"),
+        (r"<answer>The answer is \boxed{B}</answer>", "B", "B"),
+        ("<answer>$1$ or $2$</answer>", "2", "$1$ or $2$"),
+        ("", "5", None),
+    ],
+)
+def test_what_is_logged_is_what_was_compared(response, gold, extracted, monkeypatch):
+    """An empty answer tag was wrong, but the log showed what stood in the thought."""
+    compared = []
+    with Grader(["vlm"], n_workers=1) as grader:
+        judge = grader.pool.judge
+        monkeypatch.setattr(
+            grader.pool,
+            "judge",
+            lambda gold, answer: compared.append(answer) or judge(gold, answer),
+        )
+        verdict = grader.grade("", gold, response, True)
+    assert verdict.extracted == extracted
+    assert set(compared) <= {extracted}
+    if extracted is None:
+        assert (verdict.kind, compared) == ("no answer", [])
 
 
 def test_an_answer_that_takes_too_long_is_wrong(grader, monkeypatch):
@@ -187,6 +236,75 @@ def test_a_users_function(tmp_path):
         assert (verdict.reward, verdict.kind, verdict.correct) == (0.0, "cut", False), (
             "a response that ran out of room is no answer"
         )
+
+
+def grade_by_file(tmp_path, source: str, answer="7", finished: bool = True):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    with Grader([str(file)]) as grader:
+        return grader.grade("problem", answer, "response", finished)
+
+
+def test_a_users_function_sees_the_answer(tmp_path):
+    source = "def reward(problem, response, answer):\n    return 0.5 if answer == {} else 0\n"
+    assert grade_by_file(tmp_path, source.format("'7'")).reward == 0.5
+    assert grade_by_file(tmp_path, source.format("['7', '8']"), ["7", "8"]).reward == 0.5
+    assert grade_by_file(tmp_path, source.format("None"), None).reward == 0.5
+
+
+def test_a_users_function_may_return_a_text_for_logs(tmp_path):
+    source = "def reward(problem, response):\n    return {'reward': 2, 'text': f'{problem}!'}\n"
+    verdict = grade_by_file(tmp_path, source)
+    assert (verdict.reward, verdict.parts, verdict.text) == (2.0, {"mine": 2.0}, "problem!")
+    verdict = grade_by_file(tmp_path, source, finished=False)
+    assert (verdict.reward, verdict.text) == (0.0, "")
+    verdict = grade_by_file(tmp_path, "def reward(problem, response):\n    return {'reward': 1}\n")
+    assert (verdict.reward, verdict.text) == (1.0, "")
+
+
+def test_texts_of_several_functions_are_lines(tmp_path):
+    files = []
+    for name in ("first", "second"):
+        file = tmp_path / f"{name}.py"
+        file.write_text(
+            f"def reward(problem, response):\n    return dict(reward=1, text='{name}')\n"
+        )
+        files.append(str(file))
+    with Grader(files) as grader:
+        assert grader.grade("", None, "", True).text == "first\nsecond"
+
+
+@pytest.mark.parametrize(
+    ("signature", "named"),
+    [
+        ("response", r"reward\(response\)"),
+        ("response, problem", r"reward\(response, problem\)"),
+        ("problem, response, weight=0.5", r"reward\(problem, response, weight=0.5\)"),
+        ("*problem, response", r"reward\(\*problem, response\)"),
+        ("problem, response, answer, more", r"reward\(problem, response, answer, more\)"),
+        ("problem, response, *, answer", r"reward\(problem, response, \*, answer\)"),
+    ],
+)
+def test_a_users_function_of_other_arguments_is_refused(tmp_path, signature, named):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def reward({signature}):\n    return 1\n")
+    with pytest.raises(ValueError, match=f"mine.py defines {named}; expected reward.problem, resp"):
+        Grader([str(file)])
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "None", "'1.5'", "float('nan')", "-float('inf')", "10**400", "[1.0]", "1j", "{}",
+        "{'text': 'x'}", "{'reward': 1, 'texts': 'x'}", "{'reward': 1, 'text': None}",
+        "{'reward': float('nan')}", "{'reward': '1'}",
+    ],
+)  # fmt: skip
+def test_a_users_function_that_returns_no_finite_number_is_an_error(tmp_path, result):
+    source = f"def reward(problem, response):\n    return {result}\n"
+    shown = re.escape(repr(eval(result)))
+    with pytest.raises(ValueError, match=f"mine.py: reward returned {shown}; expected a finite"):
+        grade_by_file(tmp_path, source)
 
 
 # ---- In the background
