@@ -41,7 +41,15 @@ from grading import Pool
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
-from run import asked_to_stop, check_positive, flatten, launch, with_defaults, written_whole
+from run import (
+    asked_to_stop,
+    check_positive,
+    flatten,
+    launch,
+    with_defaults,
+    write_json,
+    written_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def main(config: Config) -> None:
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
     n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
 
-    n_workers = max(1, (os.cpu_count() or 1) // dist.get_world_size())
+    n_workers = parallel.cores_per_rank()
     with Grader(config.reward, config.grading, config.max_tokens, n_workers) as grader:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
@@ -203,19 +211,17 @@ def load_data(
     problems = {}
     questions = {}
     for name, specification in sets.name_sets(config.data).items():
-        if name in vlm.BENCHMARKS and not Path(specification).exists():
-            questions[name] = load_questions(name, specification, config, model)
-            problems[name] = ask_bare(questions[name], specification, config.problems, model)
+        benchmark, _, file = specification.partition("=")  # NAME=FILE; a hub id may end in NAME
+        if benchmark in vlm.BENCHMARKS and not Path(specification).exists():
+            questions[name] = load_questions(name, file, config, model)
+            problems[name] = ask_bare(questions[name], file, config.problems, model)
         else:
             problems[name] = sets.load_set(specification, config.problems, model)
     return problems, questions
 
 
-def load_questions(
-    name: str, specification: str, config: Config, model: Model
-) -> list[vlm.Question]:
+def load_questions(name: str, file: str, config: Config, model: Model) -> list[vlm.Question]:
     """Load a vision-language benchmark; ValueError if it cannot be scored with these settings."""
-    _, _, file = specification.partition("=")
     if not file:
         raise ValueError(f"{name} needs its TSV file: --data {name}=FILE")
     if config.samples > 1:
@@ -563,12 +569,6 @@ def finish(
         file.write_text(text + "\n", encoding="utf-8")
     report = write_report(folder)
     print(f"{text}\n\nsamples, summary and {report.name} are in {folder}")
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path) as file:
-        file.write_text(json.dumps(value, indent=1))
 
 
 def write_comparison(config: Config) -> None:

@@ -317,12 +317,10 @@ def read_with_datasets(source: str, split: str, subset: str | None) -> list[dict
     return data.with_format("arrow")[:].to_pylist()  # as stored: images stay encoded
 
 
-def load_problems(
-    source: str, settings: ProblemSettings, model: Model, subset: str | None = None
-) -> list[Problem]:
+def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
     """Load problems with answers, images and prompts; errors as of load_rows and make_prompts."""
     columns = (settings.problem_column, settings.answer_column)
-    rows = load_rows(source, columns, settings.split, subset or settings.subset)
+    rows = load_rows(source, columns, settings.split, settings.subset)
     return make_problems(rows, source, settings, model)
 
 

@@ -115,13 +115,12 @@ def cut_split(source: str) -> tuple[str, str | None]:
 def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem]:
     """Load one set of problems; see load_sets."""
     name, source, split = parse_specification(text)
-    subset = None
     if not source:
         hub_set = HUB_SETS[name]
         source = hub_set.source
-        subset = hub_set.subset
         settings = replace(
             settings,
+            subset=hub_set.subset,
             split=hub_set.split,
             problem_column=hub_set.problem_column,
             answer_column=hub_set.answer_column,
@@ -130,7 +129,7 @@ def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem
         if Path(source).is_file() or Path(source, "state.json").exists():
             raise ValueError(f"{source} has no splits; leave out :{split}")
         settings = replace(settings, split=split)
-    problems = rollout.load_problems(source, settings, model, subset)
+    problems = rollout.load_problems(source, settings, model)
     counts = Counter(problem.id for problem in problems)
     repeated = [i for i, count in counts.items() if count > 1]
     if repeated:
