@@ -207,7 +207,7 @@ def read_weight(part: str, text: str) -> float:
 
 
 # ---- Users' functions
-SIGNATURES = (["problem", "response"], ["problem", "response", "answer"])
+ARGUMENTS = ("problem", "response", "answer")  # of a user's function; the last may be left out
 EXPECTED_SIGNATURE = "reward(problem, response) or reward(problem, response, answer)"
 EXPECTED_RESULT = 'a finite number, or {"reward": a finite number, "text": a text for logs}'
 
@@ -227,18 +227,27 @@ def load_reward(path: str) -> Callable[[Response, Kind], Score]:
     function = getattr(module, "reward", None)
     if not inspect.isfunction(function):
         raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
-    parameters = read_signature(path, function)
-    return score_by(path, function, takes_answer="answer" in parameters)
+    n_arguments = count_arguments(path, function)
+    return score_by(path, function, takes_answer=n_arguments == len(ARGUMENTS))
 
 
-def read_signature(path: str, function: Callable) -> list[str]:
-    """Return the names of a user's function's parameters; ValueError if they are unexpected."""
+def count_arguments(path: str, function: Callable) -> int:
+    """Return how many arguments a user's function takes, 2 or 3; ValueError for other signatures.
+
+    Their names are free, but for those of ARGUMENTS, which must stand in that order.
+    """
     signature = inspect.signature(function)
-    names = list(signature.parameters)
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if names not in SIGNATURES or kinds != {inspect.Parameter.POSITIONAL_OR_KEYWORD}:
+    parameters = list(signature.parameters.values())
+    is_expected = len(parameters) in (2, 3)
+    for parameter, argument in zip(parameters, ARGUMENTS, strict=False):
+        is_plain = parameter.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+        has_default = parameter.default is not inspect.Parameter.empty
+        is_misplaced = parameter.name in ARGUMENTS and parameter.name != argument
+        if not is_plain or has_default or is_misplaced:
+            is_expected = False
+    if not is_expected:
         raise ValueError(f"{path} defines reward{signature}; expected {EXPECTED_SIGNATURE}")
-    return names
+    return len(parameters)
 
 
 def score_by(

@@ -274,6 +274,11 @@ def test_texts_of_several_functions_are_lines(tmp_path):
         assert grader.grade("", None, "", True).text == "first\nsecond"
 
 
+def test_names_of_a_users_function_are_free(tmp_path):
+    verdict = grade_by_file(tmp_path, "def reward(p, r, gold):\n    return float(gold == '7')\n")
+    assert verdict.reward == 1
+
+
 @pytest.mark.parametrize(
     ("signature", "named"),
     [
@@ -283,6 +288,7 @@ def test_texts_of_several_functions_are_lines(tmp_path):
         ("*problem, response", r"reward\(\*problem, response\)"),
         ("problem, response, answer, more", r"reward\(problem, response, answer, more\)"),
         ("problem, response, *, answer", r"reward\(problem, response, \*, answer\)"),
+        ("problem, answer", r"reward\(problem, answer\)"),
     ],
 )
 def test_a_users_function_of_other_arguments_is_refused(tmp_path, signature, named):
