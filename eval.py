@@ -321,7 +321,7 @@ def make_chunks(problems: dict[str, list[Problem]], size: int) -> list[Chunk]:
 
 
 def keep_whole_chunks(folder: Path, chunks: Sequence[Chunk], n_samples: int) -> int:
-    """Return how many chunks samples.jsonl holds whole, and cut it off behind them."""
+    """Return how many chunks samples.jsonl holds whole, and cut off what follows them."""
     file = folder / "samples.jsonl"
     if not file.exists():
         return 0

@@ -137,7 +137,7 @@ def two_layers(n_inputs: int, width: int) -> nn.Sequential:
 
 
 def modulation(width: int, n_outputs: int) -> nn.Sequential:
-    """Make the linear map from y to so many vectors: shift, scale and perhaps gate."""
+    """Make the linear map from y to n_outputs vectors: shift, scale and perhaps gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, n_outputs * width))
 
 

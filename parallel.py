@@ -113,7 +113,7 @@ def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
 
 
 def compile_flow(flow: nn.Module, when: Literal["auto", "on", "off"]) -> None:
-    """Compile the velocity network, before it is sharded; `auto` does so on a GPU alone.
+    """Compile the velocity network, before it is sharded; `auto` does so only on a GPU.
 
     On a CPU nothing is gained by it.
     """
@@ -168,7 +168,7 @@ def begin_calls(module: FSDPModule) -> None:
 def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> None:
     """Free what begin_calls() gathered and, if any rank has learnt, sum the gradients over ranks.
 
-    FSDP sums gradients during a backward alone, so the module does one of weight zero.
+    FSDP sums gradients only during a backward, so the module does one of weight zero.
 
     Args:
         module: the module given to begin_calls().

@@ -426,7 +426,7 @@ class Grader(AbstractContextManager):
 
         Args:
             scores: What the parts say, by name.
-            kind: The kind by comparison alone.
+            kind: The kind that the comparison gives.
         """
         if self.names & VERIFYING_PARTS == {"official"}:
             return official_kind(response, kind)
@@ -440,7 +440,7 @@ class Grader(AbstractContextManager):
     def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
         """Grade episodes in the background, in order.
 
-        Problems have `text` and `answer`; each has as many consecutive episodes as the others.
+        Problems have `text` and `answer`; each has the same number of consecutive episodes.
         """
         n_each = len(episodes) // max(1, len(problems))
         problem_of_episode = [problem for problem in problems for _ in range(n_each)]

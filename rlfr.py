@@ -105,8 +105,9 @@ def micro_batches(
     """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
     Rows of like length go together, the longest first, so that rows * longest, the padded tokens of
-    a batch, stays within the budget (a single row may exceed it). Every rank has as many rows, of
-    about as many tokens, and yields as many batches, because sharded modules run in step.
+    a batch, stays within the budget (a single row may exceed it). Every rank has the
+    same number of rows, of about the same number of tokens, and yields the same number of batches,
+    because sharded modules run in step.
     """
     assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
@@ -695,7 +696,7 @@ def learning_rate(peak: float, step: int, total: int, warmup: float, floor: floa
 
 
 def permutation(n: int, *key: int | str) -> list[int]:
-    """Return a random order of range(n) that depends on the key alone."""
+    """Return a random order of range(n) that depends only on the key."""
     generator = torch.Generator().manual_seed(keyed_seed(*key))
     return torch.randperm(n, generator=generator).tolist()
 

@@ -344,7 +344,7 @@ def make_problems(
 
 
 def final_answer(answer) -> str:
-    """Return an answer as text; of a GSM8K solution, `... #### 18`, what stands behind the mark."""
+    """Return an answer as text; of a GSM8K solution, `... #### 18`, what follows the mark."""
     return str(answer).rpartition("####")[2].strip()
 
 
@@ -611,8 +611,8 @@ def grade_on_all_ranks(
 ) -> Callable[[], list]:
     """Have every rank grade a share in the background; return a function that waits for all.
 
-    The verdicts are in the order of the episodes, as many in a row for each problem. All ranks must
-    call this, and then call what it returns, together.
+    The verdicts are in the order of the episodes, the same number in a row for each problem. All
+    ranks must call this, and then call what it returns, together.
     """
     rank = dist.get_rank()
     n_ranks = dist.get_world_size()
@@ -757,7 +757,7 @@ class VllmEngine:
             top_k=0,
             max_tokens=sampling.max_tokens,
             stop_token_ids=self.end_tokens,
-            logprobs=0,  # that of the sampled token alone
+            logprobs=0,  # only that of the sampled token
             detokenize=False,
         )
 
@@ -984,7 +984,7 @@ class TorchEngine:
     def to_episodes(
         self, requests: Sequence[Request], n: int, tokens: Tensor, logp: Tensor, stopped: Tensor
     ) -> list[Episode]:
-        """Cut the sampled rows behind their first end token, and make episodes of them."""
+        """Cut the sampled rows after their first end token, and make episodes of them."""
         first_end = torch.isin(tokens, self.end_tokens).int().argmax(dim=1)
         lengths = torch.where(stopped, first_end + 1, tokens.shape[1]).tolist()
         responses = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]

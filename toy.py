@@ -236,7 +236,7 @@ def make_model(world: World, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     decoder = decoder_settings(world, tokenizer)
     if not world.images:
         return Qwen2ForCausalLM(Qwen2Config(**decoder))
-    # The cells of a row differ in their columns alone, which therefore get most of the rotations
+    # The cells of a row differ only in their columns, which therefore get most of the rotations
     # (the sections are those of time, rows and columns), and fast ones.
     decoder["rope_parameters"] = {
         "rope_type": "default",

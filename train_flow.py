@@ -124,7 +124,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     max_prompt_tokens = config.solutions.max_prompt_tokens
     if cutoff <= max_prompt_tokens:
         raise ValueError(
-            f"cutoff {cutoff} leaves no room behind prompts of {max_prompt_tokens} tokens; raise it"
+            f"cutoff {cutoff} leaves no room after prompts of {max_prompt_tokens} tokens; raise it"
         )
     return config, model
 

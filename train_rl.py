@@ -372,7 +372,7 @@ def roll_out(sampler: Sampler, cursor: int) -> tuple[list[rollout.Episode], Verd
     """Sample G responses for each of N problems from the cursor on; have them graded meanwhile.
 
     Returns the episodes, G in a row for each problem, a function that waits for their verdicts,
-    and the cursor behind the last problem.
+    and the cursor after the last problem.
     """
     settings = sampler.settings
     if not settings.dynamic_sampling:
@@ -519,7 +519,7 @@ def score(
         accepted = accepted_episodes(verdicts(), config.flow_update)
         has_learnt = bool(accepted.any()) or config.flow_update.flow_soft > 0
         metrics["flow/loss"] = parallel.sum_over_ranks(flow_loss).item()
-    if flow:  # gradients are summed over ranks in a backward alone: here one of weight 0
+    if flow:  # FSDP sums gradients over ranks only in a backward: here one of weight 0
         parallel.end_calls(flow, flow.example(parallel.DEVICE), has_learnt)
     scores.sum_over_ranks()
     return scores, metrics

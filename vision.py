@@ -190,7 +190,7 @@ def find_source(value, media_dir: str) -> Source:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64, also behind `data:image/png;base64,`; ValueError if it is something else."""
+    """Decode base64, also after `data:image/png;base64,`; ValueError if it is something else."""
     _, _, behind_header = text.partition("base64,")
     digits = "".join((behind_header or text).split())
     return base64.b64decode(digits, validate=True)
@@ -254,13 +254,13 @@ def load_images(
 def check_column(rows: Sequence[dict], column: str) -> None:
     """Raise ValueError if the images seem to be in another column than the named one.
 
-    The default column, `images`, may be missing: then the data are text alone, unless there is a
+    The default column, `images`, may be missing: then the data are text only, unless there is a
     column of a similar name.
     """
     if any(column in row for row in rows):
         return
-    is_text_alone = column == "images" and not any(name in rows[0] for name in IMAGE_COLUMNS)
-    if not is_text_alone:
+    is_text_only = column == "images" and not any(name in rows[0] for name in IMAGE_COLUMNS)
+    if not is_text_only:
         raise ValueError(
             f"no row has a column {column!r}, only {sorted(rows[0])}; "
             "name the images' with --images-column"
@@ -293,7 +293,7 @@ def fit_grids(values: Sequence[list], processor, media_dir: str) -> list[list[Gr
     """Decode the images of all rows, each rank those of its share, and return their grids.
 
     All ranks call this together. A bad image raises the same ValueError on every rank, because a
-    rank that raised it alone would leave the others waiting.
+    rank that raised it by itself would leave the others waiting.
     """
     share = range(dist.get_rank(), len(values), dist.get_world_size())
     is_silent = not is_first()

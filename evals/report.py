@@ -188,7 +188,7 @@ def adapt_to_browsers(node: Element) -> None:
 
 
 def mark_signs(tree: Element) -> None:
-    """Mark a plus or minus behind an operator as a sign, which has less space; in place."""
+    """Mark a plus or minus after an operator as a sign, which has less space; in place."""
     for row in tree.iter("mrow"):
         for before, node in pairwise(row):
             follows_operator = before.tag == "mo" and before.text not in tuple(")]}|!")

@@ -62,7 +62,7 @@ def load_sets(
 
     Args:
         specifications: For each set a key of HUB_SETS, NAME=SOURCE, or SOURCE alone: a file, a
-            folder or a hub id; :SPLIT behind it names the split.
+            folder or a hub id; :SPLIT after it names the split.
         settings: How rows become problems, and the split of sets that name none; HUB_SETS knows
             the split and columns of its own sets.
 
@@ -88,7 +88,7 @@ def name_sets(specifications: Sequence[str]) -> dict[str, str]:
 
 
 def parse_specification(text: str) -> Specification:
-    """Read NAME, NAME=SOURCE or SOURCE, perhaps with :SPLIT behind it."""
+    """Read NAME, NAME=SOURCE or SOURCE, perhaps with :SPLIT after it."""
     if Path(text).exists():  # there may be a `=` or a `:` in the name of a file
         return Specification(Path(text).stem, text)
     name, _, source = text.partition("=")
@@ -100,7 +100,7 @@ def parse_specification(text: str) -> Specification:
     return Specification(Path(source).stem, source, split)
 
 
-# A split, perhaps a part of it such as train[:100], behind the last colon that can precede one
+# A split, perhaps a part of it such as train[:100], after the last colon that can precede one
 SPLIT = re.compile(r"(.+):(\w[^/:\[\]]*(?:\[[^/\]]*\])?)")
 
 

@@ -195,7 +195,7 @@ def letters_of(node) -> set[str]:
     if node[0] == "symbol":
         return {node[1]} - {"e", "i", r"\pi"}
     letters = set()
-    for part in node[1:]:  # behind the kind; of a matrix's row, behind the first cell
+    for part in node[1:]:  # after the kind; of a matrix's row, after the first cell
         letters.update(letters_of(part))
     return letters
 

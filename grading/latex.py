@@ -240,7 +240,7 @@ CALLED_BRACKETS = {r"\lfloor": "floor", r"\lceil": "ceil", r"\lvert": "abs"}
 CONNECTIVES = frozenset([*RELATIONS, *SETS, *TIMES, *OVER, *COLONS, *SIGNS, *BRACKETS.values()])
 FUNCTIONS = frozenset(FUNCTION_NAMES.split("|"))
 CALLS = {rf"\{name}": name for name in FUNCTIONS if name != "sqrt"}
-# Commands that belong to the name of the letter behind them.
+# Commands that belong to the name of the letter after them.
 ACCENTS = re.compile(
     r"\\(?:hat|widehat|vec|bar|dot|ddot|tilde|widetilde|overline|underline|overrightarrow"
     r"|mathcal|mathbb|mathfrak)"
@@ -404,7 +404,7 @@ class Parser:
         return self.parse_postfix(("power", node, exponent))
 
     def parse_postfix(self, node: tuple) -> tuple:
-        """Parse the marks behind an operand: factorials, per cent and degrees."""
+        """Parse the marks after an operand: factorials, per cent and degrees."""
         while True:
             if self.take("!"):
                 node = ("call", "factorial", node)
@@ -582,7 +582,7 @@ class Parser:
     def take_closing(self, opening: str) -> str:
         """Step over the bracket that closes `(` or `[`, and return it; intervals may mix them.
 
-        It may be missing right behind another of its shape: y = ((1, 2) is y = (1, 2).
+        It may be missing right after another of its shape: y = ((1, 2) is y = (1, 2).
         """
         if closing := self.take(")", "]"):
             return closing
@@ -711,7 +711,7 @@ class Answer(NamedTuple):
 
     node: tuple
     unit: str | None = None  # as written
-    percent: bool = False  # whether a per cent sign stood behind it; node is the number before it
+    percent: bool = False  # whether a per cent sign followed it; node is the number before it
 
 
 @lru_cache(maxsize=4096)

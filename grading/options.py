@@ -155,7 +155,7 @@ def option_letters(text: str) -> str | None:
 
 # ---- Whole responses
 def stated(response: str) -> str | None:
-    """Return the line behind the last `answer:` or `the answer is` of a response, or None."""
+    """Return the line after the last `answer:` or `the answer is` of a response, or None."""
     end = None  # of the last statement that is no supposition
     for match in STATED.finditer(response):
         before = response[max(0, match.start() - 60) : match.start()]
@@ -170,7 +170,7 @@ def stated(response: str) -> str | None:
 def letter_in_response(response: str, choices: Mapping[str, str] | None = None) -> str | None:
     """Return the letter that a whole response ends up with, or None.
 
-    It stands behind the last `the answer is`, or in the last line.
+    It stands after the last `the answer is`, or in the last line.
     """
     statement = stated(response) or ""
     if statement in LETTERS.lower():  # `the answer is a`, cut off
@@ -244,7 +244,7 @@ def is_undecided(text: str) -> bool:
 def candidate(text: str) -> str:
     """Return the mathematics of an answer: its last box, or else its last formula between dollars.
 
-    Without either, it is what stands behind the last `the answer is`, or else the whole answer;
+    Without either, it is what follows the last `the answer is`, or else the whole answer;
     and the whole answer where that leaves open which of several it means.
     """
     if is_undecided(text):
@@ -286,7 +286,7 @@ def judge_response(response: str, gold: Gold, judge: Callable[[str, str], str]) 
     """Judge a response by the official rules for vision-language models, their mistakes mended.
 
     What `extract` returns is compared. A gold that is an option letter wants a bare letter: its
-    text alone, or behind the letter, does not count. An empty gold is never met.
+    text alone, or after the letter, does not count. An empty gold is never met.
 
     Args:
         response: A whole response.
