@@ -102,7 +102,8 @@ REWRITES = [
     # The delimiters of mathematics: \( \) \[ \] $
     (r"(?<!\\)\\[\[\]()]|(?<!\\)\$", " "),
     (rf"\\(?:{STYLE_COMMANDS})(?![A-Za-z])", " "),
-    # A dollar that is a currency
+    # A dollar that is a currency: a unit, where the amount is the whole answer
+    (r"^\s*\\\$\s*(\d(?:[\d.,]*\d)?)[.\s]*$", r"\1 dollars"),
     (r"\\\$", ""),
     # Bold type in Markdown, and colours: **5**, \color{red}5
     (r"^\s*\*+|\*+\s*$|\\(?:text)?color\s*\{[^{}]*\}", " "),
@@ -164,8 +165,12 @@ INTRODUCTION = re.compile(
 BRACKET_OR_SEPARATOR = re.compile(r"\\.|[{}()\[\],;]")
 
 
+CONCLUSION = re.compile(r"(?<=\S)\s+is (?:the|my) (?:(?:final|correct|right) )?answer$")
+
+
 def strip_introduction(text: str) -> str:
-    r"""Take away an introduction: `\text{The answer is } 5`, `answer: 5`."""
+    r"""Take away an introduction: `\text{The answer is } 5`, `answer: 5`, `5 is the answer`."""
+    text = CONCLUSION.sub("", text)
     match = INTRODUCTION.match(text)
     if match is None:
         return text

@@ -147,9 +147,12 @@ TEMPERATURE_SCALE = re.compile(
 HALF_OF_DAY = re.compile(r"(?<=:\d\d)\s*([ap]\.?m)\.?\s*$", re.IGNORECASE)
 # \text{cm}^2, \mathrm{m}/\mathrm{s}
 TEXT_UNIT = re.compile(
-    rf"(?<=[\w}})!\]])\s*((?:\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}"
-    r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?[\s/\\]*(?:cdot)?\s*)+)$"
+    rf"(?<=[\w}})!\]])\s*((?:\\(?:{TEXT_COMMANDS})\s*\{{((?:[^{{}}]|(?<=\^)\{{-?\d\}})*+)\}}"
+    r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
+    rf"(?:[\s/]|\\(?!(?:{TEXT_COMMANDS})\s*\{{))*+(?:cdot)?\s*+)++)$"
 )
+# Units that are spelled like functions, which by now have a backslash: 5 \min
+FUNCTION_UNIT = re.compile(r"(?<=\d)\s*\\(min|sec)\s*$")
 # cm^2, miles per hour. Possessive quantifiers keep it linear: a text has one reading alone.
 UNIT_EXPONENT = r"(?:\^\s*\{?\s*-?\d\s*\}?)?"
 PLAIN_UNIT = re.compile(
@@ -157,12 +160,15 @@ PLAIN_UNIT = re.compile(
     rf"(?:\s*+(?:/|per)\s*+[A-Za-z]++{UNIT_EXPONENT})*+)\s*+$"
 )
 PLAIN_NUMBER = re.compile(r"(?:\\times|\\cdot|[-+\d.,/ eE^{}])+")
+# Words that are in no unit
+SENTENCE_WORD = re.compile(r"\b(?:or|and|if|when|for|not|mod|is|are|was|were|be|too)\b")
 # A command's name, or an open subscript or exponent: letters behind it are not a unit.
 OPEN_END = re.compile(r"(?:\\[A-Za-z]+|[_^]\{?[^{}]*)$")
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """Return an answer without the unit at its end, and the unit, or None if it has none."""
+    text = FUNCTION_UNIT.sub(r" \1", text)
     return (
         split_temperature_scale(text)
         or split_half_of_day(text)
@@ -237,4 +243,4 @@ def is_known_unit(unit: str, before: str, has_gap: bool) -> bool:
 def is_word_unit(unit: str) -> bool:
     """Return whether letters may be an unknown unit: a word, but not part of a sentence."""
     has_word = re.search(r"[A-Za-z]{2}", unit) is not None
-    return has_word and not re.search(r"\b(?:or|and|if|when|for|not|mod)\b", unit)
+    return has_word and not SENTENCE_WORD.search(unit)

@@ -152,6 +152,75 @@ DIFFERENT = [
 ]  # fmt: skip
 DIFFERENT += DIFFERENT_UNITS + DIFFERENT_TIMES + DIFFERENT_ROOTS + DIFFERENT_DECIMALS
 DIFFERENT += DIFFERENT_RELATIONS
+# Tricky pairs, with the verdict that a mathematician would give.
+TRICKY_SAME = [
+    ("5 km/h", r"5\ \text{km}/\text{h}"), ("36 km/h", "10 m/s"), ("1 h", "3600 s"),
+    ("1 hour", "60 min"), ("2 m^2", "20000 cm^2"), ("1 m^3", "1000000 cm³"), ("1 ft", "12 in"),
+    ("3 feet", "1 yard"), ("5 kg", "5000 g"), (r"5 \text{ cm}", "50 mm"),
+    ("9.8 m/s^2", r"9.8\,\mathrm{m\,s^{-2}}"), ("9.8 m/s^2", r"9.8\ \mathrm{m/s^2}"),
+    ("9.8 m/s^2", "9.8 m s^{-2}"), ("5 square feet", "5 ft^2"), ("5 sq ft", "5 square feet"),
+    ("12 cubic inches", r"12 \text{ in}^3"), ("3:45", "3:45 PM"), ("3:45 p.m.", "3:45 pm"),
+    ("2:1", "4:2"), (r"1:\sqrt{2}", r"\sqrt{2}:2"), ("3:4:5", "6:8:10"), ("a:b", "2a:2b"),
+    ("1:2", "0.5"), ("25%", r"25\%"), (r"25\%", r"\frac{1}{4}"), ("12.5%", "0.125"),
+    ("150%", "1.5"), (r"33\frac{1}{3}\%", r"\frac13"), ("5%", "5 percent"),
+    (r"5\%", r"5\text{ percent}"), (r"0.5\%", "0.005"), (r"\{1,2,3\}", r"\{3,2,1\}"),
+    (r"\{1\}", "1"), (r"\{1,1,2\}", r"\{1,2\}"), (r"\emptyset", r"\{\}"), (r"\{x,y\}", r"\{y,x\}"),
+    ("(1,2]", r"1<x\le 2"), (r"(-\infty,3)", "x<3"), (r"[2,\infty)", r"x\ge 2"),
+    (r"[0,1]\cup[2,3]", r"[2,3]\cup[0,1]"), (r"x\in[1,2]", "[1,2]"), (r"\sqrt{12}", r"2\sqrt3"),
+    (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"), (r"\sqrt[3]{-8}", "-2"),
+    (r"\sqrt{4+2\sqrt3}", r"1+\sqrt3"), (r"\sqrt{-4}", "2i"), ("x^{1/2}", r"\sqrt{x}"),
+    (r"\sqrt{x^2+2x+1}", "|x+1|"), (r"\sqrt[4]{16}", "2"), (r"\sqrt[4]{x^4}", "|x|"),
+    (r"\frac{x}{\sqrt{x}}", r"\sqrt x"), (r"\sqrt{18x}", r"3\sqrt{2x}"), ("0.5", "1/2"),
+    (r"0.1\overline{6}", "1/6"), ("2.50", "2.5"), ("1e-3", "0.001"),
+    (r"3.0\times10^8", "300000000"), ("-.5", "-1/2"), ("0.33333333", "1/3"),
+    (r"\frac{22}{7}", r"3\frac17"), (r"\sqrt{3}/2", "0.8660254"), ("e", "2.718281828"),
+    (r"2\pi", "6.2831853"), (r"\log_2 3", "1.5849625"), (r"the answer is \frac12", "1/2"),
+    ("The final answer is 42.", "42"), ("42", "So the answer is: 42"),
+    ("42", "Therefore, the answer is $42$."), ("yes", "Yes."), ("no solution", "No solution"),
+    (r"x=2,\ x=3", "2, 3"), ("x = 2 or x = 3", "x=3 or x=2"), ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("x^2+y^2=25", "y^2 = 25 - x^2"), ("5 > x", "x < 5"), (r"x\ge5", r"\ge 5"), ("f(x)=2x", "2x"),
+    (r"\text{(C)}", "C"), ("10!", "3628800"), (r"\binom{10}{3}", "120"), ("i^2", "-1"),
+    ("1+i", "i+1"), (r"\cos 60^\circ", "1/2"), (r"\tan 45^\circ", "1"), (r"\ln e", "1"),
+    ("2^{-3}", "1/8"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    ("1,000,000", "10^6"), ("1{,}000", "1000"), ("3x+2", "2+3x"), (r"\lvert -7 \rvert", "7"),
+    ("|z|^2", r"\lvert z\rvert^2"), (r"120^\circ", "120 degrees"), (r"\$2.50", "250 cents"),
+    (r"\$5", r"\$5.00"), ("60 min", "1 hour"), ("5 sec", "5000 ms"), ("5", "5 is the answer"),
+    (r"\$1{,}000", "1000 dollars"),
+]  # fmt: skip
+TRICKY_DIFFERENT = [
+    ("5 km/h", "5 m/s"), ("5 m", "5 m/s"), ("5 m/s", "5 m/s^3 kg"), ("5 kg", "5 g"),
+    ("1 hour", "60 s"), ("5 miles", "5 km"), ("5 cm^2", "5 cm^3"), ("5 cm", "5 square cm"),
+    ("5 N", "5 J"), ("5 apples", "5 oranges"), ("5 m^2", "500 cm^2"), ("5 ft", "5 in"),
+    ("3:45", "3:54"), ("3:45", "15:45"), ("3:45 p.m.", "3:45 a.m."), ("2:1", "1:2"),
+    ("3:4:5", "3:5:4"), ("3:4:5", "3:4"), ("3:4", "3/4/5"), ("1:2:2", "1:2:4"), ("25%", "2.5%"),
+    ("25%", "0.025"), ("0.25", "0.25%"), ("5%", "5/10"), ("50%", "500"), ("25%", "-25%"),
+    (r"\{1,2,3\}", r"\{1,2\}"), (r"\{1,2\}", "(1,2)"), (r"\{1,2\}", "[1,2]"),
+    (r"\{0\}", r"\emptyset"), (r"\emptyset", "0"), ("(1,2,3)", "(1,2)"), ("(1,2)", "(1,2,3)"),
+    ("(1,2)", "[1,2]"), ("(1,2]", "[1,2)"), (r"(-\infty,3)", r"(-\infty,3]"), ("x<3", "x>3"),
+    (r"(1,\infty)", r"(-\infty,1)"), (r"(1,2)\cup(3,4)", "(1,4)"), ("[1,3]", "1,3"),
+    (r"x\in(1,2)", r"x\in[1,2]"), (r"\sqrt{12}", r"3\sqrt2"), (r"\sqrt{2}", r"-\sqrt2"),
+    (r"\sqrt[3]{2}", r"\sqrt{2}"), (r"\sqrt{x^2+1}", "x+1"), (r"\sqrt{x}", "x"),
+    (r"\sqrt{x^2}", "-x"), (r"\sqrt{(a-b)^2}", "a-b"), (r"\sqrt2+\sqrt3", r"\sqrt5"),
+    ("x^{2/4}", "x^2"), (r"\pm\sqrt2", r"\sqrt2"), (r"\sqrt{5}", "2.236"), (r"\sqrt{5}", "2.23607"),
+    (r"\frac{1}{3}", "0.33"), (r"\frac13", "0.3334"), ("0.3", r"\frac13"), ("0.1", "0.10001"),
+    ("1.23", "1.234"), ("0.001", "0.0001"), ("3.14", r"\pi"), (r"\pi", "22/7"), ("e", "2.71828"),
+    (r"\frac{\pi}{4}", "0.785398"), ("100", "100.001"), ("1e5", "1e6"), ("2.5", "2,5"),
+    ("42", "not 42"), ("42", "42 or 43"), ("42", "about 42 or more"), ("42", "between 41 and 43"),
+    ("yes", "no"), ("no solution", "one solution"), ("infinitely many", "none"), ("42", "420"),
+    ("42", "4 2"), ("42", "the answer cannot be 42"), ("42", "-42"), ("Alice", "Bob"),
+    ("Alice and Bob", "Alice"), ("42", "I think 42 is wrong"), ("42", "x"), ("42", "forty"),
+    ("> 5", "5"), ("x > 5", "x < 5"), ("x>5", r"x\ne5"), ("x = 5", "x > 5"), ("y=2x+3", "y=2x-3"),
+    ("x^2+y^2=25", "x^2+y^2=5"), ("x<5", "y<6"), ("|x|<3", "x<3"), (r"\lvert x\rvert", "-x"),
+    (r"\lvert x\rvert^2", "x"), ("(2,3)", "x=3,y=2"), ("(2,3)", "5"), ("x+1", "x-1"), ("2x", "x^2"),
+    ("x/2", "2/x"), ("e^{x}", "e^2"), (r"\sin x", r"\cos x"), (r"\ln x", r"\log x"),
+    ("2^{10}", "10^2"), ("10!", "10"), ("C", "D"), ("C", "ABC"), ("C", "C or D"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("1,2,3", "1,2,3,4"),
+    ("1+i", "1-i"), ("1_2", "1_3"), ("i", "1"), (r"\infty", "0"), ("x", r"\text{x is not known}"),
+    ("2", "1+1+1"), ("5", "="), ("5", "5="), ("5", r"\text{5 is too small}"), (r"\$5", "5 cents"),
+    ("9.8 m/s^2", r"9.8\,\mathrm{m\,s^{-3}}"), (r"5\text{ kg}", r"5\ \mathrm{kg\,m^{2}}"),
+]  # fmt: skip
+SAME += TRICKY_SAME
+DIFFERENT += TRICKY_DIFFERENT
 
 
 @pytest.mark.parametrize(("gold", "prediction"), SAME)
@@ -201,8 +270,9 @@ def test_a_sign_in_a_text_is_no_relation():
         "5 " + "per x" * 300,
         "5 a" + "/per" * 300,
         "5" + " " * 1900,
+        r"5\text{a} " + r"\text{a} " * 150,
     ],
-    ids=["words", "letters", "per", "slashes", "spaces"],
+    ids=["words", "letters", "per", "slashes", "spaces", "texts"],
 )
 def test_prose_behind_a_number_is_read_in_no_time(prose):
     """It took twenty seconds for a hundred characters."""
