@@ -194,7 +194,7 @@ def describe_sample(problem: Problem, episode: Episode, verdict: Verdict, tokeni
     if problem.images:
         pad = tokenizer.convert_tokens_to_ids(vision.PAD)
         prompt_ids = vision.collapse(prompt_ids, pad)  # one placeholder for each image
-    return {
+    record = {
         "question": problem.text,
         "prompt": tokenizer.decode(prompt_ids),
         "answer": problem.answer,
@@ -206,6 +206,9 @@ def describe_sample(problem: Problem, episode: Episode, verdict: Verdict, tokeni
         "finish_reason": episode.finish_reason,
         "tokens": len(episode.response_ids),
     }
+    if verdict.text:
+        record["text"] = verdict.text  # of a user's reward
+    return record
 
 
 def number_answers(records: Sequence[dict], n: int, pool: Pool) -> list[dict]:

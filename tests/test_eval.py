@@ -109,6 +109,16 @@ def test_splits_of_sets(text, expected, tmp_path, monkeypatch):
     assert sets.parse_specification(text) == expected
 
 
+def test_the_text_of_a_users_reward_is_in_the_samples(config, world, tmp_path):
+    file = tmp_path / "mine.py"
+    source = "def reward(problem, response, answer):\n    return {'reward': 1, 'text': f'for {answer}'}\n"
+    file.write_text(source)
+    evaluation.main(runs.change(config, reward=(str(file),), out=str(tmp_path / "out")))
+    records = read_lines(tmp_path / "out" / "samples.jsonl")
+    finished = [record for record in records if record["finish_reason"] == "stop"]
+    assert finished and all(record["text"] == f"for {record['answer']}" for record in finished)
+
+
 def test_two_splits_of_one_folder(config, tmp_path):
     rows = {split: [{"problem": "1+1>", "answer": split}] for split in ("easy", "hard", "test")}
     splits = {split: datasets.Dataset.from_list(rows[split]) for split in rows}
