@@ -114,9 +114,11 @@ def main(config: Config) -> None:
     if config.max_tokens is None:
         max_tokens = choose_max_tokens(model, longest_prompt)
         config = replace(config, max_tokens=max_tokens)
+    check_positions(model, longest_prompt, config.max_tokens)
     check_judge(config, problems, questions)
     folder = on_first(lambda: open_folder(config, model))
-    judge = make_judge(config.judge_url, config.judge_model, folder / "judge.jsonl")
+    replies = folder / "judge.jsonl" if is_first() else None  # only the first rank asks
+    judge = make_judge(config.judge_url, config.judge_model, replies)
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
     n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
 
@@ -141,8 +143,8 @@ def main(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, Model]:
     """Find the model, make the embedded world if it is asked for, and fill in what is None."""
     name = config.model
-    if config.model in toy.WORLDS:
-        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
+    world = on_first(lambda: toy.find_world(config.model))
+    if world:
         name = world.path("model")
         config = with_defaults(config, data=(world.path("test.jsonl"),))
     if not config.data:
@@ -189,6 +191,16 @@ def choose_max_tokens(model: Model, longest_prompt: int) -> int:
             f"less the longest prompt ({longest_prompt})"
         )
     return max_tokens
+
+
+def check_positions(model: Model, longest_prompt: int, max_tokens: int) -> None:
+    """Raise ValueError if prompt and response together may have more positions than the model."""
+    positions = model.text_config.max_position_embeddings
+    if longest_prompt + max_tokens > positions:
+        raise ValueError(
+            f"the longest prompt and max_tokens, {longest_prompt} + {max_tokens}, are more than "
+            f"the model's {positions} positions; lower --max-tokens, or leave it out"
+        )
 
 
 def make_engine(config: Config, model: Model, longest_prompt: int) -> rollout.Engine:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
 
-from grading import Gold, Pool, boxes, extract, judge_response, tag_format
+from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
 
@@ -60,7 +60,7 @@ class RewardSettings:
     # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
     overlong_buffer: int | None = None
     grade_truncated: bool = False  # Let a response that ran out of room score
-    grader_deadline: float = 5.0  # Seconds for grading one answer
+    grader_deadline: float = DEADLINE  # Seconds for grading one answer
 
 
 # ---- Parts

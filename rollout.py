@@ -243,9 +243,7 @@ class Problem(NamedTuple):
     images: tuple[vision.Image, ...] = ()  # in the order of their placeholders in prompt_ids
 
 
-def load_rows(
-    source: str, columns: Sequence[str], split: str = "train", subset: str | None = None
-) -> list[dict]:
+def load_rows(source: str, columns: Sequence[str], split: str, subset: str | None) -> list[dict]:
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
     if source.endswith(".jsonl") and Path(source).is_file():
         rows = read_jsonl(source)  # by ourselves: values of a column may differ in type
@@ -329,7 +327,7 @@ def make_problems(
 ) -> list[Problem]:
     """Build problems from rows; image paths are relative to the folder of `source`."""
     texts = [row[settings.problem_column] for row in rows]
-    images = load_images(rows, source, settings, model.processor)
+    images = read_images(rows, source, settings, model.processor)
     prompts = make_prompts(texts, images, model, settings)
     problems = []
     for i, row in enumerate(rows):
@@ -348,7 +346,7 @@ def final_answer(answer) -> str:
     return str(answer).rpartition("####")[2].strip()
 
 
-def load_images(
+def read_images(
     rows: Sequence[dict], source: str, settings: DataSettings, processor
 ) -> list[tuple[vision.Image, ...]]:
     """Return each row's images, all ranks together; ValueError names the row of a bad one."""
@@ -817,8 +815,7 @@ def image_options(processor, max_length: int, max_images: int) -> dict:
         raise ValueError(
             "--engine vllm needs torchvision for images: pip install it, or take --engine torch"
         )
-    smallest = processor.size["shortest_edge"]
-    largest = processor.size["longest_edge"]
+    smallest, largest = vision.pixel_limits(processor)
     pixels_per_token = (processor.patch_size * processor.merge_size) ** 2
     largest = max(smallest, min(largest, max_length * pixels_per_token))
     return {

@@ -54,7 +54,6 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
         config = parse_config(config_class, presets)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, note_signal)
-        start()
         main(config)
         dist.destroy_process_group()
     except SystemExit:  # --help, or a flag that does not exist

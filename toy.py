@@ -69,7 +69,6 @@ FONT = (  # of each digit seven rows of five pixels
 
 # Settings of each script that fit this world; those of the paper are the scripts' own defaults.
 TRAIN_RL = {
-    "model": "toy",
     "prompts": 16,
     "lr": 3e-4,
     "max_tokens": 96,
@@ -80,7 +79,6 @@ TRAIN_RL = {
     "reward": ("binary",),
 }
 TRAIN_FLOW = {
-    "model": "toy",
     "lr": 2e-3,
     "epochs": 4,
     "batch_size": 32,
@@ -90,15 +88,14 @@ TRAIN_FLOW = {
     "save_every": 100,
 }
 EVALUATE = {
-    "model": "toy",
     "template": "none",
     "max_tokens": 96,
     "reward": ("binary",),
 }
 PRESETS = {  # script -> value of --model -> flag -> value
-    "train_rl": {"toy": TRAIN_RL, "toy-vl": {**TRAIN_RL, "model": "toy-vl"}},
-    "train_flow": {"toy": TRAIN_FLOW, "toy-vl": {**TRAIN_FLOW, "model": "toy-vl"}},
-    "eval": {"toy": EVALUATE, "toy-vl": {**EVALUATE, "model": "toy-vl"}},
+    "train_rl": {"toy": TRAIN_RL, "toy-vl": TRAIN_RL},
+    "train_flow": {"toy": TRAIN_FLOW, "toy-vl": TRAIN_FLOW},
+    "eval": {"toy": EVALUATE, "toy-vl": EVALUATE},
 }
 
 
@@ -129,6 +126,13 @@ class World:
 
 
 WORLDS = {"toy": World(), "toy-vl": World("runs/toy-vl", images=True)}
+
+
+def find_world(model: str) -> World | None:
+    """Return the world that a script's --model names, made if it is not there; None: no world."""
+    if model not in WORLDS:
+        return None
+    return make(WORLDS[model])
 
 
 # ---- Problems

@@ -7,10 +7,9 @@
 Solutions have the columns `problem` and `solution`, or are chats (`messages`, `conversations`);
 without --data, the published data set is taken from the hub.
 
-Each step: latents of the tapped layers at
-response tokens of the frozen policy, which runs up to the last tap and no further; rows of latent
-and context; `noise_repeats` draws of (t, x_0); flow-matching loss; AdamW. Writes
-`flow/flow.safetensors` into the run's folder.
+Each step: the frozen policy, which runs up to the last tap and no further, gives the latents of
+response tokens; each is put together with its context; `noise_repeats` draws of (t, x_0);
+flow-matching loss; AdamW. Writes `flow/flow.safetensors` into the run's folder.
 """
 
 import math
@@ -105,8 +104,8 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
             f"batch_size={config.batch_size} is not a multiple of the {n_ranks} ranks; choose one"
         )
     name = config.model
-    if config.model in toy.WORLDS:
-        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
+    world = on_first(lambda: toy.find_world(config.model))
+    if world:
         name = world.path("model")
         config = with_defaults(config, data=world.path("expert.jsonl"))
     model = rollout.find_model(name, config.loading)
@@ -142,7 +141,7 @@ def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model
         rollout.check_columns(rows, source, columns)
         texts = [row[settings.problem_column] for row in rows]
         solutions = [row[settings.solution_column] for row in rows]
-    images = rollout.load_images(rows, source, settings, model.processor)
+    images = rollout.read_images(rows, source, settings, model.processor)
     prompts = rollout.make_prompts(texts, images, model, settings)
     ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
     end = rollout.solution_end(model, settings.template)
@@ -214,8 +213,8 @@ def main(config: Config) -> None:
         # ---- The step's solutions
         batch_size = config.batch_size
         first = step * batch_size
-        places = rlfr.passes(len(solutions), first, batch_size, "flow order", config.seed)
-        chosen = [solutions[i] for _, i in places]
+        order = rlfr.passes(len(solutions), first, batch_size, "flow order", config.seed)
+        chosen = [solutions[i] for _, i in order]
 
         # ---- Latents, draws of (t, x_0), matching loss
         # gradients are of the sum over rows here, and divided by the number of rows below
@@ -225,15 +224,15 @@ def main(config: Config) -> None:
         micro_batches = rlfr.micro_batches(
             chosen, config.compute.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
         )
-        for rows, batch in micro_batches:
+        for indices, batch in micro_batches:
             with torch.no_grad():
                 latents = policy(batch, taps=taps, latents_only=True).latents
             flow_rows = fl.make_rows(
                 flow_config, latents, depths, batch.attention_mask, batch.targets
             )
-            lengths = [len(chosen[i].response_ids) for i in rows]
+            lengths = [len(chosen[i].response_ids) for i in indices]
             for repeat in range(config.flow.noise_repeats):
-                keys = [("flow noise", config.seed, *places[i], repeat) for i in rows]
+                keys = [("flow noise", config.seed, *order[i], repeat) for i in indices]
                 noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
                 t = fl.draw_times(z, config.flow.flow_times)
                 loss = fl.matching_loss(flow, flow_rows, noise, t)
@@ -254,7 +253,7 @@ def main(config: Config) -> None:
             "loss": loss_sum / n_rows,
             "grad_norm": grad_norm,
             "lr": lr,
-            "epoch": places[0][0],
+            "epoch": order[0][0],
             "rows": int(n_rows),
             "time/step": clock.metrics()["time/step"],
         }

@@ -271,8 +271,8 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     check(config)
     name = config.model
     flow_folder = f"runs/flow-{Path(config.model).name}"
-    if config.model in toy.WORLDS:
-        world = on_first(lambda: toy.make(toy.WORLDS[config.model]))
+    world = on_first(lambda: toy.find_world(config.model))
+    if world:
         name = world.path("model")
         data = world.path("train.jsonl")
         config = with_defaults(config, data=data, eval_data=(world.path("test.jsonl"),))
@@ -332,6 +332,11 @@ def run_offline_start(model: str, folder: str) -> None:
         if variable not in RANK_VARIABLES and "TORCHELASTIC" not in variable:
             environment[variable] = value
     subprocess.run([*command, "--model", model], check=True, env=environment)
+    if not Path(folder, "flow", fl.FLOW_FILE).exists():
+        raise ValueError(
+            f"the offline start in {folder} was stopped before its end; "
+            "the same command goes on with it"
+        )
 
 
 def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
@@ -409,23 +414,23 @@ def sample_groups(
     """Sample a group for each of n_problems from the cursor on, and begin to grade them."""
     engine, grader, problems, lengths, settings, seed = sampler
     group_size = settings.group_size
-    places = rlfr.passes(len(problems), cursor, n_problems, "problem order", seed)
-    rows = [row for _, row in places]
+    order = rlfr.passes(len(problems), cursor, n_problems, "problem order", seed)
+    indices = [index for _, index in order]
     known = lengths[lengths > 0]
     usual_length = known.mean() if len(known) else torch.tensor(float(settings.max_tokens))
     requests = []
     expected_tokens = []
-    for epoch, row in places:
-        problem = problems[row]
-        request_seed = fl.keyed_seed("roll out", seed, epoch, row)
+    for epoch, index in order:
+        problem = problems[index]
+        request_seed = fl.keyed_seed("roll out", seed, epoch, index)
         requests.append(rollout.Request(problem.prompt_ids, request_seed, problem.images))
-        length = lengths[row] if lengths[row] > 0 else usual_length
+        length = lengths[index] if lengths[index] > 0 else usual_length
         expected_tokens.append(len(problem.prompt_ids) + group_size * length.item())
     sampling = rollout.Sampling(group_size, settings.temperature, settings.max_tokens)
     episodes = rollout.generate_on_all_ranks(engine, requests, sampling, expected_tokens)
     sampled = torch.tensor([len(episode.response_ids) for episode in episodes])
-    lengths[rows] = sampled.view(n_problems, group_size).float().mean(dim=1)
-    chosen = [problems[row] for row in rows]
+    lengths[indices] = sampled.view(n_problems, group_size).float().mean(dim=1)
+    chosen = [problems[index] for index in indices]
     return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
 
 
@@ -490,8 +495,8 @@ def score(
     if flow:
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
-    for rows, batch in my_micro_batches(episodes, config, "score"):
-        cells = (rows, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
+    for indices, batch in my_micro_batches(episodes, config, "score"):
+        cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
             output = policy(batch, temperature, taps)
             scores.old_logp[cells] = output.logp
@@ -501,14 +506,14 @@ def score(
         if flow:
             weight = None
             if flow_learns:
-                # which rows to learn from: the first micro-batch waits here for all verdicts,
+                # which episodes to learn from: the first micro-batch waits here for all verdicts,
                 # while the kernels that are already queued keep the GPU busy
                 accepted = accepted_episodes(verdicts(), config.flow_update)
                 weight = flow_loss_weights(
-                    batch, rows, output.entropy, accepted, config.flow_update
+                    batch, indices, output.entropy, accepted, config.flow_update
                 )
             depths = [tap / policy.n_layers for tap in taps]
-            keys = [("flow noise", config.seed, step, row) for row in rows]
+            keys = [("flow noise", config.seed, step, index) for index in indices]
             latent_scores = score_latents(flow, batch, output.latents, depths, keys, weight, config)
             scores.flow_score[cells] = latent_scores.score
             scores.flow_mask[cells] = latent_scores.exists
@@ -570,20 +575,20 @@ def accepted_episodes(verdicts: Sequence[Verdict], settings: FlowUpdateSettings)
 
 def flow_loss_weights(
     batch: rlfr.Batch,
-    rows: Sequence[int],
+    indices: Sequence[int],
     entropy: Tensor,
     accepted: Tensor,
     settings: FlowUpdateSettings,
 ) -> Tensor:
     """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
 
-    `rows` are the micro-batch's places in accepted (B,). The weights of a whole step sum to 1 over
+    `indices` are those of the micro-batch's episodes in accepted (B,). The weights of a whole step sum to 1 over
     all micro-batches and ranks, if any episode is accepted.
     """
     quantile = settings.flow_entropy_quantile
     token_weight, episode_weight = rlfr.online_flow_weights(
         batch.response_mask,
-        accepted[rows],
+        accepted[indices],
         None if quantile is None else entropy,
         quantile,
         settings.flow_soft,
@@ -673,7 +678,7 @@ def update_policy(
 
     advantage and importance are (B, T); the latter corrects for the sampler's probabilities and the
     ratio of the loss is to the scoring pass's log-probs: 1 in the first mini-batch. learn_flow is
-    called with each mini-batch's places in the step before its optimiser step, and returns figures.
+    called with the indices of each mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
@@ -686,9 +691,9 @@ def update_policy(
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)
         chosen = [episodes[i] for i in mini_batch]
-        for rows, batch in my_micro_batches(chosen, config, "update"):
+        for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
-            cells = (mini_batch[rows], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
             logp = policy(batch, config.sampling.temperature).logp
             loss, is_clipped = rlfr.policy_loss(
                 logp,
@@ -735,7 +740,7 @@ def update_flow(
 ) -> dict[str, float]:
     """Let the flow learn from a mini-batch and take a step, as the official code intended.
 
-    accepted (B,) bool says which episodes it learns from; mini_batch holds places among them.
+    accepted (B,) bool says which episodes it learns from; mini_batch holds indices of episodes.
     """
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
@@ -743,13 +748,13 @@ def update_flow(
     chosen = [episodes[i] for i in mini_batch]
     loss = torch.zeros((), device=parallel.DEVICE)
     parallel.begin_calls(flow)
-    for rows, batch in my_micro_batches(chosen, config, "flow"):
+    for indices, batch in my_micro_batches(chosen, config, "flow"):
         with torch.no_grad():
             latents = policy(batch, taps=taps, latents_only=True).latents
-        places = mini_batch[rows]
-        entropy = scores.entropy[places, : batch.response_mask.shape[1]]
-        weight = flow_loss_weights(batch, rows, entropy, accepted, config.flow_update)
-        keys = [("flow noise", config.seed, step, place) for place in places.tolist()]
+        in_step = mini_batch[indices]
+        entropy = scores.entropy[in_step, : batch.response_mask.shape[1]]
+        weight = flow_loss_weights(batch, indices, entropy, accepted, config.flow_update)
+        keys = [("flow noise", config.seed, step, index) for index in in_step.tolist()]
         loss += score_latents(flow, batch, latents, depths, keys, weight, config).loss
     has_learnt = bool(accepted.any()) or config.flow_update.flow_soft > 0
     parallel.end_calls(flow, flow.example(parallel.DEVICE), has_learnt)
@@ -806,7 +811,8 @@ def evaluate(
         for name, problems in held_out.items():
             results[name] = {}
             for kind, sampling in samplings.items():
-                results[name][kind] = sets.evaluate(engine, name, problems, grader, sampling)
+                records = sets.sample(engine, name, problems, grader, sampling)
+                results[name][kind] = figures.summarise(records)
     return results
 
 
@@ -1017,16 +1023,16 @@ def main(config: Config) -> None:
             export(run.folder / "exports" / f"step-{step + 1}")
 
     # ---- Write the results
-    if not run.end(state, total_steps):
-        return
-    export(run.folder)
-    if held_out:
+    is_complete = run.end(state, total_steps)
+    if is_complete:
+        export(run.folder)
+    if is_complete and held_out:
         with engine_awake():
             summary["after"] = evaluate(engine, grader, held_out, config)
         run.write_json("summary.json", summary)
-    if is_first():
-        if held_out:
+        if is_first():
             print_summary(summary, list(held_out))
+    if is_complete and is_first():
         print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()
 

@@ -87,14 +87,19 @@ def load_processor(
         raise ValueError(
             f"{path} has no image processor ({error}); expected its preprocessor_config.json"
         ) from error
-    smallest = processor.size["shortest_edge"]  # despite their names, both count pixels
-    largest = processor.size["longest_edge"]
+    smallest, largest = pixel_limits(processor)
     if not 0 < smallest <= largest:
         raise ValueError(
             f"min_pixels={smallest}, max_pixels={largest}: "
             "expected two positive numbers, the first not the larger"
         )
     return processor
+
+
+def pixel_limits(processor) -> tuple[int, int]:
+    """Return how many pixels an image has at least and at most when the tower sees it."""
+    # despite their names, both count pixels
+    return processor.size["shortest_edge"], processor.size["longest_edge"]
 
 
 # ---- Images
@@ -206,8 +211,7 @@ def fit_grid(processor, width: int, height: int) -> Grid:
         ValueError: if no size fits between the processor's limits, or the image is far too thin.
     """
     cell = processor.patch_size * processor.merge_size  # pixels a side that become one vector
-    smallest = processor.size["shortest_edge"]
-    largest = processor.size["longest_edge"]
+    smallest, largest = pixel_limits(processor)
     size = (height, width)
     for _ in range(8):
         fitted = smart_resize(*size, cell, smallest, largest)

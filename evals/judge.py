@@ -72,7 +72,8 @@ class Cache:
         """Read the replies of earlier runs, and end a torn last line."""
         text = self.file.read_text(encoding="utf-8", errors="replace")
         if text and not text.endswith("\n"):
-            self.file.write_text(text + "\n", encoding="utf-8")
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write("\n")
         for line in text.splitlines():
             try:
                 entry = json.loads(line)

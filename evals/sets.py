@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import rollout
 import vision
-from evals.figures import summarise
 from flow import keyed_seed
 from grading import Pool
 from parallel import on_first
@@ -141,18 +140,6 @@ def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem
 
 
 # ---- Sampling
-def evaluate(
-    engine,
-    name: str,
-    problems: Sequence[Problem],
-    grader: Grader,
-    sampling: Sampling,
-    seed: int = 0,
-) -> dict:
-    """Sample and grade a set and return its figures, see figures.summarise; all ranks together."""
-    return summarise(sample(engine, name, problems, grader, sampling, seed))
-
-
 def sample(
     engine,
     name: str,

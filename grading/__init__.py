@@ -15,9 +15,10 @@ from grading.options import (
     tag_format,
     value,
 )
-from grading.pool import Pool
+from grading.pool import DEADLINE, Pool
 
 __all__ = [
+    "DEADLINE",
     "Gold",
     "JOINED_BOXES",
     "LABELLED",

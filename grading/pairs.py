@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from grading.pool import Pool
+from grading.pool import DEADLINE, Pool
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Settings:
 
     file: str  # JSONL with gold, pred, expected, and group where there are several
     workers: int | None = None  # Grading processes; by default one a core, at most 8
-    deadline: float = 5.0  # Seconds for one pair
+    deadline: float = DEADLINE  # Seconds for one pair
     json: str | None = None  # Where figures go as well
 
 

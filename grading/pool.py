@@ -31,6 +31,7 @@ from grading.answers import MAX_LENGTH, Gold
 ROOT = Path(__file__).parents[1]  # the repository: where a worker can import grading
 START_LIMIT = 120  # seconds for a worker to start, or to import math-verify
 MAX_WORKERS = 8  # by default
+DEADLINE = 5.0  # seconds for one comparison, by default
 N_REMEMBERED = 100_000  # verdicts
 WORKER_VERDICTS = {"1": "right", "0": "wrong", None: "timeout"}
 INTEGER = re.compile(r"-?\d{1,18}")
@@ -115,7 +116,7 @@ class Pool(AbstractContextManager):
             an answer longer than MAX_LENGTH. None of these is right.
     """
 
-    def __init__(self, n_workers: int | None = None, deadline: float = 5.0):
+    def __init__(self, n_workers: int | None = None, deadline: float = DEADLINE):
         """Make a pool whose processes start when an answer first needs them.
 
         Args:

@@ -161,6 +161,7 @@ def test_ids_must_be_unique(config, tmp_path):
         ({"temperature": -1.0}, "temperature=-1.0: expected at least 0"),
         ({"top_p": 1.5}, "top_p=1.5: expected at most 1"),
         ({"samples": 0}, "samples=0: expected a positive"),
+        ({"max_tokens": 8192}, r"\d+ \+ 8192, are more than the model's 8192 positions"),
         ({"data": None}, "no data given"),
         ({"judge_model": "m"}, "a judge is given, and no set of .'test'. asks one"),
     ],

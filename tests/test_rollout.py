@@ -44,9 +44,11 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
     (tmp_path / "folder").mkdir()
     data.to_parquet(tmp_path / "folder" / "train.parquet")
     for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
-        assert rollout.load_rows(str(tmp_path / name), ("problem", "answer")) == ROWS, name
+        assert (
+            rollout.load_rows(str(tmp_path / name), ("problem", "answer"), "train", None) == ROWS
+        ), name
     assert (
-        rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split)
+        rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split, None)
         == ROWS[:1]
     ), "evaluation reads the test split"
 
@@ -87,14 +89,14 @@ def test_bad_data(tmp_path, content, words):
     file = tmp_path / "data.jsonl"
     file.write_text(content)
     with pytest.raises(ValueError, match=words):
-        rollout.load_rows(str(file), ("problem", "answer"))
+        rollout.load_rows(str(file), ("problem", "answer"), "train", None)
 
 
 def test_benchmarks_of_eval_are_not_data_to_train_on():
     with pytest.raises(
         ValueError, match="x.tsv: a TSV file is a vision-language benchmark for eval"
     ):
-        rollout.load_rows("x.tsv", ("problem",))
+        rollout.load_rows("x.tsv", ("problem",), "train", None)
 
 
 def test_unknown_data_and_models():
@@ -103,7 +105,7 @@ def test_unknown_data_and_models():
             ValueError,
             match=f"no data at '{source}'.*expected a JSONL or Parquet file, a folder or a hub id",
         ):
-            rollout.load_rows(source, ())
+            rollout.load_rows(source, (), "train", None)
     for model, tried in {"Qwen9-1B": "Qwen/Qwen9-1B", "./missing": "./missing"}.items():
         with pytest.raises(
             ValueError,

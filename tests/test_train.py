@@ -32,6 +32,7 @@ import toy
 import train_flow
 import train_rl
 from evals import sets
+from evals.figures import summarise
 from rewards import Grader
 from run import change
 
@@ -478,7 +479,9 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
             interval = summary[when]["test"][kind]["avg"]
             assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
     with Grader(["binary"]) as grader:
-        again = sets.evaluate(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
+        again = summarise(
+            sets.sample(engine, "test", problems, grader, rollout.Sampling(2, 1.0, 16))
+        )
     assert again == summary["after"]["test"]["sampled"]
     assert "eval/test/greedy" in read_lines(folder / "metrics.jsonl")[1]
 
