@@ -919,6 +919,7 @@ def main(config: Config) -> None:
 
     def export(folder: Path) -> None:
         """Write the policy and the flow for other programs."""
+        run.wait_for_save()  # it talks to the other ranks as well: one conversation at a time
         processors = [model.tokenizer, model.processor]
         export_policy(policy, dtype, processors, folder / "policy")
         if flow:
