@@ -1,0 +1,99 @@
+"""What the documents name is there: functions, flags, metrics, sizes of flows."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from conftest import ROOT, figures
+
+import eval as evaluation
+import flow as fl
+import run as runs
+import train_flow
+import train_rl
+from run import change
+
+PAGES = ("README.md", "docs/running.md", "grading/README.md")
+# Flags of torchrun, hf, rewards.py and benchmarks/
+FOREIGN_FLAGS = {
+    "--nnodes",
+    "--nproc-per-node",
+    "--repo-type",
+    "--help",
+    "--workers",
+    "--json",
+    "--deadline",
+}
+
+
+def test_functions_that_the_readme_links():
+    links = re.findall(
+        r"\[`(\w+)\.(?!py`)([\w.]+)`\]\((\w+)\.py\)", (ROOT / "README.md").read_text()
+    )
+    assert len(links) >= 20
+    for module, path, file in links:
+        assert module == file
+        value = importlib.import_module(module)
+        for name in path.split("."):
+            value = getattr(value, name)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_a_page_names(page):
+    text = (ROOT / page).read_text()
+    known = set(FOREIGN_FLAGS)
+    for config in (train_rl.Config(), train_flow.Config(), evaluation.Config()):
+        known |= {f"--{name.replace('_', '-')}" for name in runs.flatten(config)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
+    assert named <= known, named - known
+
+
+def test_metrics_that_the_page_on_running_names(world, flow_folder, tmp_path):
+    """Each figure of a step has its name in the table of docs/running.md."""
+    table = (ROOT / "docs" / "running.md").read_text().partition("## Metrics")[2]
+    names = set()
+    for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+        previous = ""
+        for name in re.findall(r"`(.+?)`", cell):
+            if name.startswith("/"):  # `grader/timeout`, `/crashed`
+                name = previous.rpartition("/")[0] + name
+            names.add(name)
+            previous = name
+    patterns = {name.replace("PART", "*").replace("SET", "*").replace("*", ".+") for name in names}
+    config = change(
+        train_rl.Config(),
+        model=world.path("model"),
+        data=world.path("train.jsonl"),
+        eval_data=(world.path("test.jsonl"),),
+        flow=flow_folder,
+        template="none",
+        prompts=2,
+        group_size=2,
+        train_batch=4,
+        max_tokens=8,
+        max_prompt_tokens=64,
+        steps=1,
+        eval_every=1,
+        save_every=0,
+        kl_coef=0.1,
+        kl_in="reward",
+    )
+    found = set()
+    for shaping in ("flow", "entropy"):
+        folder = str(tmp_path / shaping)
+        train_rl.main(change(config, shaping=shaping, folder=folder))
+        found |= figures(folder)[0].keys()
+    found -= {"step"}
+    for name in found:
+        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+    for pattern in patterns - {"memory/peak_gb", "time/.+"}:  # on a GPU; figures() drops times
+        assert any(re.fullmatch(pattern, name) for name in found), pattern
+
+
+@pytest.mark.parametrize(("dim", "n_blocks"), [(1536, 4), (3584, 6), (4096, 6)])
+def test_sizes_of_flows_in_the_table_of_memory(dim, n_blocks):
+    with torch.device("meta"):
+        flow = fl.Flow(fl.FlowConfig(dim, n_blocks))
+    millions = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
+    assert f"| {millions:.0f} M parameters |" in (ROOT / "docs" / "running.md").read_text()

@@ -1,0 +1,222 @@
+"""Each option of the advantage, the loss and the flow changes what comes out, one at a time.
+
+The options that tests/test_train.py changes one at a time are not repeated here.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import figures
+from test_train import OPTIONS
+
+import flow as fl
+import rlfr
+import train_flow
+import train_rl
+from run import change
+
+LENGTH_REWARD = "def reward(problem, response):\n    return float(len(response) % 3)\n"
+
+
+def differ(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two networks differ in a parameter."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+# ---- The policy
+
+POLICY_OPTIONS = [  # what both runs have, what one has besides
+    ({}, {"baseline": "dr_grpo"}),
+    ({}, {"normalisation": "constant"}),
+    ({}, {"kl_coef": 0.1}),
+    ({"dtype": "bfloat16"}, {"mismatch": "none"}),  # in float32 all ratios are 1, to rounding
+    ({"mismatch_cap": 0.5}, {"mismatch": "mask"}),  # weights of 0, and of 0.5
+    ({"mismatch": "mask"}, {"mismatch_cap": 0.5}),
+    ({}, {"train_batch": 16}),
+    ({}, {"lr": 1e-4}),
+    ({}, {"warmup": 1.0}),
+    ({"steps": 3}, {"lr_floor": 0.9}),
+    ({}, {"weight_decay": 0.1}),
+    ({"shaping": "none"}, {"clip_norm": 1e-3}),
+]
+# Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
+ELSEWHERE = {"epochs", "freeze"}
+
+
+@pytest.fixture
+def config(world, flow_folder, tmp_path) -> train_rl.Config:
+    """Two small steps, with rewards that differ inside groups."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(LENGTH_REWARD)
+    return change(
+        train_rl.Config(),
+        model=world.path("model"),
+        data=world.path("train.jsonl"),
+        flow=flow_folder,
+        template="none",
+        prompts=4,
+        group_size=4,
+        train_batch=8,
+        max_tokens=16,
+        max_prompt_tokens=64,
+        steps=2,
+        lr=1e-3,
+        flow_lr=1e-3,
+        save_every=0,
+        reward=(str(reward),),
+        grade_truncated=True,
+        folder=str(tmp_path / "run"),
+    )
+
+
+def named(options: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.mark.parametrize(("both", "options"), POLICY_OPTIONS, ids=named)
+def test_an_option_changes_the_policy(config, both, options):
+    config = change(config, **both)
+    train_rl.main(change(config, folder=config.folder + "-a"))
+    train_rl.main(change(config, folder=config.folder + "-b", **options))
+    policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
+    assert differ(*policies)
+
+
+def test_epochs_are_passes_over_the_problems(config):
+    """64 problems, 32 a step."""
+    config = change(config, steps=None, prompts=32, group_size=2, train_batch=64, max_tokens=4)
+    for epochs in (1, 2):
+        folder = f"{config.folder}-{epochs}"
+        train_rl.main(change(config, folder=folder, epochs=epochs))
+        assert len(figures(folder)) == 2 * epochs
+
+
+def test_every_option_of_advantage_loss_and_flow_reward_is_tested():
+    """A new field of these settings needs a run above, or in tests/test_train.py."""
+    tested = set(ELSEWHERE)
+    for _, options in [*OPTIONS, *POLICY_OPTIONS, *FLOW_OPTIONS]:
+        tested |= options.keys()
+    for settings in (
+        train_rl.AdvantageSettings,
+        train_rl.FlowRewardSettings,
+        train_rl.FlowUpdateSettings,
+        train_rl.OptimisationSettings,
+    ):
+        assert {field.name for field in fields(settings)} <= tested, settings
+
+
+# ---- Advantages
+
+
+@pytest.mark.parametrize("baseline", ["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"])
+def test_only_reinforce_plus_plus_is_whitened(baseline):
+    """Departure: the official code whitens the advantages of all but GRPO."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    nothing = torch.zeros(mask.shape)
+    scores = train_rl.Scores(mask, *[nothing] * 5, flow_mask=mask)
+    config = change(train_rl.Config(), shaping="none", baseline=baseline, group_size=2)
+    reward = torch.tensor([3.0, 0.0])
+    advantage, _ = train_rl.shape_advantage(scores, reward, config, 0)
+    outcome = rlfr.outcome_advantage(reward, 2, baseline)
+    is_whitened = not torch.equal(advantage, outcome[:, None] * mask)
+    assert is_whitened == (baseline == "reinforce++")
+
+
+# ---- The flow, online
+
+FLOW_OPTIONS = [
+    ({}, {"freeze_flow": True}),
+    ({}, {"flow_lr": 1e-4}),
+    ({}, {"flow_accept": "all"}),
+    ({}, {"flow_soft": 0.5}),
+    ({}, {"flow_entropy_quantile": 0.8}),
+    ({"flow_entropy_quantile": 0.8, "flow_accept": "all"}, {"flow_soft": 0.5}),
+    ({}, {"flow_times": "random"}),
+    ({"flow_times": "random"}, {"flow_times": "uniform"}),
+    ({}, {"flow_optimiser": "official"}),
+    ({"steps": 1}, {"clip_norm": 1e-6}),  # scored before the policy has changed
+    ({}, {"reward_times": (0.5,)}),
+    ({"flow": "new"}, {"contexts": ("self",)}),
+    ({"flow": "new"}, {"percentiles": (0.25,)}),
+]
+
+
+@pytest.mark.parametrize(("both", "options"), FLOW_OPTIONS, ids=named)
+def test_an_option_changes_the_flow(config, both, options):
+    """Some episodes are accepted, and some are not: rewards are 0, 1 and 2."""
+    config = change(config, **both)
+    train_rl.main(change(config, folder=config.folder + "-a"))
+    train_rl.main(change(config, folder=config.folder + "-b", **options))
+    assert 0 < figures(config.folder + "-a")[0]["correct"] < 1
+    flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
+    assert differ(*flows)
+
+
+# ---- The offline start
+
+OFFLINE_OPTIONS = [
+    {"contexts": ("next",)},
+    {"percentiles": (0.5,)},
+    {"epochs": 2},
+    {"batch_size": 8},
+    {"lr": 1e-4},
+    {"seed": 1},
+    {"flow_blocks": 1},
+    {"noise_repeats": 1},
+    {"flow_times": "uniform"},
+    {"shift": 2},
+    {"warmup": 1.0},
+    {"weight_decay": 0.5},
+    {"clip_norm": 1e-3},
+    {"cutoff": 40},
+]
+
+
+@pytest.fixture
+def offline_config(world) -> train_flow.Config:
+    """Three small steps of the offline start."""
+    return change(
+        train_flow.Config(),
+        model=world.path("model"),
+        data=world.path("expert.jsonl"),
+        template="none",
+        batch_size=16,
+        lr=1e-3,
+        epochs=1,
+        flow_blocks=2,
+        noise_repeats=2,
+        max_prompt_tokens=30,
+        save_every=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Where the runs of the offline start are; the one without an option is made once."""
+    return tmp_path_factory.mktemp("offline")
+
+
+@pytest.mark.parametrize("options", OFFLINE_OPTIONS, ids=named)
+def test_an_option_changes_the_offline_start(offline_config, folders, options):
+    plain = folders / "plain"
+    if not plain.exists():
+        train_flow.main(change(offline_config, folder=str(plain)))
+    changed = folders / named(options)
+    train_flow.main(change(offline_config, folder=str(changed), **options))
+    flows = [list(fl.load_flow(folder / "flow", 32).parameters()) for folder in (plain, changed)]
+    same = len(flows[0]) == len(flows[1])
+    for one, other in zip(*flows, strict=False):
+        same = same and torch.equal(one, other)
+    assert not same
+
+
+def test_every_option_of_the_offline_start_is_tested():
+    """A new field of these settings needs a run above."""
+    tested = set()
+    for options in OFFLINE_OPTIONS:
+        tested |= options.keys()
+    for settings in (train_flow.FlowSettings, train_flow.OptimisationSettings):
+        assert {field.name for field in fields(settings)} <= tested, settings
