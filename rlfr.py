@@ -650,14 +650,14 @@ def importance_weights(
         "mismatch/over_cap": (ratio[mask] > cap).float().mean().item(),
         "mismatch/nan": is_nan.sum().item(),
     }
+    if mode == "none":
+        return torch.ones_like(ratio), statistics
     if mode == "mask":
         return torch.where(ratio > cap, 0.0, ratio), statistics
     weights = ratio
     if mode == "sequence":
         log_product = difference.sum(dim=1, keepdim=True)
         weights = log_product.exp().expand_as(ratio)
-    elif mode == "none":
-        weights = torch.ones_like(ratio)
     return weights.clamp(max=cap), statistics
 
 

@@ -372,6 +372,8 @@ def test_importance_weights_by_hand(mode, expected):
     torch.testing.assert_close(weights[mask], torch.tensor(expected, dtype=torch.float32))
     if mode == "none":
         assert (weights == 1).all()
+        below_1, _ = rlfr.importance_weights(trained, sampled, mask, mode, cap=0.5)
+        assert (below_1 == 1).all(), "no weights, hence no cap"
     assert figures == {  # of the ratios before the cap, whatever the mode
         "mismatch/ratio_max": pytest.approx(4),
         "mismatch/ratio_mean": pytest.approx(7.25 / 4),
