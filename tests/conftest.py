@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ import rlfr  # noqa: E402
 import rollout  # noqa: E402
 import run as runs  # noqa: E402
 import toy  # noqa: E402
+import train_rl  # noqa: E402
 import vision  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -74,6 +76,22 @@ def image_world(tmp_path_factory) -> toy.World:
 @pytest.fixture(scope="session")
 def policy(world) -> rlfr.Policy:
     return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory):
+    """Train with the settings given, and return the folder: once, however many tests compare with it."""
+    folders = {}
+
+    def train(config: train_rl.Config) -> str:
+        key = runs.change(config, folder=None)
+        if key not in folders:
+            folder = str(tmp_path_factory.mktemp("shared") / "run")
+            train_rl.main(runs.change(config, folder=folder))
+            folders[key] = folder
+        return folders[key]
+
+    return train
 
 
 def tiny_vlm(family: str):
@@ -199,6 +217,13 @@ def last_state(folder) -> dict:
         torch.load(Path(folder) / "state.pt", weights_only=True)
     )
     return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def flags(config) -> list[str]:

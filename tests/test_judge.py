@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from benchmark_files import choice_row, integer_row, load_rows, mathvista_row, outcomes, score_rows
+from conftest import free_port
 
 from evals import judge as judges
 from evals import vlm
@@ -106,12 +107,6 @@ def impatient(server: Server, **settings) -> ServerJudge:
 def keep(prompt: str, reply: str) -> bool:
     """Every reply is understood."""
     return True
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---- Replies become verdicts, failures do not
@@ -356,7 +351,7 @@ def start_vllm(model: str, port: int, folder) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def wait_until_healthy(process: subprocess.Popen, port: int, log, limit: float = 90) -> None:
+def wait_until_healthy(process: subprocess.Popen, port: int, log, limit: float = 300) -> None:
     deadline = time.monotonic() + limit
     while True:
         in_time = process.poll() is None and time.monotonic() < deadline
@@ -379,7 +374,7 @@ def vllm_server(world, tmp_path):
         yield port, process
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @pytest.mark.vllm
@@ -406,7 +401,7 @@ def test_a_model_that_vllm_serves(vllm_server, tmp_path, pool):
     assert "try 1 of 3" in unknown.error
 
     process.terminate()
-    process.wait(20)
+    process.wait(120)
     (dead,) = judge.ask(["1+1="], keep)
     assert dead.text is None
     assert "try 2 of 2" in dead.error
