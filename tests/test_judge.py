@@ -99,8 +99,8 @@ def server():
 
 
 def impatient(server: Server, **settings) -> ServerJudge:
-    """A judge that soon tries again."""
-    defaults = {"attempts": 3, "timeout": 0.5, "wait": 0.01, "give_up": 99}
+    """A judge that soon tries again, but gives a machine under load time to answer."""
+    defaults = {"attempts": 3, "timeout": 30, "wait": 0.01, "give_up": 99}
     return ServerJudge(server.url, "judge", **{**defaults, **settings})
 
 
@@ -163,7 +163,8 @@ def test_a_failing_judge_is_reported(tmp_path, pool, server, action, reason, n_r
         choice_row(f"I waver. DO {action}"),
         choice_row("I waver. DO answer B"),
     ]
-    judge = impatient(server, cache=tmp_path / "cache")
+    timeout = 0.5 if action in ("hang", "drip") else 30
+    judge = impatient(server, cache=tmp_path / "cache", timeout=timeout)
     _, figures, records = score_rows("MathVista_MINI", tmp_path / "m.tsv", rows, pool, judge)
     assert [record["verdict"] for record in records] == ["correct", "unjudged", "correct"]
     error = records[1]["error"]
@@ -261,7 +262,7 @@ def test_the_judge_bounds_its_requests(server):
                 n_running -= 1
 
     server.RequestHandlerClass = Slow
-    judge = impatient(server, concurrency=3, timeout=10)
+    judge = impatient(server, concurrency=3)
     replies = judge.ask([f"{i} DO answer {i}" for i in range(12)], keep)
     assert [reply.text for reply in replies] == [str(i) for i in range(12)]
     assert 1 < most_running <= 4, "one more: a reply is read before its thread has ended"
