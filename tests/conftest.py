@@ -1,5 +1,6 @@
 """Fixtures: a tiny embedded world, and tiny random models of several families."""
 
+import gc
 import json
 import os
 import random
@@ -33,6 +34,19 @@ import vision  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 parallel.start()
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    """Start the process group anew, if a vLLM engine took it away when it went."""
+    parallel.start()
+
+
+def run_with_vllm(main, config) -> None:
+    """Run a script's main in this process, and let its vLLM engine go now, not amid a later test."""
+    main(config)
+    gc.collect()
+    parallel.start()
 
 
 @pytest.fixture(scope="session")
