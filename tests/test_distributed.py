@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -444,34 +445,40 @@ def test_a_killed_rank_takes_the_others_down(config, tmp_path):
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output[-600:]
 
 
-def test_the_error_of_the_rank_that_failed_comes_last(config, tmp_path):
-    reward = tmp_path / "reward.py"
+@pytest.fixture(scope="module")
+def failed(config, tmp_path_factory) -> dict[str, str]:
+    """What two runs that fail print, of which one cannot start, side by side."""
+    folder = tmp_path_factory.mktemp("failed")
+    reward = folder / "reward.py"
     reward.write_text(
         "import os\ncalls = 0\ndef reward(problem, response):\n    global calls\n    calls += 1\n"
         "    if calls > 20 and os.environ['RANK'] == '1': raise RuntimeError('planted')\n    return float(len(response) % 3)\n"
     )
-    process = start(
-        "train_rl.py",
-        flags(change(config, folder=str(tmp_path / "run"), reward=(str(reward),), steps=300)),
-    )
-    output = output_of(process)
-    assert process.returncode != 0
+    configs = {
+        "planted": change(config, folder=str(folder / "planted"), reward=(str(reward),), steps=300),
+        "settings": change(config, folder=str(folder / "settings"), train_batch=1),
+    }
+    processes = {name: start("train_rl.py", flags(each)) for name, each in configs.items()}
+    outputs = {name: output_of(process) for name, process in processes.items()}
+    assert all(process.returncode != 0 for process in processes.values())
+    assert not (folder / "settings").exists()
+    return outputs
+
+
+def test_the_error_of_the_rank_that_failed_comes_last(failed):
+    output = failed["planted"]
     last = output[output.rindex("Root Cause") :]
     assert "rank      : 1 " in last and "RuntimeError: planted" in last, last
 
 
-def test_bad_settings_say_so_once_more_at_the_end(config, tmp_path):
-    process = start(
-        "train_rl.py", flags(change(config, folder=str(tmp_path / "run"), train_batch=1))
-    )
-    output = output_of(process)
-    assert (
-        process.returncode != 0
-        and "train_batch=1 is not a multiple of the 2 ranks; choose one" in output[-400:]
-    )
-    assert not (tmp_path / "run").exists()
+def test_bad_settings_say_so_once_more_at_the_end(failed):
+    assert "train_batch=1 is not a multiple of the 2 ranks; choose one" in failed["settings"][-400:]
 
 
 def test_run_after_run_exits_0(config, tmp_path):
-    for n in range(EXIT_RUNS):
-        finish("train_rl.py", flags(change(config, folder=str(tmp_path / f"{n}"), steps=1)))
+    """Two at a time."""
+    runs_of_a_step = [
+        flags(change(config, folder=str(tmp_path / f"{n}"), steps=1)) for n in range(EXIT_RUNS)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda arguments: finish("train_rl.py", arguments), runs_of_a_step))
