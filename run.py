@@ -495,6 +495,7 @@ class Run:
             self.wait_for_save()
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
+            self.wait_for_save()
             checkpoints = whole_checkpoints(self.folder) or ["none"]
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "

@@ -1,8 +1,10 @@
 """Fixtures: a tiny embedded world, and tiny random models of several families."""
 
+import gc
 import json
 import os
 import random
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -27,10 +29,24 @@ import rlfr  # noqa: E402
 import rollout  # noqa: E402
 import run as runs  # noqa: E402
 import toy  # noqa: E402
+import train_rl  # noqa: E402
 import vision  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 parallel.start()
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    """Start the process group anew, if a vLLM engine took it away when it went."""
+    parallel.start()
+
+
+def run_with_vllm(main, config) -> None:
+    """Run a script's main in this process, and let its vLLM engine go now, not amid a later test."""
+    main(config)
+    gc.collect()
+    parallel.start()
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +90,22 @@ def image_world(tmp_path_factory) -> toy.World:
 @pytest.fixture(scope="session")
 def policy(world) -> rlfr.Policy:
     return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory):
+    """Train with the settings given, and return the folder: once, however many tests compare with it."""
+    folders = {}
+
+    def train(config: train_rl.Config) -> str:
+        key = runs.change(config, folder=None)
+        if key not in folders:
+            folder = str(tmp_path_factory.mktemp("shared") / "run")
+            train_rl.main(runs.change(config, folder=folder))
+            folders[key] = folder
+        return folders[key]
+
+    return train
 
 
 def tiny_vlm(family: str):
@@ -199,6 +231,13 @@ def last_state(folder) -> dict:
         torch.load(Path(folder) / "state.pt", weights_only=True)
     )
     return {torch.utils._pytree.keystr(path): leaf for path, leaf in leaves}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def flags(config) -> list[str]:

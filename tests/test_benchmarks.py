@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,30 +14,33 @@ SMALL = {
     "flow_start": ["--sequences=2", "--prompt=8", "--response=8", "--dim=32", "--layers=4", "--vocabulary=100"],
     "grading": ["pairs.jsonl"],
 }  # fmt: skip
+GPU = ["--shape", "tiny", "--prompts", "2", "--group-size", "2", "--response-tokens", "16"]
 
 
 def test_every_benchmark_is_here():
     assert {path.stem for path in FOLDER.glob("*.py")} - {"common", "gpu"} == set(SMALL)
 
 
-def test_whole_steps(tmp_path):
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Path]]:
+    """All benchmarks, two at a time: what each printed, and the file with its figures."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "pairs.jsonl").write_text('{"gold": "1/2", "pred": "0.5", "expected": true}\n' * 3)
+
+    def run(name: str, arguments: list[str]) -> tuple[subprocess.CompletedProcess, Path]:
+        file = folder / f"{name}.json"
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments, "--json", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder), file
+
+    commands = {name: [*arguments, "--repeats", "1"] for name, arguments in SMALL.items()}
+    commands["gpu"] = GPU
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(commands, pool.map(run, commands, commands.values()), strict=True))
+
+
+def test_whole_steps(benchmarks):
     """The benchmark for a GPU, on whatever there is: all phases, and operations that agree with a count of parameters."""
-    file = tmp_path / "figures.json"
-    arguments = [
-        "--shape",
-        "tiny",
-        "--prompts",
-        "2",
-        "--group-size",
-        "2",
-        "--response-tokens",
-        "16",
-        "--json",
-        str(file),
-    ]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "gpu.py"), *arguments], capture_output=True, text=True
-    )
+    done, file = benchmarks["gpu"]
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures["phases"].keys() == {"sync", "roll_out", "score", "verify", "update", "step"}
@@ -45,19 +49,8 @@ def test_whole_steps(tmp_path):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_benchmark(name, tmp_path):
-    file = tmp_path / "figures.json"
-    (tmp_path / "pairs.jsonl").write_text('{"gold": "1/2", "pred": "0.5", "expected": true}\n' * 3)
-    command = [
-        sys.executable,
-        str(FOLDER / f"{name}.py"),
-        *SMALL[name],
-        "--repeats",
-        "1",
-        "--json",
-        str(file),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_benchmark(benchmarks, name):
+    done, file = benchmarks[name]
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures.keys() == {"machine", "settings", "rows", "ratio"} and len(figures["rows"]) == 2

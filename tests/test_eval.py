@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,10 +12,10 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import ROOT, find_model, load_problems, read_lines
+from conftest import ROOT, find_model, flags, load_problems, read_lines, run_with_vllm
+from test_distributed import output_of, ranks_of, start
 
 import eval as evaluation
-import parallel
 import rollout
 import run as runs
 import toy
@@ -239,11 +238,11 @@ def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeyp
 
 # ---- Responses that ran out of room
 @pytest.mark.parametrize(
-    ("flags", "is_graded"),
+    ("arguments", "is_graded"),
     [([], True), (["--no-grade-truncated"], False), (["--grade-truncated"], True)],
 )
-def test_a_response_that_was_cut_is_graded_unless_told_otherwise(flags, is_graded, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+def test_a_response_that_was_cut_is_graded_unless_told_otherwise(arguments, is_graded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     config = runs.parse_config(evaluation.Config, toy.PRESETS["eval"])
     assert config.max_tokens == 96, "the preset of the embedded world still holds"
     with Grader(config.reward, config.grading, n_workers=1) as grader:
@@ -418,10 +417,10 @@ def test_a_comparison_is_printed_and_written(config, tmp_path, capsys):
 def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
     """Flags, sets, groups, and what a folder holds, as evals/README.md names them."""
     page = " ".join((ROOT / "evals" / "README.md").read_text().split())
-    flags = {f"--{name.replace('_', '-')}" for name in runs.flatten(evaluation.Config())}
-    flags |= {"--eval-data", "--eval-split"}  # of train_rl.py
-    flags.add("--no-grade-truncated")
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= flags
+    known = {f"--{name.replace('_', '-')}" for name in runs.flatten(evaluation.Config())}
+    known |= {"--eval-data", "--eval-split"}  # of train_rl.py
+    known.add("--no-grade-truncated")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known
     assert f"a name: `{' '.join(HUB_SETS)}`" in page
     for group, members in GROUPS.items():
         assert f"`{group}` over `{' '.join(members)}`" in page
@@ -434,35 +433,43 @@ def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
         assert f"| `{file.name}` |" in page
 
 
+@pytest.fixture(scope="module")
+def never_killed(world, tmp_path_factory) -> evaluation.Config:
+    """An evaluation on one rank that nobody kills."""
+    config = runs.change(
+        evaluation.Config(),
+        model=world.path("model"),
+        data=(world.path("train.jsonl"),),
+        template="none",
+        max_tokens=48,
+        samples=2,
+        temperature=1.0,
+        chunk=8,
+        out=str(tmp_path_factory.mktemp("never-killed") / "out"),
+    )
+    evaluation.main(config)
+    return config
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_killed_halfway_goes_on(config, world, tmp_path, number):
+def test_a_process_killed_halfway_goes_on(never_killed, tmp_path, number):
     """Killed on two ranks and finished on one, it is the file of one that was never killed."""
-    script = [str(ROOT / "eval.py"), "--model", config.model, "--data", world.path("train.jsonl")]
-    script += ["--template", "none", "--max-tokens", "48", "--samples", "2", "--temperature", "1"]
-    script += ["--chunk", "8", "--out"]
-    never_killed = tmp_path / "a"
-    killed = tmp_path / "b"
-    subprocess.run([sys.executable, *script, str(never_killed)], check=True)
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    process = subprocess.Popen(
-        [sys.executable, *ranks, *script, str(killed)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )
+    killed = tmp_path / "out"
+    config = runs.change(never_killed, out=str(killed))
+    process = start("eval.py", flags(config))
     file = killed / "samples.jsonl"
     while not (file.exists() and file.stat().st_size > 2000):
         assert process.poll() is None
         time.sleep(0.02)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    process.wait(60)
+    everyone = [process.pid, *ranks_of(process)]  # a killed torchrun leaves its ranks to themselves
+    for pid in everyone if number == signal.SIGKILL else [process.pid]:
+        os.kill(pid, number)
+    output_of(process)
     size_when_killed = file.stat().st_size
-    subprocess.run([sys.executable, *script, str(killed)], check=True)
+    evaluation.main(config)
     assert size_when_killed < file.stat().st_size
-    assert file.read_bytes() == (never_killed / "samples.jsonl").read_bytes()
+    assert file.read_bytes() == Path(never_killed.out, "samples.jsonl").read_bytes()
 
 
 def write_hub_set(name: str, problems: list[dict]) -> None:
@@ -493,8 +500,7 @@ def test_all_sets_by_their_hub_ids(config, world, tmp_path, monkeypatch, engine)
     for name in HUB_SETS:
         write_hub_set(name, problems)
     data = tuple(HUB_SETS)
-    evaluation.main(runs.change(config, data=data, engine=engine, max_sequences=16))
-    parallel.start()  # an engine that goes takes the process group with it
+    run_with_vllm(evaluation.main, runs.change(config, data=data, engine=engine, max_sequences=16))
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]
     assert list(rows) == list(HUB_SETS)
     assert all((row["problems"], row["samples"]) == (3, 4) for row in rows.values())

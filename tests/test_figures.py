@@ -115,7 +115,7 @@ def test_maj_at_k_from_some_of_many_subsets():
 @pytest.mark.parametrize(("n_problems", "n_samples"), [(30, 1), (30, 8), (100, 4), (272, 1)])
 def test_intervals_cover(n_problems, n_samples, monkeypatch):
     """Of problems of different difficulty, they hold the expected avg@n 93 to 97 times of 100."""
-    monkeypatch.setattr(figures, "N_RESAMPLES", 1000)
+    monkeypatch.setattr(figures, "N_RESAMPLES", 500)
     rng = np.random.default_rng(n_problems + n_samples)
     n_trials = 2000 if n_problems == 30 else 600
     n_covered = 0

@@ -18,10 +18,12 @@ from grading.pairs import Settings, count_errors_by_group, read_pairs
 from grading.pool import Pool
 from grading.worker import MEMORY_LIMIT
 
+DEADLINE = 2.0  # seconds: what one of these comparisons takes is far from it
+
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(n_workers=2, deadline=4.0) as pool:
+    with Pool(n_workers=2, deadline=DEADLINE) as pool:
         yield pool
 
 
@@ -66,7 +68,7 @@ def test_comparing_from_a_thread(pool):
 
 # ---- Deadlines
 def test_hostile_answers_cost_a_deadline_and_no_more(pool):
-    """Between good answers: order, verdicts and the pool survive."""
+    """Between good answers: order, verdicts and the pool survive; most are read in no time."""
     # beyond the reader, so that math-verify has to try
     lost = [
         r"\sum_{i=1}^{3} 9^{9^{9^{9^9}}}",
@@ -80,7 +82,10 @@ def test_hostile_answers_cost_a_deadline_and_no_more(pool):
     pool.counts.clear()
     began = time.perf_counter()
     verdicts = judge_all(pool, "2\\sqrt{2}", predictions)
-    assert time.perf_counter() - began < 4.0 * len(lost) + 20
+    n_timeouts = verdicts.count("timeout")
+    assert n_timeouts < 2 * len(lost)
+    room = 90  # seconds for new processes under load
+    assert time.perf_counter() - began < 2 * DEADLINE * n_timeouts + room, "each is tried twice"
     are_right = [verdict == "right" for verdict in verdicts]
     assert are_right == [True, *[False] * (len(predictions) - 3), True, True]
     assert pool.counts["capped"] == sum(len(prediction) > MAX_LENGTH for prediction in predictions)

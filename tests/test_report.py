@@ -203,11 +203,11 @@ def test_money_code_and_figures_are_no_maths():
 def test_long_hostile_texts_are_quick():
     parts = ["\\boxed{", "\\[", "$$ ", "$", "{", " ", "\\begin{align}", "```", "[asy]", "\n"]
     parts += ["\\(", "$ a"]
-    began = time.perf_counter()
+    began = time.process_time()
     for part in parts:
         render(part * 20_000)
         render("\\boxed{" + part * 20_000)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_answers():

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,12 +141,9 @@ def test_a_frozen_flow_stays(config, flow_folder):
     )
 
 
-def test_gradient_checkpointing_changes_nothing(config):
-    for name in ("off", "on"):
-        train_rl.main(
-            change(config, folder=config.folder + name, gradient_checkpointing=name == "on")
-        )
-    for off, on in zip(figures(config.folder + "off"), figures(config.folder + "on"), strict=True):
+def test_gradient_checkpointing_changes_nothing(config, train_once):
+    train_rl.main(change(config, gradient_checkpointing=True))
+    for off, on in zip(figures(train_once(config)), figures(config.folder), strict=True):
         assert off == pytest.approx(on, rel=1e-4, abs=1e-6)
 
 
@@ -210,13 +207,13 @@ OPTIONS = [  # what both runs have, what one has besides
     OPTIONS,
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_every_option_changes_the_policy(config, both, options, tmp_path):
-    file = tmp_path / "reward.py"  # rewards that differ inside groups, and so does the length
-    file.write_text("def reward(problem, response):\n    return float(len(response) % 3)\n")
-    config = change(config, reward=(str(file),), steps=2, **both)
-    train_rl.main(change(config, folder=config.folder + "-a"))
-    train_rl.main(change(config, folder=config.folder + "-b", **options))
-    policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
+def test_every_option_changes_the_policy(config, train_once, both, options):
+    """With rewards that differ inside groups, as the lengths do."""
+    reward = str(ROOT / "tests" / "length_reward.py")
+    config = change(config, reward=(reward,), steps=2, save_every=0, **both)
+    without = train_once(config)
+    train_rl.main(change(config, **options))
+    policies = [rlfr.load_policy(f"{folder}/policy") for folder in (without, config.folder)]
     assert any(
         not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True)
     )
@@ -233,12 +230,13 @@ def test_every_option_changes_the_policy(config, both, options, tmp_path):
         {"flow_lr": 1e-4},
     ],
 )
-def test_every_option_changes_the_flow(config, options):
-    train_rl.main(change(config, folder=config.folder + "-a", steps=1))
-    train_rl.main(change(config, folder=config.folder + "-b", steps=1, **options))
-    flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
+def test_every_option_changes_the_flow(config, train_once, options):
+    config = change(config, steps=1)
+    folders = (train_once(config), config.folder)
+    train_rl.main(change(config, **options))
+    flows = [fl.load_flow(f"{folder}/flow", 32) for folder in folders]
     assert any(not torch.equal(a, b) for a, b in zip(*(f.parameters() for f in flows), strict=True))
-    first, second = (figures(f"{config.folder}-{name}")[0] for name in "ab")
+    first, second = (figures(folder)[0] for folder in folders)
     assert first["flow/score"] == second["flow/score"], (
         "scored with the flow before this step's update"
     )
@@ -256,7 +254,9 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
     assert figures(config.folder)[0]["flow/score"] > 0
 
 
-def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(config, monkeypatch):
+def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(
+    config, train_once, monkeypatch
+):
     """And its first loss is that of the scoring pass, as no weight has moved: the same tokens."""
     rates = []
     step = parallel.Learner.step
@@ -267,14 +267,13 @@ def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(config, 
 
     monkeypatch.setattr(parallel.Learner, "step", spy)
     official = change(config, flow_optimiser="official", steps=3, flow_lr=1e-9, lr=1e-12)
-    train_rl.main(change(official, folder=config.folder + "-b"))
+    train_rl.main(official)
     names = [name.removeprefix("FSDP") for name, _ in rates]
     assert names == ["Flow", "Policy"] * 6, "16 episodes are two mini-batches of 8, in three steps"
     flow_rates = [lr for name, lr in rates if "Flow" in name]
     assert flow_rates[0] == flow_rates[1] > flow_rates[5] > 0, "the schedule is the policy's"
-    train_rl.main(change(config, steps=1, folder=config.folder + "-a"))
-    a, b = (figures(f"{config.folder}-{name}")[0] for name in "ab")
-    assert a["flow/loss"] == pytest.approx(b["flow/loss"], rel=1e-4)
+    other = figures(train_once(change(config, steps=1)))[0]
+    assert other["flow/loss"] == pytest.approx(figures(config.folder)[0]["flow/loss"], rel=1e-4)
 
 
 def test_an_untrained_flow_learns_before_its_reward_counts(config):
@@ -318,14 +317,11 @@ def test_shapings_differ_in_the_advantage_alone(config):
 # ---- F. Repeating and resuming
 
 
-def test_one_seed_gives_one_run(config):
-    for name in "ab":
-        train_rl.main(change(config, folder=config.folder + name))
-    assert (
-        figures(config.folder + "a") == figures(config.folder + "b")
-        and len(figures(config.folder + "a")) == 3
-    )
-    assert same_state(last_state(config.folder + "a"), last_state(config.folder + "b"))
+def test_one_seed_gives_one_run(config, train_once):
+    first = train_once(config)
+    train_rl.main(config)
+    assert figures(first) == figures(config.folder) and len(figures(first)) == 3
+    assert same_state(last_state(first), last_state(config.folder))
 
 
 DIE = """
@@ -364,41 +360,54 @@ runpy.run_path(script, run_name="__main__")
 def launch(
     script: str, arguments: list[str], point: str = "never", count: int = 1
 ) -> subprocess.CompletedProcess:
+    """Run a script in a process that dies when it comes to a point for so many times."""
     command = [sys.executable, "-c", DIE, point, str(count), str(ROOT / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+KILLS = [  # where a run dies, and at which time it gets there
+    ("update", 2),
+    ("update", 8),
+    ("half a checkpoint", 2),
+    ("before the rename", 2),
+    ("between log and checkpoint", 1),
+]
+
+
 @pytest.fixture(scope="module")
 def never_killed(world, flow_folder, tmp_path_factory):
-    """One RL run from the command line that nobody kills."""
+    """One RL run that nobody kills."""
     config = change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
         train_batch=8, max_tokens=12, max_prompt_tokens=64, steps=5, lr=1e-3, save_every=2, flow_accept="all",
         folder=str(tmp_path_factory.mktemp("never") / "run"),
     )  # fmt: skip
-    done = launch("train_rl.py", flags(config))
-    assert done.returncode == 0, done.stderr
+    train_rl.main(config)
     return config
 
 
-@pytest.mark.parametrize(
-    ("point", "count"),
-    [
-        ("update", 2),
-        ("update", 8),
-        ("half a checkpoint", 2),
-        ("before the rename", 2),
-        ("between log and checkpoint", 1),
-    ],
-)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, tmp_path, point, count):
-    config = change(never_killed, folder=str(tmp_path / "run"))
-    assert launch("train_rl.py", flags(config), point, count).returncode == -signal.SIGKILL
-    assert (
-        len(figures(config.folder)) < 5 if (tmp_path / "run" / "metrics.jsonl").exists() else True
-    )
-    done = launch("train_rl.py", ["--resume", config.folder])
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def killed(never_killed, tmp_path_factory) -> dict[tuple[str, int], train_rl.Config]:
+    """Runs from the command line, two at a time, each killed at a point of its own."""
+    parent = tmp_path_factory.mktemp("killed")
+    configs = {
+        (point, count): change(never_killed, folder=str(parent / f"{point}-{count}"))
+        for point, count in KILLS
+    }
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(
+            lambda kill: launch("train_rl.py", flags(configs[kill]), *kill).returncode, KILLS
+        )
+        assert list(done) == [-signal.SIGKILL] * len(KILLS)
+    return configs
+
+
+@pytest.mark.parametrize(("point", "count"), KILLS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, killed, point, count):
+    config = killed[point, count]
+    metrics = Path(config.folder, "metrics.jsonl")
+    assert not metrics.exists() or len(figures(config.folder)) < 5
+    train_rl.main(change(config, resume=config.folder))
     assert figures(config.folder) == figures(never_killed.folder)
     assert same_state(last_state(config.folder), last_state(never_killed.folder))
     assert not list(Path(config.folder).rglob("*.writing"))
@@ -486,18 +495,13 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
     assert "eval/test/greedy" in read_lines(folder / "metrics.jsonl")[1]
 
 
-def test_evaluating_in_between_changes_nothing(config, world):
-    for name, every in (("a", 0), ("b", 1)):
-        train_rl.main(
-            change(
-                config,
-                folder=config.folder + name,
-                eval_data=(world.path("test.jsonl"),),
-                eval_every=every,
-            )
-        )
-    a, b = (figures(config.folder + name) for name in "ab")
-    assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
+def test_evaluating_changes_nothing(config, train_once, world):
+    """Before the first step and after each, beside a run that never evaluates."""
+    train_rl.main(change(config, eval_data=(world.path("test.jsonl"),), eval_every=1))
+    lines = figures(config.folder)
+    assert all("eval/test/sampled" in line for line in lines)
+    without = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
+    assert without == figures(train_once(config))
 
 
 def test_tensorboard(config):
@@ -663,30 +667,27 @@ def test_the_newest_flow_of_a_model_is_taken(tmp_path, monkeypatch, capsys):
     assert train_rl.newest_flow("runs/flow-m") == "runs/flow-m-2/flow"
 
 
-def test_weights_of_a_checkpoint_are_exported(config):
+def test_weights_of_a_checkpoint_are_exported(config, tmp_path):
     """As they are at the end, in between, and afterwards from any checkpoint."""
     train_rl.main(change(config, steps=2, export_every=1))
     folder = Path(config.folder)
+    outs = {step: tmp_path / f"again-{step}" for step in (1, 2)}
     command = [sys.executable, str(ROOT / "run.py"), "export", config.folder]
-    for step in (1, 2):
-        out = folder / f"again-{step}"
-        done = subprocess.run(
-            [*command, "--step", str(step), "--out", str(out)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    command += ["--step", "1", "--out", str(outs[1])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs.export_checkpoint(config.folder, 2, str(outs[2]))
+    for step, out in outs.items():
         for name in ("policy/model.safetensors", "flow/flow.safetensors"):
             in_between = folder / "exports" / f"step-{step}" / name
             assert (out / name).read_bytes() == in_between.read_bytes(), (step, name)
         AutoTokenizer.from_pretrained(str(out / "policy"))
-    assert (folder / "policy" / "model.safetensors").read_bytes() == (
-        folder / "again-2" / "policy" / "model.safetensors"
-    ).read_bytes()
-    for arguments, words in [
-        ([config.folder, "--step", "7"], r"no checkpoint of step 7, only of \[1, 2\]"),
-        (["nowhere"], "no config.json there"),
-    ]:
-        done = subprocess.run([*command[:3], *arguments], capture_output=True, text=True)
-        assert done.returncode != 0 and re.search(words, done.stderr), done.stderr
+    at_the_end = folder / "policy" / "model.safetensors"
+    assert at_the_end.read_bytes() == (outs[2] / "policy" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7, only of \[1, 2\]"):
+        runs.export_checkpoint(config.folder, 7)
+    with pytest.raises(ValueError, match="no config.json there"):
+        runs.export_checkpoint("nowhere")
 
 
 def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
@@ -731,7 +732,7 @@ def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
         process = subprocess.Popen([*command, *size.split()], stdout=subprocess.PIPE, text=True)
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and f"the embedded world is in {folder}" in output
     assert (folder / "world.json").exists() and not list(tmp_path.glob("*.making*"))
 

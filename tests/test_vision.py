@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from conftest import (
     torch_engine,
 )
 from PIL import Image
-from test_distributed import assert_same_run, finish
+from test_distributed import assert_same_run, check_exit, start
 from test_published import snapshot
 from transformers import AutoModelForImageTextToText
 
@@ -85,6 +86,49 @@ def rows() -> list[rlfr.Row]:
         rlfr.Row(make_prompt("text"), [11, 12, PAD, 14, 15]),
         rlfr.Row(make_prompt("<image>a<image>b", two, one), [26, PAD, 27, 28], (two, one)),
     ]
+
+
+# ---- Beside the others: vLLM, and the image processor with torchvision
+
+
+def find_torchvision(folder: Path) -> str:
+    """A folder for PYTHONPATH with torchvision in it, unless it is installed. The wheel at hand is built for CUDA: beside a
+    PyTorch for the CPU it lacks two operators, which nobody calls here, and without which it cannot be imported."""
+    if find_spec("torchvision"):
+        return ""
+    download = ["pip", "download", "-q", "--no-deps", "torchvision==0.28.0", "-d", str(folder)]
+    command = [sys.executable, "-m", *download]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    (folder / "sitecustomize.py").write_text(
+        "import torch\n"
+        "library = torch.library.Library('torchvision', 'DEF')\n"
+        "for name in ('nms', 'qnms'):\n"
+        "    library.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+    )
+    return str(folder)
+
+
+def run_with_torchvision(folder: Path, environment: dict) -> subprocess.CompletedProcess:
+    """Run tests/with_torchvision.py in a process that has torchvision."""
+    environment["PYTHONPATH"] = find_torchvision(folder)
+    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "with_torchvision.py")]
+    command += ["--basetemp", str(folder / "temporary")]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_torchvision(request, tmp_path_factory):
+    """The end of that process, which runs beside the tests of this file, if its test is asked for."""
+    if all(item.name != "test_with_torchvision" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("torchvision")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_with_torchvision, folder, environment)
 
 
 # ---- A. Three families
@@ -440,13 +484,14 @@ def config(image_world, flow_folder, tmp_path_factory) -> train_rl.Config:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("freeze", ["none", "vision"])
-def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monkeypatch):
+def test_two_ranks_follow_one_process_and_resume(config, train_once, tmp_path, freeze, monkeypatch):
     """F. Some micro-batches have images on one rank alone; the tower's shards are gathered in step all the same."""
-    config = change(config, freeze=freeze, folder=str(tmp_path / "one"))
-    train_rl.main(config)
+    config = change(config, freeze=freeze)
     two = change(config, folder=str(tmp_path / "two"))
-    finish("train_rl.py", flags(two))
-    assert_same_run(config.folder, two.folder)
+    process = start("train_rl.py", flags(two))
+    one = train_once(config)
+    check_exit(process)
+    assert_same_run(one, two.folder)
     stopped = change(config, folder=str(tmp_path / "stopped"))
     with monkeypatch.context() as patched:
         asked = iter([False, True])
@@ -454,8 +499,8 @@ def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monke
         train_rl.main(stopped)
     assert len(figures(stopped.folder)) == 1
     train_rl.main(change(stopped, resume=stopped.folder))
-    assert figures(stopped.folder) == figures(config.folder)
-    a, b = last_state(stopped.folder), last_state(config.folder)
+    assert figures(stopped.folder) == figures(one)
+    a, b = last_state(stopped.folder), last_state(one)
     assert all(
         torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name]
         for name, x in a.items()
@@ -472,11 +517,10 @@ def test_two_ranks_follow_one_process_and_resume(config, tmp_path, freeze, monke
 @pytest.mark.parametrize(
     "options", [{"cpu_offload": True}, {"gradient_checkpointing": True, "offload": True}]
 )
-def test_where_weights_and_activations_live_changes_nothing(config, tmp_path, options):
-    config = change(config, freeze="none", steps=2)
-    train_rl.main(change(config, folder=str(tmp_path / "one")))
-    train_rl.main(change(config, folder=str(tmp_path / "other"), **options))
-    assert_same_run(str(tmp_path / "one"), str(tmp_path / "other"))
+def test_where_weights_and_activations_live_changes_nothing(config, train_once, tmp_path, options):
+    config = change(config, freeze="none", folder=str(tmp_path / "other"))
+    train_rl.main(change(config, **options))
+    assert_same_run(train_once(config), config.folder)
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
@@ -517,8 +561,9 @@ def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, 
         offline, data=config.data, epochs=1, tokens_per_gpu=200, folder=str(tmp_path / "one")
     )
     two = change(one, folder=str(tmp_path / "two"))
+    process = start("train_flow.py", flags(two))
     train_flow.main(one)
-    finish("train_flow.py", flags(two))
+    check_exit(process)
     assert_same_run(one.folder, two.folder)
     flow = change(
         config, flow=str(tmp_path / "flow" / "flow"), steps=1, folder=str(tmp_path / "rl")
@@ -572,41 +617,13 @@ def test_the_exported_policy_loads_in_hugging_face(config, tmp_path):
         train_rl.main(change(run, resume=run.folder, max_pixels=None))
 
 
-# ---- vLLM, and the image processor with torchvision
-
-
-@pytest.fixture(scope="module")
-def torchvision(tmp_path_factory) -> str:
-    """A folder for PYTHONPATH with torchvision in it, unless it is installed. The wheel at hand is built for CUDA: beside a
-    PyTorch for the CPU it lacks two operators, which nobody calls here, and without which it cannot be imported."""
-    if find_spec("torchvision"):
-        return ""
-    folder = tmp_path_factory.mktemp("torchvision")
-    download = ["pip", "download", "-q", "--no-deps", "torchvision==0.28.0", "-d", str(folder)]
-    command = [sys.executable, "-m", *download]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder)
-    (folder / "sitecustomize.py").write_text(
-        "import torch\n"
-        "library = torch.library.Library('torchvision', 'DEF')\n"
-        "for name in ('nms', 'qnms'):\n"
-        "    library.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
-    )
-    return str(folder)
+# ---- vLLM
 
 
 @pytest.mark.vllm
-def test_with_torchvision(torchvision):
+def test_with_torchvision(with_torchvision):
     """C, and the same pixel values: tests/with_torchvision.py in a process that has torchvision."""
-    environment = os.environ | {
-        "PYTHONPATH": torchvision,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "with_torchvision.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = with_torchvision.result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -13,6 +13,7 @@ from conftest import (
     load_problems,
     read_lines,
     requests,
+    run_with_vllm,
     torch_engine,
     vllm_engine,
 )
@@ -229,35 +230,28 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     )  # fmt: skip
 
 
-def test_training_with_vllm_repeats_and_its_phases_add_up(config):
-    for name in "ab":
+def test_training_with_vllm_repeats_and_its_phases_add_up(config, world):
+    """Of two runs one evaluates, before the first step and after each, which changes nothing."""
+    held_out = {"eval_data": (world.path("test.jsonl"),), "eval_every": 1, "eval_samples": 2}
+    for name, evaluation in {"a": {}, "b": held_out}.items():
         began = time.perf_counter()
-        train_rl.main(change(config, folder=config.folder + name))
+        run_with_vllm(train_rl.main, change(config, folder=config.folder + name, **evaluation))
         took = time.perf_counter() - began
     a, b = (read_lines(Path(config.folder + name) / "metrics.jsonl") for name in "ab")
-    for one, other in zip(a, b, strict=True):
+    assert all("eval/test/sampled" in line for line in b)
+    for line in a + b:
         phases = [
-            one[f"time/{phase}"]
+            line[f"time/{phase}"]
             for phase in ("sync", "roll_out", "score", "verify", "update", "evaluate")
         ]
-        assert sum(phases) == pytest.approx(one["time/step"], rel=0.05) and one["time/step"] < took
-        assert one["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3) and one["mismatch/nan"] == 0
-        assert {k: v for k, v in one.items() if "time/" not in k} == {
-            k: v for k, v in other.items() if "time/" not in k
-        }
-
-
-def test_evaluating_in_between_changes_nothing(config, world):
-    for name, every in (("a", 0), ("b", 1)):
-        held_out = {
-            "eval_data": (world.path("test.jsonl"),),
-            "eval_every": every,
-            "eval_samples": 2,
-        }
-        train_rl.main(change(config, folder=config.folder + name, **held_out))
-    a, b = (figures(config.folder + name) for name in "ab")
-    assert a == [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in b]
-    assert "eval/test/sampled" in b[0]
+        assert sum(phases) == pytest.approx(line["time/step"], rel=0.05)
+        assert line["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3)
+        assert line["mismatch/nan"] == 0
+    assert sum(line["time/step"] for line in b) < took
+    without = [
+        {k: v for k, v in line.items() if "eval/" not in k} for line in figures(config.folder + "b")
+    ]
+    assert figures(config.folder + "a") == without
 
 
 def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):

@@ -11,6 +11,7 @@ from conftest import (
     ROOT,
     drawing,
     find_model,
+    run_with_vllm,
     save_vlm,
     tiny_vlm,
     torch_engine,
@@ -164,8 +165,7 @@ def test_training_with_vllm_and_loading_what_it_exports(image_world, tmp_path):
         steps=2,
         lr=1e-3,
     )
-    train_rl.main(config)
-    parallel.start()  # an engine that goes takes the process group with it
+    run_with_vllm(train_rl.main, config)
     policy = find_model(tmp_path / "run" / "policy")
     problems = rollout.load_problems(config.data, config.problems, policy)[:8]
     requests = [Request(problem.prompt_ids, 0, problem.images) for problem in problems]
