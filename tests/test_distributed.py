@@ -417,6 +417,9 @@ def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
     done = len(figures(folder))
     assert saved.name == f"step-{done}" and 2 <= done < 300
     assert last_state(folder)["['progress']['step']"] == done
+    finish("run.py", ["export", folder, "--out", str(tmp_path / "out")], 1)
+    for file in ("policy/model.safetensors", "flow/flow.safetensors"):
+        assert (tmp_path / "out" / file).exists(), "what a signal stopped is exported, too"
 
 
 def test_a_second_signal_exits_at_once(config, tmp_path):

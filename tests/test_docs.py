@@ -97,3 +97,14 @@ def test_sizes_of_flows_in_the_table_of_memory(dim, n_blocks):
         flow = fl.Flow(fl.FlowConfig(dim, n_blocks))
     millions = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
     assert f"| {millions:.0f} M parameters |" in (ROOT / "docs" / "running.md").read_text()
+
+
+def test_the_departures_name_flags_that_exist():
+    page = (ROOT / "README.md").read_text().split("## Departures")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(--[a-z][a-z-]+)", page)) | set(
+        re.findall(r" (--[a-z][a-z-]+) ", page)
+    )
+    settings = runs.flatten(train_rl.Config()) | runs.flatten(train_flow.Config())
+    assert named <= {f"--{name.replace('_', '-')}" for name in settings}
+    assert {"--contexts", "--flow-times", "--flow-optimiser", "--kl-in"} <= named
+    assert {"--flow-bilateral", "--flow-top-k", "--reward"} <= named

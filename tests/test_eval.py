@@ -511,3 +511,28 @@ def test_all_sets_by_their_hub_ids(config, world, tmp_path, monkeypatch, engine)
     expected = [problem["answer"] for problem in problems]
     assert answers["gsm8k"] == expected
     assert answers["olympiad_bench"] == [[answer] for answer in expected]
+
+
+def test_an_evaluation_is_written_to_the_folder_of_its_run(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("rl-a", "rl-b"):
+        shutil.copytree(config.model, f"runs/{run}/policy")
+        evaluation.main(
+            runs.change(
+                config,
+                model=f"runs/{run}/policy",
+                out=None,
+                max_tokens=1,
+                samples=1,
+                temperature=0.0,
+            )
+        )
+        assert Path(f"runs/eval-{run}/summary.json").exists()
+
+
+def test_the_switch_for_cut_responses_reaches_the_grader(config, tmp_path):
+    for graded in (True, False):
+        out = tmp_path / str(graded)
+        evaluation.main(runs.change(config, max_tokens=1, grade_truncated=graded, out=str(out)))
+        cut = [r for r in read_lines(out / "samples.jsonl") if r["finish_reason"] == "length"]
+        assert cut and all((r["verdict"] == "cut") != graded for r in cut)

@@ -273,3 +273,10 @@ def test_reward_times(times):
     words = r"in \(0, 1\), e.g. 0.8; the weight t/\(1-t\) of 1 is infinite"
     with pytest.raises(ValueError, match=words):
         fl.check_times(times)
+
+
+def test_random_and_uniform_times():
+    quantiles = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    z = torch.special.ndtri(quantiles)
+    torch.testing.assert_close(fl.draw_times(z, "uniform"), quantiles)
+    torch.testing.assert_close(fl.draw_times(z, "random"), 1 / (1 + (-z).exp()))

@@ -12,6 +12,7 @@ from conftest import figures
 from test_train import OPTIONS
 
 import flow as fl
+import parallel
 import rlfr
 import train_flow
 import train_rl
@@ -220,3 +221,39 @@ def test_every_option_of_the_offline_start_is_tested():
         tested |= options.keys()
     for settings in (train_flow.FlowSettings, train_flow.OptimisationSettings):
         assert {field.name for field in fields(settings)} <= tested, settings
+
+
+def test_the_official_flow_optimiser_is_the_policys(config, monkeypatch):
+    seen = {"Flow": [], "Policy": []}
+    step = parallel.Learner.step
+
+    def spy(learner, lr, *arguments):
+        groups = learner.optimizer.param_groups
+        hyper = {(group["betas"], group["weight_decay"]) for group in groups}
+        seen[type(learner.module).__name__.removeprefix("FSDP")].append((hyper, lr))
+        return step(learner, lr, *arguments)
+
+    monkeypatch.setattr(parallel.Learner, "step", spy)
+    settings = {"steps": 5, "warmup": 0.4, "lr": 1e-5, "flow_lr": 1e-4}
+    train_rl.main(change(config, flow_optimiser="official", **settings))
+    assert all(hyper == {((0.9, 0.95), 0.0)} for hyper, _ in seen["Flow"] + seen["Policy"])
+    assert [lr for _, lr in seen["Flow"]] == pytest.approx([10 * lr for _, lr in seen["Policy"]])
+    assert len({lr for _, lr in seen["Flow"]}) > 2, "it warms up and falls"
+
+
+def test_kl_is_taken_from_the_rewards_of_tokens():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    zeros = torch.zeros(2, 3)
+    logp = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
+    reference = torch.tensor([[-1.5, -2.0, -2.0], [-1.0, -3.0, 0.0]])
+    scores = train_rl.Scores(mask, logp, logp, zeros, reference, zeros, mask)
+    settings = {"shaping": "none", "group_size": 2, "kl_coef": 0.1, "kl_kind": "k1"}
+    kl = change(train_rl.Config(), kl_in="reward", **settings)
+    advantage, metrics = train_rl.shape_advantage(scores, torch.zeros(2), kl, 0)
+    # log-ratios [[0.5, 0, -1], [0, 2]], summed from each token to the end
+    expected = -0.1 * torch.tensor([[-0.5, -1.0, -1.0], [2.0, 2.0, 0.0]])
+    torch.testing.assert_close(advantage, expected)
+    assert metrics["kl_reward"] == pytest.approx(-0.1 * 1.5 / 5)
+    loss = change(train_rl.Config(), kl_in="loss", **settings)
+    advantage, _ = train_rl.shape_advantage(scores, torch.zeros(2), loss, 0)
+    assert not advantage.any()

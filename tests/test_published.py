@@ -278,3 +278,35 @@ def test_subsets_of_a_hub_data_set(tmp_path):
     (folder / "README.md").write_text(card + "---\n")
     rows = rollout.load_rows(str(folder), ("problem", "answer"), "train", "hard")
     assert [row["answer"] for row in rows] == ["2"]
+
+
+def test_the_subset_of_the_settings_is_read(world, tmp_path, monkeypatch):
+    import datasets.config
+
+    # datasets caches by the folder's name and subset alone: a run before this one would answer
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub"
+    for subset, answer in (("main", "1"), ("hard", "2")):
+        (folder / subset).mkdir(parents=True)
+        row = {"problem": "1+1>", "answer": answer, "solution": answer}
+        (folder / subset / "train.jsonl").write_text(json.dumps(row) + "\n")
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "hard")
+    )
+    (folder / "README.md").write_text(card + "---\n")
+    model = find_model(world.path("model"))
+    common = dict(subset="hard", template="none", problem_column="problem", max_prompt_tokens=300)
+    (problem,) = rollout.load_problems(str(folder), rollout.ProblemSettings(**common), model)
+    assert problem.answer == "2"
+    settings = train_flow.SolutionSettings(**common, cutoff=400)
+    (solution,) = train_flow.load_solutions(str(folder), settings, model)
+    assert model.tokenizer.decode(solution.response_ids).startswith("2")
+
+
+def test_the_bare_template_adds_no_instruction(world):
+    model = find_model(world.path("model"))
+    model.tokenizer.chat_template = CHAT
+    settings = rollout.DataSettings(template="bare", max_prompt_tokens=300)
+    (ids,) = rollout.make_prompts(["1+1?"], [()], model, settings)
+    expected = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert model.tokenizer.decode(ids) == expected

@@ -428,3 +428,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     assert math.isnan(learner.step(1.0, 1.0))
     assert module.weight.tolist() == before
     assert module.weight.grad is None
+
+
+def test_biases_and_norms_do_not_decay():
+    torch.manual_seed(0)
+    flow = fl.Flow(fl.FlowConfig(dim=16, n_blocks=1))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter)
+        parameter.grad = torch.zeros_like(parameter)  # only the decay moves it
+    before = {name: p.detach().clone() for name, p in flow.named_parameters()}
+    parallel.Learner(flow, (0.9, 0.999), 0.5).step(0.1, 1.0)
+    for name, parameter in flow.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter, before[name] * factor, msg=name)

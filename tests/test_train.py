@@ -748,3 +748,17 @@ def test_the_default_run_learns(tmp_path, engine):
     for kind in ("sampled", "greedy"):
         before, after = (summary[when]["test"][kind]["avg"]["mean"] for when in ("before", "after"))
         assert 0.3 <= before <= 0.6 and after >= 0.9
+
+
+def test_a_training_takes_the_newest_flow(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["flow-model", "flow-model-2"]):
+        folder = Path("runs") / name / "flow"
+        save_flow(fl.Flow(fl.FlowConfig(dim=32)), folder)
+        os.utime(folder / fl.FLOW_FILE, (1e9 + age * 86400,) * 2)
+    resolved, _ = train_rl.resolve(change(config, flow=None))
+    assert resolved.flow == "runs/flow-model-2/flow"
+    assert (
+        "taking the newest one, runs/flow-model-2/flow, written 2001-09-10"
+        in capsys.readouterr().out
+    )
