@@ -427,6 +427,7 @@ def test_full_disk_leaves_the_last_checkpoint(config):
         "import resource, sys, torch, run, runpy\n"
         "save = run.Run.save\n"
         "def limited(self, state):\n"
+        "    self.wait_for_save()\n"
         "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "    save(self, state)\n"
         "run.Run.save = limited\n"
