@@ -582,8 +582,8 @@ def flow_loss_weights(
 ) -> Tensor:
     """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
 
-    `indices` are those of the micro-batch's episodes in accepted (B,). The weights of a whole step sum to 1 over
-    all micro-batches and ranks, if any episode is accepted.
+    `indices` are those of the micro-batch's episodes in accepted (B,). The weights of a whole step
+    sum to 1 over all micro-batches and ranks, if any episode is accepted.
     """
     quantile = settings.flow_entropy_quantile
     token_weight, episode_weight = rlfr.online_flow_weights(
@@ -678,7 +678,8 @@ def update_policy(
 
     advantage and importance are (B, T); the latter corrects for the sampler's probabilities and the
     ratio of the loss is to the scoring pass's log-probs: 1 in the first mini-batch. learn_flow is
-    called with the indices of each mini-batch's episodes before its optimiser step, and returns figures.
+    called with the indices of each mini-batch's episodes before its optimiser step, and returns
+    figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
@@ -919,7 +920,7 @@ def main(config: Config) -> None:
 
     def export(folder: Path) -> None:
         """Write the policy and the flow for other programs."""
-        run.wait_for_save()  # it talks to the other ranks as well: one conversation at a time
+        run.wait_for_save()  # its collectives shall not run beside those that gather weights
         processors = [model.tokenizer, model.processor]
         export_policy(policy, dtype, processors, folder / "policy")
         if flow:
@@ -1024,17 +1025,16 @@ def main(config: Config) -> None:
             export(run.folder / "exports" / f"step-{step + 1}")
 
     # ---- Write the results
-    is_complete = run.end(state, total_steps)
-    if is_complete:
+    if run.end(state, total_steps):
         export(run.folder)
-    if is_complete and held_out:
-        with engine_awake():
-            summary["after"] = evaluate(engine, grader, held_out, config)
-        run.write_json("summary.json", summary)
+        if held_out:
+            with engine_awake():
+                summary["after"] = evaluate(engine, grader, held_out, config)
+            run.write_json("summary.json", summary)
         if is_first():
-            print_summary(summary, list(held_out))
-    if is_complete and is_first():
-        print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+            if held_out:
+                print_summary(summary, list(held_out))
+            print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
     grader.close()
 
 

@@ -359,7 +359,8 @@ def percent(share: float | None) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lay out a heading and rows as a Markdown table with padded cells."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # a rule to the right needs two characters: `-:`
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0]]
     rule += ["-" * (width - 1) + ":" for width in widths[1:]]
     heading, *rows = lines

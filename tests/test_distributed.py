@@ -319,15 +319,16 @@ def shapes_of(file: Path) -> dict:
 def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world, tmp_path):
     """run.py export gives the weights that the engine got after that step, and others load them.
 
-    The exports of one rank and of two differ in the last digits of the weights alone: vLLM, in a
-    process of its own, which it spoils, loads one of them.
+    vLLM does so in processes of its own, which it spoils.
     """
     policies = {"one": tmp_path / "one" / "policy", "two": tmp_path / "two" / "policy"}
     for name, folder in {"one": one, "two": two}.items():
         runs.export_checkpoint(folder, 4, str(tmp_path / name))
     evaluation_config = change(evaluation.Config(), data=(world.path("test.jsonl"),), template="none", max_tokens=24)  # fmt: skip
-    with_vllm = change(evaluation_config, model=str(policies["two"]), engine="vllm", out=str(tmp_path / "vllm"))  # fmt: skip
-    process = start("eval.py", flags(with_vllm), 1)
+    processes = []
+    for name, policy in policies.items():
+        with_vllm = change(evaluation_config, model=str(policy), engine="vllm", out=str(tmp_path / f"{name}-vllm"))  # fmt: skip
+        processes.append(start("eval.py", flags(with_vllm), 1))
 
     files = {name: {file.name for file in policy.iterdir()} for name, policy in policies.items()}
     assert files["one"] == files["two"]
@@ -358,9 +359,11 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
             tokens = generated[0, ids.shape[1] :]
             assert exported.tokenizer.decode(tokens, skip_special_tokens=True) == response
     assert len(set(responses["one"])) > 1
-    check_exit(process)
-    records = read_lines(tmp_path / "vllm" / "samples.jsonl")
-    assert [record["response"] for record in records] == responses["two"]
+    for process in processes:
+        check_exit(process)
+    for name in policies:
+        records = read_lines(tmp_path / f"{name}-vllm" / "samples.jsonl")
+        assert [record["response"] for record in records] == responses[name]
 
 
 # ---- C. Killed

@@ -323,7 +323,7 @@ def test_an_unjudged_question_is_left_out_of_both(tmp_path):
     b = write_evaluation(tmp_path / "b", {"p0": [True]})
     with open(tmp_path / "b" / "samples.jsonl", "a") as file:
         file.write(json.dumps(make_record("p1", 0, None, "unjudged")) + "\n")
-    assert "| s |        1 | 100.0% | 100.0% |" in compare(a, b)
+    assert "| s  |        1 | 100.0% | 100.0% |" in compare(a, b)
 
 
 def test_evaluations_that_cannot_be_compared(tmp_path):
@@ -333,3 +333,12 @@ def test_evaluations_that_cannot_be_compared(tmp_path):
         compare(a, tmp_path)
     with pytest.raises(ValueError, match="1 problems in common of 2 and 1; compare the same"):
         compare(a, b)
+
+
+def test_a_column_of_one_character_is_still_a_table():
+    """Strict Markdown takes `-:` between heading and rows, and not `:`."""
+    assert figures.markdown([["", "n"], ["a", "4"]]).splitlines() == [
+        "|    |  n |",
+        "| -- | -: |",
+        "| a  |  4 |",
+    ]
