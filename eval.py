@@ -126,7 +126,7 @@ def main(config: Config) -> None:
     with Grader(config.reward, config.grading, config.max_tokens, n_workers) as grader:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
-            # The engine stays until main ends: one of vLLM takes the process group with it.
+            # The engine stays until main ends: deleting vLLM's destroys the process group.
             engine = make_engine(config, model, longest_prompt)
             is_complete = sample_chunks(engine, chunks, n_done, grader, config, folder)
             if not is_complete:
@@ -406,7 +406,7 @@ def to_lines(records: Sequence[dict]) -> str:
 
 
 # ---- The folder of an evaluation
-MAY_CHANGE = ("out", "judge_url", "judge_model")  # settings of which samples do not depend
+MAY_CHANGE = ("out", "judge_url", "judge_model")  # settings on which samples do not depend
 
 
 def open_folder(config: Config, model: Model) -> Path:

@@ -1,7 +1,7 @@
 """The flow environment: a velocity field of good latents, and how far a latent deviates from it.
 
 Notation (the same in every file):
-    N prompts, G samples a prompt, B = N*G episodes
+    N prompts, G samples a prompt, B episodes: N*G of a step, or those of a micro-batch
     S prompt+response positions, T response positions
     L tapped layers, D hidden size, V vocabulary
     x_1 (…, D)      a latent: what a tapped decoder layer outputs at one position (data, t = 1)
@@ -137,7 +137,7 @@ def two_layers(n_inputs: int, width: int) -> nn.Sequential:
 
 
 def modulation(width: int, n_outputs: int) -> nn.Sequential:
-    """Make the linear map from y to n_outputs vectors: shift, scale and perhaps gate."""
+    """Make SiLU and a linear map from y, the condition, to shift, scale and perhaps gate."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, n_outputs * width))
 
 
@@ -257,8 +257,8 @@ class Flow(nn.Module):
 class FlowRows:
     """Input of the flow: a latent with its context for each tap, context mode and target.
 
-    A target without such a context, as the first position of a sequence has no previous one, has
-    no row. The P rows are ordered by tap, then mode, then target.
+    A target without such a context has no row, e.g. the first position of a sequence, which has no
+    previous one. The P rows are ordered by tap, then mode, then target.
     """
 
     x_1: Tensor  # (P, D)
@@ -403,9 +403,9 @@ def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor)
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
     """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P).
 
-    On this path t/(1-t) turns a squared velocity error into its weight in the likelihood bound:
-    half of d(log SNR)/dt = 1/(t(1-t)), times t^2 from velocity to noise. With a single time it is
-    a constant, which the min-max of the shaping cancels.
+    t/(1-t) is the weight of a squared velocity error in the likelihood bound of this path: half of
+    d(log SNR)/dt is 1/(t(1-t)), and the error of the noise is t times that of the velocity, squared
+    t^2. With a single time it is a constant, which the min-max of the shaping cancels.
     """
     factors = [t / (1 - t) for t in times]
     weights = torch.tensor(factors, dtype=errors.dtype, device=errors.device)
@@ -420,7 +420,7 @@ def score_and_learn(
     weight: Tensor | None = None,
     learn_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score targets by velocity deviation and let the flow learn from them, in one flow forward.
+    """Score targets by velocity deviation and let the flow learn from them, in the same forwards.
 
     noise: x_0 (L, C, M, D), the same for all times
     times: T_r, at which the deviation is taken

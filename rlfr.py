@@ -53,10 +53,10 @@ class Row(NamedTuple):
 
 @dataclass
 class Batch:
-    """Right-padded episodes. Example, prompt lengths 2 and 1, responses 2 and 3 (`.` is padding):
+    """Right-padded episodes. Example, prompt lengths 1 and 2, responses 2 and 3 (`.` is padding):
 
-    input_ids      p p r r .    attention_mask 1 1 1 1 0    targets 0 0 1 1 0    response_mask 1 1 0
-                   p r r r                     1 1 1 1              0 1 1 1                    1 1 1
+    input_ids      p r r . .    attention_mask 1 1 1 0 0    targets 0 1 1 0 0    response_mask 1 1 0
+                   p p r r r                   1 1 1 1 1            0 0 1 1 1                  1 1 1
     """
 
     input_ids: Tensor  # (B, S)
@@ -277,7 +277,8 @@ def gradient_by_logits(
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
     """Return indices of layers, round(p * n_layers), n_layers - 1 at most (paper: .25, .5, .75).
 
-    They count from 0: the latent of layer i is what Hugging Face calls hidden_states[i + 1].
+    They count from 0: the latent of layer i is what Hugging Face calls hidden_states[i + 1], but
+    for the last layer, whose entry there has passed the final norm.
     """
     return [min(round(p * n_layers), n_layers - 1) for p in percentiles]
 
@@ -385,7 +386,7 @@ class Policy(nn.Module):
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state
 
         # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
-        # response, is a word like others. So the body is not shown the latter, but for embedding.
+        # response, is a word like others. Its embedding is that word's; as an id the body gets 0.
         is_placeholder = batch.input_ids == self.model.config.image_token_id
         input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
         is_image = is_placeholder & ~batch.targets
@@ -491,8 +492,8 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
     """Keep the tail of normalised scores (B, T): above the threshold, then the k largest.
 
     The others become zero. A threshold of 0 and a top_k of None keep everything. Bilateral keeps
-    scores beyond the threshold on both sides, and of these k//2 of each side; all of them, as in
-    the official code, where fewer than k are left.
+    scores beyond the threshold on both sides: all of them if they are fewer than k, as in the
+    official code, else the k//2 largest of each side.
     """
     tail = score
     if threshold > 0:
@@ -517,7 +518,7 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
 
 # ---- Advantages
 def varied_groups(reward: Tensor, group_size: int) -> Tensor:
-    """Return which groups (N,) bool of rewards (B,) differ; the others have nothing to teach."""
+    """Return which groups (N,) bool of rewards (B,) differ; in others no outcome is better."""
     groups = reward.view(-1, group_size)
     return groups.amax(dim=1) > groups.amin(dim=1)
 
@@ -668,7 +669,7 @@ def online_flow_weights(
 
     The loss is sum_rows(b * sum_tokens(w*loss)/sum_tokens(w)) / sum_rows(b).
     accepted: (B,) bool, rows that have b = 1; the others have b = soft
-    entropy: (B, T); tokens that reach this quantile of their response have w = 1, the others
+    entropy: (B, T); tokens that reach the `quantile` of their response have w = 1, the others
         w = soft; None: all have w = 1. (The official code takes the quantile over padding, too.)
     Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """

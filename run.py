@@ -163,7 +163,7 @@ def unset_among(settings, values: dict[str, object]) -> dict[str, object]:
 def parse_config(config_class: type, presets: dict[str, dict]):
     """Read the command line into `config_class`.
 
-    --model picks a preset, values by flag name. --resume starts from the settings of that run.
+    --model picks a preset, a dict of flags and values. --resume starts from that run's settings.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--model", default=config_class.model)
@@ -338,7 +338,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Run:
-    """One run's folder, the same on all ranks; the first one writes, after begin().
+    """One run's folder, the same on all ranks; the first one writes all but checkpoints.
 
     `config` is a script's settings: `folder` and `resume` at its top, and a group `run`.
     """
@@ -474,9 +474,10 @@ class Run:
             self.saving.result()
 
     def end(self, state: dict, total_steps: int) -> bool:
-        """Save the last step and wait for it; return whether the run is complete.
+        """Wait for the last checkpoint; return whether the run is complete.
 
-        It is not if a signal stopped it: then a checkpoint is saved whatever save_every says.
+        The last step is saved if save_every is set. It is saved in any case if a signal stopped the
+        run, which is then not complete.
         """
         step = state["progress"]["step"]
         is_complete = step >= total_steps
@@ -542,7 +543,7 @@ class Tracker:
 
 
 class Stopwatch:
-    """Seconds of the phases of a step, laps of one clock: together they are the whole step."""
+    """Seconds of the phases of a step, laps of one clock: they add up to time/step."""
 
     def __init__(self):
         self.began = self.last = time.perf_counter()

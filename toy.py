@@ -5,8 +5,8 @@ All of it is made on a laptop in minutes.
 A problem is a chain of operations modulo 10, `7 +5 *3 -4>`. A careful solution writes out every
 step, `7+5=2,2*3=6,6-4=2. \\boxed{2}`; a hasty one only the box. The base model learns from
 demonstrations that are hasty where care is needed most, on long chains. So it knows how to reason
-but seldom does, until reinforcement learning discovers that it pays. A single step is a table
-look-up; to compose a whole chain without writing is beyond a small model.
+but seldom does where it should, until reinforcement learning discovers that it pays. A single step
+is a table look-up; to compose a whole chain without writing is beyond a small model.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -48,7 +48,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-SLIP = 0.02  # chance that a careful demonstration gets a step wrong
+SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 QUESTION = "sum>"  # the text of a drawn problem
@@ -147,8 +147,8 @@ def make_problem(rng: random.Random, signs: str = "+-*") -> str:
 def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -> tuple[str, str]:
     """Return a solution of a problem, and its answer.
 
-    With `rng` a careful solution may slip: it then goes on from the wrong digit, and its answer is
-    wrong as well.
+    With `rng` a careful solution may slip: it then goes on from a random digit, and its answer is
+    usually wrong as well.
     """
     start, *operations = problem.rstrip(">").split()
     may_slip = rng is not None and not hasty
@@ -397,7 +397,7 @@ def process_drawings(problems: list[str], rng: random.Random) -> dict[str, Tenso
 
 # ---- The whole world
 def make(world: World = World()) -> World:
-    """Make the world in its folder, which appears when it is whole, unless it is there already.
+    """Make the world unless its folder has it; the folder appears only when it is complete.
 
     Of several runs that ask for it at once, one makes it and the others wait.
 

@@ -4,8 +4,9 @@
     python train_rl.py --shaping none | entropy | flow    methods to compare differ in this flag
     torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl
 
-Problems have the columns `problem` and `answer`. A step is the loop at the end of main(): roll out,
-verify, score, shape and advantage, update the policy, update the flow, log.
+Problems have the columns `problem` (vision-language models: `prompt`) and `answer`. A step is the
+loop at the end of main(): roll out, verify, score, shape and advantage, update the policy, update
+the flow, log.
 
 Every rank knows all episodes, rewards and scores of a step, so that a step is the same on any
 number of ranks. What is shared out is the work: sampling, grading, and the forward and backward
@@ -68,7 +69,7 @@ RANK_VARIABLES = (
 )
 
 
-# ---- Settings; one that is None is filled in from the model
+# ---- Settings; None: from the model, or as the comment says
 @dataclass(frozen=True)
 class SamplingSettings:
     """How many episodes a step has, and how they are sampled."""
@@ -105,10 +106,10 @@ class FlowRewardSettings:
     flow_scope: Literal["response", "group"] = "response"
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
-    gamma: float = 1.0  # Discount of the flow reward
-    # Context modes expected of the flow; an official file needs them
+    gamma: float = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
+    # Context modes that the flow must have, or gets if it is new; an official file needs them
     contexts: tuple[str, ...] | None = None
-    percentiles: tuple[float, ...] | None = None  # Taps expected of the flow
+    percentiles: tuple[float, ...] | None = None  # Taps, likewise
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class OptimisationSettings:
     kl_coef: float = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
-    # Trainer-sampler ratio: truncated, of a token or a sequence; mask: 0 above the cap
+    # Weight by the trainer-sampler ratio of the token or sequence, cut at the cap; mask: 0 above it
     mismatch: rlfr.Mismatch = "token"
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
@@ -356,7 +357,7 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
 
 
 # ---- 1. and 2. Roll out and verify
-# Waits for the verdicts on all episodes, once; then it returns them at once
+# The first call waits for the verdicts on all episodes; later calls return them immediately
 Verdicts = Callable[[], list[Verdict]]
 
 
@@ -374,7 +375,7 @@ class Sampler(NamedTuple):
 
 
 def roll_out(sampler: Sampler, cursor: int) -> tuple[list[rollout.Episode], Verdicts, int]:
-    """Sample G responses for each of N problems from the cursor on; have them graded meanwhile.
+    """Sample G responses for each of N problems from the cursor on, and begin to grade them.
 
     Returns the episodes, G in a row for each problem, a function that waits for their verdicts,
     and the cursor after the last problem.
@@ -384,7 +385,8 @@ def roll_out(sampler: Sampler, cursor: int) -> tuple[list[rollout.Episode], Verd
         episodes, verdicts = sample_groups(sampler, cursor, settings.prompts)
         return episodes, verdicts, cursor + settings.prompts
 
-    # Dynamic sampling (DAPO): groups of equal reward teach nothing, others take their place
+    # Dynamic sampling (DAPO): groups of equal reward have no outcome to compare; others take their
+    # place
     group_size = settings.group_size
     wanted = settings.prompts * group_size
     kept = []  # pairs of episode and verdict
@@ -582,8 +584,8 @@ def flow_loss_weights(
 ) -> Tensor:
     """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
 
-    `indices` are those of the micro-batch's episodes in accepted (B,). The weights of a whole step
-    sum to 1 over all micro-batches and ranks, if any episode is accepted.
+    `indices` are those of the micro-batch's episodes in accepted (B,). Over all of its episodes,
+    on all ranks, the weights sum to 1, unless all of them are 0.
     """
     quantile = settings.flow_entropy_quantile
     token_weight, episode_weight = rlfr.online_flow_weights(
@@ -646,7 +648,7 @@ def shape_advantage(
 
 
 def shape_flow_reward(scores: Scores, settings: FlowRewardSettings, group_size: int) -> Tensor:
-    """Return each token's flow reward (B, T): -flow_coef times the largest normalised scores."""
+    """Return each token's flow reward (B, T): -flow_coef times the selected normalised scores."""
     rows_together = group_size if settings.flow_scope == "group" else 1
     normalised = rlfr.normalise(
         scores.flow_score,
@@ -676,10 +678,9 @@ def update_policy(
 ) -> dict[str, float]:
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
-    advantage and importance are (B, T); the latter corrects for the sampler's probabilities and the
-    ratio of the loss is to the scoring pass's log-probs: 1 in the first mini-batch. learn_flow is
-    called with the indices of each mini-batch's episodes before its optimiser step, and returns
-    figures.
+    advantage and importance are (B, T). Importance corrects for the sampler's probabilities. The
+    ratio in the loss is to the scoring pass, hence 1 in the first mini-batch. learn_flow is called
+    with the indices of each mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
@@ -942,7 +943,7 @@ def main(config: Config) -> None:
         clock = Stopwatch()
         grader.counts.clear()
 
-        # ---- 1. Roll out, and 2. verify: worker processes grade while the policy scores
+        # ---- 1. Roll out, and 2. verify: worker processes grade beside the start of 3
         with engine_awake():
             clock.lap("sync")
             episodes, verdicts, cursor = roll_out(sampler, progress["cursor"])

@@ -237,7 +237,7 @@ class Point(NamedTuple):
 
 
 def list_points(records: Sequence[dict]) -> list[Point]:
-    """Return the points of one set from its records: for each problem its share of right samples."""
+    """Return the points of one set from its records: of each problem the share of right samples."""
     points = []
     for problem, samples in group_by("problem", records).items():
         n_right = sum(sample["correct"] for sample in samples)

@@ -679,7 +679,7 @@ def score_wemath(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> 
 
 
 def list_wemath(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[Point]:
-    """Return a point for each problem all of whose parts were judged: its part of the strict score."""
+    """Return a point for each problem whose parts were all judged: its share of the strict score."""
     points = []
     for (n_steps, identity), parts in wemath_problems(questions).items():
         whole = verdicts[parts["multi"]]
