@@ -343,6 +343,13 @@ class Policy(nn.Module):
             return list(self.layers)
         return [*self.layers, *self.tower.blocks]
 
+    def layer_parts(self) -> list[nn.Module]:
+        """Return attention, feed-forward and norms of all decoder layers: what can be compiled.
+
+        Not the layers themselves, whose hooks return latents and end a forward.
+        """
+        return [part for layer in self.layers for part in layer.children()]
+
     def forward(
         self,
         batch: Batch,
