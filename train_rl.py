@@ -925,7 +925,7 @@ def main(config: Config) -> None:
         reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
         parallel.shard(reference, reference.blocks, dtype, cpu_offload)
     if flow:
-        parallel.compile_flow(flow, config.compute.compile)
+        parallel.compile_forward([flow.model], config.compute.compile)
         parallel.shard(flow, (), dtype, cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
