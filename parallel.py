@@ -180,9 +180,10 @@ def shard(
         fully_shard(
             part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
         )
-        # a sum, not FSDP's mean: the learner divides by the step's own denominator
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+        if dist.get_world_size() > 1:  # one rank's sum is its mean, and a factor costs a copy
+            # a sum, not FSDP's mean: the learner divides by the step's own denominator
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def begin_calls(module: FSDPModule) -> None:
