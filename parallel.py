@@ -60,6 +60,9 @@ def start() -> None:
     # Hours, because ranks wait for the slowest to sample. torchrun notices a rank that dies, and
     # ends the others.
     dist.init_process_group(backend, timeout=timedelta(hours=4), **group)
+    if DEVICE.type == "cuda":
+        # torchrun leaves one thread to a rank: too few for an optimiser in host memory
+        torch.set_num_threads(cores_per_rank())
 
 
 def is_first() -> bool:
@@ -100,6 +103,32 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up a tensor over all ranks, in place, and return it."""
     dist.all_reduce(values)
     return values
+
+
+# ---- A GPU's memory, in bytes; 0 on a CPU
+def take_peak_memory() -> int:
+    """Wait for the GPU; return the largest size of all tensors together since the last call."""
+    if DEVICE.type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def tensor_memory() -> int:
+    """Return the size of all tensors together; torch counts those whose memory is unmapped, too."""
+    if DEVICE.type == "cpu":
+        return 0
+    return torch.cuda.memory_allocated()
+
+
+def used_memory() -> int:
+    """Return how much of the GPU's memory is in use, by whomever."""
+    if DEVICE.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 # ---- Sharding
@@ -151,9 +180,10 @@ def shard(
         fully_shard(
             part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
         )
-        # a sum, not FSDP's mean: the learner divides by the step's own denominator
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+        if dist.get_world_size() > 1:  # one rank's sum is its mean, and a factor costs a copy
+            # a sum, not FSDP's mean: the learner divides by the step's own denominator
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def begin_calls(module: FSDPModule) -> None:

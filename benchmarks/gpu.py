@@ -1,8 +1,9 @@
 """What RLFR costs on one GPU, with random weights of a real shape: seconds, tokens a second, memory.
 
-    python benchmarks/gpu.py --json gpu.json                        all jobs of PLAN, in about 7 minutes
-    python benchmarks/gpu.py --engine none --json gpu.json          without those that sample
-    python benchmarks/gpu.py --part learn --shape 7B --layers 8     one part, in this process
+    python benchmarks/gpu.py --json gpu.json                     all jobs of PLAN, in 7 minutes
+    python benchmarks/gpu.py --jobs correct learn-1.5B           some of them
+    python benchmarks/gpu.py --engine none                       without those that sample
+    python benchmarks/gpu.py --part learn --shape 7B --layers 8  one part, in this process
 
 Parts:
     correct   log-probs, entropies, latents, flow scores and gradients against float32 on the CPU
@@ -77,9 +78,9 @@ SHAPES = {  # of Qwen2.5
 class Settings:
     """What to measure."""
 
-    part: Literal["all", "correct", "learn", "profile", "offline", "steps"] = (
-        "all"  # All: the jobs of PLAN
-    )
+    # One part, in this process; by default the jobs of PLAN, each in its own
+    part: Literal["correct", "learn", "profile", "offline", "steps"] | None = None
+    jobs: tuple[str, ...] | None = None  # Names in PLAN; by default all
     shape: str | None = None  # Shape of the policy: tiny, small, 1.5B or 7B; by default the plan's
     layers: int | None = None  # Decoder layers; by default the shape's
     episodes: int = 128  # Episodes of the parts learn and offline
@@ -107,11 +108,11 @@ class Job(NamedTuple):
 
 PLAN = {
     "correct": Job("correct", "small", None, 90),
-    "learn 1.5B": Job("learn", "1.5B", None, 180),
-    "profile 1.5B": Job("profile", "1.5B", None, 60),
-    "learn 7B, 8 layers": Job("learn", "7B", 8, 180),
-    "offline 1.5B": Job("offline", "1.5B", None, 60),
-    "steps 1.5B": Job("steps", "1.5B", None, 240),
+    "learn-1.5B": Job("learn", "1.5B", None, 180),
+    "steps-1.5B": Job("steps", "1.5B", None, 240),
+    "profile-1.5B": Job("profile", "1.5B", None, 60),
+    "offline-1.5B": Job("offline", "1.5B", None, 60),
+    "learn-7B": Job("learn", "7B", 4, 180),  # with its optimiser, four layers fit on any GPU
 }
 
 
@@ -119,7 +120,8 @@ def run_plan(settings: Settings) -> dict:
     """Run the jobs one after the other; return the figures of each, or how it failed."""
     result = {"machine": machine(), "settings": asdict(settings), "jobs": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for name, job in PLAN.items():
+        for name in settings.jobs or PLAN:
+            job = PLAN[name]
             if job.part == "steps" and settings.engine == "none":
                 continue
             print(f"\n==== {name}", flush=True)
@@ -133,6 +135,7 @@ def run_job(job: Job, settings: Settings, file: Path) -> dict:
     chosen = replace(
         settings,
         part=job.part,
+        jobs=None,
         shape=settings.shape or job.shape,
         layers=settings.layers or job.layers,
         json=str(file),
@@ -759,7 +762,7 @@ PARTS = {
 
 def main(settings: Settings) -> dict:
     """Run one part in this process, or all jobs of the plan."""
-    if settings.part == "all":
+    if settings.part is None:
         return run_plan(settings)
     # vLLM, where it is loaded, switches it off for the trainer, too
     torch.backends.cuda.enable_cudnn_sdp(False)
