@@ -4,7 +4,10 @@
 
 Writes train.jsonl and test.jsonl (columns problem, answer), and solutions.jsonl (problem, solution)
 for the offline start of the flow. No problem stands in two of the files. A solution is a sentence
-with the calculation in it, such as `Tom has 5 + 3 = 8 apples left.`
+with the calculation in it, such as `Anna has 5 + 3 = 8 apples now.`
+
+And template.txt, a prompt in the format of ChatML with three examples: without them a model of 135 M
+parameters, sampled at temperature 1, tells stories of its own.
 """
 
 import json
@@ -17,6 +20,18 @@ import tyro
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Ines", "Jack")
 THINGS = ("apples", "books", "coins", "eggs", "flowers", "marbles", "pencils", "stickers")
+
+EXAMPLES = (
+    (
+        "Leo has 4 pens and gets 3 more. How many pens does Leo have now?",
+        "Leo has 4 + 3 = 7 pens now.",
+    ),
+    (
+        "There are 9 cups on a table. Mia takes 2. How many cups are left?",
+        "There are 9 - 2 = 7 cups left.",
+    ),
+    ("Tom has 3 bags with 5 nuts each. How many nuts does Tom have?", "Tom has 3 * 5 = 15 nuts."),
+)
 
 
 class Story(NamedTuple):
@@ -72,7 +87,7 @@ class Settings:
     n_train: int = 2000  # Training problems
     n_test: int = 128  # Held-out problems
     n_solutions: int = 1000  # Problems with solutions
-    largest: int = 20  # Largest number in a sum or difference
+    largest: int = 12  # Largest number in a sum or difference
     seed: int = 0  # Seed of the problems
 
 
@@ -110,7 +125,7 @@ def make_problems(settings: Settings) -> list[dict[str, str]]:
     rng = random.Random(f"word problems {settings.seed}")
     n_problems = settings.n_train + settings.n_test + settings.n_solutions
     by_text = {}
-    for _ in range(20 * n_problems):
+    for _ in range(4 * n_problems):
         problem = make_problem(settings.largest, rng)
         by_text[problem["problem"]] = problem
         if len(by_text) == n_problems:
@@ -119,6 +134,16 @@ def make_problems(settings: Settings) -> list[dict[str, str]]:
         f"only {len(by_text)} different problems with numbers up to {settings.largest}, expected "
         f"{n_problems}: ask for fewer, or raise --largest"
     )
+
+
+def make_template() -> str:
+    """Return a prompt with examples, and {problem} where the problem goes."""
+    turns = []
+    for problem, solution in EXAMPLES:
+        turns.append(f"<|im_start|>user\n{problem}<|im_end|>\n")
+        turns.append(f"<|im_start|>assistant\n{solution}<|im_end|>\n")
+    turns.append("<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
+    return "".join(turns)
 
 
 def write(file: Path, problems: list[dict[str, str]], columns: tuple[str, ...]) -> None:
@@ -131,7 +156,7 @@ def write(file: Path, problems: list[dict[str, str]], columns: tuple[str, ...]) 
 
 
 def main(settings: Settings) -> None:
-    """Write the three files."""
+    """Write the three files of problems, and the template."""
     problems = make_problems(settings)
     end_of_test = settings.n_test
     end_of_train = end_of_test + settings.n_train
@@ -140,6 +165,7 @@ def main(settings: Settings) -> None:
     write(folder / "test.jsonl", problems[:end_of_test], ("problem", "answer"))
     write(folder / "train.jsonl", problems[end_of_test:end_of_train], ("problem", "answer"))
     write(folder / "solutions.jsonl", problems[end_of_train:], ("problem", "solution"))
+    (folder / "template.txt").write_text(make_template())
     print(f"{len(problems)} word problems are in {folder}")
 
 
