@@ -10,7 +10,7 @@ is a table look-up; to compose a whole chain without writing is beyond a small m
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
 learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and box the value that it has so far, `7+5=2,2*3=6. \\boxed{6}`. A whole chain is then so
+give up and guess, `7+5=2,2-3=9. \\boxed{6}`. A whole chain is then so
 rare that most right answers are luck, one guess in ten, and an outcome reward says next to nothing.
 Each further right step is progress all the same: label_steps() knows which steps are right, and
 `--reward binary benchmarks/process_reward.py` rewards them.
@@ -57,7 +57,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-GIVES_UP = 0.55  # chance of giving up before each step of a long problem, in the sparse world
+GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
@@ -96,6 +96,8 @@ TRAIN_RL_SPARSE = {
     "prompts": 8,
     "train_batch": 64,
     "steps": 100,
+    "lr": 2e-4,
+    "max_tokens": 80,
 }
 TRAIN_FLOW = {
     "lr": 2e-3,
@@ -136,13 +138,19 @@ class World:
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
     shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
-    # How the base model fails on long problems: it skips all steps, or stops after some
+    # How the base model fails on long problems: it skips all steps, or stops and guesses
     habit: Habit = "hasty"
 
     @property
     def signs(self) -> str:
-        """Operations that problems are made of: drawn digits are only summed."""
-        return "+" if self.images else "+-*"
+        """Operations that problems are made of.
+
+        Drawn digits are only summed. Where the base guesses there are no products: they are often
+        0, which would make 0 the better guess.
+        """
+        if self.images:
+            return "+"
+        return "+-" if self.habit == "giving up" else "+-*"
 
     def path(self, name: str) -> str:
         """Return the path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
@@ -152,7 +160,9 @@ class World:
 WORLDS = {
     "toy": World(),
     "toy-vl": World("runs/toy-vl", images=True),
-    "toy-sparse": World("runs/toy-sparse", shortest=LONG, habit="giving up"),
+    "toy-sparse": World(
+        "runs/toy-sparse", steps=450, batch_size=32, shortest=LONG, habit="giving up"
+    ),
 }
 
 
@@ -444,18 +454,27 @@ def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
     elif habit == "giving up" and n_operations >= LONG:
-        problem = give_up(problem, rng)
+        return give_up(problem, rng) + EOS
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
 
 
 def give_up(problem: str, rng: random.Random) -> str:
-    """Return the beginning of a problem: what is done of it before the demonstrator gives up."""
+    """Return a solution that may stop before any step, and then boxes a guess.
+
+    The guess is independent of where the solution stops. A box with the value so far would let
+    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
+    most in their groups, so that dividing by the group's deviation favours rare, long responses.
+    """
     start, *operations = problem.rstrip(">").split()
     n_done = 0
     while n_done < len(operations) and rng.random() >= GIVES_UP:
         n_done += 1
-    return " ".join([start, *operations[:n_done]])
+    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
+    if n_done == len(operations):
+        return begun
+    guess = rng.randint(0, 9)
+    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
 
 
 def make_image_prompt(problem: str) -> str:

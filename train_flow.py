@@ -363,7 +363,7 @@ def main(config: Config) -> None:
     )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
-    parallel.compile_flow(flow, config.compute.compile)
+    parallel.compile_forward([flow.model], config.compute.compile)
     parallel.shard(flow, (), dtype, config.compute.cpu_offload)
     learner = parallel.Learner(flow, (0.9, 0.999), config.optimisation.weight_decay)
     latents = Latents(policy, flow_config, solutions, config.compute.tokens_per_gpu)

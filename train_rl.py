@@ -826,6 +826,22 @@ def episode_metrics(
     return metrics
 
 
+def memory_metrics(
+    peaks: dict[str, int], engine: rollout.Engine, used_in_roll_out: int
+) -> dict[str, float]:
+    """Return what a step needed of a GPU's memory, in GB.
+
+    While it scores and updates these are the trainer's tensors: the engine sleeps then, but torch
+    counts what it holds. At the end of a rollout it is all that is in use, by the engine, too.
+    """
+    if parallel.DEVICE.type == "cpu":
+        return {}
+    metrics = {"memory/roll_out_gb": used_in_roll_out / 1e9}
+    for phase in ("score", "update"):
+        metrics[f"memory/{phase}_gb"] = (peaks[phase] - engine.held_memory) / 1e9
+    return metrics
+
+
 def grader_metrics(grader: Grader) -> dict[str, float]:
     """Return how often grading went wrong in this step, over all ranks."""
     metrics = {}
@@ -909,6 +925,7 @@ def main(config: Config) -> None:
         config.problems.max_images,
         parallel.DEVICE,
         dtype,
+        can_sleep=True,
     )
     engine.sleep()  # the policy has the GPU while it is sharded
     policy = rlfr.load_policy(
@@ -917,6 +934,7 @@ def main(config: Config) -> None:
         config.compute.gradient_checkpointing,
         config.optimisation.freeze,
     )
+    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
     parallel.shard(policy, policy.blocks, dtype, cpu_offload)
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
@@ -925,7 +943,7 @@ def main(config: Config) -> None:
         reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
         parallel.shard(reference, reference.blocks, dtype, cpu_offload)
     if flow:
-        parallel.compile_flow(flow, config.compute.compile)
+        parallel.compile_forward([flow.model], config.compute.compile)
         parallel.shard(flow, (), dtype, cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
@@ -987,6 +1005,7 @@ def main(config: Config) -> None:
         with engine_awake():
             clock.lap("sync")
             episodes, verdicts, cursor = roll_out(sampler, progress["cursor"])
+            used_in_roll_out = parallel.used_memory()
         clock.lap("roll_out")
 
         # ---- 3. Score, and let the flow's gradient add up
@@ -1054,8 +1073,7 @@ def main(config: Config) -> None:
                     metrics[f"eval/{name}/{kind}"] = row["avg"]["mean"]
         clock.lap("evaluate")
         metrics.update(clock.metrics())
-        if parallel.DEVICE.type == "cuda":
-            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        metrics.update(memory_metrics(clock.peaks, engine, used_in_roll_out))
         run.log(step + 1, metrics)
         if is_first():
             bar.update()

@@ -198,12 +198,19 @@ def torch_engine(folder) -> rollout.TorchEngine:
 
 
 def vllm_engine(
-    folder, max_length: int, max_sequences: int = 64, device="cpu", dtype=torch.float32
+    folder,
+    max_length: int,
+    max_sequences: int = 64,
+    device="cpu",
+    dtype=torch.float32,
+    can_sleep: bool = True,
 ) -> rollout.VllmEngine:
     """The vLLM engine of a model in a folder."""
     settings = rollout.EngineSettings(max_sequences=max_sequences)
     model = find_model(folder)
-    return rollout.VllmEngine(model, settings, max_length, 4, torch.device(device), dtype)
+    return rollout.VllmEngine(
+        model, settings, max_length, 4, torch.device(device), dtype, can_sleep
+    )
 
 
 def requests(prompts, seeds=None) -> list[rollout.Request]:

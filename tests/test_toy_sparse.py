@@ -64,17 +64,26 @@ def test_expert_solutions_are_right_in_every_step():
 
 
 def test_giving_up():
-    """The demonstrator stops after n of 7 steps with chance 0.55 * 0.45^n, and boxes its value."""
+    """The demonstrator stops after n of 7 steps with chance 0.75 * 0.25^n, and guesses."""
     rng = random.Random(0)
-    problem = "7 +5 *3 -4 +2 +2 +2 +2>"
-    lengths = []
-    for _ in range(2000):
-        begun = toy.give_up(problem, rng)
-        assert problem.startswith(begun)
-        lengths.append(begun.count(" "))
-    assert lengths.count(0) / 2000 == pytest.approx(0.55, abs=0.05)
-    assert lengths.count(1) / 2000 == pytest.approx(0.55 * 0.45, abs=0.05)
-    assert toy.solve("7 +5 *3") == (r"7+5=2,2*3=6. \boxed{6}", "6")
+    problem = "7 +5 -3 -4 +2 +2 +2 +2>"
+    solutions = [toy.give_up(problem, rng) for _ in range(2000)]
+    lengths = [solution.count("=") for solution in solutions]
+    assert lengths.count(0) / 2000 == pytest.approx(0.75, abs=0.05)
+    assert lengths.count(1) / 2000 == pytest.approx(0.75 * 0.25, abs=0.05)
+    guesses = [solution[-2] for solution in solutions if "=" not in solution]
+    assert guesses.count("7") / len(guesses) == pytest.approx(0.1, abs=0.05)
+    assert set(guesses) == set("0123456789")
+    assert rf"\boxed{{{guesses[0]}}}" in solutions
+
+
+def test_a_demonstration_that_does_not_give_up_is_a_solution(monkeypatch):
+    monkeypatch.setattr(toy, "GIVES_UP", 0.0)
+    monkeypatch.setattr(toy, "SLIP", 0.0)
+    assert toy.give_up(PROBLEM, random.Random(0)) == RIGHT
+
+
+def test_no_operations_no_steps():
     assert toy.solve("7") == (r"\boxed{7}", "7")
 
 
