@@ -10,10 +10,10 @@ is a table look-up; to compose a whole chain without writing is beyond a small m
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
 learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and guess, `7+5=2,2-3=9. \\boxed{6}`. A whole chain is then so
-rare that most right answers are luck, one guess in ten, and an outcome reward says next to nothing.
-Each further right step is progress all the same: label_steps() knows which steps are right, and
-`--reward binary benchmarks/process_reward.py` rewards them.
+give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
+are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
+progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
+rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -143,14 +143,8 @@ class World:
 
     @property
     def signs(self) -> str:
-        """Operations that problems are made of.
-
-        Drawn digits are only summed. Where the base guesses there are no products: they are often
-        0, which would make 0 the better guess.
-        """
-        if self.images:
-            return "+"
-        return "+-" if self.habit == "giving up" else "+-*"
+        """Operations that problems are made of: drawn digits are only summed."""
+        return "+" if self.images else "+-*"
 
     def path(self, name: str) -> str:
         """Return the path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
