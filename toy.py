@@ -396,9 +396,7 @@ def train_base(
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
-        learns_habit = world.habit == "hasty" or step >= SKILL * world.steps
-        habit = world.habit if learns_habit else None
-        batch = make_batch(world, model, tokenizer, forbidden, rng, habit)
+        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -406,6 +404,13 @@ def train_base(
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def habit_at(world: World, step: int) -> Habit | None:
+    """Return the habit of the demonstrations of a training step; None: they are all careful."""
+    if world.habit == "giving up" and step < SKILL * world.steps:
+        return None
+    return world.habit
 
 
 def make_batch(
