@@ -424,12 +424,12 @@ def make_batch(
     """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
     candidates = [make_problem(rng, world.signs) for _ in range(2 * world.batch_size)]
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
-    solutions = [demonstrate(problem, rng, habit) for problem in problems]
+    demonstrations = [demonstrate(problem, rng, habit) for problem in problems]
     prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
     ids = []
     labels = []
-    for prompt, solution in zip(prompts, solutions, strict=True):
-        prompt_ids = tokenizer.encode(prompt)
+    for prompt, (given, solution) in zip(prompts, demonstrations, strict=True):
+        prompt_ids = tokenizer.encode(prompt + given)
         solution_ids = tokenizer.encode(solution)
         ids.append(torch.tensor(prompt_ids + solution_ids))
         labels.append(torch.tensor([IGNORED] * len(prompt_ids) + solution_ids))
@@ -446,34 +446,39 @@ def make_batch(
     return batch
 
 
-def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
-    """Return a demonstration with EOS: a solution that may slip, and fall short out of habit."""
+def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> tuple[str, str]:
+    """Return a demonstration: the part that is given, mostly empty, and the part to learn."""
     n_operations = problem.count(" ")
     is_hasty = False
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
     elif habit == "giving up" and n_operations >= LONG:
-        return give_up(problem, rng) + EOS
+        return give_up(problem, rng)
     solution, _ = solve(problem, rng, is_hasty)
-    return solution + EOS
+    return "", solution + EOS
 
 
-def give_up(problem: str, rng: random.Random) -> str:
-    """Return a solution that may stop before any step, and then boxes a guess.
+def give_up(problem: str, rng: random.Random) -> tuple[str, str]:
+    """Return some given steps, and what follows: more steps, then a guess unless it is complete.
 
-    The guess is independent of where the solution stops. A box with the value so far would let
-    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
-    most in their groups, so that dividing by the group's deviation favours rare, long responses.
+    Any number of steps may be given, so that the base model meets the habit at every depth; it
+    would otherwise see few long demonstrations, and be careful again after some steps. The guess
+    does not depend on where the solution stops. A box with the value so far would let GRPO escape
+    without any sign of what is right: of the values that are right by luck, those of rare lengths
+    stand out most in their groups, and dividing by a group's deviation then favours rare lengths.
     """
     start, *operations = problem.rstrip(">").split()
-    n_done = 0
+    n_given = rng.randint(0, len(operations))
+    n_done = n_given
     while n_done < len(operations) and rng.random() >= GIVES_UP:
         n_done += 1
-    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
-    if n_done == len(operations):
-        return begun
-    guess = rng.randint(0, 9)
-    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
+    solution, value = solve(" ".join([start, *operations[:n_done]]), rng)
+    if n_done < len(operations):
+        solution = solution.replace(rf"\boxed{{{value}}}", rf"\boxed{{{rng.randint(0, 9)}}}")
+    end_of_given = 0
+    if n_given:
+        end_of_given = split_steps(solution)[n_given - 1].end()
+    return solution[:end_of_given], solution[end_of_given:] + EOS
 
 
 def make_image_prompt(problem: str) -> str:
