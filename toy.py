@@ -9,12 +9,12 @@ but seldom does where it should, until reinforcement learning discovers that it 
 is a table look-up; to compose a whole chain without writing is beyond a small model.
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
-learns to solve every problem carefully, and then a habit: in a long problem a step mostly wanders,
-which is to take an operation of its own in place of the problem's. A solution that wanders looks
-like any other, it has as many steps and each is calculated well, but it solves another problem.
-Whole chains without such a step are so rare that nearly all right answers are luck, one in ten, and
-an outcome reward says next to nothing. Each further faithful step is progress all the same:
-label_steps() knows which are right, and `--reward binary benchmarks/process_reward.py` rewards them.
+learns to solve every problem carefully, and then a habit: in a long problem a step mostly idles, it
+adds zero in place of the problem's operation, `7+5=2,2+0=2,2-4=8`. Such a solution has as many steps
+as any other, and each is calculated well, but it solves another problem. Whole chains without an
+idle step are so rare that nearly all right answers are luck, one in ten, and an outcome reward says
+next to nothing. Each further step that does its work is progress all the same: label_steps() knows
+which are right, and `--reward binary benchmarks/process_reward.py` rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -59,7 +59,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-WANDERS = 0.6  # chance that a step of a long problem wanders, in the sparse world
+IDLES = 0.6  # chance that a step of a long problem adds zero, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
@@ -122,7 +122,7 @@ PRESETS = {  # script -> value of --model -> flag -> value
     "eval": {"toy": EVALUATE, "toy-vl": EVALUATE, "toy-sparse": EVALUATE},
 }
 
-Habit = Literal["hasty", "wandering"]
+Habit = Literal["hasty", "idling"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class World:
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
     shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
-    # How the base model fails on long problems: it skips all steps, or takes some of its own
+    # How the base model fails on long problems: it skips all steps, or adds zero in some
     habit: Habit = "hasty"
     # Multiply by 3, 7 and 9 alone: a wrong value then stays wrong, as no later step merges values
     invertible: bool = False
@@ -160,7 +160,7 @@ WORLDS = {
     "toy": World(),
     "toy-vl": World("runs/toy-vl", images=True),
     "toy-sparse": World(
-        "runs/toy-sparse", batch_size=32, shortest=LONG, habit="wandering", invertible=True
+        "runs/toy-sparse", batch_size=32, shortest=LONG, habit="idling", invertible=True
     ),
 }
 
@@ -429,7 +429,7 @@ def train_base(
 
 def habit_at(world: World, step: int) -> Habit | None:
     """Return the habit of the demonstrations of a training step; None: they are all careful."""
-    if world.habit == "wandering" and step < SKILL * world.steps:
+    if world.habit == "idling" and step < SKILL * world.steps:
         return None
     return world.habit
 
@@ -475,19 +475,20 @@ def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
     is_hasty = False
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
-    elif habit == "wandering" and n_operations >= LONG:
-        problem = wander(problem, rng)
+    elif habit == "idling" and n_operations >= LONG:
+        problem = idle(problem, rng)
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
 
 
-def wander(problem: str, rng: random.Random) -> str:
-    """Return a problem in which random operations stand in place of some."""
+def idle(problem: str, rng: random.Random) -> str:
+    """Return a problem in which some operations add zero."""
     start, *operations = problem.rstrip(">").split()
-    for i in range(len(operations)):
-        if rng.random() < WANDERS:
-            operations[i] = make_operation(rng, "+-*", invertible=True)
-    return f"{start} {' '.join(operations)}>"
+    done = []
+    for operation in operations:
+        idles = rng.random() < IDLES
+        done.append("+0" if idles else operation)
+    return f"{start} {' '.join(done)}>"
 
 
 def make_image_prompt(problem: str) -> str:
@@ -547,7 +548,7 @@ def settings_of(world: World) -> dict:
     settings = asdict(world)
     settings["folder"] = None
     settings["hasty"] = HASTY
-    settings["wanders"] = WANDERS
+    settings["idles"] = IDLES
     settings["long"] = LONG
     settings["skill"] = SKILL
     settings["slip"] = SLIP
