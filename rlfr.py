@@ -8,6 +8,7 @@ Equations, each with its function:
     log pi(y_k), H_k from hidden states, chunk by chunk                  TokenLogProbs
     s' = (s - min)/(max - min) per response or group                     normalise
     keep s' > threshold, then the top k (times -coef in train_rl.py)     select
+    s' = clamp(excess over expert tokens, 0, cap)/cap (ours)             clamp_excess
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                    entropy_advantage
@@ -514,6 +515,34 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
         is_kept.scatter_(1, largest.indices, True)
     has_few = (tail != 0).sum(dim=1, keepdim=True) < top_k
     return torch.where(is_kept | has_few, tail, 0.0)
+
+
+def clamp_excess(excess: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Return clamp(excess, 0, cap)/cap over mask (B, T), in [0, 1]; zero outside mask.
+
+    excess (B, T) is in spreads of expert tokens, see flow.excess_score: nothing is penalised in
+    what looks like an expert's, and nothing counts for more than the cap.
+    """
+    unit = excess.clamp(0, cap) / cap
+    return torch.where(mask, unit, 0.0)
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of each row of values (B, T) over mask (B, T), (B,); 0 for an empty row."""
+    count = mask.sum(dim=1).clamp(min=1)
+    return (values * mask).sum(dim=1) / count
+
+
+def centre(reward: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Subtract from token rewards (B, T) their mean over all tokens of the group; zero outside mask.
+
+    Penalties alone make short responses better than long ones; centred, they do not.
+    """
+    n_tokens = mask.shape[1]
+    group_mask = mask.view(-1, group_size * n_tokens)  # (N, G * T)
+    mean = mean_over_tokens(reward.reshape(group_mask.shape), group_mask)  # (N,)
+    per_episode = mean.repeat_interleave(group_size)[:, None]  # (B, 1)
+    return torch.where(mask, reward - per_episode, 0.0)
 
 
 # ---- Advantages
