@@ -24,16 +24,15 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
-import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -101,9 +100,7 @@ ARMS = {
         RLVR,
         control=("sft", *EXPERT_SOLUTIONS),
     ),
-    "sft-rlvr": Arm(
-        "And what does the outcome achieve after that?", {**RLVR, "model": "{sft}"}
-    ),
+    "sft-rlvr": Arm("And what does the outcome achieve after that?", {**RLVR, "model": "{sft}"}),
     "published-shuffled": Arm(
         "Does it matter which tokens of a response the published scores fall on?",
         PUBLISHED,
@@ -156,6 +153,7 @@ ARMS = {
         "Does it help to standardise latents?", {**CALIBRATED, "flow": "{standardised_flow}"}
     ),
 }
+
 
 # ---- What several runs share
 @dataclass(frozen=True)
@@ -474,9 +472,7 @@ def locked(path: Path) -> Iterator[IO]:
         yield file
 
 
-def run_job(
-    job: Job, paths: dict[str, str], needed: Sequence[Future], processes: Processes
-) -> str:
+def run_job(job: Job, paths: dict[str, str], needed: Sequence[Future], processes: Processes) -> str:
     """Run a job unless it is finished, after those that it needs; return its status."""
     missing = []
     for name, future in zip(job.needs, needed, strict=True):
@@ -582,6 +578,146 @@ def read_run(record_file: Path) -> dict:
     kept = ("arm", "seed", "status", "error", "settings", "script", "versions")
     run = {key: record[key] for key in kept}
     run["seconds"] = round(sum(step["time/step"] for step in steps))
-    run["series"] = {name: series(name, steps) for name in steps[0] if keeps(name)} if steps else {}
+    run["series"] = read_series(steps)
     run["held_out"] = read_evaluations(folder / "summary.json")
     return run
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """Return the figures of each step; a last line without an end is left out."""
+    if not file.exists():
+        return []
+    *lines, _unfinished = file.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def read_series(steps: Sequence[dict]) -> dict[str, list[float]]:
+    """Return the figures of steps that are kept, by name, rounded."""
+    series = {}
+    for name in steps[0] if steps else ():
+        if name in SERIES or name.startswith("flow/"):
+            series[name] = [round(step[name], N_DIGITS) for step in steps]
+    return series
+
+
+def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
+    """Return the accuracies on held-out problems, before and after, sampled and greedy."""
+    accuracies: dict[str, dict[str, float]] = {}
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    for when, sets in summary.items():
+        (kinds,) = sets.values()
+        accuracies[when] = {
+            kind: round(row["avg"]["mean"], N_DIGITS) for kind, row in kinds.items()
+        }
+    return accuracies
+
+
+# ---- The file of figures
+def in_order(runs: Sequence[dict]) -> list[dict]:
+    """Sort runs by arm, in the order of ARMS, and by seed."""
+    places = {name: place for place, name in enumerate(ARMS)}
+
+    def key(run: dict) -> tuple:
+        name = run["arm"].partition(":")[0]
+        return places.get(name, len(places)), run["arm"], run["seed"]
+
+    return sorted(runs, key=key)
+
+
+def merge(studies: Sequence[dict]) -> dict:
+    """Put the runs of several studies together; ValueError if they are not comparable.
+
+    Of a run that is in several of them, the one that came furthest stays, or the first of equals.
+    """
+    common = {key: value for key, value in studies[0].items() if key != "runs"}
+    runs: dict[tuple[str, int], dict] = {}
+    settings: dict[str, dict] = {}
+    for study in studies:
+        check_equal(study, common, "a study to be merged")
+        for run in study["runs"]:
+            key = (run["arm"], run["seed"])
+            expected = settings.setdefault(run["arm"], without_seed(run))
+            if without_seed(run) != expected:
+                raise ValueError(
+                    f"runs of {run['arm']} differ in settings, {without_seed(run)} and {expected}: "
+                    "they are not comparable; leave one file out"
+                )
+            if key not in runs or progress(run) > progress(runs[key]):
+                runs[key] = run
+    return {**common, "runs": in_order(list(runs.values()))}
+
+
+def without_seed(run: dict) -> dict:
+    """Return the settings that all runs of an arm share."""
+    settings = {name: value for name, value in run["settings"].items() if name != "seed"}
+    return {"script": run["script"], **settings}
+
+
+def progress(run: dict) -> tuple[bool, int]:
+    """Return how far a run came."""
+    return run["status"] == "finished", len(run["series"].get("correct", ()))
+
+
+def read_study(file: str | Path) -> dict:
+    """Read a file of figures; ValueError if it is none."""
+    study = json.loads(Path(file).read_text())
+    if "runs" not in study:
+        raise ValueError(f"{file} holds no runs; expected a file that benchmarks/study.py wrote")
+    return study
+
+
+def write_study(file: Path, study: dict) -> None:
+    """Write a file of figures, a run a line."""
+    head = [
+        f"{json.dumps(key)}: {json.dumps(value)},\n"
+        for key, value in study.items()
+        if key != "runs"
+    ]
+    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in study["runs"])
+    with written_whole(file) as temporary:
+        temporary.write_text("{\n" + "".join(head) + '"runs": [\n' + runs + "\n]}\n")
+
+
+def update_file(file: Path, folder: str) -> None:
+    """Put the figures of the runs in a study's folder into a file; what else it holds stays."""
+    studies = [collect(folder)]
+    if file.exists():
+        studies.append(read_study(file))
+    write_study(file, merge(studies))
+
+
+# ---- The command
+def report(statuses: dict[str, str], study: Study) -> int:
+    """Say what failed or was stopped; return the exit code, 0 if all is finished."""
+    counts = Counter(statuses.values())
+    said = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{said}; the figures are in {study.json_file}; next: python benchmarks/evidence.py")
+    for name, status in statuses.items():
+        if status != "finished":
+            print(f"{status}: {name}, see its .log in {study.folder}")
+    return int(counts["finished"] < len(statuses))
+
+
+def main(study: Study) -> int:
+    """Run a study, or do what it asks in place of that; return the exit code."""
+    check_positive(study, "seeds", "steps", "jobs", "eval_problems", "held_out")
+    if study.merge:
+        files = [study.json_file] if study.json_file.exists() else []
+        write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))
+        return 0
+    if study.collect:
+        update_file(study.json_file, study.folder)
+        return 0
+    preparations, runs = plan(study)
+    jobs = [*preparations, *runs]
+    for job in jobs:
+        job.check()
+    world = find_world(study.world)
+    begin(study, world)
+    paths = find_paths(study, world)
+    after_each = partial(update_file, study.json_file, study.folder)
+    return report(run_all(jobs, study.jobs, paths, after_each), study)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Study)))
