@@ -1,0 +1,444 @@
+"""Tables and figures of the study, drawn from the figures in docs/.
+
+    python benchmarks/evidence.py            tables into docs/evidence.md, figures beside it
+    python benchmarks/evidence.py --check    fails if the tables are not those of the figures
+
+It reads docs/study*.json, which benchmarks/study.py writes, and puts their runs together. Tables
+stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose around them
+stays. Seeds from 100 on, on which settings were chosen, count nowhere.
+
+Measures of a run, from its training accuracy in each step:
+    accuracy        mean of the last 10 steps, the primary measure       last_accuracy
+    area            mean of all steps                                    area
+    steps to A      first step whose 10-step mean reaches A              steps_to
+    escaped         accuracy > 0.5
+
+And of an arm, over its seeds:
+    difference      mean of accuracy - RLVR's of the same seed, with a 95 % interval by the paired
+                    t-test and one by the bootstrap over seeds           t_interval, interval
+    captured        (arm - RLVR)/(ceiling - RLVR), means over the seeds that all three have, with a
+                    bootstrap interval                                   captured
+"""
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from study import ARMS, ROOT, merge, read_study  # noqa: E402
+
+BASELINE = "rlvr"
+CEILING = "process"
+WINDOW = 10  # steps of the primary measure and of running means
+LEVELS = (0.3, 0.5, 0.7)
+ESCAPED = 0.5  # accuracy above which a run has escaped the base model's habit
+N_RESAMPLES = 10_000  # of a bootstrap
+FIRST_TUNING_SEED = 100
+PAGE = "evidence.md"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Write the tables and figures of the study."""
+
+    folder: str = str(ROOT / "docs")  # Where figures are read, and the page and pictures written
+    check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
+
+
+# ---- Measures of a run
+def last_accuracy(accuracy: Sequence[float]) -> float:
+    """Return the mean accuracy of the last steps."""
+    return float(np.mean(accuracy[-WINDOW:]))
+
+
+def area(accuracy: Sequence[float]) -> float:
+    """Return the area under the curve of accuracy, as the mean over all steps."""
+    return float(np.mean(accuracy))
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Return the mean of each step and the WINDOW - 1 before it, from step WINDOW on."""
+    return np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
+
+
+def steps_to(accuracy: Sequence[float], level: float) -> float:
+    """Return after how many steps the running mean has reached a level, infinity if never."""
+    reached = np.flatnonzero(running_mean(accuracy) >= level - 1e-9)
+    if len(reached) == 0:
+        return math.inf
+    return float(reached[0] + WINDOW)
+
+
+# ---- Estimates over seeds
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 0.975 quantile of Student's t distribution, by integrating its density."""
+    x = np.linspace(0, 50, 500_001)
+    log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    constant = math.exp(log_constant) / math.sqrt(degrees * math.pi)
+    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    panels = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+    return float(np.interp(0.475, np.cumsum(panels), x[1:]))
+
+
+def t_interval(differences: Sequence[float]) -> Interval:
+    """Return the mean of paired differences with the interval of the paired t-test."""
+    n = len(differences)
+    mean = float(np.mean(differences))
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def resample(n: int) -> np.ndarray:
+    """Return how often each of n seeds is in each of N_RESAMPLES bootstrap samples."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(n, [1 / n] * n, size=N_RESAMPLES)  # (N_RESAMPLES, n)
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Return the mean of values, one a seed, with a percentile interval by resampling seeds."""
+    n = len(values)
+    means = resample(n) @ np.asarray(values) / n
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def captured(arm: Sequence[float], baseline: Sequence[float], ceiling: Sequence[float]) -> Interval:
+    """Return the share of the way from the baseline to the ceiling, resampling seeds together.
+
+    Where the ceiling is no higher than the baseline there is no way, and the share is NaN.
+    """
+    gain = np.asarray(arm) - np.asarray(baseline)
+    room = np.asarray(ceiling) - np.asarray(baseline)
+    if room.mean() <= 0:
+        return Interval(math.nan, math.nan, math.nan)
+    times_drawn = resample(len(gain))
+    drawn_room = times_drawn @ room
+    has_room = drawn_room > 0
+    shares = (times_drawn @ gain)[has_room] / drawn_room[has_room]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return Interval(float(gain.mean() / room.mean()), float(low), float(high))
+
+
+# ---- Runs
+Runs = dict[str, dict[int, dict]]  # arm -> seed -> run
+
+
+def load_study(folder: Path) -> dict | None:
+    """Return the study whose figures are in a folder, or None; several files are put together."""
+    files = sorted(folder.glob("study*.json"))
+    if not files:
+        return None
+    return merge([read_study(file) for file in files])
+
+
+def reported_runs(study: dict) -> Runs:
+    """Return the finished runs of the seeds that count."""
+    runs: Runs = {}
+    for run in study["runs"]:
+        if run["status"] == "finished" and run["seed"] < FIRST_TUNING_SEED:
+            runs.setdefault(run["arm"], {})[run["seed"]] = run
+    return runs
+
+
+def accuracies(runs: dict[int, dict]) -> dict[int, float]:
+    """Return the accuracy in the last steps of each seed."""
+    return {seed: last_accuracy(run["series"]["correct"]) for seed, run in runs.items()}
+
+
+def paired(runs: Runs, *arms: str) -> list[list[float]]:
+    """Return the accuracies of several arms on the seeds that all of them have."""
+    by_arm = [accuracies(runs.get(arm, {})) for arm in arms]
+    common = sorted(set.intersection(*(set(values) for values in by_arm)))
+    return [[values[seed] for seed in common] for values in by_arm]
+
+
+def difference(runs: Runs, arm: str) -> list[float]:
+    """Return the arm's accuracy minus the baseline's, for each seed that both have."""
+    own, baseline = paired(runs, arm, BASELINE)
+    return [a - b for a, b in zip(own, baseline, strict=True)]
+
+
+# ---- Tables
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float, digits: int = 2) -> str:
+    """Return a figure as a text; a dash if there is none."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}"
+
+
+def interval(estimate: Interval) -> str:
+    """Return the bounds of an interval as a text."""
+    if math.isnan(estimate.low):
+        return "–"
+    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+
+
+def measures_table(runs: Runs) -> str:
+    """Return the table of each arm's measures, over its seeds."""
+    levels = " / ".join(f"{level}" for level in LEVELS)
+    head = ("arm", "seeds", "accuracy", "escaped", "area", f"steps to {levels}")
+    head += ("length", "entropy", "held-out")
+    return table(head, [measures_row(arm, list(seeds.values())) for arm, seeds in runs.items()])
+
+
+def measures_row(arm: str, runs: Sequence[dict]) -> list[str]:
+    """Return an arm's row: means over seeds, of steps the median."""
+    curves = [run["series"]["correct"] for run in runs]
+    last = [last_accuracy(curve) for curve in curves]
+    escaped = sum(value > ESCAPED for value in last)
+    steps = []
+    for level in LEVELS:
+        steps.append(number(float(np.median([steps_to(curve, level) for curve in curves])), 0))
+    after = [run["held_out"]["after"]["sampled"] for run in runs if "after" in run["held_out"]]
+    return [
+        f"`{arm}`",
+        str(len(runs)),
+        number(float(np.mean(last))),
+        f"{escaped} of {len(runs)}",
+        number(float(np.mean([area(curve) for curve in curves]))),
+        " / ".join(steps),
+        number(mean_of_last("length", runs), 1),
+        number(mean_of_last("entropy", runs)),
+        number(float(np.mean(after))) if after else "–",
+    ]
+
+
+def mean_of_last(name: str, runs: Sequence[dict]) -> float:
+    """Return the mean of a figure over the last steps and over runs."""
+    return float(np.mean([run["series"][name][-WINDOW:] for run in runs]))
+
+
+def differences_table(runs: Runs) -> str:
+    """Return the table of paired differences, and of what was captured of the ceiling's gain."""
+    head = ("arm", "pairs", f"minus `{BASELINE}`", "95 %, paired t", "95 %, bootstrap")
+    head += ("captured", "95 %, bootstrap")
+    rows = []
+    for arm in runs:
+        differences = difference(runs, arm)
+        if arm == BASELINE or not differences:
+            continue
+        by_t = t_interval(differences)
+        share = Interval(math.nan, math.nan, math.nan)
+        own, baseline, ceiling = paired(runs, arm, BASELINE, CEILING)
+        if own:
+            share = captured(own, baseline, ceiling)
+        row = [f"`{arm}`", str(len(differences)), f"{by_t.value:+.2f}", interval(by_t)]
+        row += [interval(bootstrap(differences)), number(share.value), interval(share)]
+        rows.append(row)
+    return table(head, rows)
+
+
+def arms_table(study: dict) -> str:
+    """Return the table of what each arm asks, with the settings that it changes."""
+    settings = {}
+    for run in study["runs"]:
+        settings.setdefault(run["arm"], run)
+    rows = []
+    for name, arm in ARMS.items():
+        run = settings.get(name)
+        if run:
+            rows.append([f"`{name}`", arm.asks, f"`{changes(run, study['settings'])}`"])
+    return table(("arm", "what it asks", "its settings"), rows)
+
+
+def changes(run: dict, common: dict) -> str:
+    """Return the settings in which a run differs from what all have in common, as flags."""
+    words = run["script"][1:]
+    for name, value in run["settings"].items():
+        if name == "seed" or common.get(name) == value:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
+
+
+def runs_line(study: dict, runs: Runs) -> str:
+    """Return a sentence on what ran, and what did not end."""
+    reported = [run for run in study["runs"] if run["seed"] < FIRST_TUNING_SEED]
+    n_finished = sum(run["status"] == "finished" for run in reported)
+    unfinished = [
+        f"`{run['arm']}` {run['seed']}" for run in reported if run["status"] != "finished"
+    ]
+    versions = sorted({run["versions"] for run in reported})
+    minutes = sum(run["seconds"] for run in reported) / 60
+    text = (
+        f"{n_finished} finished runs of {len(runs)} arms, {study['settings']['steps']} steps of "
+        f"{study['settings']['prompts']} problems each; {minutes:.0f} minutes of one core; "
+        f"{'; '.join(versions)}; base model {study['base']}."
+    )
+    if unfinished:
+        text += f" Not finished, and left out: {', '.join(unfinished)}."
+    return text
+
+
+# ---- Figures: dark ink on an opaque light ground, which reads on light and on dark pages
+INK = "#333333"
+GROUND = "#f6f6f2"
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
+STYLES = ("-", "--", ":")
+STYLE = {
+    "figure.facecolor": GROUND,
+    "axes.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "savefig.dpi": 110,
+}
+
+
+def draw_curves(runs: Runs, arms: Sequence[str], title: str, file: Path) -> None:
+    """Draw the mean learning curve of some arms over seeds, with 95 % bands."""
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    for place, arm in enumerate(arms):
+        curves = np.array([running_mean(run["series"]["correct"]) for run in runs[arm].values()])
+        low, high = band(curves)
+        steps = np.arange(WINDOW, WINDOW + curves.shape[1])
+        colour = COLOURS[place % len(COLOURS)]
+        style = STYLES[place // len(COLOURS)]
+        label = f"{arm} ({len(curves)})"
+        axes.plot(steps, curves.mean(axis=0), style, color=colour, label=label, linewidth=1.8)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set(xlabel="step", ylabel=f"training accuracy, mean of {WINDOW} steps", title=title)
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="arm (seeds)")
+    save(figure, file)
+
+
+def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a 95 % bootstrap band of the mean of curves, one a seed, (n, steps)."""
+    means = resample(len(curves)) @ curves / len(curves)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def draw_differences(runs: Runs, file: Path) -> None:
+    """Draw each arm's paired difference from the baseline: the seeds, their mean, its interval."""
+    arms = [arm for arm in runs if arm != BASELINE and difference(runs, arm)]
+    arms.sort(key=lambda arm: np.mean(difference(runs, arm)))
+    figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.34 * len(arms)), layout="constrained")
+    for place, arm in enumerate(arms):
+        differences = difference(runs, arm)
+        estimate = t_interval(differences)
+        colour = COLOURS[1] if ARMS[arm].is_main else COLOURS[2]
+        axes.plot(differences, [place] * len(differences), "o", color=colour, alpha=0.3, ms=4)
+        axes.plot([estimate.low, estimate.high], [place, place], "-", color=colour, linewidth=2)
+        axes.plot(estimate.value, place, "D", color=colour, ms=6)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_xlabel(f"accuracy in the last {WINDOW} steps, minus {BASELINE}'s of the same seed")
+    axes.set_title("Paired differences: seeds, mean, 95 % interval of the paired t-test")
+    for colour, label in ((COLOURS[1], "methods and ceiling"), (COLOURS[2], "controls")):
+        axes.plot([], [], "D-", color=colour, label=label)
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="lower right", frameon=False)
+    save(figure, file)
+
+
+def save(figure: plt.Figure, file: Path) -> None:
+    """Write a figure as a PNG without a date, and close it."""
+    figure.savefig(file, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_all(runs: Runs, folder: Path) -> list[Path]:
+    """Draw all figures of the study; return their files."""
+    main_arms = [arm for arm in runs if ARMS[arm].is_main]
+    references = [arm for arm in (BASELINE, "calibrated") if arm in runs]
+    controls = [arm for arm in runs if not ARMS[arm].is_main]
+    files = {name: folder / f"study-{name}.png" for name in ("curves", "controls", "differences")}
+    with plt.rc_context(STYLE):
+        draw_curves(runs, main_arms, "Methods, and a perfect dense reward", files["curves"])
+        draw_curves(runs, [*references, *controls], "Controls and variants", files["controls"])
+        draw_differences(runs, files["differences"])
+    return list(files.values())
+
+
+# ---- The page
+def put_tables(page: str, tables: dict[str, str]) -> str:
+    """Return the page with each table between its two comments; ValueError if they are missing."""
+    for name, text in tables.items():
+        begin = f"<!-- {name} -->"
+        end = f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        whole = f"{begin}\n{text}\n{end}"
+        page, n_places = re.subn(pattern, lambda _, whole=whole: whole, page, flags=re.DOTALL)
+        if n_places != 1:
+            raise ValueError(
+                f"{PAGE} has {n_places} places for the table {name!r}; "
+                f"expected one, from {begin} to {end}"
+            )
+    return page
+
+
+def make_tables(study: dict, runs: Runs) -> dict[str, str]:
+    """Return the tables of the page by their names."""
+    return {
+        "runs": runs_line(study, runs),
+        "arms": arms_table(study),
+        "measures": measures_table(runs),
+        "differences": differences_table(runs),
+    }
+
+
+def main(settings: Settings) -> int:
+    """Write the page's tables and the figures, or check the tables; return the exit code."""
+    folder = Path(settings.folder)
+    study = load_study(folder)
+    runs = reported_runs(study) if study else {}
+    if not runs:
+        print(f"no finished runs in {folder}/study*.json; first run benchmarks/study.py")
+        return 0
+    page = folder / PAGE
+    written = page.read_text()
+    drawn = put_tables(written, make_tables(study, runs))
+    if settings.check:
+        if drawn != written:
+            print(f"the tables of {page} are not those of the figures; run benchmarks/evidence.py")
+        return int(drawn != written)
+    page.write_text(drawn)
+    for file in draw_all(runs, folder):
+        print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+    print(f"{page}: tables of {sum(len(seeds) for seeds in runs.values())} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))
