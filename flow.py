@@ -250,7 +250,7 @@ class ExpertScale(NamedTuple):
 class Flow(nn.Module):
     """A velocity network together with the configuration that it was trained with.
 
-    Statistics that were measured on expert solutions are buffers; they are NaN until then.
+    Statistics of expert solutions are buffers; they are 0 until they have been measured.
     """
 
     def __init__(self, config: FlowConfig):
@@ -266,8 +266,8 @@ class Flow(nn.Module):
 
     def add_statistics(self, name: str, *shape: int) -> None:
         """Add the buffers NAME_mean and NAME_spread."""
-        self.register_buffer(f"{name}_mean", torch.full(shape, torch.nan))
-        self.register_buffer(f"{name}_spread", torch.full(shape, torch.nan))
+        self.register_buffer(f"{name}_mean", torch.zeros(shape))
+        self.register_buffer(f"{name}_spread", torch.zeros(shape))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
         return self.model(x_t, t, context, depth)
@@ -301,7 +301,7 @@ class Flow(nn.Module):
                 f"the flow was calibrated at the times {calibrated_at}, not at {missing}: "
                 "choose --reward-times among them, or fit a flow with train_flow.py --calibrate-at"
             )
-        if self.expert_mean.isnan().any():
+        if not self.expert_spread.all():
             raise ValueError(
                 "the flow was not calibrated, as its offline start had not ended: "
                 "resume that, and take its flow/"
