@@ -35,8 +35,8 @@ import tyro
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent))
-from study import ARMS, ROOT, merge, read_study  # noqa: E402
+sys.path.append(str(Path(__file__).parent))
+from study import ARMS, ROOT, merge, read_study, to_flags  # noqa: E402
 
 BASELINE = "rlvr"
 CEILING = "process"
@@ -273,13 +273,11 @@ def arms_table(study: dict) -> str:
 
 def changes(run: dict, common: dict) -> str:
     """Return the settings in which a run differs from what all have in common, as flags."""
-    words = run["script"][1:]
+    changed = {}
     for name, value in run["settings"].items():
-        if name == "seed" or common.get(name) == value:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return " ".join(words)
+        if name != "seed" and common.get(name) != value:
+            changed[name] = tuple(value) if isinstance(value, list) else value
+    return " ".join([*run["script"][1:], *to_flags(changed)])
 
 
 def runs_line(study: dict, runs: Runs) -> str:
