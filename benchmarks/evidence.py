@@ -20,6 +20,7 @@ And of an arm, over its seeds:
                     bootstrap interval                                   captured
 """
 
+import io
 import math
 import re
 import sys
@@ -31,6 +32,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import tyro
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -46,6 +48,7 @@ ESCAPED = 0.5  # accuracy above which a run has escaped the base model's habit
 N_RESAMPLES = 10_000  # of a bootstrap
 FIRST_TUNING_SEED = 100
 PAGE = "evidence.md"
+N_COLUMNS = 3  # of panels
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def t_quantile(degrees: int) -> float:
@@ -156,10 +156,11 @@ def load_study(folder: Path) -> dict | None:
 
 
 def reported_runs(study: dict) -> Runs:
-    """Return the finished runs of the seeds that count."""
+    """Return the finished runs of the seeds that count, of arms as they are, not as changed."""
     runs: Runs = {}
     for run in study["runs"]:
-        if run["status"] == "finished" and run["seed"] < FIRST_TUNING_SEED:
+        counts = run["arm"] in ARMS and run["seed"] < FIRST_TUNING_SEED
+        if counts and run["status"] == "finished":
             runs.setdefault(run["arm"], {})[run["seed"]] = run
     return runs
 
@@ -176,10 +177,10 @@ def paired(runs: Runs, *arms: str) -> list[list[float]]:
     return [[values[seed] for seed in common] for values in by_arm]
 
 
-def difference(runs: Runs, arm: str) -> list[float]:
-    """Return the arm's accuracy minus the baseline's, for each seed that both have."""
-    own, baseline = paired(runs, arm, BASELINE)
-    return [a - b for a, b in zip(own, baseline, strict=True)]
+def difference(runs: Runs, arm: str, other: str) -> list[float]:
+    """Return the arm's accuracy minus the other's, for each seed that both have."""
+    own, others = paired(runs, arm, other)
+    return [a - b for a, b in zip(own, others, strict=True)]
 
 
 # ---- Tables
@@ -239,23 +240,39 @@ def mean_of_last(name: str, runs: Sequence[dict]) -> float:
 
 
 def differences_table(runs: Runs) -> str:
-    """Return the table of paired differences, and of what was captured of the ceiling's gain."""
+    """Return the table of differences from the baseline, and of what was captured of the gain."""
     head = ("arm", "pairs", f"minus `{BASELINE}`", "95 %, paired t", "95 %, bootstrap")
     head += ("captured", "95 %, bootstrap")
     rows = []
     for arm in runs:
-        differences = difference(runs, arm)
-        if arm == BASELINE or not differences:
+        if arm == BASELINE or not difference(runs, arm, BASELINE):
             continue
-        by_t = t_interval(differences)
         share = Interval(math.nan, math.nan, math.nan)
         own, baseline, ceiling = paired(runs, arm, BASELINE, CEILING)
-        if own:
+        if own and arm != CEILING:
             share = captured(own, baseline, ceiling)
-        row = [f"`{arm}`", str(len(differences)), f"{by_t.value:+.2f}", interval(by_t)]
-        row += [interval(bootstrap(differences)), number(share.value), interval(share)]
-        rows.append(row)
+        cells = difference_cells(runs, arm, BASELINE)
+        rows.append([f"`{arm}`", *cells, number(share.value), interval(share)])
     return table(head, rows)
+
+
+def controls_table(runs: Runs) -> str:
+    """Return the table of differences between controls or variants and what they are of."""
+    head = ("arm", "compared with", "pairs", "minus that", "95 %, paired t", "95 %, bootstrap")
+    rows = []
+    for arm in runs:
+        other = ARMS[arm].beside
+        if other in runs and difference(runs, arm, other):
+            rows.append([f"`{arm}`", f"`{other}`", *difference_cells(runs, arm, other)])
+    return table(head, rows)
+
+
+def difference_cells(runs: Runs, arm: str, other: str) -> list[str]:
+    """Return the cells on the difference of two arms: pairs, mean and two intervals."""
+    differences = difference(runs, arm, other)
+    by_t = t_interval(differences)
+    by_bootstrap = bootstrap(differences)
+    return [str(len(differences)), f"{by_t.value:+.2f}", interval(by_t), interval(by_bootstrap)]
 
 
 def arms_table(study: dict) -> str:
@@ -303,12 +320,13 @@ def runs_line(study: dict, runs: Runs) -> str:
 INK = "#333333"
 GROUND = "#f6f6f2"
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C")
-STYLES = ("-", "--", ":")
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+COLOURS = ("#000000", "#56B4E9", ORANGE, BLUE, "#009E73")
+N_COLOURS = 96  # of a picture: as few as keep its file small
 STYLE = {
     "figure.facecolor": GROUND,
     "axes.facecolor": GROUND,
-    "savefig.facecolor": GROUND,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -316,28 +334,23 @@ STYLE = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
     "font.size": 10,
-    "savefig.dpi": 110,
+    "figure.dpi": 110,
 }
 
 
-def draw_curves(runs: Runs, arms: Sequence[str], title: str, file: Path) -> None:
-    """Draw the mean learning curve of some arms over seeds, with 95 % bands."""
-    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    for place, arm in enumerate(arms):
-        curves = np.array([running_mean(run["series"]["correct"]) for run in runs[arm].values()])
-        low, high = band(curves)
-        steps = np.arange(WINDOW, WINDOW + curves.shape[1])
-        colour = COLOURS[place % len(COLOURS)]
-        style = STYLES[place // len(COLOURS)]
-        label = f"{arm} ({len(curves)})"
-        axes.plot(steps, curves.mean(axis=0), style, color=colour, label=label, linewidth=1.8)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set(xlabel="step", ylabel=f"training accuracy, mean of {WINDOW} steps", title=title)
+def draw_curve(axes: plt.Axes, arm: str, runs: Runs, colour: str) -> None:
+    """Draw the mean learning curve of an arm over its seeds, with its 95 % band."""
+    curves = np.array([running_mean(run["series"]["correct"]) for run in runs[arm].values()])
+    low, high = band(curves)
+    steps = np.arange(WINDOW, WINDOW + curves.shape[1])
+    label = f"{arm} ({len(curves)})"
+    axes.plot(steps, curves.mean(axis=0), color=colour, label=label, linewidth=1.8)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1)
-    axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="arm (seeds)")
-    save(figure, file)
 
 
 def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -347,46 +360,78 @@ def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def draw_differences(runs: Runs, file: Path) -> None:
+def draw_methods(runs: Runs) -> plt.Figure:
+    """Draw the learning curves of the methods and the ceiling."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    methods = [arm for arm in runs if ARMS[arm].beside is None]
+    for arm, colour in zip(methods, COLOURS, strict=False):
+        draw_curve(axes, arm, runs, colour)
+    axes.set(xlabel="step", ylabel=f"training accuracy, mean of {WINDOW} steps")
+    axes.legend(loc="upper left", title="arm (seeds)")
+    return figure
+
+
+def draw_controls(runs: Runs) -> plt.Figure:
+    """Draw a panel for each control or variant, with what it is compared with and the baseline."""
+    arms = [arm for arm in runs if ARMS[arm].beside is not None]
+    n_rows = max(1, math.ceil(len(arms) / N_COLUMNS))
+    size = (8.5, 2.3 * n_rows + 0.4)
+    figure, grid = plt.subplots(
+        n_rows,
+        N_COLUMNS,
+        figsize=size,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(arms) :]:
+        axes.set_axis_off()
+    for axes, arm in zip(grid.flat, arms, strict=False):
+        for other, colour in ((BASELINE, COLOURS[0]), (ARMS[arm].beside, BLUE), (arm, ORANGE)):
+            if other in runs:
+                draw_curve(axes, other, runs, colour)
+        axes.legend(loc="upper left", fontsize=7, handlelength=1.2)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel(f"training accuracy, mean of {WINDOW} steps", fontsize=10)
+    return figure
+
+
+def draw_differences(runs: Runs) -> plt.Figure:
     """Draw each arm's paired difference from the baseline: the seeds, their mean, its interval."""
-    arms = [arm for arm in runs if arm != BASELINE and difference(runs, arm)]
-    arms.sort(key=lambda arm: np.mean(difference(runs, arm)))
+    arms = [arm for arm in runs if arm != BASELINE and difference(runs, arm, BASELINE)]
+    arms.sort(key=lambda arm: np.mean(difference(runs, arm, BASELINE)))
     figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.34 * len(arms)), layout="constrained")
     for place, arm in enumerate(arms):
-        differences = difference(runs, arm)
+        differences = difference(runs, arm, BASELINE)
         estimate = t_interval(differences)
-        colour = COLOURS[1] if ARMS[arm].is_main else COLOURS[2]
+        colour = BLUE if ARMS[arm].beside is None else ORANGE
         axes.plot(differences, [place] * len(differences), "o", color=colour, alpha=0.3, ms=4)
         axes.plot([estimate.low, estimate.high], [place, place], "-", color=colour, linewidth=2)
         axes.plot(estimate.value, place, "D", color=colour, ms=6)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_xlabel(f"accuracy in the last {WINDOW} steps, minus {BASELINE}'s of the same seed")
-    axes.set_title("Paired differences: seeds, mean, 95 % interval of the paired t-test")
-    for colour, label in ((COLOURS[1], "methods and ceiling"), (COLOURS[2], "controls")):
+    for colour, label in ((BLUE, "methods and ceiling"), (ORANGE, "controls and variants")):
         axes.plot([], [], "D-", color=colour, label=label)
-    axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
-    save(figure, file)
+    axes.legend(loc="lower right")
+    return figure
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    """Write a figure as a PNG without a date, and close it."""
-    figure.savefig(file, metadata={"Software": None})
+    """Write a figure as a PNG of few colours, and close it."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
     plt.close(figure)
+    picture = Image.open(data).convert("RGB")
+    picture.quantize(N_COLOURS).save(file, optimize=True)
 
 
-def draw_all(runs: Runs, folder: Path) -> list[Path]:
-    """Draw all figures of the study; return their files."""
-    main_arms = [arm for arm in runs if ARMS[arm].is_main]
-    references = [arm for arm in (BASELINE, "calibrated") if arm in runs]
-    controls = [arm for arm in runs if not ARMS[arm].is_main]
-    files = {name: folder / f"study-{name}.png" for name in ("curves", "controls", "differences")}
-    with plt.rc_context(STYLE):
-        draw_curves(runs, main_arms, "Methods, and a perfect dense reward", files["curves"])
-        draw_curves(runs, [*references, *controls], "Controls and variants", files["controls"])
-        draw_differences(runs, files["differences"])
-    return list(files.values())
+PICTURES = {
+    "study-methods.png": draw_methods,
+    "study-controls.png": draw_controls,
+    "study-differences.png": draw_differences,
+}
 
 
 # ---- The page
@@ -413,6 +458,7 @@ def make_tables(study: dict, runs: Runs) -> dict[str, str]:
         "arms": arms_table(study),
         "measures": measures_table(runs),
         "differences": differences_table(runs),
+        "controls": controls_table(runs),
     }
 
 
@@ -432,8 +478,10 @@ def main(settings: Settings) -> int:
             print(f"the tables of {page} are not those of the figures; run benchmarks/evidence.py")
         return int(drawn != written)
     page.write_text(drawn)
-    for file in draw_all(runs, folder):
-        print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+    with plt.rc_context(STYLE):
+        for name, draw in PICTURES.items():
+            save(draw(runs), folder / name)
+            print(f"{folder / name}: {(folder / name).stat().st_size / 1000:.0f} kB")
     print(f"{page}: tables of {sum(len(seeds) for seeds in runs.values())} runs")
     return 0
 

@@ -77,80 +77,97 @@ class Arm:
     asks: str
     settings: dict[str, object]
     control: tuple[str, ...] = ()  # arguments of benchmarks/controls.py, which changes train_rl.py
-    is_main: bool = False  # shown beside the methods, not among the controls
+    beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
 
 
 ARMS = {
-    "rlvr": Arm("What does the outcome alone achieve?", RLVR, is_main=True),
-    "entropy": Arm("Does the entropy advantage help?", {"shaping": "entropy"}, is_main=True),
-    "published": Arm("Does the flow reward help as published?", PUBLISHED, is_main=True),
+    "rlvr": Arm("What does the outcome alone achieve?", RLVR),
+    "entropy": Arm("Does the entropy advantage help?", {"shaping": "entropy"}),
+    "published": Arm("Does the flow reward help as published?", PUBLISHED),
     "calibrated": Arm(
-        "Does it help as a response's excess over the flow's values on expert tokens?",
-        CALIBRATED,
-        is_main=True,
+        "Does it help as a response's excess over the flow's values on expert tokens?", CALIBRATED
     ),
     "process": Arm(
         "What would a perfect dense reward achieve? The share of right steps, the ceiling.",
         {**RLVR, "reward": ("binary", "{benchmarks}/process_reward.py")},
-        is_main=True,
     ),
     "sft": Arm(
         "What do the expert solutions achieve as mere training data? As many solutions a step as "
         "others have episodes.",
         RLVR,
         control=("sft", *EXPERT_SOLUTIONS),
+        beside="calibrated",
     ),
-    "sft-rlvr": Arm("And what does the outcome achieve after that?", {**RLVR, "model": "{sft}"}),
+    "sft-rlvr": Arm(
+        "And what does the outcome achieve after that?",
+        {**RLVR, "model": "{sft}"},
+        beside="calibrated",
+    ),
     "published-shuffled": Arm(
         "Does it matter which tokens of a response the published scores fall on?",
         PUBLISHED,
         control=("shuffled-tokens",),
+        beside="published",
     ),
     "calibrated-shuffled": Arm(
         "Does it matter which response of a step a mean excess belongs to?",
         CALIBRATED,
         control=("shuffled-responses",),
+        beside="calibrated",
     ),
     "calibrated-token-shuffled": Arm(
         "Does it matter which tokens of a response an excess falls on?",
         CALIBRATED_TOKEN,
         control=("shuffled-tokens",),
+        beside="calibrated-token",
     ),
     "published-untrained": Arm(
         "Does the published reward need a flow that has learnt?",
         {**PUBLISHED, "flow": "{untrained_flow}", "freeze_flow": True},
+        beside="published",
     ),
     "untrained": Arm(
         "Does the calibrated reward need a flow that has learnt? The calibration is on the same "
         "expert tokens.",
         {**CALIBRATED, "flow": "{untrained_flow}"},
+        beside="calibrated",
     ),
     "hasty-flow": Arm(
         "Does it need expert solutions? The flow is fitted to wrong responses of the base model.",
         {**CALIBRATED, "flow": "{hasty_flow}"},
+        beside="calibrated",
     ),
     "length": Arm(
         "Is it a reward for length?",
         {**RLVR, "reward": ("binary", f"{{benchmarks}}/length_reward.py={COEFFICIENT}")},
+        beside="calibrated",
     ),
     "logprob": Arm(
         "Would the expert's own likelihood do? The excess is that of -log p under the supervised "
         "policy, calibrated on the same expert tokens.",
         CALIBRATED,
         control=("logprob", "--expert-policy", "{sft}", *EXPERT_SOLUTIONS),
+        beside="calibrated",
     ),
     "calibrated-online": Arm(
-        "Does it help to update the flow online?", {**CALIBRATED, "freeze_flow": False}
+        "Does it help to update the flow online?",
+        {**CALIBRATED, "freeze_flow": False},
+        beside="calibrated",
     ),
     "calibrated-anchor": Arm(
         "And to pull it back towards the expert's?",
         {**CALIBRATED, "freeze_flow": False, "flow_anchor": 0.1},
+        beside="calibrated",
     ),
     "calibrated-token": Arm(
-        "Does it help to say where in a response the excess is?", CALIBRATED_TOKEN
+        "Does it help to say where in a response the excess is?",
+        CALIBRATED_TOKEN,
+        beside="calibrated",
     ),
     "calibrated-standardised": Arm(
-        "Does it help to standardise latents?", {**CALIBRATED, "flow": "{standardised_flow}"}
+        "Does it help to standardise latents?",
+        {**CALIBRATED, "flow": "{standardised_flow}"},
+        beside="calibrated",
     ),
 }
 

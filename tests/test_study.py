@@ -103,7 +103,7 @@ def test_pairs_are_of_seeds_that_both_have_and_that_count():
         a_run("process", 1, 1.0),
     )
     reported = evidence.reported_runs(whole)
-    assert evidence.difference(reported, "calibrated") == pytest.approx([0.4])
+    assert evidence.difference(reported, "calibrated", "rlvr") == pytest.approx([0.4])
     rows = evidence.differences_table(reported).splitlines()
     assert rows[2].startswith("| `calibrated` | 1 | +0.40 | – | +0.40 to +0.40 | 0.50 |")
     measures = evidence.measures_table(reported)
@@ -370,8 +370,8 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     assert evidence.main(settings) == 0
     assert evidence.main(checking) == 0
     assert "| `published-shuffled` | 1 |" in (tmp_path / evidence.PAGE).read_text()
-    for name in ("curves", "controls", "differences"):
-        assert 5_000 < (tmp_path / f"study-{name}.png").stat().st_size < 150_000
+    for name in evidence.PICTURES:
+        assert 3_000 < (tmp_path / name).stat().st_size < 150_000
 
 
 def test_the_committed_page_has_the_tables_of_the_committed_figures():
