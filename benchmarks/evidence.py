@@ -3,9 +3,14 @@
     python benchmarks/evidence.py            tables into docs/evidence.md, figures beside it
     python benchmarks/evidence.py --check    fails if the tables are not those of the figures
 
-It reads docs/study*.json, which benchmarks/study.py writes, and puts their runs together. Tables
-stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose around them
-stays. Seeds from 100 on, on which settings were chosen, count nowhere.
+Tables stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose
+around them stays. What is read, each if it is there:
+
+    docs/study*.json            of benchmarks/study.py; their runs are put together. Seeds from 100
+                                on, on which settings were chosen, are left out
+    docs/tuning.json            of benchmarks/study.py, on those seeds
+    docs/signal.json            of benchmarks/flow_signal.py
+    docs/signal-text.json       of benchmarks/text_signal.py
 
 Measures of a run, from its training accuracy in each step:
     accuracy        mean of the last 10 steps, the primary measure       last_accuracy
@@ -38,6 +43,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent))
+import flow_signal  # noqa: E402
 from study import ARMS, ROOT, merge, read_study, to_flags  # noqa: E402
 
 BASELINE = "rlvr"
@@ -275,6 +281,23 @@ def difference_cells(runs: Runs, arm: str, other: str) -> list[str]:
     return [str(len(differences)), f"{by_t.value:+.2f}", interval(by_t), interval(by_bootstrap)]
 
 
+def tuning_table(study: dict) -> str:
+    """Return the table of what was tried: every arm of a study, with changed settings or without."""
+    runs: Runs = {}
+    for run in study["runs"]:
+        if run["status"] == "finished":
+            runs.setdefault(run["arm"], {})[run["seed"]] = run
+    rows = []
+    for arm, seeds in runs.items():
+        last = list(accuracies(seeds).values())
+        escaped = sum(value > ESCAPED for value in last)
+        cells = [str(len(last)), number(float(np.mean(last))), f"{escaped} of {len(last)}"]
+        differences = difference(runs, arm, BASELINE)
+        cells.append(f"{np.mean(differences):+.2f}" if differences else "–")
+        rows.append([f"`{arm}`", *cells])
+    return table(("arm", "seeds", "accuracy", "escaped", f"minus `{BASELINE}`"), rows)
+
+
 def arms_table(study: dict) -> str:
     """Return the table of what each arm asks, with the settings that it changes."""
     settings = {}
@@ -434,6 +457,15 @@ PICTURES = {
 }
 
 
+def draw(runs: Runs, folder: Path) -> None:
+    """Draw all pictures of the study."""
+    with plt.rc_context(STYLE):
+        for name, make in PICTURES.items():
+            file = folder / name
+            save(make(runs), file)
+            print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+
+
 # ---- The page
 def put_tables(page: str, tables: dict[str, str]) -> str:
     """Return the page with each table between its two comments; ValueError if they are missing."""
@@ -451,8 +483,8 @@ def put_tables(page: str, tables: dict[str, str]) -> str:
     return page
 
 
-def make_tables(study: dict, runs: Runs) -> dict[str, str]:
-    """Return the tables of the page by their names."""
+def study_tables(study: dict, runs: Runs) -> dict[str, str]:
+    """Return the tables of the study by their names."""
     return {
         "runs": runs_line(study, runs),
         "arms": arms_table(study),
@@ -462,27 +494,44 @@ def make_tables(study: dict, runs: Runs) -> dict[str, str]:
     }
 
 
+def other_tables(folder: Path) -> dict[str, str]:
+    """Return the tables of the other files of figures that are there; say which are not."""
+    makers = {
+        "tuning": lambda file: tuning_table(read_study(file)),
+        "signal": flow_signal.tables,
+        "signal-text": flow_signal.tables,
+    }
+    tables = {}
+    for name, make in makers.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            tables[name] = make(file).strip()
+        else:
+            print(f"{file} is not there: its table stays as it is")
+    return tables
+
+
 def main(settings: Settings) -> int:
     """Write the page's tables and the figures, or check the tables; return the exit code."""
     folder = Path(settings.folder)
     study = load_study(folder)
     runs = reported_runs(study) if study else {}
-    if not runs:
-        print(f"no finished runs in {folder}/study*.json; first run benchmarks/study.py")
-        return 0
+    tables = other_tables(folder)
+    if runs:
+        tables.update(study_tables(study, runs))
+    else:
+        print(f"no finished runs in {folder}/study*.json: the study's tables stay as they are")
     page = folder / PAGE
     written = page.read_text()
-    drawn = put_tables(written, make_tables(study, runs))
+    drawn = put_tables(written, tables)
     if settings.check:
         if drawn != written:
             print(f"the tables of {page} are not those of the figures; run benchmarks/evidence.py")
         return int(drawn != written)
     page.write_text(drawn)
-    with plt.rc_context(STYLE):
-        for name, draw in PICTURES.items():
-            save(draw(runs), folder / name)
-            print(f"{folder / name}: {(folder / name).stat().st_size / 1000:.0f} kB")
-    print(f"{page}: tables of {sum(len(seeds) for seeds in runs.values())} runs")
+    print(f"{page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")
+    if runs:
+        draw(runs, folder)
     return 0
 
 

@@ -6,8 +6,8 @@
     python benchmarks/study.py --merge other.json --json docs/study.json
     python benchmarks/evidence.py                                   tables and figures
 
-Settings are chosen on seeds from 100 on, which the tables leave out. There an arm may be given with
-changed settings: --first-seed 100 --arms calibrated:flow_coef=0.1,flow_cap=5.
+Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
+changed: --first-seed 100 --arms rlvr calibrated:flow_coef=0.1,flow_cap=5 --json docs/tuning.json.
 
 Every run is a process of its own, with one thread and no GPU:
 
@@ -345,9 +345,9 @@ class Job:
 
     def finish(self) -> None:
         """Note that the job is done, and remove what nobody needs any more."""
+        self.write_record("finished")
         for name in self.outdated:
             remove(self.folder / name)
-        self.write_record("finished")
 
 
 def to_flags(settings: dict[str, object]) -> list[str]:

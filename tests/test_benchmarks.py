@@ -18,7 +18,20 @@ GPU = ["--shape", "tiny", "--prompts", "2", "--group-size", "2", "--response-tok
 
 
 # What has tests of its own, or is no benchmark by itself
-OTHERS = {"common", "gpu", "study", "controls", "evidence", "length_reward", "process_reward"}
+OTHERS = {
+    "common",
+    "controls",
+    "evidence",
+    "flow_signal",
+    "gpu",
+    "last_number_reward",
+    "length_reward",
+    "process_reward",
+    "smollm2",
+    "study",
+    "text_signal",
+    "word_problems",
+}
 
 
 def test_every_benchmark_is_here():

@@ -364,12 +364,14 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     empty = (tmp_path / evidence.PAGE).read_text()
     assert evidence.main(settings) == 0  # there are no figures yet
     assert (tmp_path / evidence.PAGE).read_text() == empty
-    shutil.copy(asked.json_file, tmp_path / "study.json")
+    for name in ("study", "tuning"):
+        shutil.copy(asked.json_file, tmp_path / f"{name}.json")
     checking = runs.change(settings, check=True)
     assert evidence.main(checking) == 1
     assert evidence.main(settings) == 0
     assert evidence.main(checking) == 0
-    assert "| `published-shuffled` | 1 |" in (tmp_path / evidence.PAGE).read_text()
+    page = (tmp_path / evidence.PAGE).read_text()
+    assert page.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
     for name in evidence.PICTURES:
         assert 3_000 < (tmp_path / name).stat().st_size < 150_000
 
