@@ -463,7 +463,12 @@ class Processes:
 
         It inherits the lock, which is so held as long as it lives, even if this process is killed.
         """
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",  # everything is here
+        }
         with open(log_file, "a") as log:
             process = subprocess.Popen(
                 command,
