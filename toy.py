@@ -10,10 +10,10 @@ is a table look-up; to compose a whole chain without writing is beyond a small m
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
 learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and box the value that it has so far, `7+5=2,2*3=6. \\boxed{6}`. A whole chain is then so
-rare that most right answers are luck, one guess in ten, and an outcome reward says next to nothing.
-Each further right step is progress all the same: label_steps() knows which steps are right, and
-`--reward binary benchmarks/process_reward.py` rewards them.
+give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
+are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
+progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
+rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -57,7 +57,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-GIVES_UP = 0.55  # chance of giving up before each step of a long problem, in the sparse world
+GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
@@ -96,6 +96,8 @@ TRAIN_RL_SPARSE = {
     "prompts": 8,
     "train_batch": 64,
     "steps": 100,
+    "lr": 2e-4,
+    "max_tokens": 80,
 }
 TRAIN_FLOW = {
     "lr": 2e-3,
@@ -136,7 +138,7 @@ class World:
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
     shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
-    # How the base model fails on long problems: it skips all steps, or stops after some
+    # How the base model fails on long problems: it skips all steps, or stops and guesses
     habit: Habit = "hasty"
 
     @property
@@ -152,7 +154,9 @@ class World:
 WORLDS = {
     "toy": World(),
     "toy-vl": World("runs/toy-vl", images=True),
-    "toy-sparse": World("runs/toy-sparse", shortest=LONG, habit="giving up"),
+    "toy-sparse": World(
+        "runs/toy-sparse", steps=450, batch_size=32, shortest=LONG, habit="giving up"
+    ),
 }
 
 
@@ -392,9 +396,7 @@ def train_base(
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
-        learns_habit = world.habit == "hasty" or step >= SKILL * world.steps
-        habit = world.habit if learns_habit else None
-        batch = make_batch(world, model, tokenizer, forbidden, rng, habit)
+        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -402,6 +404,13 @@ def train_base(
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def habit_at(world: World, step: int) -> Habit | None:
+    """Return the habit of the demonstrations of a training step; None: they are all careful."""
+    if world.habit == "giving up" and step < SKILL * world.steps:
+        return None
+    return world.habit
 
 
 def make_batch(
@@ -444,18 +453,27 @@ def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
     elif habit == "giving up" and n_operations >= LONG:
-        problem = give_up(problem, rng)
+        return give_up(problem, rng) + EOS
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
 
 
 def give_up(problem: str, rng: random.Random) -> str:
-    """Return the beginning of a problem: what is done of it before the demonstrator gives up."""
+    """Return a solution that may stop before any step, and then boxes a guess.
+
+    The guess is independent of where the solution stops. A box with the value so far would let
+    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
+    most in their groups, so that dividing by the group's deviation favours rare, long responses.
+    """
     start, *operations = problem.rstrip(">").split()
     n_done = 0
     while n_done < len(operations) and rng.random() >= GIVES_UP:
         n_done += 1
-    return " ".join([start, *operations[:n_done]])
+    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
+    if n_done == len(operations):
+        return begun
+    guess = rng.randint(0, 9)
+    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
 
 
 def make_image_prompt(problem: str) -> str:
