@@ -80,6 +80,8 @@ def auc(score: np.ndarray, is_positive: np.ndarray, weight: np.ndarray) -> np.nd
 
     score and is_positive are (n,), weight (R, n). NaN where a resample lacks one of the kinds.
     """
+    if len(score) == 0:
+        return np.full(len(weight), np.nan)
     order = np.argsort(score, kind="stable")
     ordered = score[order]
     is_new = np.append(True, ordered[1:] != ordered[:-1])
@@ -353,11 +355,14 @@ def draw_errors(
 
 
 def response_means(values: np.ndarray, scored: Scored) -> np.ndarray:
-    """Average values of tokens (…, M) over each response, (…, n responses); NaNs do not count."""
+    """Average values of tokens (…, M) over each response, (…, n responses).
+
+    NaNs do not count; a response of nothing else has none, e.g. of one token, without a next one.
+    """
     is_there = ~np.isnan(values)
     total = np.add.reduceat(np.where(is_there, values, 0), scored.start, axis=-1)
     count = np.add.reduceat(is_there, scored.start, axis=-1, dtype=float)
-    return total / count
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def excess_of(errors: np.ndarray, flow: fl.Flow) -> np.ndarray:
@@ -383,11 +388,14 @@ class Question(NamedTuple):
 
     def of_responses(self, values: np.ndarray) -> list[float] | None:
         """Return the AUC of values of responses (n,) for short ones."""
-        return figure(auc(values, self.labels.is_short, self.weight))
+        has_value = ~np.isnan(values)
+        weight = self.weight[:, has_value]
+        return figure(auc(values[has_value], self.labels.is_short[has_value], weight))
 
     def mean_of(self, values: np.ndarray, chosen: np.ndarray) -> list[float] | None:
         """Return the mean of values of some responses; chosen is (n,) bool."""
-        return figure(mean(values[chosen], self.weight[:, chosen]))
+        counts = chosen & ~np.isnan(values)
+        return figure(mean(values[counts], self.weight[:, counts]))
 
 
 def ask(replies: Sequence[Reply]) -> Question:

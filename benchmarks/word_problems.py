@@ -125,7 +125,7 @@ def make_problems(settings: Settings) -> list[dict[str, str]]:
     rng = random.Random(f"word problems {settings.seed}")
     n_problems = settings.n_train + settings.n_test + settings.n_solutions
     by_text = {}
-    for _ in range(20 * n_problems):
+    for _ in range(4 * n_problems):
         problem = make_problem(settings.largest, rng)
         by_text[problem["problem"]] = problem
         if len(by_text) == n_problems:

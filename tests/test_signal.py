@@ -155,7 +155,7 @@ def test_word_problems_are_right_and_different(tmp_path):
 
 def test_too_many_word_problems_are_refused():
     with pytest.raises(ValueError, match="raise --largest"):
-        word_problems.make_problems(word_problems.Settings(n_train=1_000_000, largest=3))
+        word_problems.make_problems(word_problems.Settings(n_train=12_000, largest=3))
 
 
 # ---- The whole measurement, in small
