@@ -10,10 +10,10 @@ is a table look-up; to compose a whole chain without writing is beyond a small m
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
 learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and guess, `7+5=2,2-3=9. \\boxed{6}`. A whole chain is then so
-rare that most right answers are luck, one guess in ten, and an outcome reward says next to nothing.
-Each further right step is progress all the same: label_steps() knows which steps are right, and
-`--reward binary benchmarks/process_reward.py` rewards them.
+give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
+are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
+progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
+rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -143,14 +143,8 @@ class World:
 
     @property
     def signs(self) -> str:
-        """Operations that problems are made of.
-
-        Drawn digits are only summed. Where the base guesses there are no products: they are often
-        0, which would make 0 the better guess.
-        """
-        if self.images:
-            return "+"
-        return "+-" if self.habit == "giving up" else "+-*"
+        """Operations that problems are made of: drawn digits are only summed."""
+        return "+" if self.images else "+-*"
 
     def path(self, name: str) -> str:
         """Return the path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
@@ -402,9 +396,7 @@ def train_base(
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
-        learns_habit = world.habit == "hasty" or step >= SKILL * world.steps
-        habit = world.habit if learns_habit else None
-        batch = make_batch(world, model, tokenizer, forbidden, rng, habit)
+        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -412,6 +404,13 @@ def train_base(
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def habit_at(world: World, step: int) -> Habit | None:
+    """Return the habit of the demonstrations of a training step; None: they are all careful."""
+    if world.habit == "giving up" and step < SKILL * world.steps:
+        return None
+    return world.habit
 
 
 def make_batch(
