@@ -25,11 +25,15 @@ SMALL = {
 # What has tests of its own, or is no benchmark by itself
 OTHERS = {
     "common",
+    "controls",
+    "evidence",
     "flow_signal",
     "gpu",
     "last_number_reward",
+    "length_reward",
     "process_reward",
     "smollm2",
+    "study",
     "text_signal",
     "word_problems",
 }
