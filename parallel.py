@@ -6,7 +6,7 @@ What lives where, with FSDP2:
 
     weights, gradients, AdamW's moments  sharded, in float32: each rank holds a part of every tensor
       with shard(cpu_offload=True)       the parts are in host memory
-      after move(..., "cpu")             likewise, until they are moved back
+      between offload() and restore()    likewise, see HostCopy
     weights of the layer that runs       gathered on every rank, in the dtype given to shard()
     all weights after begin_calls()      gathered likewise, until end_calls()
     full_weights()                       one whole tensor at a time, on the device of every rank
@@ -213,12 +213,58 @@ def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> No
     module.reshard()
 
 
-def move(things: Sequence, device: torch.device | str) -> None:
-    """Move sharded modules and learners to a device; a None among them is skipped."""
-    for thing in things:
-        if thing is not None:
-            thing.to(device)
-    torch.cuda.empty_cache()
+# ---- Offloading
+class HostCopy:
+    """Host memory for tensors that have to leave the GPU for a while, again and again.
+
+    The memory is taken once and pinned, so that copies run at the full speed of the bus. Tensors
+    keep their identity: offload() empties the memory below them, and restore() fills it again. In
+    between nobody may use them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        """Take memory for tensors, sharded or not; those that share memory count once."""
+        storages = {}
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage
+        self.storages = list(storages.values())
+        self.sizes = [storage.nbytes() for storage in self.storages]
+        self.copies = pinned_memory(sum(self.sizes)).split(self.sizes)
+
+    def offload(self) -> None:
+        """Copy the tensors to host memory and free theirs."""
+        for storage, copy in zip(self.storages, self.copies, strict=True):
+            copy.copy_(bytes_of(storage), non_blocking=True)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()  # all is copied
+        for storage in self.storages:
+            storage.resize_(0)
+        torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Give the tensors memory again, and what they held."""
+        for storage, size, copy in zip(self.storages, self.sizes, self.copies, strict=True):
+            storage.resize_(size)
+            bytes_of(storage).copy_(copy, non_blocking=True)
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """Return a tensor of bytes that shares the memory of a storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def pinned_memory(size: int) -> Tensor:
+    """Return a tensor of bytes in host memory, pinned if there is a GPU.
+
+    torch's own pinned memory takes the next power of two.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if DEVICE.type == "cuda":
+        cuda = torch.cuda.cudart()
+        torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), size, 0))
+    return memory
 
 
 # ---- Whole weights
@@ -255,7 +301,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 # ---- Learning
 class Learner:
-    """A sharded module with its AdamW: it makes steps, moves between devices, is checkpointed."""
+    """A sharded module with its AdamW: it makes steps and is checkpointed."""
 
     def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
         self.module = module
@@ -300,13 +346,11 @@ class Learner:
         self.optimizer.zero_grad()
         return norm
 
-    def to(self, device: torch.device | str) -> None:
-        """Move weights and optimiser state to a device; between steps, when no gradients exist."""
-        # this keeps the identity of the parameters, by which the optimiser knows its state
-        self.module.to(device)
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all parameters and what the optimiser keeps of them; between steps that is all."""
+        yield from self.module.parameters()
         for state in self.optimizer.state.values():
-            for name, tensor in list(state.items()):
-                state[name] = tensor.to(device)
+            yield from state.values()
 
     def state_dict(self) -> dict:
         """Return weights and optimiser state, sharded; any number of ranks can load them."""
