@@ -46,8 +46,14 @@ DEVICE = find_device()
 
 
 # ---- Ranks
+# A group of all ranks that waits for hours, as when the others sample or the first one writes. The
+# default group does not: where it waits long, a rank hangs.
+patient_group: dist.ProcessGroup | None = None
+
+
 def start() -> None:
     """Start the process group: join the ranks that torchrun started, or become the only one."""
+    global patient_group
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -57,12 +63,16 @@ def start() -> None:
     group = {}  # torchrun describes it in the environment
     if "RANK" not in os.environ:
         group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    # Hours, because ranks wait for the slowest to sample. torchrun notices a rank that dies, and
-    # ends the others.
-    dist.init_process_group(backend, timeout=timedelta(hours=4), **group)
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
     if DEVICE.type == "cuda":
         # torchrun leaves one thread to a rank: too few for an optimiser in host memory
         torch.set_num_threads(cores_per_rank())
+
+
+def fork_rng():
+    """Return a context after which torch's global generators are as before: CPU and own GPU."""
+    return torch.random.fork_rng([DEVICE] if DEVICE.type == "cuda" else [])
 
 
 def is_first() -> bool:
@@ -80,7 +90,9 @@ def on_first(work: Callable):
         except Exception as caught:
             error = caught
     box = [result, error]
-    dist.broadcast_object_list(box, src=0)  # the first rank's own objects stay in its box
+    dist.broadcast_object_list(
+        box, src=0, group=patient_group
+    )  # the first rank's own objects stay in its box
     result, error = box
     if error is not None:
         raise error
@@ -95,7 +107,7 @@ def cores_per_rank() -> int:
 def gather_objects(value) -> list:
     """Return every rank's value, in the order of the ranks, on all of them."""
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=patient_group)
     return values
 
 

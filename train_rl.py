@@ -825,7 +825,7 @@ def evaluate(
         "greedy": rollout.Sampling(1, 0.0, max_tokens),
     }
     results: dict[str, dict[str, dict]] = {}
-    with torch.random.fork_rng():  # an engine may draw from the global generator
+    with parallel.fork_rng():  # an engine may draw from the global generator
         for name, problems in held_out.items():
             results[name] = {}
             for kind, sampling in samplings.items():

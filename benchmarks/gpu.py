@@ -67,8 +67,9 @@ class Shape(NamedTuple):
     flow_blocks: int
 
 
-SHAPES = {  # of Qwen2.5
+SHAPES = {  # of tests, of the embedded world, and of Qwen2.5
     "tiny": Shape(64, 4, 2, 2, 128, 512, True, 2),
+    "toy": Shape(128, 4, 4, 4, 384, 272, True, 4),
     "small": Shape(512, 8, 8, 2, 1536, 32_000, True, 4),
     "1.5B": Shape(1536, 28, 12, 2, 8960, 151_936, True, 4),
     "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 6),
@@ -83,7 +84,9 @@ class Settings:
     part: Literal["correct", "learn", "profile", "offline", "steps"] | None = None
     jobs: tuple[str, ...] | None = None  # Names in PLAN; by default all
     limit: float = 420  # Seconds for all jobs together
-    shape: str | None = None  # Shape of the policy: tiny, small, 1.5B or 7B; by default the plan's
+    shape: str | None = (
+        None  # Shape of the policy: tiny, toy, small, 1.5B or 7B; by default the plan's
+    )
     layers: int | None = None  # Decoder layers; by default the shape's
     episodes: int = 128  # Episodes of the parts learn and offline
     prompts: int = 32  # Prompts of a whole step
