@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,17 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}],
+    [
+        {"cpu_offload": True},
+        {"offload": True, "gradient_checkpointing": True},
+        {"compile": "on"},
+        {"compile": "on", "gradient_checkpointing": True},
+    ],
+    ids=str,
 )
-def test_where_weights_live_changes_nothing(config, one, tmp_path, options):
+def test_where_weights_live_changes_nothing(config, one, tmp_path, options, monkeypatch):
+    # the graphs are made, and run without the code of which a CPU has to wait for minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     train_rl.main(change(config, folder=str(tmp_path / "run"), **options))
     assert_same_run(one, str(tmp_path / "run"))
 
