@@ -1,6 +1,7 @@
 """A run: settings, start and exit, signals, its folder with metrics and checkpoints, resuming.
 
     runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
+              rollouts/step-N.jsonl
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
 
@@ -34,6 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import flow as fl
 import parallel
+import record
 from flow import as_tuple
 from parallel import is_first, on_first, start
 
@@ -418,6 +420,7 @@ class Run:
         newest = checkpoints[-1] if checkpoints else None
         step = step_of(newest) if newest else 0
         self.cut_metrics(step)
+        self.cut_rollouts(step)
         if self.config.resume and self.changes():
             until_here = self.folder / f"config-until-step-{step}.json"
             if not until_here.exists():
@@ -436,6 +439,12 @@ class Run:
                 kept.append(line)
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
+
+    def cut_rollouts(self, last_step: int) -> None:
+        """Remove the rollouts of steps after a step."""
+        for step, path in record.find_files(self.folder).items():
+            if step > last_step:
+                path.unlink()
 
     def write_json(self, name: str, value: dict) -> None:
         """Write a file of the folder, whole or not at all, on the first rank."""
@@ -508,6 +517,13 @@ class Run:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.tracker.log(metrics, step)
 
+    def log_rollouts(self, step: int, records: list[dict]) -> None:
+        """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
+        with written_whole(self.folder / record.FOLDER / f"step-{step}.jsonl") as temporary:
+            lines = [json.dumps(one) + "\n" for one in records]
+            temporary.write_text("".join(lines))
+        self.tracker.log_rollouts(*record.summary_rows(records), step)
+
 
 class Tracker:
     """Sends figures to tensorboard or wandb, besides metrics.jsonl; `none` sends nothing."""
@@ -534,12 +550,35 @@ class Tracker:
         if self.wandb_run:
             self.wandb_run.log(metrics, step=step)
 
+    def log_rollouts(self, columns: list[str], rows: list[list], step: int) -> None:
+        """Send a table of a step's episodes, a row each."""
+        if self.writer:
+            self.writer.add_text("rollouts", markdown_table(columns, rows), step)
+        if self.wandb_run:
+            import wandb
+
+            cells = [[to_cell(value) for value in row] for row in rows]
+            self.wandb_run.log({"rollouts": wandb.Table(columns, cells)}, step=step)
+
     def close(self) -> None:
         """Send what is still on its way: the process ends without waiting for anybody's threads."""
         if self.writer:
             self.writer.close()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def to_cell(value) -> str | float | None:
+    """Return a value of a table as a column of one type takes it: an answer may be a list."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Lay out a table in Markdown; a cell is JSON, in which no text ends a row."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([json.dumps(value).replace("|", "\\|").replace("<", "&lt;") for value in row])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 class Stopwatch:
