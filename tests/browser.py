@@ -62,6 +62,16 @@ class Browser:
         self.js(f"{filter_}.dispatchEvent(new Event('input', {{bubbles: true}}))")
         self.wait("[...document.querySelectorAll('article')].every(a => a.children.length)")
 
+    def set_plain(self, name: str, value: str) -> None:
+        """Change a form's element as a reader would."""
+        element = f"document.forms[0][{json.dumps(name)}]"
+        self.js(f"{element}.value = {json.dumps(value)}")
+        self.js(f"{element}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+    def cdp(self, command: str, parameters: dict):
+        """Give Chromium a command of its own protocol."""
+        return self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
     def press(self, key: str) -> None:
         actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
         keyboard = {"type": "key", "id": "keyboard", "actions": actions}
