@@ -16,16 +16,13 @@ from pathlib import Path
 import torch
 
 import parallel
-import record
 import rlfr
 import rollout
 import toy
 import train_rl
-from pages.rollouts import write_rollouts_page
+from pages.rollouts import inspect_run
 from rewards import Grader
 from run import Run, change, launch
-
-MAX_BYTES = 2.9e6  # of a page
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,6 @@ class Config(train_rl.Config):
     """Look at rollouts of a model; settings as of train_rl.py."""
 
     sampling: train_rl.SamplingSettings = train_rl.SamplingSettings(prompts=4)
-
-
-def inspect_run(folder: str | Path) -> Path:
-    """Write rollouts.html into a run's folder, and return its path; ValueError without rollouts."""
-    steps = {}
-    for step, path in record.need_files(folder).items():
-        steps[step] = record.read(path)
-    title = f"Rollouts of {Path(folder).resolve().name}"
-    return write_rollouts_page(Path(folder, "rollouts.html"), title, steps, MAX_BYTES)
 
 
 def sample_and_inspect(config: Config) -> None:

@@ -1,9 +1,10 @@
 """A run: settings, start and exit, signals, its folder with metrics and checkpoints, resuming.
 
     runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
-              rollouts/step-N.jsonl
+              rollouts/step-N.jsonl  report.html  rollouts.html
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
+    python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
 
 A checkpoint is whole or absent: it is written in the background under another name, then renamed.
 Any number of ranks can read it.
@@ -463,6 +464,7 @@ class Run:
         writing = folder.with_name(f"{folder.name}.writing")
         written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
+        self.write_report()
 
     def publish(self, written: Future, writing: Path, folder: Path) -> None:
         """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
@@ -516,6 +518,22 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.tracker.log(metrics, step)
+
+    def write_report(self) -> None:
+        """Write report.html, on the first rank: curves of what has been logged so far."""
+        from pages.curves import write_run_report
+
+        if is_first():
+            write_run_report([self.folder], self.folder / "report.html")
+
+    def finish_report(self) -> Path:
+        """Write report.html for the last time, beside it the page of rollouts; return its path."""
+        from pages.rollouts import inspect_run
+
+        if is_first() and record.find_files(self.folder):
+            inspect_run(self.folder)
+        self.write_report()
+        return self.folder / "report.html"
 
     def log_rollouts(self, step: int, records: list[dict]) -> None:
         """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
@@ -683,6 +701,23 @@ def export_checkpoint(
     print(f"the weights of {checkpoint} are in {target}")
 
 
+# ---- python run.py report RUN [RUN …]
+def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
+    """Write a page of curves of one run or several, with the settings that differ.
+
+    Args:
+        runs: Run folders
+        out: File for the page; by default report.html in the folder of one run, or beside several
+    """
+    from pages.curves import write_run_report
+
+    if not runs:
+        raise ValueError("no run; expected one run folder or several")
+    folders = [Path(run) for run in runs]
+    beside = folders[0] if len(folders) == 1 else folders[0].parent
+    print(f"open {write_run_report(folders, Path(out or beside / 'report.html'))}")
+
+
 def find_checkpoint(folder: Path, step: int | None) -> Path:
     """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
     checkpoints = whole_checkpoints(folder)
@@ -697,4 +732,4 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint})
+    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint, "report": report})

@@ -1106,6 +1106,8 @@ def main(config: Config) -> None:
             for name, kinds in results.items():
                 for kind, row in kinds.items():
                     metrics[f"eval/{name}/{kind}"] = row["avg"]["mean"]
+                    for bound in ("low", "high"):
+                        metrics[f"eval/{name}/{kind}/{bound}"] = row["avg"][bound]
         clock.lap("evaluate")
         metrics.update(clock.metrics())
         if parallel.DEVICE.type == "cuda":
@@ -1126,10 +1128,12 @@ def main(config: Config) -> None:
             with engine_awake():
                 summary["after"] = evaluate(engine, grader, held_out, config)
             run.write_json("summary.json", summary)
+        report = run.finish_report()
         if is_first():
             if held_out:
                 print_summary(summary, list(held_out))
             print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+            print(f"open {report} to see what happened")
     grader.close()
 
 

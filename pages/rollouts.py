@@ -9,8 +9,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import record
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
 
+MAX_BYTES = 2.9e6  # of the rollouts in a page
 OF_THE_GROUP = ("problem", "question", "answer", "prompt", "images")
 OF_A_RESPONSE = (
     "sample",
@@ -32,8 +34,17 @@ OF_A_RESPONSE = (
 )
 
 
+def inspect_run(folder: str | Path) -> Path:
+    """Write rollouts.html into a run's folder, and return its path; ValueError without rollouts."""
+    steps = {}
+    for step, path in record.need_files(folder).items():
+        steps[step] = record.read(path)
+    title = f"Rollouts of {Path(folder).resolve().name}"
+    return write_rollouts_page(Path(folder, "rollouts.html"), title, steps)
+
+
 def write_rollouts_page(
-    path: Path, title: str, steps: dict[int, list[dict]], max_bytes: float
+    path: Path, title: str, steps: dict[int, list[dict]], max_bytes: float = MAX_BYTES
 ) -> Path:
     """Write the page of a run's records by step, of at most about max_bytes, and return its path.
 

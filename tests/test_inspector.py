@@ -10,7 +10,7 @@ import pytest
 import inspector
 import record
 import train_rl
-from pages.rollouts import write_rollouts_page
+from pages.rollouts import inspect_run, write_rollouts_page
 from run import change
 
 MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
@@ -126,7 +126,7 @@ def test_any_model_flow_and_problems(world, flow_folder, tmp_path):
     ]
     assert all(any(one["deviation"][0]) for one in records)
     page = (tmp_path / "look" / "rollouts.html").read_text()
-    assert inspector.inspect_run(config.folder).read_text() == page
+    assert inspect_run(config.folder).read_text() == page
     assert not (tmp_path / "look" / "policy").exists()
 
 
@@ -374,7 +374,7 @@ def test_the_page_shows_the_tensors_of_the_step(browser, world, flow_folder, tmp
     )
     train_rl.main(config)
     episodes, _, scores, advantage, flow_reward = kept[0][5:10]
-    browser.open(inspector.inspect_run(config.folder), READY)
+    browser.open(inspect_run(config.folder), READY)
     for sample in range(2):
         for k in range(len(episodes[sample].response_ids)):
             browser.js(f"{token(sample, k)}.focus()")
