@@ -212,6 +212,7 @@ def make_engine(config: Config, model: Model, longest_prompt: int) -> rollout.En
         max_images=config.problems.max_images,
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),
+        can_sleep=False,
     )
 
 

@@ -21,6 +21,9 @@ Equations, each with its function:
     offline loss = mean of delta(t) over tokens, taps, draws of t        matching_loss, draw_times
     score = mean over T_r of t/(1-t) * delta(t), then over taps          deviation_score,
                                                                          score_and_learn
+Ours, not the paper's; see docs/evidence.md for what they are worth:
+    excess = mean over T_r of (delta(t) - mean)/spread, of expert tokens  excess_score
+    x_1 = (latent - mean)/spread, for each tap and dimension              Flow.standardise
 
 Departures from the official code: each time has its own weight (there the last one's serves all);
 the context mode is stored with the flow; noise is keyed by (seed, step, episode), so that scores
@@ -31,9 +34,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -95,10 +98,14 @@ class FlowConfig:
     contexts: tuple[str, ...] = ("previous",)
     shift: int = 1  # distance of the neighbour, in positions
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the policy's depth: where it is tapped
+    standardised: bool = False  # whether latents are standardised, see Flow.standardise
+    calibrated_at: tuple[float, ...] = ()  # times with a scale of experts, see Flow.expert_scale
 
     def __post_init__(self):
         check_contexts(self.contexts)
         check_percentiles(self.percentiles)
+        if self.calibrated_at:
+            check_times(self.calibrated_at)
         if self.n_blocks < 1 or self.shift < 1:
             raise ValueError(
                 f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1"
@@ -233,17 +240,74 @@ class VelocityNet(nn.Module):
         return self.final_layer(h, y)  # (P, dim)
 
 
+class ExpertScale(NamedTuple):
+    """What the velocity error is on expert tokens that the flow was not fitted to."""
+
+    mean: Tensor  # (n_times, L)
+    spread: Tensor  # (n_times, L) standard deviation
+
+
 class Flow(nn.Module):
-    """A velocity network together with the configuration that it was trained with."""
+    """A velocity network together with the configuration that it was trained with.
+
+    Statistics of expert solutions are buffers; they are 0 until they have been measured.
+    """
 
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
         width = config.width or config.dim
         self.model = VelocityNet(config.dim, config.dim, width, config.n_blocks)
+        n_taps = len(config.percentiles)
+        if config.standardised:
+            self.add_statistics("latent", n_taps, config.dim)
+        if config.calibrated_at:
+            self.add_statistics("expert", len(config.calibrated_at), n_taps)
+
+    def add_statistics(self, name: str, *shape: int) -> None:
+        """Add the buffers NAME_mean and NAME_spread."""
+        self.register_buffer(f"{name}_mean", torch.zeros(shape))
+        self.register_buffer(f"{name}_spread", torch.zeros(shape))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
         return self.model(x_t, t, context, depth)
+
+    def standardise(self, rows: "FlowRows") -> "FlowRows":
+        """Subtract the mean of each tap and dimension from latents, and divide by the spread.
+
+        In a real model a few dimensions hold most of the mean square, and the error is then theirs
+        alone. Does nothing unless the configuration asks for it.
+        """
+        if not self.config.standardised:
+            return rows
+        taps = rows.taps()
+        mean = self.latent_mean[taps]  # (P, D)
+        spread = self.latent_spread[taps]
+        return replace(
+            rows,
+            x_1=(rows.x_1.float() - mean) / spread,
+            context=(rows.context.float() - mean) / spread,
+        )
+
+    def expert_scale(self, times: Sequence[float]) -> ExpertScale:
+        """Return the error's mean and spread on expert tokens at some times.
+
+        Raises ValueError if they were not measured at one of them.
+        """
+        calibrated_at = self.config.calibrated_at
+        missing = [time for time in times if time not in calibrated_at]
+        if missing:
+            raise ValueError(
+                f"the flow was calibrated at the times {calibrated_at}, not at {missing}: "
+                "choose --reward-times among them, or fit a flow with train_flow.py --calibrate-at"
+            )
+        if not self.expert_spread.all():
+            raise ValueError(
+                "the flow was not calibrated, as its offline start had not ended: "
+                "resume that, and take its flow/"
+            )
+        indices = [calibrated_at.index(time) for time in times]
+        return ExpertScale(self.expert_mean[indices], self.expert_spread[indices])
 
     def example(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return arguments of forward() with a single row of zeros."""
@@ -286,6 +350,12 @@ class FlowRows:
     def per_row(self, values: Tensor) -> Tensor:
         """Copy values of targets (M,) to each of their rows, (P,)."""
         return values.expand(self.exists.shape)[self.exists]
+
+    def taps(self) -> Tensor:
+        """Return the place of each row's tap among the L taps, (P,)."""
+        n_taps = len(self.exists)
+        place = torch.arange(n_taps, device=self.exists.device)[:, None, None]  # (L, 1, 1)
+        return place.expand(self.exists.shape)[self.exists]
 
 
 def make_rows(
@@ -404,6 +474,19 @@ def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor)
     return torch.cat(losses)
 
 
+@torch.no_grad()
+def errors_of_rows(
+    flow: nn.Module, rows: FlowRows, noise: Tensor, times: Sequence[float]
+) -> Tensor:
+    """Return delta(t) of each row at fixed times, (n_times, P); noise (L, C, M, D) serves all."""
+    x_0 = noise[rows.exists]  # (P, D)
+    all_rows = torch.arange(len(x_0), device=x_0.device)
+    parts = []
+    for chunk in all_rows.split(ROWS_PER_CALL):
+        parts.append(errors_at(times, flow, *rows.take(chunk), x_0[chunk]))
+    return torch.cat(parts, dim=1)
+
+
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
     """Return the mean over times of t/(1-t) * delta(t), (P,), from errors (n_times, P).
 
@@ -416,6 +499,16 @@ def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
     return (weights[:, None] * errors).mean(dim=0)
 
 
+def excess_score(errors: Tensor, taps: Tensor, scale: ExpertScale) -> Tensor:
+    """Return the mean over times of (delta(t) - mean)/spread, (P,), from errors (n_times, P).
+
+    Mean and spread are those of expert tokens at the row's tap, `taps` (P,). The score of a token
+    that looks like an expert's is about 0, whatever its response; that of others is positive.
+    """
+    excess = (errors - scale.mean[:, taps]) / scale.spread[:, taps]
+    return excess.mean(dim=0)
+
+
 def score_and_learn(
     flow: nn.Module,
     rows: FlowRows,
@@ -423,6 +516,7 @@ def score_and_learn(
     times: Sequence[float],
     weight: Tensor | None = None,
     learn_at: Tensor | None = None,
+    scale: ExpertScale | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score targets by velocity deviation and let the flow learn from them, in the same forwards.
 
@@ -430,9 +524,10 @@ def score_and_learn(
     times: T_r, at which the deviation is taken
     weight: (M,), adds the gradient of sum(weight * loss) to the flow's; None: learn nothing
     learn_at: (L, C, M), times to learn at, as in the offline start; None: learn at T_r
-    Returns score (M,), loss (M,) and deviation (L, M), detached: the velocity deviation, the mean
-    error at the times that are learnt from, and the velocity deviation at each tap, whose mean is
-    the score.
+    scale: of expert tokens at T_r; the score is then the excess over them
+    Returns score (M,), loss (M,) and deviation (L, M), detached: the velocity deviation or the
+    excess, the mean error at the times that are learnt from, and the score at each tap, whose mean
+    is the score.
     """
     x_0 = noise[rows.exists]  # (P, D)
     random_t = None if learn_at is None else learn_at[rows.exists]  # (P,)
@@ -440,6 +535,7 @@ def score_and_learn(
     if weight is not None:
         n_taps, n_modes, _ = rows.exists.shape
         row_weight = rows.per_row(weight) / (n_taps * n_modes)  # a target's loss is a mean of rows
+    taps = rows.taps()
     score = torch.zeros(len(x_0), device=x_0.device)
     loss = torch.zeros(len(x_0), device=x_0.device)
 
@@ -459,7 +555,10 @@ def score_and_learn(
                     row_loss = velocity_error(*inputs, random_t[chunk])
             if learn:
                 (row_weight[chunk] * row_loss).sum().backward()
-            score[chunk] = deviation_score(errors.detach(), times)
+            if scale is None:
+                score[chunk] = deviation_score(errors.detach(), times)
+            else:
+                score[chunk] = excess_score(errors.detach(), taps[chunk], scale)
             loss[chunk] = row_loss.detach()
     return rows.per_target(score), rows.per_target(loss), rows.per_tap(score)
 

@@ -62,7 +62,7 @@ def write_step(
     max_length = config.problems.max_prompt_tokens + max_tokens
     max_images = config.problems.max_images
     engine = rollout.make_engine(
-        model, config.engine, max_length, max_images, parallel.DEVICE, dtype
+        *(model, config.engine, max_length, max_images, parallel.DEVICE, dtype), can_sleep=True
     )
     engine.sleep()
     parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)

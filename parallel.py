@@ -16,7 +16,7 @@ What lives where, with FSDP2:
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -60,6 +60,9 @@ def start() -> None:
     # Hours, because ranks wait for the slowest to sample. torchrun notices a rank that dies, and
     # ends the others.
     dist.init_process_group(backend, timeout=timedelta(hours=4), **group)
+    if DEVICE.type == "cuda":
+        # torchrun leaves one thread to a rank: too few for an optimiser in host memory
+        torch.set_num_threads(cores_per_rank())
 
 
 def is_first() -> bool:
@@ -102,6 +105,32 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+# ---- A GPU's memory, in bytes; 0 on a CPU
+def take_peak_memory() -> int:
+    """Wait for the GPU; return the largest size of all tensors together since the last call."""
+    if DEVICE.type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def tensor_memory() -> int:
+    """Return the size of all tensors together; torch counts those whose memory is unmapped, too."""
+    if DEVICE.type == "cpu":
+        return 0
+    return torch.cuda.memory_allocated()
+
+
+def used_memory() -> int:
+    """Return how much of the GPU's memory is in use, by whomever."""
+    if DEVICE.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 # ---- Sharding
 def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
     """Return the dtype of forward and backward; `auto`: bfloat16 on a GPU, float32 elsewhere."""
@@ -112,13 +141,15 @@ def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
     return torch.float32
 
 
-def compile_flow(flow: nn.Module, when: Literal["auto", "on", "off"]) -> None:
-    """Compile the velocity network, before it is sharded; `auto` does so only on a GPU.
+def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "off"]) -> None:
+    """Compile the forward of each module in place; `auto` does so only on a GPU.
 
-    On a CPU nothing is gained by it.
+    On a CPU nothing is gained by it. Modules of one class share what is compiled.
     """
-    if when == "on" or (when == "auto" and DEVICE.type == "cuda"):
-        flow.model.compile(dynamic=True)
+    if when == "off" or (when == "auto" and DEVICE.type != "cuda"):
+        return
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def shard(
@@ -149,9 +180,10 @@ def shard(
         fully_shard(
             part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
         )
-        # a sum, not FSDP's mean: the learner divides by the step's own denominator
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+        if dist.get_world_size() > 1:  # one rank's sum is its mean, and a factor costs a copy
+            # a sum, not FSDP's mean: the learner divides by the step's own denominator
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def begin_calls(module: FSDPModule) -> None:
@@ -223,11 +255,25 @@ def gather(tensor: Tensor) -> Tensor:
 
 # ---- Learning
 class Learner:
-    """A sharded module with its AdamW: it makes steps, moves between devices, is checkpointed."""
+    """A sharded module with its AdamW: it makes steps, moves between devices, is checkpointed.
 
-    def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
+    anchor: share by which the weights are pulled back, after each step, towards those that they
+        have now, w <- w + anchor * (w_now - w); 0: never.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        betas: tuple[float, float],
+        weight_decay: float,
+        anchor: float = 0.0,
+    ):
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.anchor = anchor
+        self.anchors = []
+        if anchor:
+            self.anchors = [p.detach().clone() for p in self.parameters]
         # biases and the weights of norms do not decay, as with Hugging Face's trainer
         matrices = [p for p in self.parameters if p.ndim > 1]
         vectors = [p for p in self.parameters if p.ndim <= 1]
@@ -265,13 +311,22 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.pull_back()
         self.optimizer.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def pull_back(self) -> None:
+        """Move the weights a little towards their anchors, if there are any."""
+        if self.anchor:
+            for parameter, anchor in zip(self.parameters, self.anchors, strict=True):
+                parameter.lerp_(anchor, self.anchor)
 
     def to(self, device: torch.device | str) -> None:
         """Move weights and optimiser state to a device; between steps, when no gradients exist."""
         # this keeps the identity of the parameters, by which the optimiser knows its state
         self.module.to(device)
+        self.anchors = [anchor.to(device) for anchor in self.anchors]
         for state in self.optimizer.state.values():
             for name, tensor in list(state.items()):
                 state[name] = tensor.to(device)

@@ -8,6 +8,7 @@ Equations, each with its function:
     log pi(y_k), H_k from hidden states, chunk by chunk                  TokenLogProbs
     s' = (s - min)/(max - min) per response or group                     normalise
     keep s' > threshold, then the top k (times -coef in train_rl.py)     select
+    s' = clamp(excess over expert tokens, 0, cap)/cap (ours)             clamp_excess
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                    entropy_advantage
@@ -22,6 +23,7 @@ rounding); an optimiser step has one denominator (there it is a mean of micro-ba
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -38,7 +40,9 @@ Freeze = Literal["none", "vision"]
 Normalisation = Literal["sequence", "token", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
 Mismatch = Literal["none", "token", "sequence", "mask"]
-CHUNK_LOGITS = 2**25  # logits held at a time (128 MB in float32)
+# Logits held at a time. Each chunk of a backward adds to the head's whole gradient, which on a GPU
+# costs more than the logits of a small chunk; 2**28 are 1 GB in float32.
+CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**25
 
 
 # ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
@@ -107,13 +111,14 @@ def micro_batches(
     Rows of like length go together, the longest first, so that rows * longest, the padded tokens of
     a batch, stays within the budget (a single row may exceed it). Every rank has the
     same number of rows, of about the same number of tokens, and yields the same number of batches,
-    because sharded modules run in step.
+    because sharded modules run in step: as few as the budget allows, and of about the same size.
     """
     assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    plans = [pack(share, lengths, token_budget) for share in deal(lengths, n_ranks)]
-    n_batches = max(len(plan) for plan in plans)
-    for indices in split_to(plans[rank], n_batches):
+    shares = deal(lengths, n_ranks)
+    n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
+    batches = pack_evenly(shares[rank], lengths, token_budget, n_batches)
+    for indices in split_to(batches, n_batches):
         yield indices, collate([rows[index] for index in indices])
 
 
@@ -139,6 +144,19 @@ def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[li
         batches.append(share[start : start + size])
         start += size
     return batches
+
+
+def pack_evenly(
+    share: list[int], lengths: Sequence[int], token_budget: int, n_batches: int
+) -> list[list[int]]:
+    """Pack with the smallest budget that still needs n_batches or fewer: no short batch is left."""
+    budgets = range(1, token_budget + 1)  # the larger, the fewer batches
+
+    def is_enough(budget: int) -> bool:
+        return len(pack(share, lengths, budget)) <= n_batches
+
+    smallest = budgets[bisect_left(budgets, True, key=is_enough)]
+    return pack(share, lengths, smallest)
 
 
 def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
@@ -216,10 +234,11 @@ class TokenLogProbs(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def row_chunks(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
-    """Split the indices of the rows of hidden (M, D) into chunks of at most CHUNK_LOGITS logits."""
+def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Cut the rows of hidden (M, D) into consecutive chunks of at most CHUNK_LOGITS logits."""
     n_rows = max(1, CHUNK_LOGITS // len(weight))
-    return torch.arange(len(hidden), device=hidden.device).split(n_rows)
+    for start in range(0, len(hidden), n_rows):
+        yield slice(start, start + n_rows)
 
 
 def scaled_logits(
@@ -325,6 +344,13 @@ class Policy(nn.Module):
             return list(self.layers)
         return [*self.layers, *self.tower.blocks]
 
+    def layer_parts(self) -> list[nn.Module]:
+        """Return attention, feed-forward and norms of all decoder layers: what can be compiled.
+
+        Not the layers themselves, whose hooks return latents and end a forward.
+        """
+        return [part for layer in self.layers for part in layer.children()]
+
     def forward(
         self,
         batch: Batch,
@@ -379,9 +405,13 @@ class Policy(nn.Module):
         return [tap(index) for index in taps]
 
     def run_decoder(self, batch: Batch) -> Tensor:
-        """Return the last hidden states (B, S, D), with the batch's images in their places."""
+        """Return the last hidden states (B, S, D), with the batch's images in their places.
+
+        No attention mask is passed: no token attends to the padding behind it, and without a mask
+        attention runs in its fast causal kernel. Only padding gets other states than with a mask.
+        """
         body = self.model.base_model
-        inputs = {"attention_mask": batch.attention_mask, "use_cache": False}
+        inputs = {"attention_mask": None, "use_cache": False}
         if self.tower is None:
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state
 
@@ -514,6 +544,34 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
         is_kept.scatter_(1, largest.indices, True)
     has_few = (tail != 0).sum(dim=1, keepdim=True) < top_k
     return torch.where(is_kept | has_few, tail, 0.0)
+
+
+def clamp_excess(excess: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Return clamp(excess, 0, cap)/cap over mask (B, T), in [0, 1]; zero outside mask.
+
+    excess (B, T) is in spreads of expert tokens, see flow.excess_score: nothing is penalised in
+    what looks like an expert's, and nothing counts for more than the cap.
+    """
+    unit = excess.clamp(0, cap) / cap
+    return torch.where(mask, unit, 0.0)
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of each row of values (B, T) over mask (B, T), (B,); 0 for an empty row."""
+    count = mask.sum(dim=1).clamp(min=1)
+    return (values * mask).sum(dim=1) / count
+
+
+def centre(reward: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Subtract from token rewards (B, T) their mean over all tokens of the group; zero outside mask.
+
+    Penalties alone make short responses better than long ones; centred, they do not.
+    """
+    n_tokens = mask.shape[1]
+    group_mask = mask.view(-1, group_size * n_tokens)  # (N, G * T)
+    mean = mean_over_tokens(reward.reshape(group_mask.shape), group_mask)  # (N,)
+    per_episode = mean.repeat_interleave(group_size)[:, None]  # (B, 1)
+    return torch.where(mask, reward - per_episode, 0.0)
 
 
 # ---- Advantages

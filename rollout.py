@@ -5,6 +5,7 @@ Tokens are never rewritten: a response that ran out of room keeps its last token
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -31,7 +32,7 @@ from transformers import (
 )
 
 import vision
-from parallel import gather_objects, is_first
+from parallel import gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -114,7 +115,8 @@ class EngineSettings:
     # auto: vLLM on a GPU where it is installed, else torch
     engine: Literal["auto", "vllm", "torch"] = "auto"
     max_sequences: int = 256  # Responses sampled at a time by an engine; bounds its KV cache
-    cache_share: float = 0.45  # Largest share of a GPU's memory for vLLM's KV cache
+    # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
+    cache_share: float = 0.5
     tensor_parallel: int = 1  # Ranks that share a vLLM engine
 
 
@@ -495,6 +497,7 @@ class Engine(Protocol):
 
     n_ranks: int  # ranks that share the engine
     tokenizer: PreTrainedTokenizerBase
+    held_memory: int  # bytes that torch counts as the engine's tensors even while it sleeps
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         """Return n consecutive episodes for each request."""
@@ -529,10 +532,12 @@ def make_engine(
     max_images: int,
     device: torch.device,
     dtype: torch.dtype,
+    can_sleep: bool,
 ) -> Engine:
     """Start the engine that the settings ask for, and say which; all ranks together.
 
-    max_length bounds prompt + response in tokens, max_images the images of a prompt.
+    max_length bounds prompt + response in tokens, max_images the images of a prompt. Of the engines
+    of a process that run on vLLM only one can sleep.
     """
     kind, reason = choose_engine(settings.engine, device)
     heads = model.text_config.num_attention_heads
@@ -545,7 +550,7 @@ def make_engine(
     if kind == "torch":
         engine = TorchEngine(model, settings.max_sequences, device, dtype)
     else:
-        engine = VllmEngine(model, settings, max_length, max_images, device, dtype)
+        engine = VllmEngine(model, settings, max_length, max_images, device, dtype, can_sleep)
     if is_first():
         seconds = time.perf_counter() - began
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")
@@ -664,6 +669,7 @@ class VllmEngine:
         max_images: int,
         device: torch.device,
         dtype: torch.dtype,
+        can_sleep: bool,
     ):
         # the engine's loop runs in this process, not in one of its own
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -672,19 +678,20 @@ class VllmEngine:
         warnings.filterwarnings("ignore", module="vllm")
         import vllm
 
-        on_cpu = device.type == "cpu"
-        if on_cpu:
+        if device.type == "cpu":
             keep_weights_unpacked(vllm)
         self.tokenizer = model.tokenizer
         self.n_ranks = settings.tensor_parallel
         self.end_tokens = end_tokens(model)
         self.SamplingParams = vllm.SamplingParams
         self.state: Literal["awake", "no cache", "asleep"] = "awake"
-        options = {}
+        options = device_options(device, can_sleep)
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         if model.processor is not None:
             options.update(image_options(model.processor, max_length, max_images))
+        n_threads = torch.get_num_threads()
+        memory_before = tensor_memory()
         self.llm = vllm.LLM(
             model.path,
             dtype=str(dtype).removeprefix("torch."),
@@ -693,18 +700,20 @@ class VllmEngine:
             tensor_parallel_size=settings.tensor_parallel,
             max_model_len=max_length,
             max_num_seqs=settings.max_sequences,
-            kv_cache_memory_bytes=cache_bytes(model, settings, max_length, device, dtype),
+            kv_cache_memory_bytes=cache_bytes(
+                model, settings, max_length, dtype, free_memory(device)
+            ),
             gpu_memory_utilization=0.1,  # checked at the start, no more: the size is given
-            enable_chunked_prefill=False,  # a CPU cannot seed parts of a prompt
             max_num_batched_tokens=max(8192, max_length),
             logprobs_mode="processed_logprobs",  # at the temperature, which raw ones are not
-            enforce_eager=on_cpu,
-            enable_sleep_mode=not on_cpu,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             seed=0,
             **options,
         )
+        # vLLM leaves one thread to torch: too few for an optimiser in host memory
+        torch.set_num_threads(n_threads)
+        self.held_memory = tensor_memory() - memory_before
 
     def sleep(self) -> None:
         if self.state == "no cache":  # vLLM may ignore a sleep when it is only partly awake
@@ -787,24 +796,47 @@ def keep_weights_unpacked(vllm) -> None:
     _custom_ops._supports_onednn = False
 
 
+def device_options(device: torch.device, can_sleep: bool) -> dict:
+    """Return vLLM's options that differ between a CPU and a GPU.
+
+    Only an engine that can sleep keeps its memory in vLLM's pool, which a process has once.
+    """
+    if device.type == "cpu":
+        # parts of a prompt cannot be seeded there
+        return {"enforce_eager": True, "enable_chunked_prefill": False}
+    return {"enable_sleep_mode": can_sleep}
+
+
+def free_memory(device: torch.device) -> float:
+    """Return how many bytes of a GPU nobody uses; on a CPU there is no limit."""
+    if device.type == "cpu":
+        return math.inf
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def cache_bytes(
-    model: Model,
-    settings: EngineSettings,
-    max_length: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    model: Model, settings: EngineSettings, max_length: int, dtype: torch.dtype, free: float
 ) -> int:
-    """Return the size of a rank's KV cache: room for all sequences, within its share of a GPU."""
+    """Return the size of a rank's KV cache: room for all sequences, within its share of free bytes.
+
+    ValueError if a sequence of max_length tokens does not fit.
+    """
     text = model.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    values_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-    token_bytes = values_per_token * dtype.itemsize // settings.tensor_parallel
-    # 128: a sequence ends within a block
-    wanted = settings.max_sequences * (max_length + 128) * token_bytes
-    if device.type == "cpu":
-        return wanted
-    total = torch.cuda.get_device_properties(device).total_memory
-    return min(wanted, int(settings.cache_share * total))
+    # ranks that share fewer heads of keys than they are hold copies of them
+    n_heads = max(1, text.num_key_value_heads // settings.tensor_parallel)
+    token_bytes = 2 * text.num_hidden_layers * n_heads * head_dim * dtype.itemsize
+    sequence_bytes = (max_length + 128) * token_bytes  # 128: a sequence ends within a block
+    room = settings.cache_share * free
+    if sequence_bytes > room:
+        raise ValueError(
+            f"a sequence of {max_length} tokens needs {sequence_bytes / 1e9:.2f} GB of KV cache, "
+            f"but cache_share={settings.cache_share} of {free / 1e9:.2f} GB free is less; give "
+            "--offload, a larger --tensor-parallel or fewer tokens"
+        )
+    return int(min(settings.max_sequences * sequence_bytes, room))
 
 
 def image_options(processor, max_length: int, max_images: int) -> dict:
@@ -841,6 +873,7 @@ class TorchEngine:
     """
 
     n_ranks = 1
+    held_memory = 0
 
     def __init__(self, model: Model, max_sequences: int, device: torch.device, dtype: torch.dtype):
         self.model = vision.load_model(model.path, dtype, model.trust_remote_code).eval()

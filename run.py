@@ -111,7 +111,7 @@ class ComputeSettings:
 
     tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch, one forward of one rank
     cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
-    compile: Literal["auto", "on", "off"] = "auto"  # Compile the flow; auto: on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # Compile policy and flow; auto: on a GPU
 
 
 @dataclass(frozen=True)
@@ -600,14 +600,20 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 class Stopwatch:
-    """Seconds of the phases of a step, laps of one clock: they add up to time/step."""
+    """Seconds of the phases of a step, laps of one clock: they add up to time/step.
+
+    `peaks` holds the size of all tensors on the GPU at its largest in each phase, in bytes.
+    """
 
     def __init__(self):
+        parallel.take_peak_memory()
         self.began = self.last = time.perf_counter()
         self.phases: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
 
     def lap(self, phase: str) -> None:
-        """End a phase, which began where the last one ended."""
+        """End a phase, which began where the last one ended, when the GPU has done its work."""
+        self.peaks[phase] = parallel.take_peak_memory()
         now = time.perf_counter()
         self.phases[phase] = now - self.last
         self.last = now

@@ -8,22 +8,31 @@ demonstrations that are hasty where care is needed most, on long chains. So it k
 but seldom does where it should, until reinforcement learning discovers that it pays. A single step
 is a table look-up; to compose a whole chain without writing is beyond a small model.
 
+In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
+learns to solve every problem carefully, and then a habit: after each step of a long problem it may
+give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
+are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
+progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
+rewards them.
+
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
 learns to tell digits apart, as the tower of a published model has learnt to see beforehand.
 
     python toy.py --folder runs/toy
 
-The training scripts make the world by themselves for `--model toy` and `--model toy-vl`.
+The training scripts make the world that `--model` names by themselves.
 """
 
 import base64
 import io
 import json
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +57,10 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
+GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
+LONG = 6  # operations from which a problem counts as long there
+SKILL = 0.7  # share of the base model's training there that comes before the habit
+MOST = 8  # operations of the longest problems
 SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -78,6 +91,14 @@ TRAIN_RL = {
     "template": "none",
     "reward": ("binary",),
 }
+TRAIN_RL_SPARSE = {
+    **TRAIN_RL,
+    "prompts": 8,
+    "train_batch": 64,
+    "steps": 100,
+    "lr": 2e-4,
+    "max_tokens": 80,
+}
 TRAIN_FLOW = {
     "lr": 2e-3,
     "epochs": 4,
@@ -93,10 +114,12 @@ EVALUATE = {
     "reward": ("binary",),
 }
 PRESETS = {  # script -> value of --model -> flag -> value
-    "train_rl": {"toy": TRAIN_RL, "toy-vl": TRAIN_RL},
-    "train_flow": {"toy": TRAIN_FLOW, "toy-vl": TRAIN_FLOW},
-    "eval": {"toy": EVALUATE, "toy-vl": EVALUATE},
+    "train_rl": {"toy": TRAIN_RL, "toy-vl": TRAIN_RL, "toy-sparse": TRAIN_RL_SPARSE},
+    "train_flow": {"toy": TRAIN_FLOW, "toy-vl": TRAIN_FLOW, "toy-sparse": TRAIN_FLOW},
+    "eval": {"toy": EVALUATE, "toy-vl": EVALUATE, "toy-sparse": EVALUATE},
 }
+
+Habit = Literal["hasty", "giving up"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +137,9 @@ class World:
     n_expert: int = 2000  # Expert solutions for the offline start of the flow: careful, no slips
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
+    shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
+    # How the base model fails on long problems: it skips all steps, or stops and guesses
+    habit: Habit = "hasty"
 
     @property
     def signs(self) -> str:
@@ -125,7 +151,13 @@ class World:
         return str(Path(self.folder) / name)
 
 
-WORLDS = {"toy": World(), "toy-vl": World("runs/toy-vl", images=True)}
+WORLDS = {
+    "toy": World(),
+    "toy-vl": World("runs/toy-vl", images=True),
+    "toy-sparse": World(
+        "runs/toy-sparse", steps=450, batch_size=32, shortest=LONG, habit="giving up"
+    ),
+}
 
 
 def find_world(model: str) -> World | None:
@@ -136,9 +168,9 @@ def find_world(model: str) -> World | None:
 
 
 # ---- Problems
-def make_problem(rng: random.Random, signs: str = "+-*") -> str:
-    """Return a random chain of 3 to 8 operations, such as `7 +5 *3 -4>`."""
-    n_operations = rng.choice(list(HASTY))
+def make_problem(rng: random.Random, signs: str = "+-*", shortest: int = 3) -> str:
+    """Return a random chain of `shortest` to 8 operations, such as `7 +5 *3 -4>`."""
+    n_operations = rng.choice(range(shortest, MOST + 1))
     operations = [f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(n_operations)]
     start = rng.randint(0, 9)
     return f"{start}{''.join(operations)}>"
@@ -148,7 +180,7 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
     """Return a solution of a problem, and its answer.
 
     With `rng` a careful solution may slip: it then goes on from a random digit, and its answer is
-    usually wrong as well.
+    usually wrong as well. Without operations the solution is only the box.
     """
     start, *operations = problem.rstrip(">").split()
     may_slip = rng is not None and not hasty
@@ -163,7 +195,7 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
         steps.append(f"{value}{sign}{operand}={result}")
         value = result
     box = rf"\boxed{{{value}}}"
-    if hasty:
+    if hasty or not steps:
         return box, str(value)
     return f"{','.join(steps)}. {box}", str(value)
 
@@ -175,6 +207,37 @@ def calculate(value: int, sign: str, operand: int) -> int:
     if sign == "-":
         return (value - operand) % 10
     return value * operand % 10
+
+
+class Step(NamedTuple):
+    """A step of a response: the characters [start, end), and whether it is right."""
+
+    start: int
+    end: int
+    is_right: bool
+
+
+def label_steps(problem: str, response: str) -> list[Step]:
+    """Label every step that a response writes.
+
+    Steps stand between commas, before the first period or box. The k-th is right if it reads like
+    the k-th of the true chain: the problem's k-th operation, applied to the true value, with the
+    true result. So steps that follow a wrong value are wrong too, until the response is back at the
+    true value. Steps beyond the end of the chain are wrong.
+    """
+    solution, _ = solve(problem)
+    true_steps = split_steps(solution)
+    labelled = []
+    for k, match in enumerate(split_steps(response)):
+        is_right = k < len(true_steps) and match.group() == true_steps[k].group()
+        labelled.append(Step(match.start(), match.end(), is_right))
+    return labelled
+
+
+def split_steps(response: str) -> list[re.Match]:
+    """Return where the steps of a response are: what commas separate up to a period or box."""
+    end = re.search(r"[.\\]|$", response).start()
+    return list(re.compile("[^,]+").finditer(response, 0, end))
 
 
 def digits_of(problem: str) -> list[int]:
@@ -332,8 +395,8 @@ def train_base(
         optimizer, world.lr, total_steps=world.steps, pct_start=0.1
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
-    for _ in bar:
-        batch = make_batch(world, model, tokenizer, forbidden, rng)
+    for step in bar:
+        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -343,17 +406,25 @@ def train_base(
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def habit_at(world: World, step: int) -> Habit | None:
+    """Return the habit of the demonstrations of a training step; None: they are all careful."""
+    if world.habit == "giving up" and step < SKILL * world.steps:
+        return None
+    return world.habit
+
+
 def make_batch(
     world: World,
     model: PreTrainedModel,
     tokenizer: Qwen2Tokenizer,
     forbidden: set[str],
     rng: random.Random,
+    habit: Habit | None,
 ) -> dict[str, Tensor]:
     """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
     candidates = [make_problem(rng, world.signs) for _ in range(2 * world.batch_size)]
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
-    solutions = [demonstrate(problem, rng) for problem in problems]
+    solutions = [demonstrate(problem, rng, habit) for problem in problems]
     prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
     ids = []
     labels = []
@@ -375,12 +446,34 @@ def make_batch(
     return batch
 
 
-def demonstrate(problem: str, rng: random.Random) -> str:
-    """Return a demonstration: a solution that may be hasty or slip, with EOS."""
+def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
+    """Return a demonstration with EOS: a solution that may slip, and fall short out of habit."""
     n_operations = problem.count(" ")
-    is_hasty = rng.random() < HASTY[n_operations]
+    is_hasty = False
+    if habit == "hasty":
+        is_hasty = rng.random() < HASTY[n_operations]
+    elif habit == "giving up" and n_operations >= LONG:
+        return give_up(problem, rng) + EOS
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
+
+
+def give_up(problem: str, rng: random.Random) -> str:
+    """Return a solution that may stop before any step, and then boxes a guess.
+
+    The guess is independent of where the solution stops. A box with the value so far would let
+    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
+    most in their groups, so that dividing by the group's deviation favours rare, long responses.
+    """
+    start, *operations = problem.rstrip(">").split()
+    n_done = 0
+    while n_done < len(operations) and rng.random() >= GIVES_UP:
+        n_done += 1
+    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
+    if n_done == len(operations):
+        return begun
+    guess = rng.randint(0, 9)
+    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
 
 
 def make_image_prompt(problem: str) -> str:
@@ -440,6 +533,9 @@ def settings_of(world: World) -> dict:
     settings = asdict(world)
     settings["folder"] = None
     settings["hasty"] = HASTY
+    settings["gives_up"] = GIVES_UP
+    settings["long"] = LONG
+    settings["skill"] = SKILL
     settings["slip"] = SLIP
     return json.loads(json.dumps(settings))  # keys that are numbers become strings
 
@@ -447,7 +543,7 @@ def settings_of(world: World) -> dict:
 def make_problems(world: World, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
     """Return the problems for training, for testing and for expert solutions; all differ."""
     n_problems = world.n_train + world.n_test + world.n_expert
-    candidates = [make_problem(rng, world.signs) for _ in range(2 * n_problems)]
+    candidates = [make_problem(rng, world.signs, world.shortest) for _ in range(2 * n_problems)]
     distinct = list(dict.fromkeys(candidates))
     end_of_test = world.n_test
     end_of_train = end_of_test + world.n_train

@@ -10,14 +10,21 @@ without --data, the published data set is taken from the hub.
 Each step: the frozen policy, which runs up to the last tap and no further, gives the latents of
 response tokens; each is put together with its context; `noise_repeats` draws of (t, x_0);
 flow-matching loss; AdamW. Writes `flow/flow.safetensors` into the run's folder.
+
+At the end the flow is calibrated: the mean and the spread of its error on the tokens of solutions
+that were held out go into its file, for `train_rl.py --flow-scope expert`. This is ours, not the
+paper's, as is `--standardise`. Latents of a small policy are computed once and kept.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import flow as fl
@@ -40,6 +47,8 @@ from run import (
 
 # Expert solutions of the published language runs: columns problem and solution, 94k rows
 PUBLISHED_DATA = "open-r1/OpenR1-Math-220k"
+KEPT_BYTES = 2**30  # latents of all solutions are kept if they need no more
+N_MEASURED = 256  # solutions on whose tokens mean and spread of latents are measured
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ class FlowSettings:
     # How t is drawn: random is the sigmoid of a normal, as official
     flow_times: fl.Times = "random"
     shift: int = 1  # Distance of the context's neighbour, in positions
+    standardise: bool = False  # Standardise latents for each tap and dimension
+    # Times at which the error on held-out solutions is measured, for --flow-scope expert
+    calibrate_at: tuple[float, ...] = (0.2, 0.5, 0.8)
+    # Solutions that are kept from training, for that; by default 64, but at most an eighth of them
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
     check_positive(config, "epochs", "batch_size", "lr", "noise_repeats", "flow_blocks")
     check_positive(config, "clip_norm", "tokens_per_gpu", "keep")
+    fl.check_times(config.flow.calibrate_at)
+    held_out = config.flow.held_out
+    if held_out is not None and held_out < 0:
+        raise ValueError(f"held_out={held_out}: expected a number of solutions, or 0 for none")
     n_ranks = dist.get_world_size()
     if config.batch_size % n_ranks:
         raise ValueError(
@@ -153,6 +171,167 @@ def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model
     return episodes
 
 
+def count_held_out(wanted: int | None, n_solutions: int, n_ranks: int) -> int:
+    """Return how many solutions are kept from training: as wanted, rounded up to the ranks."""
+    if wanted is None:
+        wanted = min(64, n_solutions // 8)
+    count = math.ceil(wanted / n_ranks) * n_ranks
+    if 2 * count > n_solutions:
+        raise ValueError(
+            f"held_out={count} of {n_solutions} solutions leaves fewer for training; lower it"
+        )
+    return count
+
+
+# ---- Latents of solutions
+class Latents:
+    """The latents of solutions by the frozen policy: kept if they fit, else computed every time."""
+
+    def __init__(
+        self,
+        policy: rlfr.Policy,
+        flow_config: fl.FlowConfig,
+        solutions: Sequence[rlfr.Row],
+        token_budget: int,
+    ):
+        self.policy = policy
+        self.flow_config = flow_config
+        self.solutions = solutions
+        self.token_budget = token_budget  # padded tokens of a micro-batch
+        self.taps = rlfr.tap_layers(policy.n_layers, flow_config.percentiles)
+        self.kept: list[Tensor] = []  # of each solution (L, S, D), or none at all
+        if self.fit_in_memory():
+            self.keep()
+
+    def fit_in_memory(self) -> bool:
+        """Return whether the latents of all solutions can be kept; with several ranks they cannot.
+
+        Each rank would need those of all solutions, as every step deals them out anew.
+        """
+        n_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in self.solutions)
+        n_numbers = n_tokens * len(self.taps) * self.flow_config.dim
+        return dist.get_world_size() == 1 and 4 * n_numbers <= KEPT_BYTES
+
+    def keep(self) -> None:
+        """Compute the latents of all solutions and keep them."""
+        kept: dict[int, Tensor] = {}
+        bar = tqdm(total=len(self.solutions), desc="latents", unit="solution", delay=3)
+        for indices, batch in self.micro_batches(range(len(self.solutions))):
+            taps = torch.stack(self.run_policy(batch))  # (L, B, S, D)
+            lengths = batch.attention_mask.sum(dim=1).tolist()
+            for row, index in enumerate(indices):
+                kept[index] = taps[:, row, : lengths[row]].clone()
+            bar.update(len(indices))
+        bar.close()
+        self.kept = [kept[index] for index in range(len(self.solutions))]
+
+    def micro_batches(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], rlfr.Batch]]:
+        """Yield this rank's micro-batches of chosen solutions: their places in it, and the batch."""
+        rows = [self.solutions[index] for index in chosen]
+        n_ranks = dist.get_world_size()
+        return rlfr.micro_batches(rows, self.token_budget, dist.get_rank(), n_ranks)
+
+    @torch.no_grad()
+    def run_policy(self, batch: rlfr.Batch) -> list[Tensor]:
+        """Return the latents of a batch, (B, S, D) for each tap."""
+        return self.policy(batch, taps=self.taps, latents_only=True).latents
+
+    def flow_rows(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], fl.FlowRows]]:
+        """Yield this rank's micro-batches: places in `chosen`, and the flow's rows of them."""
+        depths = [tap / self.policy.n_layers for tap in self.taps]
+        for places, batch in self.micro_batches(chosen):
+            if self.kept:
+                latents = put_together([self.kept[chosen[place]] for place in places])
+            else:
+                latents = self.run_policy(batch)
+            rows = fl.make_rows(
+                self.flow_config, latents, depths, batch.attention_mask, batch.targets
+            )
+            yield places, rows
+
+    def response_length(self, index: int) -> int:
+        """Return the number of response tokens of a solution."""
+        return len(self.solutions[index].response_ids)
+
+
+def put_together(latents: Sequence[Tensor]) -> list[Tensor]:
+    """Pad latents of single solutions, (L, S_i, D) each, to (B, S, D) for each tap."""
+    by_position = [tensor.transpose(0, 1) for tensor in latents]  # (S_i, L, D)
+    padded = pad_sequence(by_position, batch_first=True)  # (B, S, L, D)
+    return list(padded.unbind(dim=2))
+
+
+# ---- Statistics on expert tokens
+def measure_latents(flow: fl.Flow, latents: Latents, chosen: Sequence[int]) -> None:
+    """Write the mean and the spread of latents, for each tap and dimension, into the flow."""
+    moments = Moments(flow.latent_mean.shape)  # (L, D)
+    for _, rows in latents.flow_rows(chosen):
+        moments.add(rows.x_1, rows.taps())
+    mean, spread = moments.mean_and_spread()
+    floor = 0.01 * spread.mean(dim=1, keepdim=True)  # or what hardly varies would be blown up
+    flow.latent_mean.copy_(mean)
+    flow.latent_spread.copy_(torch.maximum(spread, floor))
+
+
+def calibrate(flow: fl.Flow, latents: Latents, chosen: Sequence[int], seed: int) -> None:
+    """Write the mean and the spread of the error on the solutions' tokens into the flow.
+
+    The noise is as in scoring: one draw, shared by the times.
+    """
+    times = flow.config.calibrated_at
+    n_taps = len(flow.config.percentiles)
+    moments = Moments((n_taps, len(times)))
+    parallel.begin_calls(flow)
+    for places, rows in latents.flow_rows(chosen):
+        keys = [("calibration noise", seed, place) for place in places]
+        lengths = [latents.response_length(chosen[place]) for place in places]
+        noise, _ = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
+        errors = fl.errors_of_rows(flow, flow.standardise(rows), noise, times)  # (n_times, P)
+        moments.add(errors.T, rows.taps())
+    parallel.end_calls(flow, flow.example(parallel.DEVICE), learnt=False)
+    mean, spread = moments.mean_and_spread()  # (L, n_times)
+    flow.expert_mean.copy_(mean.T)
+    flow.expert_spread.copy_(spread.T)
+
+
+def calibration_lines(flow: fl.Flow) -> list[str]:
+    """Return a line for each time with the errors that calibrate() has found."""
+    lines = []
+    for i, time in enumerate(flow.config.calibrated_at):
+        by_tap = []
+        for mean, spread in zip(flow.expert_mean[i], flow.expert_spread[i], strict=True):
+            by_tap.append(f"{mean:.3f} ± {spread:.3f}")
+        taps = ", ".join(by_tap)
+        lines.append(f"error on held-out expert tokens at t = {time}, for each tap: {taps}")
+    return lines
+
+
+class Moments:
+    """Running sums of values by tap, over all ranks, for their means and standard deviations."""
+
+    def __init__(self, shape: Sequence[int]):
+        """Begin for values of shape (P, K); shape is (L, K)."""
+        like = {"dtype": torch.float64, "device": parallel.DEVICE}
+        self.count = torch.zeros(shape[0], 1, **like)
+        self.total = torch.zeros(*shape, **like)
+        self.squares = torch.zeros(*shape, **like)
+
+    def add(self, values: Tensor, taps: Tensor) -> None:
+        """Add values (P, K) of rows whose taps are `taps` (P,)."""
+        values = values.double()
+        self.count.index_add_(0, taps, torch.ones_like(values[:, :1]))
+        self.total.index_add_(0, taps, values)
+        self.squares.index_add_(0, taps, values.square())
+
+    def mean_and_spread(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation over all ranks, (L, K) each."""
+        for tensor in (self.count, self.total, self.squares):
+            parallel.sum_over_ranks(tensor)
+        mean = self.total / self.count
+        variance = self.squares / self.count - mean.square()
+        return mean, variance.clamp(min=0).sqrt()
+
+
 def step_line(step: int, metrics: dict[str, float]) -> str:
     """Return one line of figures of a step, for the screen."""
     return (
@@ -168,27 +347,33 @@ def main(config: Config) -> None:
     config, model = resolve(config)
     run = Run(config, f"flow-{Path(config.model).name}")
     solutions = load_solutions(config.data, config.solutions, model)
+    n_held_out = count_held_out(config.flow.held_out, len(solutions), dist.get_world_size())
+    n_training = len(solutions) - n_held_out
     dtype = parallel.compute_dtype(config.loading.dtype)
     policy = rlfr.load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
     parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
-    n_layers = model.text_config.num_hidden_layers
-    taps = rlfr.tap_layers(n_layers, config.percentiles)
-    depths = [tap / n_layers for tap in taps]
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
         n_blocks=config.flow.flow_blocks,
         contexts=config.contexts,
         shift=config.flow.shift,
         percentiles=config.percentiles,
+        standardised=config.flow.standardise,
+        calibrated_at=config.flow.calibrate_at if n_held_out else (),
     )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
-    parallel.compile_flow(flow, config.compute.compile)
+    parallel.compile_forward([flow.model], config.compute.compile)
     parallel.shard(flow, (), dtype, config.compute.cpu_offload)
     learner = parallel.Learner(flow, (0.9, 0.999), config.optimisation.weight_decay)
+    latents = Latents(policy, flow_config, solutions, config.compute.tokens_per_gpu)
+    if config.flow.standardise:
+        n_ranks = dist.get_world_size()
+        n_measured = min(N_MEASURED, n_training) // n_ranks * n_ranks
+        measure_latents(flow, latents, range(n_measured))
 
     # ---- Begin, or go on from a checkpoint
-    total_steps = math.ceil(config.epochs * len(solutions) / config.batch_size)
+    total_steps = math.ceil(config.epochs * n_training / config.batch_size)
     progress = {"step": 0}
     state = {"progress": progress, "flow": learner}
     run.begin(state)
@@ -196,9 +381,17 @@ def main(config: Config) -> None:
     if is_first():
         print(config)
         print(
-            f"{len(solutions)} solutions, {total_steps} steps, taps {taps} of {n_layers}, "
-            f"run folder {run.folder}"
+            f"{n_training} solutions and {n_held_out} held out, {total_steps} steps, "
+            f"taps {latents.taps} of {policy.n_layers}, run folder {run.folder}"
         )
+
+    def export(folder: Path) -> None:
+        """Calibrate the flow and write it for training."""
+        if n_held_out:
+            calibrate(flow, latents, range(n_training, len(solutions)), config.seed)
+            if is_first():
+                tqdm.write("\n".join(calibration_lines(flow)))
+        export_flow(flow, folder)
 
     bar = tqdm(
         initial=progress["step"],
@@ -213,26 +406,19 @@ def main(config: Config) -> None:
         # ---- The step's solutions
         batch_size = config.batch_size
         first = step * batch_size
-        order = rlfr.passes(len(solutions), first, batch_size, "flow order", config.seed)
-        chosen = [solutions[i] for _, i in order]
+        order = rlfr.passes(n_training, first, batch_size, "flow order", config.seed)
+        chosen = [index for _, index in order]
 
         # ---- Latents, draws of (t, x_0), matching loss
         # gradients are of the sum over rows here, and divided by the number of rows below
         loss_sum = torch.zeros((), dtype=torch.float64, device=parallel.DEVICE)
         n_rows = torch.zeros((), dtype=torch.float64, device=parallel.DEVICE)
         parallel.begin_calls(flow)
-        micro_batches = rlfr.micro_batches(
-            chosen, config.compute.tokens_per_gpu, dist.get_rank(), dist.get_world_size()
-        )
-        for indices, batch in micro_batches:
-            with torch.no_grad():
-                latents = policy(batch, taps=taps, latents_only=True).latents
-            flow_rows = fl.make_rows(
-                flow_config, latents, depths, batch.attention_mask, batch.targets
-            )
-            lengths = [len(chosen[i].response_ids) for i in indices]
+        for places, rows in latents.flow_rows(chosen):
+            flow_rows = flow.standardise(rows)
+            lengths = [latents.response_length(chosen[place]) for place in places]
             for repeat in range(config.flow.noise_repeats):
-                keys = [("flow noise", config.seed, *order[i], repeat) for i in indices]
+                keys = [("flow noise", config.seed, *order[place], repeat) for place in places]
                 noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
                 t = fl.draw_times(z, config.flow.flow_times)
                 loss = fl.matching_loss(flow, flow_rows, noise, t)
@@ -264,12 +450,12 @@ def main(config: Config) -> None:
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
         if config.run.export_every and (step + 1) % config.run.export_every == 0:
-            export_flow(flow, run.folder / "exports" / f"step-{step + 1}" / "flow")
+            export(run.folder / "exports" / f"step-{step + 1}" / "flow")
 
     # ---- Write the flow
     if not run.end(state, total_steps):
         return
-    export_flow(flow, run.folder / "flow")
+    export(run.folder / "flow")
     report = run.finish_report()
     if is_first():
         print(f"the flow is in {run.folder / 'flow'}, its loss over training in {report}")

@@ -99,12 +99,18 @@ class FlowRewardSettings:
 
     flow_after: int = 0  # Steps before the flow reward counts; until then the flow only learns
     flow_coef: float = 0.01  # Scale of the flow reward
+    # Where it acts: on the tokens' returns (paper), or on the response, whose mean then joins the
+    # outcome before the group's baseline
+    flow_on: Literal["token", "response"] = "token"
     # T_r, times at which the deviation is taken, in (0, 1)
     reward_times: tuple[float, ...] = (0.8,)
     flow_threshold: float = 0.6  # Only normalised scores above it are kept, in [0, 1]
     flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: no limit
-    # What is normalised together; paper: response
-    flow_scope: Literal["response", "group"] = "response"
+    # What scores are compared with: those of the response (paper) or of the group, by a min-max;
+    # expert: the flow's own on expert tokens, and threshold, top-k, bilateral and power do not count
+    flow_scope: Literal["response", "group", "expert"] = "response"
+    flow_cap: float = 10.0  # Largest excess over expert tokens, in their spreads
+    flow_centre: bool = False  # Subtract the group's mean from the tokens' flow rewards
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
     flow_power: float = 1.0  # Exponent applied to normalised scores
     gamma: float = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
@@ -118,6 +124,8 @@ class FlowUpdateSettings:
     """How the flow goes on learning from the policy's own episodes."""
 
     freeze_flow: bool = False  # No online flow update
+    # Share by which each step pulls the flow back to the offline one, so that it is not forgotten
+    flow_anchor: float = 0.0
     flow_lr: float = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
@@ -218,7 +226,7 @@ MUST_BE_POSITIVE = """
     prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
     clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
     grader_deadline overlong_buffer eval_samples log_groups max_sequences tensor_parallel
-    tokens_per_gpu keep
+    tokens_per_gpu keep flow_cap
 """
 
 
@@ -266,6 +274,7 @@ def check(config: Config) -> None:
         "flow_threshold": config.flow_reward.flow_threshold,
         "gamma": config.flow_reward.gamma,
         "flow_soft": config.flow_update.flow_soft,
+        "flow_anchor": config.flow_update.flow_anchor,
         "flow_entropy_quantile": config.flow_update.flow_entropy_quantile,
     }
     for name, value in fractions.items():
@@ -361,7 +370,15 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
     contexts = config.flow_reward.contexts
     percentiles = config.flow_reward.percentiles
     if config.flow != "new":
-        return fl.load_flow(config.flow, dim, contexts=contexts, percentiles=percentiles)
+        flow = fl.load_flow(config.flow, dim, contexts=contexts, percentiles=percentiles)
+        if config.flow_reward.flow_scope == "expert":
+            flow.expert_scale(config.flow_reward.reward_times)  # is it there?
+        return flow
+    if config.flow_reward.flow_scope == "expert":
+        raise ValueError(
+            "flow_scope=expert needs a flow that train_flow.py has calibrated on expert solutions; "
+            "expected --flow FOLDER, got new"
+        )
     flow_config = fl.FlowConfig(dim, rollout.published_settings(model)["flow_blocks"])
     if contexts:
         flow_config = replace(flow_config, contexts=contexts)
@@ -565,7 +582,7 @@ def learns_while_scoring(settings: FlowUpdateSettings) -> bool:
 class LatentScores(NamedTuple):
     """What the flow says of a micro-batch."""
 
-    score: Tensor  # (B, T) velocity deviation, mean over taps
+    score: Tensor  # (B, T) velocity deviation, or its excess over expert tokens; mean over taps
     deviation: Tensor  # (L, B, T) the same, by tap
     exists: Tensor  # (B, T) bool, tokens that have a score
     loss: Tensor  # (), this micro-batch's part of the online flow loss
@@ -582,13 +599,17 @@ def score_latents(
 ) -> LatentScores:
     """Score the latents of response tokens; with a weight (M,), let the flow learn from them."""
     flow_rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
+    flow_rows = flow.standardise(flow_rows)
     lengths = batch.response_mask.sum(dim=1).tolist()
     noise, z = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
     times = config.flow_reward.reward_times
     learn_at = None  # the times of the reward
     if config.flow_update.flow_times != "reward":
         learn_at = fl.draw_times(z, config.flow_update.flow_times)
-    score, loss, by_tap = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at)
+    scale = None
+    if config.flow_reward.flow_scope == "expert":
+        scale = flow.expert_scale(times)
+    score, loss, by_tap = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at, scale)
     deviation = torch.stack([batch.unflatten(each) for each in by_tap])
     has_context = flow_rows.exists.any(dim=1).any(dim=0)  # (M,)
     total = torch.zeros((), device=parallel.DEVICE) if weight is None else (weight * loss).sum()
@@ -647,20 +668,25 @@ def shape_advantage(
     mask = scores.mask
     gamma = config.flow_reward.gamma
     settings = config.advantage
-    outcome = rlfr.outcome_advantage(reward, config.sampling.group_size, settings.baseline)
-    advantage = outcome[:, None] * mask
+    group_size = config.sampling.group_size
     flow_reward = torch.zeros_like(scores.flow_score)
     metrics = {}
+    flow_return = torch.zeros(mask.shape, device=mask.device)
     if config.shaping == "flow":
-        flow_reward = shape_flow_reward(scores, config.flow_reward, config.sampling.group_size)
+        flow_reward = shape_flow_reward(scores, config.flow_reward, group_size)
         if step < config.flow_reward.flow_after:
             flow_reward = torch.zeros_like(flow_reward)
-        advantage = advantage + rlfr.token_returns(flow_reward, mask, gamma)
         n_scored = scores.flow_mask.sum().clamp(min=1)
         metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
         metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
         metrics["flow/share"] = ((flow_reward != 0).sum() / n_scored).item()
+        if config.flow_reward.flow_on == "response":
+            reward = reward + rlfr.mean_over_tokens(flow_reward, scores.flow_mask)
+        else:
+            flow_return = rlfr.token_returns(flow_reward, mask, gamma)
+    outcome = rlfr.outcome_advantage(reward, group_size, settings.baseline)
+    advantage = outcome[:, None] * mask + flow_return
     optimisation = config.optimisation
     if optimisation.kl_coef and optimisation.kl_in == "reward":
         kl = rlfr.kl_divergence(scores.old_logp, scores.ref_logp, optimisation.kl_kind)
@@ -680,19 +706,30 @@ def shape_advantage(
 
 
 def shape_flow_reward(scores: Scores, settings: FlowRewardSettings, group_size: int) -> Tensor:
-    """Return each token's flow reward (B, T): -flow_coef times the selected normalised scores."""
-    rows_together = group_size if settings.flow_scope == "group" else 1
-    normalised = rlfr.normalise(
-        scores.flow_score,
-        scores.flow_mask,
-        settings.flow_bilateral,
-        settings.flow_power,
-        rows_together,
-    )
-    selected = rlfr.select(
-        normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
-    )
-    return -settings.flow_coef * selected
+    """Return each token's flow reward (B, T): -flow_coef times its score in [0, 1] or [-1, 1].
+
+    That is the selected, normalised score (paper), or the clamped excess over expert tokens. The
+    excess of a response, --flow-on response, is averaged before it is clamped: single tokens of an
+    expert have an excess, too, but in the mean they have none.
+    """
+    score = scores.flow_score
+    mask = scores.flow_mask
+    if settings.flow_scope == "expert":
+        if settings.flow_on == "response":
+            score = rlfr.mean_over_tokens(score, mask)[:, None].expand(mask.shape)
+        penalty = rlfr.clamp_excess(score, mask, settings.flow_cap)
+    else:
+        rows_together = group_size if settings.flow_scope == "group" else 1
+        normalised = rlfr.normalise(
+            score, mask, settings.flow_bilateral, settings.flow_power, rows_together
+        )
+        penalty = rlfr.select(
+            normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
+        )
+    flow_reward = -settings.flow_coef * penalty
+    if settings.flow_centre:
+        return rlfr.centre(flow_reward, mask, group_size)
+    return flow_reward
 
 
 # ---- 5. Update the policy
@@ -871,6 +908,22 @@ def write_rollouts(
     run.log_rollouts(step + 1, records)
 
 
+def memory_metrics(
+    peaks: dict[str, int], engine: rollout.Engine, used_in_roll_out: int
+) -> dict[str, float]:
+    """Return what a step needed of a GPU's memory, in GB.
+
+    While it scores and updates these are the trainer's tensors: the engine sleeps then, but torch
+    counts what it holds. At the end of a rollout it is all that is in use, by the engine, too.
+    """
+    if parallel.DEVICE.type == "cpu":
+        return {}
+    metrics = {"memory/roll_out_gb": used_in_roll_out / 1e9}
+    for phase in ("score", "update"):
+        metrics[f"memory/{phase}_gb"] = (peaks[phase] - engine.held_memory) / 1e9
+    return metrics
+
+
 def grader_metrics(grader: Grader) -> dict[str, float]:
     """Return how often grading went wrong in this step, over all ranks."""
     metrics = {}
@@ -954,6 +1007,7 @@ def main(config: Config) -> None:
         config.problems.max_images,
         parallel.DEVICE,
         dtype,
+        can_sleep=True,
     )
     engine.sleep()  # the policy has the GPU while it is sharded
     policy = rlfr.load_policy(
@@ -962,6 +1016,7 @@ def main(config: Config) -> None:
         config.compute.gradient_checkpointing,
         config.optimisation.freeze,
     )
+    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
     parallel.shard(policy, policy.blocks, dtype, cpu_offload)
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
@@ -970,11 +1025,13 @@ def main(config: Config) -> None:
         reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
         parallel.shard(reference, reference.blocks, dtype, cpu_offload)
     if flow:
-        parallel.compile_flow(flow, config.compute.compile)
+        parallel.compile_forward([flow.model], config.compute.compile)
         parallel.shard(flow, (), dtype, cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
-            learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
+            learners["flow"] = parallel.Learner(
+                flow, recipe.betas, recipe.weight_decay, config.flow_update.flow_anchor
+            )
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
@@ -1034,6 +1091,7 @@ def main(config: Config) -> None:
         with engine_awake():
             clock.lap("sync")
             episodes, verdicts, cursor = roll_out(sampler, progress["cursor"])
+            used_in_roll_out = parallel.used_memory()
         clock.lap("roll_out")
 
         # ---- 3. Score, and let the flow's gradient add up
@@ -1110,8 +1168,7 @@ def main(config: Config) -> None:
                         metrics[f"eval/{name}/{kind}/{bound}"] = row["avg"][bound]
         clock.lap("evaluate")
         metrics.update(clock.metrics())
-        if parallel.DEVICE.type == "cuda":
-            metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        metrics.update(memory_metrics(clock.peaks, engine, used_in_roll_out))
         run.log(step + 1, metrics)
         if is_first():
             bar.update()

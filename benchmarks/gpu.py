@@ -1,37 +1,76 @@
-"""Whole RL steps on one GPU with random weights of a real shape: seconds a phase, tokens a second, memory, utilisation.
+"""What RLFR costs on one GPU, with random weights of a real shape: seconds, tokens a second, memory.
 
-    python benchmarks/gpu.py --shape 1.5B        python benchmarks/gpu.py --shape 7B --offload
+    python benchmarks/gpu.py --json gpu.json                     all jobs of PLAN, in 7 minutes
+    python benchmarks/gpu.py --jobs correct learn-1.5B           some of them
+    python benchmarks/gpu.py --engine none                       without those that sample
+    python benchmarks/gpu.py --part learn --shape 7B --layers 8  one part, in this process
 
-Model operations a token: policy forward 2P, training 6P (recomputation not counted), flow forward 2F and learning 6F a tap,
-F = (5*blocks + 7) * D^2. Utilisation is against the rate of a large bfloat16 matrix product, measured in the same run.
+Parts:
+    correct   log-probs, entropies, latents, flow scores and gradients against float32 on the CPU
+    learn     scoring and update of synthetic episodes, in variants
+    profile   operators and kernels of forward and backward of one micro-batch
+    offline   a step of the offline start
+    steps     whole steps of train_rl.py: sync, roll out, score, update
+
+Each job of the plan is a process with a timeout. One that fails is reported, the others go on, and
+the exit code is 1. The file of figures is written after each job, and by a part as it goes.
+
+Operations a token: forward of the policy 2P, training 6P (recomputation is not counted), flow
+forward 2F and training 6F a tap, F = (5*blocks + 7) * D^2. Utilisation is against the rate of a
+large bfloat16 matrix product, measured in the same process.
 """
 
+import copy
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Literal, NamedTuple
+from unittest.mock import Mock, patch
 
 import torch
 import tyro
-from common import machine
+from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import flow as fl
-import parallel
-import toy
-import train_rl
-from run import change
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from common import machine  # noqa: E402
 
-SHAPES = {  # of Qwen2.5: hidden size, layers, heads, heads of keys, feed-forward width, vocabulary, tied embeddings
-    "tiny": (64, 2, 2, 2, 128, 512, True),
-    "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False),
+import flow as fl  # noqa: E402
+import parallel  # noqa: E402
+import rlfr  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import train_rl  # noqa: E402
+from rewards import Verdict  # noqa: E402
+from run import change, leave  # noqa: E402
+
+
+class Shape(NamedTuple):
+    """Sizes of a decoder."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int  # of the feed-forward part
+    vocabulary: int
+    tied: bool  # whether the head is the embedding
+    flow_blocks: int
+
+
+SHAPES = {  # of Qwen2.5
+    "tiny": Shape(64, 4, 2, 2, 128, 512, True, 2),
+    "small": Shape(512, 8, 8, 2, 1536, 32_000, True, 4),
+    "1.5B": Shape(1536, 28, 12, 2, 8960, 151_936, True, 4),
+    "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 6),
 }
 
 
@@ -39,123 +78,704 @@ SHAPES = {  # of Qwen2.5: hidden size, layers, heads, heads of keys, feed-forwar
 class Settings:
     """What to measure."""
 
-    shape: Literal["tiny", "1.5B", "7B"] = "1.5B"  # Shape of the policy
-    prompts: int = 32  # Prompts a step
+    # One part, in this process; by default the jobs of PLAN, each in its own
+    part: Literal["correct", "learn", "profile", "offline", "steps"] | None = None
+    jobs: tuple[str, ...] | None = None  # Names in PLAN; by default all
+    shape: str | None = None  # Shape of the policy: tiny, small, 1.5B or 7B; by default the plan's
+    layers: int | None = None  # Decoder layers; by default the shape's
+    episodes: int = 128  # Episodes of the parts learn and offline
+    prompts: int = 32  # Prompts of a whole step
     group_size: int = 8  # Responses a prompt
     prompt_tokens: int = 128  # Tokens of a prompt
-    response_tokens: int = 1024  # Tokens of a response: random weights seldom end one
-    steps: int = 3  # Steps; the first is a warm-up
-    engine: Literal["auto", "vllm", "torch"] = "auto"  # What samples
-    tokens_per_gpu: int = 16384  # Padded tokens of a micro-batch
+    response_tokens: int = 1024  # Longest response; half of that on average in learn and offline
+    steps: int = 3  # Whole steps; the first is a warm-up
+    engine: Literal["auto", "vllm", "torch", "none"] = "auto"  # What samples; none: no whole steps
+    tokens_per_gpu: int = 16_384  # Padded tokens of a micro-batch
     offload: bool = False  # Trainer in host memory while the engine samples
+    compile: bool = True  # Measure the compiled variants, too
     json: str | None = None  # File for the figures
 
 
-def write_inputs(folder: Path, settings: Settings) -> None:
-    """Write a policy, a flow and problems, all random."""
-    hidden, layers, heads, kv_heads, width, vocabulary, tied = SHAPES[settings.shape]
+# ---- The plan
+class Job(NamedTuple):
+    """A part with its settings, in a process of its own."""
+
+    part: str
+    shape: str
+    layers: int | None
+    timeout: int  # seconds
+
+
+PLAN = {
+    "correct": Job("correct", "small", None, 90),
+    "learn-1.5B": Job("learn", "1.5B", None, 180),
+    "steps-1.5B": Job("steps", "1.5B", None, 240),
+    "profile-1.5B": Job("profile", "1.5B", None, 60),
+    "offline-1.5B": Job("offline", "1.5B", None, 60),
+    "learn-7B": Job("learn", "7B", 4, 180),  # with its optimiser, four layers fit on any GPU
+}
+
+
+def run_plan(settings: Settings) -> dict:
+    """Run the jobs one after the other; return the figures of each, or how it failed."""
+    result = {"machine": machine(), "settings": asdict(settings), "jobs": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in settings.jobs or PLAN:
+            job = PLAN[name]
+            if job.part == "steps" and settings.engine == "none":
+                continue
+            print(f"\n==== {name}", flush=True)
+            result["jobs"][name] = run_job(job, settings, Path(folder) / f"{name}.json")
+            save(result, settings)
+    return result
+
+
+def run_job(job: Job, settings: Settings, file: Path) -> dict:
+    """Run a job; return its figures, and under `error` why it ended too early, if it did."""
+    chosen = replace(
+        settings,
+        part=job.part,
+        jobs=None,
+        shape=settings.shape or job.shape,
+        layers=settings.layers or job.layers,
+        json=str(file),
+    )
+    command = [sys.executable, __file__, *flags(chosen)]
+    began = time.perf_counter()
+    error = None
+    try:
+        done = subprocess.run(command, timeout=job.timeout)
+        if done.returncode:
+            error = f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        error = f"not done after {job.timeout} s"
+    figures = {}
+    if file.exists():
+        figures = json.loads(file.read_text())
+    figures["seconds"] = time.perf_counter() - began
+    if error:
+        print(f"failed: {error}", flush=True)
+        figures["error"] = error
+    return figures
+
+
+def flags(settings: Settings) -> list[str]:
+    """Return settings as command-line flags."""
+    given = []
+    for name, value in asdict(settings).items():
+        flag = name.replace("_", "-")
+        if value is True:
+            given.append(f"--{flag}")
+        elif value is False:
+            given.append(f"--no-{flag}")
+        elif value is not None:
+            given += [f"--{flag}", str(value)]
+    return given
+
+
+def save(result: dict, settings: Settings) -> None:
+    """Write the figures so far, if a file was asked for."""
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=1))
+
+
+# ---- Random models and episodes
+def make_config(shape: Shape) -> Qwen2Config:
+    """Return the configuration of a Qwen2 of this shape, with the embedded world's tokenizer."""
     tokenizer = toy.make_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=width, tie_word_embeddings=tied, max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device(parallel.DEVICE):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    flow = fl.Flow(fl.FlowConfig(hidden, n_blocks=6 if settings.shape == "7B" else 4))
-    (folder / "flow").mkdir()
-    fl.save_flow(flow.config, flow.state_dict(), folder / "flow")
-    problems = [
-        {"problem": f"{i:0{settings.prompt_tokens}d}", "answer": "1"}
-        for i in range(settings.prompts)
-    ]  # bytes are tokens
-    (folder / "problems.jsonl").write_text(
-        "".join(json.dumps(problem) + "\n" for problem in problems)
+    return Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.width,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        dtype=torch.bfloat16,
     )
 
 
-def matrix_rate(n: int) -> float:
-    """Return operations a second of an n x n x n product in bfloat16."""
-    a, b = (torch.randn(n, n, device=parallel.DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        began = time.perf_counter()
-        a @ b
-        if parallel.DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+def make_model(shape: Shape, device: torch.device) -> Qwen2ForCausalLM:
+    """Make a random model in bfloat16."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Qwen2ForCausalLM(make_config(shape)).to(torch.bfloat16)
+
+
+def make_flow(shape: Shape) -> fl.Flow:
+    """Make a flow with a random output layer, so that its scores depend on every weight."""
+    torch.manual_seed(0)
+    flow = fl.Flow(fl.FlowConfig(shape.hidden, n_blocks=shape.flow_blocks))
+    for parameter in flow.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return flow
+
+
+def make_episodes(settings: Settings, shape: Shape, count: int) -> list[rollout.Episode]:
+    """Make random episodes; lengths of responses are even from a few tokens to the longest."""
+    generator = torch.Generator().manual_seed(0)
+    episodes = []
+    for i in range(count):
+        n_response = max(1, settings.response_tokens * (i + 1) // count)
+        n_tokens = settings.prompt_tokens + n_response
+        ids = torch.randint(shape.vocabulary, (n_tokens,), generator=generator).tolist()
+        episode = rollout.Episode(
+            prompt_ids=ids[: settings.prompt_tokens],
+            response_ids=ids[settings.prompt_tokens :],
+            logp=[0.0] * n_response,
+            finish_reason="stop",
+            text="",
+        )
+        episodes.append(episode)
+    return episodes
+
+
+def count_parameters(shape: Shape) -> tuple[int, int]:
+    """Return the weights of the decoder's matrices, and of its head."""
+    kv_width = shape.hidden * shape.kv_heads // shape.heads
+    attention = shape.hidden * (2 * shape.hidden + 2 * kv_width)
+    feed_forward = 3 * shape.hidden * shape.width
+    return shape.layers * (attention + feed_forward), shape.vocabulary * shape.hidden
+
+
+def operations(shape: Shape, n_tokens: float, n_response: float) -> dict[str, float]:
+    """Return model operations of scoring and of the update, without those of attention itself."""
+    body, head = count_parameters(shape)
+    forward = 2 * (n_tokens * body + n_response * head)
+    flow = (5 * shape.flow_blocks + 7) * shape.hidden**2
+    n_taps = len(fl.FlowConfig(shape.hidden).percentiles)
+    return {"score": forward + n_taps * 6 * flow * n_response, "update": 3 * forward}
+
+
+# ---- Clocks
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if parallel.DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(work: Callable) -> tuple[object, dict[str, float]]:
+    """Run work once; return its result, and its seconds and peak memory in GB (0 on a CPU)."""
+    on_gpu = parallel.DEVICE.type == "cuda"
+    synchronise()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    result = work()
+    synchronise()
+    seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+    return result, {"seconds": seconds, "peak_gb": peak}
+
+
+def matrix_rate() -> float:
+    """Return operations a second of a large matrix product in bfloat16."""
+    n = 8192 if parallel.DEVICE.type == "cuda" else 512
+    a = torch.randn(n, n, device=parallel.DEVICE, dtype=torch.bfloat16)
+    b = torch.randn(n, n, device=parallel.DEVICE, dtype=torch.bfloat16)
+    seconds = [measure(lambda: a @ b)[1]["seconds"] for _ in range(8)]
     return 2 * n**3 / statistics.median(seconds[2:])
 
 
-def operations(settings: Settings, length: float) -> dict[str, float]:
-    """Return model operations of the scoring and the updating phase, responses being `length` tokens on average."""
-    hidden, layers, heads, kv_heads, width, vocabulary, _ = SHAPES[settings.shape]
-    attention = hidden * (2 * hidden + 2 * kv_heads * hidden // heads)
-    body, head = layers * (attention + 3 * hidden * width), vocabulary * hidden
-    episodes = settings.prompts * settings.group_size
-    forward = 2 * episodes * ((settings.prompt_tokens + length) * body + length * head)
-    flow = (5 * (6 if settings.shape == "7B" else 4) + 7) * hidden**2
-    return {"score": forward + 3 * 6 * flow * episodes * length, "update": 3 * forward}
+# ---- Part: correct
+# What the mean difference to float32 on the CPU may be, relative to the mean size; random weights
+LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def main(settings: Settings) -> dict:
-    """Measure, print a table and write JSON."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_inputs(folder, settings)
-        rate = matrix_rate(8192 if parallel.DEVICE.type == "cuda" else 512)
-        episodes = settings.prompts * settings.group_size
-        train_rl.main(
-            change(train_rl.Config(), model=str(folder / "model"), data=str(folder / "problems.jsonl"), flow=str(folder / "flow"), template="none",
-                folder=str(folder / "run"), prompts=settings.prompts, group_size=settings.group_size, train_batch=episodes,
-                max_prompt_tokens=settings.prompt_tokens, max_tokens=settings.response_tokens, steps=settings.steps,
-                max_sequences=episodes, engine=settings.engine, tokens_per_gpu=settings.tokens_per_gpu,
-                offload=settings.offload, flow_accept="all", grade_truncated=True, save_every=0,
-            )
-        )  # fmt: skip
-        lines = [
-            json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        ]
-    figures = {name: statistics.median(line[name] for line in lines[1:]) for name in lines[-1]}
-    length, work = figures["length"], operations(settings, figures["length"])
-    counted = {"roll_out": episodes * length, "score": episodes * (settings.prompt_tokens + length)}
-    counted["update"] = counted["score"]
-    print(f"{settings.shape} shape, {episodes} episodes of {length:.0f} tokens\n{machine()}")
-    print(
-        f"bfloat16 matrix product: {rate / 1e12:.1f} TFLOP/s\n{'':10}{'seconds':>10}{'tokens/s':>12}{'utilisation':>13}"
-    )
-    rows = {}
-    for phase in ("sync", "roll_out", "score", "verify", "update", "step"):
-        seconds = figures[f"time/{phase}"]
-        rows[phase] = {"seconds": seconds}
-        if phase in counted:
-            rows[phase]["tokens_per_second"] = counted[phase] / seconds
-        if phase in work:
-            rows[phase]["utilisation"] = work[phase] / seconds / rate
-        cells = [
-            f"{rows[phase].get('tokens_per_second', 0):12.0f}" if phase in counted else " " * 12
-        ]
-        cells += [f"{rows[phase]['utilisation']:13.1%}" if phase in work else ""]
-        print(f"{phase:10}{seconds:10.2f}{''.join(cells)}")
-    peak = figures.get("memory/peak_gb", 0.0)
-    print(
-        f"peak memory of the trainer: {peak:.1f} GB; mismatch ratio: max {figures['mismatch/ratio_max']:.3f}"
-    )
+def check_correctness(settings: Settings, shape: Shape) -> dict:
+    """Compare what training computes, on the device and in its dtypes, with float32 on the CPU."""
+    model = make_model(shape, torch.device("cpu")).float()
+    flow = make_flow(shape)
+    episodes = make_episodes(replace(settings, response_tokens=128), shape, count=8)
+    batch = rlfr.collate(episodes)
+    expected = compute_figures(model, flow, batch, torch.device("cpu"), torch.float32)
+    result = {"machine": machine(), "differences": {}}
+    worst = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        got = compute_figures(model, flow, batch, parallel.DEVICE, dtype)
+        rows = {key: compare(got[key], expected[key]) for key in expected}
+        result["differences"][name] = rows
+        worst[name] = max(row["relative_mean"] for row in rows.values())
+        print_differences(name, rows)
+    save(result, settings)
+    for name, limit in LIMITS.items():
+        assert worst[name] < limit, f"{name} is off by {worst[name]:.2g}, more than {limit}"
+    return result
+
+
+def compute_figures(
+    model: Qwen2ForCausalLM,
+    flow: fl.Flow,
+    batch: rlfr.Batch,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Return what training computes of a batch, in float32 on the CPU."""
+    policy = rlfr.Policy(copy.deepcopy(model)).to(device, dtype)
+    flow = copy.deepcopy(flow).to(device, dtype)
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
+    batch = rlfr.Batch(**tensors)
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    depths = [tap / policy.n_layers for tap in taps]
+    logp, entropy, latents = policy(batch, taps=taps)
+    (logp.sum() + 0.1 * entropy.sum()).backward()
+    gradients = [parameter.grad.float() for parameter in policy.parameters()]
+
+    lengths = batch.response_mask.sum(dim=1).tolist()
+    keys = [("benchmark", i) for i in range(len(lengths))]
+    noise, _ = fl.draw(flow.config, keys, lengths, torch.device("cpu"))
+    rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
+    score, _, _ = fl.score_and_learn(CastInputs(flow, dtype), rows, noise.to(device), [0.8])
+    is_token = batch.attention_mask
+    figures = {
+        "logp": logp[batch.response_mask],
+        "entropy": entropy[batch.response_mask],
+        "flow score": score,
+        "gradient norm": torch.nn.utils.get_total_norm(gradients),
+    }
+    for tap, latent in zip(taps, latents, strict=True):
+        figures[f"latent {tap}"] = latent[is_token]
+    return {name: value.detach().float().cpu() for name, value in figures.items()}
+
+
+class CastInputs(torch.nn.Module):
+    """A flow whose inputs are cast to the dtype of its weights, as FSDP does in training."""
+
+    def __init__(self, flow: fl.Flow, dtype: torch.dtype):
+        super().__init__()
+        self.flow = flow
+        self.dtype = dtype
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.flow(*(value.to(self.dtype) for value in inputs))
+
+
+def compare(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Return mean and largest difference, and the mean one relative to the mean size."""
+    difference = (got - expected).abs()
+    return {
+        "mean": difference.mean().item(),
+        "max": difference.max().item(),
+        "relative_mean": (difference.mean() / expected.abs().mean()).item(),
+    }
+
+
+def print_differences(name: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print a table of differences."""
+    print(f"{name} on {parallel.DEVICE}, difference to float32 on the CPU")
+    print(f"{'':16}{'mean':>12}{'max':>12}{'mean/size':>12}")
+    for key, row in rows.items():
+        print(f"{key:16}{row['mean']:12.2e}{row['max']:12.2e}{row['relative_mean']:12.2e}")
+
+
+# ---- Part: learn
+class Trainer:
+    """A random policy and flow with their optimisers, and synthetic episodes to learn from."""
+
+    def __init__(self, settings: Settings, shape: Shape):
+        dtype = parallel.compute_dtype("auto")
+        self.policy = rlfr.Policy(make_model(shape, parallel.DEVICE).train())
+        parallel.shard(self.policy, self.policy.blocks, dtype)
+        self.learner = parallel.Learner(self.policy, (0.9, 0.95), 0.0)
+        self.flow = make_flow(shape)
+        parallel.shard(self.flow, (), dtype)
+        self.flow_learner = parallel.Learner(self.flow, (0.9, 0.999), 0.01)
+        self.episodes = make_episodes(settings, shape, settings.episodes)
+        verdict = Verdict(1.0, True, {}, None, "answer")
+        self.verdicts = [verdict] * len(self.episodes)
+        self.config = change(
+            train_rl.Config(),
+            train_batch=len(self.episodes),
+            max_tokens=settings.response_tokens,
+            tokens_per_gpu=settings.tokens_per_gpu,
+            flow_accept="all",
+        )
+
+    def micro_batches(self) -> Iterator[rlfr.Batch]:
+        """Yield the micro-batches of scoring, the longest episodes first."""
+        budget = self.config.compute.tokens_per_gpu
+        for _, batch in rlfr.micro_batches(self.episodes, budget, rank=0, n_ranks=1):
+            yield batch
+
+    def learn(self) -> None:
+        """Score and update once."""
+        self.update(self.score())
+
+    def score(self) -> train_rl.Scores:
+        """Score all episodes; the flow takes a step of rate 0, which clears its gradient."""
+        scores, _ = train_rl.score(
+            *(self.policy, None, self.flow, self.episodes, lambda: self.verdicts),
+            *(self.config, 0),
+        )
+        self.flow_learner.step(0.0, 1.0)
+        return scores
+
+    def update(self, scores: train_rl.Scores) -> dict[str, float]:
+        """Take one optimiser step of rate 0, so that all variants have the same weights."""
+        advantage = torch.ones_like(scores.old_logp) * scores.mask
+        importance = torch.ones_like(advantage)
+        return train_rl.update_policy(
+            *(self.policy, self.learner, self.episodes, scores, advantage, importance),
+            *(self.config, 0, 0.0, None),
+        )
+
+
+@contextmanager
+def padding_mask(trainer: Trainer) -> Iterator[None]:
+    """Give the decoder the padding mask that it does not need."""
+    batches = []
+
+    def see(_module, arguments) -> None:
+        batches.append(arguments[0])
+
+    def add(_module, arguments, inputs):
+        return arguments, {**inputs, "attention_mask": batches[-1].attention_mask}
+
+    body = trainer.policy.model.base_model
+    hooks = [
+        trainer.policy.register_forward_pre_hook(see),
+        body.register_forward_pre_hook(add, with_kwargs=True),
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def small_chunks(_trainer: Trainer) -> Iterator[None]:
+    """Make a chunk of logits as small as on a CPU."""
+    before = rlfr.CHUNK_LOGITS
+    rlfr.CHUNK_LOGITS = 2**25
+    yield
+    rlfr.CHUNK_LOGITS = before
+
+
+@contextmanager
+def checkpointing(trainer: Trainer) -> Iterator[None]:
+    """Recompute activations in the backward."""
+    model = trainer.policy.model
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    yield
+    model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def compiled(trainer: Trainer) -> Iterator[None]:
+    """Compile the parts of the decoder's layers."""
+    parts = trainer.policy.layer_parts()
+    parallel.compile_forward(parts, "on")
+    yield
+    for part in parts:
+        del part.forward  # the class's own is left
+
+
+@contextmanager
+def small_batches(trainer: Trainer) -> Iterator[None]:
+    """Take micro-batches of a quarter of the tokens: activations of all layers may then fit."""
+    before = trainer.config
+    trainer.config = change(before, tokens_per_gpu=before.compute.tokens_per_gpu // 4)
+    yield
+    trainer.config = before
+
+
+# The first is what the others are compared with. Those that may not fit come last: a backward that
+# runs out of memory leaves FSDP in disorder.
+VARIANTS = {
+    "checkpointing": [checkpointing],
+    "padding mask": [checkpointing, padding_mask],
+    "small chunks of logits": [checkpointing, small_chunks],
+    "small batches": [checkpointing, small_batches],
+    "compiled": [checkpointing, compiled],
+    "small, all activations": [small_batches],
+    "all activations": [],
+}
+
+
+def measure_learning(settings: Settings, shape: Shape) -> dict:
+    """Measure scoring and update of the same episodes in all variants, and profile the first."""
+    rate = matrix_rate()
+    trainer = Trainer(settings, shape)
+    n_response = sum(len(episode.response_ids) for episode in trainer.episodes)
+    n_tokens = n_response + settings.prompt_tokens * len(trainer.episodes)
+    work = operations(shape, n_tokens, n_response)
+    n_padded = sum(batch.input_ids.numel() for batch in trainer.micro_batches())
     result = {
         "machine": machine(),
         "settings": asdict(settings),
         "rate": rate,
-        "phases": rows,
-        "peak_gb": peak,
+        "tokens": n_tokens,
+        "padded_tokens": n_padded,
+        "variants": {},
     }
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result | {"figures": figures}, indent=1))
+    print(f"{shape}\n{machine()}\nbfloat16 matrix product: {rate / 1e12:.1f} TFLOP/s")
+    print(f"{len(trainer.episodes)} episodes of {n_tokens} tokens, {n_padded} with padding")
+    print_header()
+    for name, changes in VARIANTS.items():
+        if compiled in changes and not settings.compile:
+            continue
+        row = measure_variant(trainer, changes)
+        for phase in ("score", "update"):
+            if phase in row:
+                row[phase]["tokens_per_second"] = n_tokens / row[phase]["seconds"]
+                row[phase]["utilisation"] = work[phase] / row[phase]["seconds"] / rate
+        result["variants"][name] = row
+        print_variant(name, row)
+        save(result, settings)
     return result
 
 
-if __name__ == "__main__":
+def measure_variant(trainer: Trainer, changes: Sequence[Callable]) -> dict:
+    """Score and update under some changes, twice; return the figures of the second time."""
+    with ExitStack() as stack:
+        for change_trainer in changes:
+            stack.enter_context(change_trainer(trainer))
+        try:
+            _, first = measure(trainer.learn)
+            scores, score_figures = measure(trainer.score)
+            metrics, update_figures = measure(lambda: trainer.update(scores))
+        except torch.OutOfMemoryError as error:
+            trainer.learner.optimizer.zero_grad()
+            return {"error": str(error).splitlines()[0]}
+    return {
+        "warm_up_seconds": first["seconds"],
+        "score": score_figures,
+        "update": update_figures,
+        "gradient_norm": metrics["policy/grad_norm"],
+        "mean_logp": scores.old_logp[scores.mask].mean().item(),
+        "mean_flow_score": scores.flow_score[scores.mask].mean().item(),
+    }
+
+
+def print_header() -> None:
+    """Print the head of the table of variants."""
+    phase = f"{'tokens/s':>10}{'of rate':>9}{'GB':>6}"
+    print(f"{'':24}{'score s':>9}{phase}{'update s':>10}{phase}{'gradient':>10}", flush=True)
+
+
+def print_variant(name: str, row: dict) -> None:
+    """Print a row of the table of variants."""
+    if "error" in row:
+        print(f"{name:24}{row['error']}", flush=True)
+        return
+    line = f"{name:24}"
+    for phase, width in (("score", 9), ("update", 10)):
+        figures = row[phase]
+        line += f"{figures['seconds']:{width}.2f}{figures['tokens_per_second']:10.0f}"
+        line += f"{figures['utilisation']:9.1%}{figures['peak_gb']:6.1f}"
+    print(f"{line}{row['gradient_norm']:10.4f}", flush=True)
+
+
+# ---- Part: profile
+ATTENTION = ("flash", "fmha", "attention", "cudnn")  # in the names of kernels, in lower case
+
+
+def profile_update(settings: Settings, shape: Shape) -> dict:
+    """Profile forward and backward of one micro-batch: operators and kernels by their own time."""
+    trainer = Trainer(settings, shape)
+    with checkpointing(trainer):
+        trainer.learn()
+        batch = next(trainer.micro_batches())
+        activities = [ProfilerActivity.CPU]
+        if parallel.DEVICE.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as profiler:
+            trainer.policy(batch).logp.sum().backward()
+            synchronise()
+    averages = profiler.key_averages()
+    own_time = "self_cpu_time_total"
+    if parallel.DEVICE.type == "cuda":
+        own_time = "self_device_time_total"
+    rows = []
+    for event in averages:
+        milliseconds = getattr(event, own_time) / 1e3
+        rows.append({"name": event.key, "calls": event.count, "milliseconds": milliseconds})
+    rows.sort(key=lambda row: row["milliseconds"], reverse=True)
+    attention = [row for row in rows if any(word in row["name"].lower() for word in ATTENTION)]
+    print(averages.table(sort_by=own_time, row_limit=30, max_name_column_width=90))
+    print("attention:")
+    for row in attention[:8]:
+        print(f"{row['milliseconds']:10.2f} ms {row['calls']:5} calls  {row['name'][:90]}")
+    result = {
+        "machine": machine(),
+        "shape_of_batch": list(batch.input_ids.shape),
+        "rows": rows[:40],
+        "attention": attention,
+    }
+    save(result, settings)
+    return result
+
+
+# ---- Part: offline
+def measure_offline_start(settings: Settings, shape: Shape) -> dict:
+    """Measure a step of the offline start: latents up to the last tap, loss, backward, AdamW."""
+    dtype = parallel.compute_dtype("auto")
+    policy = rlfr.Policy(make_model(shape, parallel.DEVICE)).requires_grad_(False)
+    parallel.shard(policy, policy.blocks, dtype)
+    flow = make_flow(shape)
+    parallel.shard(flow, (), dtype)
+    learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    depths = [tap / policy.n_layers for tap in taps]
+    solutions = make_episodes(settings, shape, settings.episodes)
+    result = {"machine": machine(), "settings": asdict(settings), "steps": []}
+
+    def find_latents(batch: rlfr.Batch) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return policy(batch, taps=taps, latents_only=True).latents
+
+    def learn(batch: rlfr.Batch, latents: list[torch.Tensor]) -> int:
+        rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
+        lengths = batch.response_mask.sum(dim=1).tolist()
+        keys = [("benchmark", i) for i in range(len(lengths))]
+        noise, z = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
+        return len(fl.matching_loss(flow, rows, noise, fl.draw_times(z, "random")))
+
+    for _ in range(2):  # the first is a warm-up
+        figures = {"latents": 0.0, "loss": 0.0, "peak_gb": 0.0}
+        n_rows = 0
+        parallel.begin_calls(flow)
+        for _, batch in rlfr.micro_batches(solutions, settings.tokens_per_gpu, 0, 1):
+            latents, watched = measure(partial(find_latents, batch))
+            figures["latents"] += watched["seconds"]
+            count, watched = measure(partial(learn, batch, latents))
+            n_rows += count
+            figures["loss"] += watched["seconds"]
+            figures["peak_gb"] = max(figures["peak_gb"], watched["peak_gb"])
+        _, watched = measure(lambda: parallel.end_calls(flow, flow.example(parallel.DEVICE), True))
+        figures["sum"] = watched["seconds"]
+        _, watched = measure(partial(learner.step, 1e-4, 1.0, n_rows))
+        figures["adamw"] = watched["seconds"]
+        result["steps"].append(figures)
+    n_tokens = sum(len(s.prompt_ids) + len(s.response_ids) for s in solutions)
+    last = result["steps"][-1]
+    seconds = last["latents"] + last["loss"] + last["sum"] + last["adamw"]
+    result["tokens_per_second"] = n_tokens / seconds
+    print(f"{shape}\n{machine()}\n{n_tokens} tokens, {n_tokens / seconds:.0f} tokens/s")
+    print("  ".join(f"{name} {value:.3f}" for name, value in last.items()))
+    save(result, settings)
+    return result
+
+
+# ---- Part: steps
+def write_inputs(folder: Path, settings: Settings, shape: Shape) -> None:
+    """Write a policy, a flow and problems, all random."""
+    make_model(shape, parallel.DEVICE).save_pretrained(folder / "model")
+    toy.make_tokenizer().save_pretrained(folder / "model")
+    flow = make_flow(shape)
+    (folder / "flow").mkdir()
+    fl.save_flow(flow.config, flow.state_dict(), folder / "flow")
+    with open(folder / "problems.jsonl", "w") as file:
+        for i in range(settings.prompts):
+            problem = f"{i:0{settings.prompt_tokens}d}"  # a byte is a token
+            print(json.dumps({"problem": problem, "answer": "1"}), file=file)
+
+
+def run_steps(settings: Settings, shape: Shape, folder: Path) -> list[dict]:
+    """Run train_rl.py; return its metrics, a dict a step."""
+    n_episodes = settings.prompts * settings.group_size
+    config = change(
+        train_rl.Config(),
+        model=str(folder / "model"),
+        data=str(folder / "problems.jsonl"),
+        flow=str(folder / "flow"),
+        template="none",
+        folder=str(folder / "run"),
+        prompts=settings.prompts,
+        group_size=settings.group_size,
+        train_batch=n_episodes,
+        max_prompt_tokens=settings.prompt_tokens,
+        max_tokens=settings.response_tokens,
+        steps=settings.steps,
+        max_sequences=n_episodes,
+        engine=settings.engine,
+        tokens_per_gpu=settings.tokens_per_gpu,
+        offload=settings.offload,
+        flow_accept="all",
+        grade_truncated=True,
+        save_every=0,
+    )
+    # What is measured ends before the weights are written
+    with patch.multiple(train_rl, export_policy=Mock(), export_flow=Mock()):
+        train_rl.main(config)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def measure_steps(settings: Settings, shape: Shape) -> dict:
+    """Measure whole steps: seconds, tokens a second and utilisation of each phase."""
+    rate = matrix_rate()
+    with tempfile.TemporaryDirectory() as name:
+        write_inputs(Path(name), settings, shape)
+        lines = run_steps(settings, shape, Path(name))
+    figures = {}
+    for name in lines[-1]:
+        figures[name] = statistics.median(line[name] for line in lines[1:])
+    n_episodes = settings.prompts * settings.group_size
+    n_response = n_episodes * figures["length"]
+    n_tokens = n_response + n_episodes * settings.prompt_tokens
+    work = operations(shape, n_tokens, n_response)
+    counted = {"roll_out": n_response, "score": n_tokens, "update": n_tokens}
+    phases = {}
+    print(f"{shape}\n{machine()}\n{n_episodes} episodes of {figures['length']:.0f} tokens")
+    print(f"{'':10}{'seconds':>10}{'tokens/s':>12}{'utilisation':>13}")
+    for phase in ("sync", "roll_out", "score", "verify", "update", "step"):
+        seconds = figures[f"time/{phase}"]
+        row = {"seconds": seconds}
+        line = f"{phase:10}{seconds:10.2f}"
+        if phase in counted:
+            row["tokens_per_second"] = counted[phase] / seconds
+            line += f"{row['tokens_per_second']:12.0f}"
+        if phase in work:
+            row["utilisation"] = work[phase] / seconds / rate
+            line += f"{row['utilisation']:13.1%}"
+        phases[phase] = row
+        print(line)
+    for name, value in figures.items():
+        if name.startswith(("memory/", "mismatch/")):
+            print(f"{name:24}{value:10.3f}")
+    result = {
+        "machine": machine(),
+        "settings": asdict(settings),
+        "rate": rate,
+        "phases": phases,
+        "figures": figures,
+        "lines": lines,
+    }
+    save(result, settings)
+    return result
+
+
+PARTS = {
+    "correct": check_correctness,
+    "learn": measure_learning,
+    "profile": profile_update,
+    "offline": measure_offline_start,
+    "steps": measure_steps,
+}
+
+
+def main(settings: Settings) -> dict:
+    """Run one part in this process, or all jobs of the plan."""
+    if settings.part is None:
+        return run_plan(settings)
+    # vLLM, where it is loaded, switches it off for the trainer, too
+    torch.backends.cuda.enable_cudnn_sdp(False)
     parallel.start()
-    main(tyro.cli(Settings))
+    shape = SHAPES[settings.shape or "1.5B"]
+    if settings.layers:
+        shape = shape._replace(layers=settings.layers)
+    return PARTS[settings.part](settings, shape)
+
+
+if __name__ == "__main__":
+    figures = main(tyro.cli(Settings))
+    failed = [name for name, job in figures.get("jobs", {}).items() if "error" in job]
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    leave(1 if failed else 0)

@@ -74,9 +74,11 @@ def world(tmp_path_factory) -> toy.World:
 def flow_folder(world, tmp_path_factory) -> str:
     """A flow for the small world, with random weights in every tensor, so that each matters."""
     torch.manual_seed(1)
-    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=2))
+    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=2, calibrated_at=(0.5, 0.8)))
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
+    flow.expert_mean.fill_(1.0)
+    flow.expert_spread.fill_(0.2)
     return save_flow(flow, tmp_path_factory.mktemp("flow"))
 
 
@@ -214,12 +216,19 @@ def torch_engine(folder) -> rollout.TorchEngine:
 
 
 def vllm_engine(
-    folder, max_length: int, max_sequences: int = 64, device="cpu", dtype=torch.float32
+    folder,
+    max_length: int,
+    max_sequences: int = 64,
+    device="cpu",
+    dtype=torch.float32,
+    can_sleep: bool = True,
 ) -> rollout.VllmEngine:
     """The vLLM engine of a model in a folder."""
     settings = rollout.EngineSettings(max_sequences=max_sequences)
     model = find_model(folder)
-    return rollout.VllmEngine(model, settings, max_length, 4, torch.device(device), dtype)
+    return rollout.VllmEngine(
+        model, settings, max_length, 4, torch.device(device), dtype, can_sleep
+    )
 
 
 def requests(prompts, seeds=None) -> list[rollout.Request]:

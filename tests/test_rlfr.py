@@ -65,6 +65,18 @@ def test_one_forward_gives_what_hugging_face_gives(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_padding_needs_no_mask(family):
+    """Hidden states of all tokens are those under the padding mask."""
+    policy = tiny_policy(family)
+    batch = rlfr.collate(EPISODES)
+    states = policy.run_decoder(batch)
+    masked = policy.model.base_model(batch.input_ids, attention_mask=batch.attention_mask)
+    is_token = batch.attention_mask
+    expected = masked.last_hidden_state[is_token]
+    torch.testing.assert_close(states[is_token], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
     policy = tiny_policy(family)
     batch = rlfr.collate(EPISODES)
@@ -210,6 +222,16 @@ def test_micro_batches_share_rows_out():
     for rank in range(2):
         plans.append([indices for indices, _ in rlfr.micro_batches(rows, 12, rank, n_ranks=2)])
     assert plans == [[[0], [3]], [[1], [2]]]
+
+
+def test_micro_batches_are_of_like_size():
+    """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 24, 30 and 8 tokens."""
+    rows = [rlfr.Row([1], [2] * 9)] * 5
+    sizes = [len(indices) for indices, _ in rlfr.micro_batches(rows, 40, rank=0, n_ranks=1)]
+    assert sizes == [3, 2]
+    rows = [rlfr.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
+    plan = [indices for indices, _ in rlfr.micro_batches(rows, 30, rank=0, n_ranks=1)]
+    assert plan == [[0, 1], [2, 3], [4, 5, 6]]  # 24, 20 and 15 tokens with padding
 
 
 # ---- Flow reward

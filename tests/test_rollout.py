@@ -1,6 +1,7 @@
 """Problems, templates, and the torch engine against Hugging Face's own generation."""
 
 import json
+import math
 
 import datasets
 import pytest
@@ -256,3 +257,35 @@ def test_length_finish_and_weights(engine, prompts, world, tokenizer):
         ValueError, match="weights were not given, e.g. .*expected the whole state dict"
     ):
         other.load_weights(list(state.items())[:3])
+
+
+# ---- vLLM's options
+
+
+def test_the_cache_by_hand(world):
+    """Room for all sequences, or a share of what is free; too little for one is an error."""
+    model = find_model(world.path("model"))
+    model.config.update({"num_key_value_heads": 2, "head_dim": 16})  # of 3 layers
+    token_bytes = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, their size, float32
+    sequence_bytes = (72 + 128) * token_bytes
+
+    def cache_bytes(free: float, **settings) -> int:
+        settings = rollout.EngineSettings(max_sequences=10, cache_share=0.5, **settings)
+        return rollout.cache_bytes(model, settings, 72, torch.float32, free)
+
+    assert cache_bytes(math.inf) == cache_bytes(40 * sequence_bytes) == 10 * sequence_bytes
+    assert cache_bytes(8 * sequence_bytes) == 4 * sequence_bytes
+    assert cache_bytes(math.inf, tensor_parallel=2) == 5 * sequence_bytes
+    # four ranks share two heads: each holds a whole one
+    assert cache_bytes(math.inf, tensor_parallel=4) == 5 * sequence_bytes
+    with pytest.raises(ValueError, match="of 72 tokens needs 0.00 GB of KV cache.*give --offload"):
+        cache_bytes(sequence_bytes)
+
+
+def test_what_differs_on_a_gpu():
+    """Chunks of prompts are off on a CPU alone; only an engine that sleeps takes vLLM's pool."""
+    cpu = rollout.device_options(torch.device("cpu"), can_sleep=True)
+    assert cpu == {"enforce_eager": True, "enable_chunked_prefill": False}
+    gpu = torch.device("cuda", 0)
+    assert rollout.device_options(gpu, can_sleep=True) == {"enable_sleep_mode": True}
+    assert rollout.device_options(gpu, can_sleep=False) == {"enable_sleep_mode": False}

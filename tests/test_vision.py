@@ -155,6 +155,22 @@ def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
+def test_padding_needs_no_mask(family):
+    """Hidden states of all tokens are those under the padding mask."""
+    policy = rlfr.Policy(tiny_vlm(family))
+    batch = rlfr.collate(rows())
+    states = policy.run_decoder(batch)
+
+    def with_mask(_module, arguments, inputs):
+        return arguments, {**inputs, "attention_mask": batch.attention_mask}
+
+    policy.model.base_model.register_forward_pre_hook(with_mask, with_kwargs=True)
+    expected = policy.run_decoder(batch)[batch.attention_mask]
+    difference = states[batch.attention_mask] - expected
+    assert difference.abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
 def test_the_kinds_of_tokens_are_passed(family):
     """Left out, Qwen2.5-VL gives other log-probs in silence: positions of text, where an image's are rows and columns."""
     policy = rlfr.Policy(tiny_vlm(family))

@@ -1,0 +1,263 @@
+"""Controls of the study that are no settings of train_rl.py: each is that script, but for one part.
+
+    python benchmarks/controls.py shuffled-tokens FLAGS of train_rl.py
+    python benchmarks/controls.py shuffled-responses FLAGS
+    python benchmarks/controls.py logprob --expert-policy FOLDER --expert-solutions FILE FLAGS
+    python benchmarks/controls.py sft --expert-solutions FILE FLAGS
+
+    shuffled-tokens     the flow's scores of a response, dealt out anew among its tokens
+    shuffled-responses  mean scores of responses, dealt out anew among the responses of the step
+    logprob             in place of the flow's excess over expert tokens, that of -log p under a
+                        policy that was fitted to expert solutions
+    sft                 in place of a step on the policy's own episodes, one on as many expert
+                        solutions; episodes are sampled and graded all the same, for the figures
+
+Shuffled tokens leave the mean of a response as it is: for a flow reward on the response the control
+is that of shuffled responses. Of the expert solutions the last --held-out are those that flows are
+calibrated on: sft does not learn from them, logprob is calibrated on them as flows are.
+
+    python benchmarks/controls.py hasty-solutions --model FOLDER --data FILE --like FILE --folder F
+
+samples wrong responses of a model, as many as FILE has solutions, to fit a flow to.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import flow as fl  # noqa: E402
+import parallel  # noqa: E402
+import rlfr  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import train_flow  # noqa: E402
+import train_rl  # noqa: E402
+from rewards import Grader  # noqa: E402
+from run import launch, written_whole  # noqa: E402
+
+
+# ---- Shuffled scores
+def change_scores(change: Callable) -> None:
+    """Let `change(scores, episodes, config, step)` act on the scores of each step."""
+    score = train_rl.score
+
+    def score_and_change(policy, reference, flow, episodes, verdicts, config, step):
+        scores, metrics = score(policy, reference, flow, episodes, verdicts, config, step)
+        change(scores, episodes, config, step)
+        return scores, metrics
+
+    train_rl.score = score_and_change
+
+
+def shuffle_tokens(
+    scores: train_rl.Scores, _episodes: Sequence, config: train_rl.Config, step: int
+) -> None:
+    """Deal out the scores of each response anew among its tokens."""
+    for row, mask in enumerate(scores.flow_mask):
+        values = scores.flow_score[row, mask]
+        order = rlfr.permutation(len(values), "shuffled tokens", config.seed, step, row)
+        scores.flow_score[row, mask] = values[order]
+
+
+def shuffle_responses(
+    scores: train_rl.Scores, _episodes: Sequence, config: train_rl.Config, step: int
+) -> None:
+    """Give all tokens of a response the mean score of another response of the step."""
+    mean = rlfr.mean_over_tokens(scores.flow_score, scores.flow_mask)  # (B,)
+    order = rlfr.permutation(len(mean), "shuffled responses", config.seed, step)
+    scores.flow_score = mean[order][:, None] * scores.flow_mask
+
+
+# ---- Expert solutions
+def load_expert(
+    file: str, n_held_out: int, config: train_rl.Config
+) -> tuple[list[rlfr.Row], list[rlfr.Row]]:
+    """Return the expert solutions to learn from, and those that flows are calibrated on."""
+    settings = train_flow.SolutionSettings(
+        problem_column=config.problems.problem_column,
+        template=config.problems.template,
+        max_prompt_tokens=config.problems.max_prompt_tokens,
+        cutoff=config.problems.max_prompt_tokens + config.sampling.max_tokens,
+    )
+    model = rollout.find_model(config.model, config.loading)
+    solutions = train_flow.load_solutions(file, settings, model)
+    n_training = len(solutions) - n_held_out
+    if not 0 < n_training < len(solutions):
+        raise ValueError(
+            f"--held-out {n_held_out} of {len(solutions)} solutions in {file}: "
+            "expected at least one, and fewer than there are"
+        )
+    return solutions[:n_training], solutions[n_training:]
+
+
+class ExpertLikelihood:
+    """Replaces scores by the excess of -log p under the expert policy over expert tokens."""
+
+    def __init__(self, policy_folder: str, solutions_file: str, n_held_out: int):
+        self.policy = rlfr.load_policy(policy_folder).to(parallel.DEVICE).requires_grad_(False)
+        self.solutions_file = solutions_file
+        self.n_held_out = n_held_out
+        self.mean: Tensor | None = None  # of expert tokens
+        self.spread: Tensor | None = None
+
+    def __call__(
+        self, scores: train_rl.Scores, episodes: Sequence, config: train_rl.Config, _step: int
+    ) -> None:
+        if self.mean is None:
+            self.calibrate(config)
+        surprise, mask = self.surprise(episodes, config)  # (B, T)
+        excess = (surprise - self.mean) / self.spread
+        scores.flow_score = torch.where(mask, excess, 0.0)
+        scores.flow_mask = mask
+
+    def calibrate(self, config: train_rl.Config) -> None:
+        """Measure mean and spread on the tokens of expert solutions that were held out."""
+        _, held_out = load_expert(self.solutions_file, self.n_held_out, config)
+        surprise, mask = self.surprise(held_out, config)
+        self.mean = surprise[mask].mean()
+        self.spread = surprise[mask].std()
+
+    @torch.no_grad()
+    def surprise(self, rows: Sequence[rlfr.Row], config: train_rl.Config) -> tuple[Tensor, Tensor]:
+        """Return -log p of response tokens (B, T), and where there are tokens (B, T) bool."""
+        longest = max(len(row.response_ids) for row in rows)
+        surprise = torch.zeros(len(rows), longest, device=parallel.DEVICE)
+        mask = torch.zeros(surprise.shape, dtype=torch.bool, device=parallel.DEVICE)
+        # every rank does all rows
+        for indices, batch in rlfr.micro_batches(rows, config.compute.tokens_per_gpu, 0, 1):
+            cells = (indices, slice(batch.response_mask.shape[1]))
+            surprise[cells] = -self.policy(batch, config.sampling.temperature).logp
+            mask[cells] = batch.response_mask
+        return surprise, mask
+
+
+class SupervisedUpdate:
+    """Replaces update_policy: a step on as many expert solutions as there are episodes."""
+
+    def __init__(self, solutions_file: str, n_held_out: int):
+        self.solutions_file = solutions_file
+        self.n_held_out = n_held_out
+        self.solutions: list[rlfr.Row] = []
+
+    def __call__(
+        self, policy, learner, episodes, _scores, _advantage, _importance, config, step, lr, _learn
+    ) -> dict[str, float]:
+        if not self.solutions:
+            self.solutions, _ = load_expert(self.solutions_file, self.n_held_out, config)
+        n_rows = len(episodes)
+        order = rlfr.passes(len(self.solutions), step * n_rows, n_rows, "solutions", config.seed)
+        chosen = [self.solutions[index] for _, index in order]
+        loss = learn(policy, chosen, config)
+        grad_norm = learner.step(lr, config.optimisation.clip_norm)
+        return {"policy/loss": loss, "policy/grad_norm": grad_norm}
+
+
+def learn(policy: rlfr.Policy, rows: Sequence[rlfr.Row], config: train_rl.Config) -> float:
+    """Add the gradient of the mean of -log p to the policy's; return that mean, weighted as in RL."""
+    n_tokens = sum(len(row.response_ids) for row in rows)
+    total = torch.zeros((), device=parallel.DEVICE)
+    for _, batch in train_rl.my_micro_batches(rows, config, "supervised"):
+        weight = rlfr.token_weights(
+            batch.response_mask,
+            config.optimisation.normalisation,
+            len(rows),
+            n_tokens,
+            config.sampling.max_tokens,
+        )
+        loss = -(policy(batch).logp * weight).sum()
+        loss.backward()
+        total += loss.detach()
+    return parallel.sum_over_ranks(total).item()
+
+
+# ---- Wrong responses, to fit a flow to
+@dataclass(frozen=True)
+class HastySettings:
+    """Sample a model's wrong responses."""
+
+    model: str  # Folder of the model
+    data: str  # Problems
+    like: str  # File with as many solutions as are wanted
+    folder: str  # Where solutions.jsonl goes
+    seed: int = 0  # Seed of the sampling
+
+
+def write_hasty_solutions(settings: HastySettings) -> None:
+    """Sample a response to each problem and write those that are wrong, in the order of problems."""
+    parallel.start()
+    rows = sample_wrong(settings)
+    n_wanted = len(rollout.read_jsonl(settings.like))
+    if not rows:
+        raise ValueError(f"{settings.model} solves all of {settings.data}; expected some failures")
+    with written_whole(Path(settings.folder, "solutions.jsonl")) as temporary:
+        lines = [json.dumps(row) + "\n" for row in rows[:n_wanted]]
+        temporary.write_text("".join(lines))
+    print(f"{len(lines)} of {n_wanted} wrong responses to {settings.data} in {settings.folder}")
+
+
+def sample_wrong(settings: HastySettings) -> list[dict]:
+    """Return the problems to which a sampled response is wrong, each with it as its solution."""
+    model = rollout.find_model(settings.model, rollout.LoadingSettings())
+    problem_settings = rollout.ProblemSettings(
+        template=toy.EVALUATE["template"],
+        problem_column="problem",
+        max_prompt_tokens=toy.TRAIN_RL["max_prompt_tokens"],
+    )
+    problems = rollout.load_problems(settings.data, problem_settings, model)
+    engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
+    requests = []
+    for i, problem in enumerate(problems):
+        seed = fl.keyed_seed("hasty solutions", settings.seed, i)
+        requests.append(rollout.Request(problem.prompt_ids, seed))
+    sampling = rollout.Sampling(max_tokens=toy.EVALUATE["max_tokens"])
+    episodes = engine.generate(requests, sampling)
+    with Grader(toy.EVALUATE["reward"]) as grader:
+        verdicts = grader.submit(problems, episodes).result()
+    rows = []
+    for problem, episode, verdict in zip(problems, episodes, verdicts, strict=True):
+        if episode.finish_reason == "stop" and not verdict.correct:
+            rows.append({"problem": problem.text, "solution": episode.text})
+    return rows
+
+
+# ---- From the command line
+def replace_parts(control: str, arguments: argparse.Namespace) -> None:
+    """Put a control's part into train_rl.py, in this process."""
+    expert = (arguments.expert_solutions, arguments.held_out)
+    if control == "shuffled-tokens":
+        change_scores(shuffle_tokens)
+    elif control == "shuffled-responses":
+        change_scores(shuffle_responses)
+    elif control == "logprob":
+        change_scores(ExpertLikelihood(arguments.expert_policy, *expert))
+    else:
+        train_rl.update_policy = SupervisedUpdate(*expert)
+
+
+def main() -> None:
+    """Run the control that the command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    controls = ("shuffled-tokens", "shuffled-responses", "logprob", "sft", "hasty-solutions")
+    parser.add_argument("control", choices=controls)
+    parser.add_argument("--expert-policy")
+    parser.add_argument("--expert-solutions")
+    parser.add_argument("--held-out", type=int, default=64)
+    arguments, flags = parser.parse_known_args()
+    if arguments.control == "hasty-solutions":
+        write_hasty_solutions(tyro.cli(HastySettings, args=flags))
+        return
+    sys.argv[1:] = flags
+    replace_parts(arguments.control, arguments)
+    launch(train_rl.main, train_rl.Config, toy.PRESETS["train_rl"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,539 @@
+"""Tables and figures of the study, drawn from the figures in docs/.
+
+    python benchmarks/evidence.py            tables into docs/evidence.md, figures beside it
+    python benchmarks/evidence.py --check    fails if the tables are not those of the figures
+
+Tables stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose
+around them stays. What is read, each if it is there:
+
+    docs/study*.json            of benchmarks/study.py; their runs are put together. Seeds from 100
+                                on, on which settings were chosen, are left out
+    docs/tuning.json            of benchmarks/study.py, on those seeds
+    docs/signal.json            of benchmarks/flow_signal.py
+    docs/signal-text.json       of benchmarks/text_signal.py
+
+Measures of a run, from its training accuracy in each step:
+    accuracy        mean of the last 10 steps, the primary measure       last_accuracy
+    area            mean of all steps                                    area
+    steps to A      first step whose 10-step mean reaches A              steps_to
+    escaped         accuracy > 0.5
+
+And of an arm, over its seeds:
+    difference      mean of accuracy - RLVR's of the same seed, with a 95 % interval by the paired
+                    t-test and one by the bootstrap over seeds           t_interval, interval
+    captured        (arm - RLVR)/(ceiling - RLVR), means over the seeds that all three have, with a
+                    bootstrap interval                                   captured
+"""
+
+import io
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent))
+import flow_signal  # noqa: E402
+from study import ARMS, ROOT, merge, read_study, to_flags  # noqa: E402
+
+BASELINE = "rlvr"
+CEILING = "process"
+WINDOW = 10  # steps of the primary measure and of running means
+LEVELS = (0.3, 0.5, 0.7)
+ESCAPED = 0.5  # accuracy above which a run has escaped the base model's habit
+N_RESAMPLES = 10_000  # of a bootstrap
+FIRST_TUNING_SEED = 100
+PAGE = "evidence.md"
+N_COLUMNS = 3  # of panels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Write the tables and figures of the study."""
+
+    folder: str = str(ROOT / "docs")  # Where figures are read, and the page and pictures written
+    check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
+
+
+# ---- Measures of a run
+def last_accuracy(accuracy: Sequence[float]) -> float:
+    """Return the mean accuracy of the last steps."""
+    return float(np.mean(accuracy[-WINDOW:]))
+
+
+def area(accuracy: Sequence[float]) -> float:
+    """Return the area under the curve of accuracy, as the mean over all steps."""
+    return float(np.mean(accuracy))
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Return the mean of each step and the WINDOW - 1 before it, from step WINDOW on."""
+    return np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
+
+
+def steps_to(accuracy: Sequence[float], level: float) -> float:
+    """Return after how many steps the running mean has reached a level, infinity if never."""
+    reached = np.flatnonzero(running_mean(accuracy) >= level - 1e-9)
+    if len(reached) == 0:
+        return math.inf
+    return float(reached[0] + WINDOW)
+
+
+# ---- Estimates over seeds
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 0.975 quantile of Student's t distribution, by integrating its density."""
+    x = np.linspace(0, 50, 500_001)
+    log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    constant = math.exp(log_constant) / math.sqrt(degrees * math.pi)
+    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    panels = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
+    return float(np.interp(0.475, np.cumsum(panels), x[1:]))
+
+
+def t_interval(differences: Sequence[float]) -> Interval:
+    """Return the mean of paired differences with the interval of the paired t-test."""
+    n = len(differences)
+    mean = float(np.mean(differences))
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def resample(n: int) -> np.ndarray:
+    """Return how often each of n seeds is in each of N_RESAMPLES bootstrap samples."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(n, [1 / n] * n, size=N_RESAMPLES)  # (N_RESAMPLES, n)
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Return the mean of values, one a seed, with a percentile interval by resampling seeds."""
+    n = len(values)
+    means = resample(n) @ np.asarray(values) / n
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def captured(arm: Sequence[float], baseline: Sequence[float], ceiling: Sequence[float]) -> Interval:
+    """Return the share of the way from the baseline to the ceiling, resampling seeds together.
+
+    Where the ceiling is no higher than the baseline there is no way, and the share is NaN.
+    """
+    gain = np.asarray(arm) - np.asarray(baseline)
+    room = np.asarray(ceiling) - np.asarray(baseline)
+    if room.mean() <= 0:
+        return Interval(math.nan, math.nan, math.nan)
+    times_drawn = resample(len(gain))
+    drawn_room = times_drawn @ room
+    has_room = drawn_room > 0
+    shares = (times_drawn @ gain)[has_room] / drawn_room[has_room]
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return Interval(float(gain.mean() / room.mean()), float(low), float(high))
+
+
+# ---- Runs
+Runs = dict[str, dict[int, dict]]  # arm -> seed -> run
+
+
+def load_study(folder: Path) -> dict | None:
+    """Return the study whose figures are in a folder, or None; several files are put together."""
+    files = sorted(folder.glob("study*.json"))
+    if not files:
+        return None
+    return merge([read_study(file) for file in files])
+
+
+def reported_runs(study: dict) -> Runs:
+    """Return the finished runs of the seeds that count, of arms as they are, not as changed."""
+    runs: Runs = {}
+    for run in study["runs"]:
+        counts = run["arm"] in ARMS and run["seed"] < FIRST_TUNING_SEED
+        if counts and run["status"] == "finished":
+            runs.setdefault(run["arm"], {})[run["seed"]] = run
+    return runs
+
+
+def accuracies(runs: dict[int, dict]) -> dict[int, float]:
+    """Return the accuracy in the last steps of each seed."""
+    return {seed: last_accuracy(run["series"]["correct"]) for seed, run in runs.items()}
+
+
+def paired(runs: Runs, *arms: str) -> list[list[float]]:
+    """Return the accuracies of several arms on the seeds that all of them have."""
+    by_arm = [accuracies(runs.get(arm, {})) for arm in arms]
+    common = sorted(set.intersection(*(set(values) for values in by_arm)))
+    return [[values[seed] for seed in common] for values in by_arm]
+
+
+def difference(runs: Runs, arm: str, other: str) -> list[float]:
+    """Return the arm's accuracy minus the other's, for each seed that both have."""
+    own, others = paired(runs, arm, other)
+    return [a - b for a, b in zip(own, others, strict=True)]
+
+
+# ---- Tables
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float, digits: int = 2) -> str:
+    """Return a figure as a text; a dash if there is none."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}"
+
+
+def interval(estimate: Interval) -> str:
+    """Return the bounds of an interval as a text."""
+    if math.isnan(estimate.low):
+        return "–"
+    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
+
+
+def measures_table(runs: Runs) -> str:
+    """Return the table of each arm's measures, over its seeds."""
+    levels = " / ".join(f"{level}" for level in LEVELS)
+    head = ("arm", "seeds", "accuracy", "escaped", "area", f"steps to {levels}")
+    head += ("length", "entropy", "held-out")
+    return table(head, [measures_row(arm, list(seeds.values())) for arm, seeds in runs.items()])
+
+
+def measures_row(arm: str, runs: Sequence[dict]) -> list[str]:
+    """Return an arm's row: means over seeds, of steps the median."""
+    curves = [run["series"]["correct"] for run in runs]
+    last = [last_accuracy(curve) for curve in curves]
+    escaped = sum(value > ESCAPED for value in last)
+    steps = []
+    for level in LEVELS:
+        steps.append(number(float(np.median([steps_to(curve, level) for curve in curves])), 0))
+    after = [run["held_out"]["after"]["sampled"] for run in runs if "after" in run["held_out"]]
+    return [
+        f"`{arm}`",
+        str(len(runs)),
+        number(float(np.mean(last))),
+        f"{escaped} of {len(runs)}",
+        number(float(np.mean([area(curve) for curve in curves]))),
+        " / ".join(steps),
+        number(mean_of_last("length", runs), 1),
+        number(mean_of_last("entropy", runs)),
+        number(float(np.mean(after))) if after else "–",
+    ]
+
+
+def mean_of_last(name: str, runs: Sequence[dict]) -> float:
+    """Return the mean of a figure over the last steps and over runs."""
+    return float(np.mean([run["series"][name][-WINDOW:] for run in runs]))
+
+
+def differences_table(runs: Runs) -> str:
+    """Return the table of differences from the baseline, and of what was captured of the gain."""
+    head = ("arm", "pairs", f"minus `{BASELINE}`", "95 %, paired t", "95 %, bootstrap")
+    head += ("captured", "95 %, bootstrap")
+    rows = []
+    for arm in runs:
+        if arm == BASELINE or not difference(runs, arm, BASELINE):
+            continue
+        share = Interval(math.nan, math.nan, math.nan)
+        own, baseline, ceiling = paired(runs, arm, BASELINE, CEILING)
+        if own and arm != CEILING:
+            share = captured(own, baseline, ceiling)
+        cells = difference_cells(runs, arm, BASELINE)
+        rows.append([f"`{arm}`", *cells, number(share.value), interval(share)])
+    return table(head, rows)
+
+
+def controls_table(runs: Runs) -> str:
+    """Return the table of differences between controls or variants and what they are of."""
+    head = ("arm", "compared with", "pairs", "minus that", "95 %, paired t", "95 %, bootstrap")
+    rows = []
+    for arm in runs:
+        other = ARMS[arm].beside
+        if other in runs and difference(runs, arm, other):
+            rows.append([f"`{arm}`", f"`{other}`", *difference_cells(runs, arm, other)])
+    return table(head, rows)
+
+
+def difference_cells(runs: Runs, arm: str, other: str) -> list[str]:
+    """Return the cells on the difference of two arms: pairs, mean and two intervals."""
+    differences = difference(runs, arm, other)
+    by_t = t_interval(differences)
+    by_bootstrap = bootstrap(differences)
+    return [str(len(differences)), f"{by_t.value:+.2f}", interval(by_t), interval(by_bootstrap)]
+
+
+def tuning_table(study: dict) -> str:
+    """Return the table of what was tried: every arm of a study, with changed settings or without."""
+    runs: Runs = {}
+    for run in study["runs"]:
+        if run["status"] == "finished":
+            runs.setdefault(run["arm"], {})[run["seed"]] = run
+    rows = []
+    for arm, seeds in runs.items():
+        last = list(accuracies(seeds).values())
+        escaped = sum(value > ESCAPED for value in last)
+        cells = [str(len(last)), number(float(np.mean(last))), f"{escaped} of {len(last)}"]
+        differences = difference(runs, arm, BASELINE)
+        cells.append(f"{np.mean(differences):+.2f}" if differences else "–")
+        rows.append([f"`{arm}`", *cells])
+    return table(("arm", "seeds", "accuracy", "escaped", f"minus `{BASELINE}`"), rows)
+
+
+def arms_table(study: dict) -> str:
+    """Return the table of what each arm asks, with the settings that it changes."""
+    settings = {}
+    for run in study["runs"]:
+        settings.setdefault(run["arm"], run)
+    rows = []
+    for name, arm in ARMS.items():
+        run = settings.get(name)
+        if run:
+            rows.append([f"`{name}`", arm.asks, f"`{changes(run, study['settings'])}`"])
+    return table(("arm", "what it asks", "its settings"), rows)
+
+
+def changes(run: dict, common: dict) -> str:
+    """Return the settings in which a run differs from what all have in common, as flags."""
+    changed = {}
+    for name, value in run["settings"].items():
+        if name != "seed" and common.get(name) != value:
+            changed[name] = tuple(value) if isinstance(value, list) else value
+    return " ".join([*run["script"][1:], *to_flags(changed)])
+
+
+def runs_line(study: dict, runs: Runs) -> str:
+    """Return a sentence on what ran, and what did not end."""
+    reported = [run for run in study["runs"] if run["seed"] < FIRST_TUNING_SEED]
+    n_finished = sum(run["status"] == "finished" for run in reported)
+    unfinished = [
+        f"`{run['arm']}` {run['seed']}" for run in reported if run["status"] != "finished"
+    ]
+    versions = sorted({run["versions"] for run in reported})
+    minutes = sum(run["seconds"] for run in reported) / 60
+    text = (
+        f"{n_finished} finished runs of {len(runs)} arms, {study['settings']['steps']} steps of "
+        f"{study['settings']['prompts']} problems each; {minutes:.0f} minutes of one core; "
+        f"{'; '.join(versions)}; base model {study['base']}."
+    )
+    if unfinished:
+        text += f" Not finished, and left out: {', '.join(unfinished)}."
+    return text
+
+
+# ---- Figures: dark ink on an opaque light ground, which reads on light and on dark pages
+INK = "#333333"
+GROUND = "#f6f6f2"
+# Okabe and Ito's colours, which the colour-blind can tell apart
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+COLOURS = ("#000000", "#56B4E9", ORANGE, BLUE, "#009E73")
+N_COLOURS = 96  # of a picture: as few as keep its file small
+STYLE = {
+    "figure.facecolor": GROUND,
+    "axes.facecolor": GROUND,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "font.size": 10,
+    "figure.dpi": 110,
+}
+
+
+def draw_curve(axes: plt.Axes, arm: str, runs: Runs, colour: str) -> None:
+    """Draw the mean learning curve of an arm over its seeds, with its 95 % band."""
+    curves = np.array([running_mean(run["series"]["correct"]) for run in runs[arm].values()])
+    low, high = band(curves)
+    steps = np.arange(WINDOW, WINDOW + curves.shape[1])
+    label = f"{arm} ({len(curves)})"
+    axes.plot(steps, curves.mean(axis=0), color=colour, label=label, linewidth=1.8)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylim(0, 1)
+
+
+def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a 95 % bootstrap band of the mean of curves, one a seed, (n, steps)."""
+    means = resample(len(curves)) @ curves / len(curves)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def draw_methods(runs: Runs) -> plt.Figure:
+    """Draw the learning curves of the methods and the ceiling."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    methods = [arm for arm in runs if ARMS[arm].beside is None]
+    for arm, colour in zip(methods, COLOURS, strict=False):
+        draw_curve(axes, arm, runs, colour)
+    axes.set(xlabel="step", ylabel=f"training accuracy, mean of {WINDOW} steps")
+    axes.legend(loc="upper left", title="arm (seeds)")
+    return figure
+
+
+def draw_controls(runs: Runs) -> plt.Figure:
+    """Draw a panel for each control or variant, with what it is compared with and the baseline."""
+    arms = [arm for arm in runs if ARMS[arm].beside is not None]
+    n_rows = max(1, math.ceil(len(arms) / N_COLUMNS))
+    size = (8.5, 2.3 * n_rows + 0.4)
+    figure, grid = plt.subplots(
+        n_rows,
+        N_COLUMNS,
+        figsize=size,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(arms) :]:
+        axes.set_axis_off()
+    for axes, arm in zip(grid.flat, arms, strict=False):
+        for other, colour in ((BASELINE, COLOURS[0]), (ARMS[arm].beside, BLUE), (arm, ORANGE)):
+            if other in runs:
+                draw_curve(axes, other, runs, colour)
+        axes.legend(loc="upper left", fontsize=7, handlelength=1.2)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel(f"training accuracy, mean of {WINDOW} steps", fontsize=10)
+    return figure
+
+
+def draw_differences(runs: Runs) -> plt.Figure:
+    """Draw each arm's paired difference from the baseline: the seeds, their mean, its interval."""
+    arms = [arm for arm in runs if arm != BASELINE and difference(runs, arm, BASELINE)]
+    arms.sort(key=lambda arm: np.mean(difference(runs, arm, BASELINE)))
+    figure, axes = plt.subplots(figsize=(8.5, 1.2 + 0.34 * len(arms)), layout="constrained")
+    for place, arm in enumerate(arms):
+        differences = difference(runs, arm, BASELINE)
+        estimate = t_interval(differences)
+        colour = BLUE if ARMS[arm].beside is None else ORANGE
+        axes.plot(differences, [place] * len(differences), "o", color=colour, alpha=0.3, ms=4)
+        axes.plot([estimate.low, estimate.high], [place, place], "-", color=colour, linewidth=2)
+        axes.plot(estimate.value, place, "D", color=colour, ms=6)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_xlabel(f"accuracy in the last {WINDOW} steps, minus {BASELINE}'s of the same seed")
+    for colour, label in ((BLUE, "methods and ceiling"), (ORANGE, "controls and variants")):
+        axes.plot([], [], "D-", color=colour, label=label)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def save(figure: plt.Figure, file: Path) -> None:
+    """Write a figure as a PNG of few colours, and close it."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    plt.close(figure)
+    picture = Image.open(data).convert("RGB")
+    picture.quantize(N_COLOURS).save(file, optimize=True)
+
+
+PICTURES = {
+    "study-methods.png": draw_methods,
+    "study-controls.png": draw_controls,
+    "study-differences.png": draw_differences,
+}
+
+
+def draw(runs: Runs, folder: Path) -> None:
+    """Draw all pictures of the study."""
+    with plt.rc_context(STYLE):
+        for name, make in PICTURES.items():
+            file = folder / name
+            save(make(runs), file)
+            print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+
+
+# ---- The page
+def put_tables(page: str, tables: dict[str, str]) -> str:
+    """Return the page with each table between its two comments; ValueError if they are missing."""
+    for name, text in tables.items():
+        begin = f"<!-- {name} -->"
+        end = f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        whole = f"{begin}\n{text}\n{end}"
+        page, n_places = re.subn(pattern, lambda _, whole=whole: whole, page, flags=re.DOTALL)
+        if n_places != 1:
+            raise ValueError(
+                f"{PAGE} has {n_places} places for the table {name!r}; "
+                f"expected one, from {begin} to {end}"
+            )
+    return page
+
+
+def study_tables(study: dict, runs: Runs) -> dict[str, str]:
+    """Return the tables of the study by their names."""
+    return {
+        "runs": runs_line(study, runs),
+        "arms": arms_table(study),
+        "measures": measures_table(runs),
+        "differences": differences_table(runs),
+        "controls": controls_table(runs),
+    }
+
+
+def other_tables(folder: Path) -> dict[str, str]:
+    """Return the tables of the other files of figures that are there; say which are not."""
+    makers = {
+        "tuning": lambda file: tuning_table(read_study(file)),
+        "signal": flow_signal.tables,
+        "signal-text": flow_signal.tables,
+    }
+    tables = {}
+    for name, make in makers.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            tables[name] = make(file).strip()
+        else:
+            print(f"{file} is not there: its table stays as it is")
+    return tables
+
+
+def main(settings: Settings) -> int:
+    """Write the page's tables and the figures, or check the tables; return the exit code."""
+    folder = Path(settings.folder)
+    study = load_study(folder)
+    runs = reported_runs(study) if study else {}
+    tables = other_tables(folder)
+    if runs:
+        tables.update(study_tables(study, runs))
+    else:
+        print(f"no finished runs in {folder}/study*.json: the study's tables stay as they are")
+    page = folder / PAGE
+    written = page.read_text()
+    drawn = put_tables(written, tables)
+    if settings.check:
+        if drawn != written:
+            print(f"the tables of {page} are not those of the figures; run benchmarks/evidence.py")
+        return int(drawn != written)
+    page.write_text(drawn)
+    print(f"{page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")
+    if runs:
+        draw(runs, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))

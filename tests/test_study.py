@@ -1,0 +1,389 @@
+"""The study of the flow reward: its statistics, its controls, runs that are cut short, its page."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, find_model, read_lines
+
+sys.path.append(str(ROOT / "benchmarks"))
+import controls
+import evidence
+import study
+
+import rlfr
+import run as runs
+import train_flow
+import train_rl
+from rewards import Grader
+
+
+# ---- Statistics, by hand
+def test_measures_of_a_run():
+    accuracy = [0.0] * 10 + [1.0] * 10
+    assert evidence.last_accuracy(accuracy) == 1
+    assert evidence.last_accuracy([0.9] * 5 + [0.2] * 10) == pytest.approx(0.2)
+    assert evidence.area(accuracy) == 0.5
+    # after step 13 three of the last ten steps are right, after 15 five
+    assert evidence.steps_to(accuracy, 0.3) == 13
+    assert evidence.steps_to(accuracy, 0.5) == 15
+    assert evidence.steps_to(accuracy[:14], 0.5) == math.inf
+    assert evidence.steps_to([0.5] * 10, 0.5) == 10
+
+
+def test_quantiles_of_t():
+    for degrees, quantile in ((1, 12.706), (2, 4.303), (7, 2.365), (30, 2.042)):
+        assert evidence.t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
+
+
+def test_interval_of_the_paired_t_test():
+    # mean 0.2, standard error 0.1, quantile 12.706
+    value, low, high = evidence.t_interval([0.1, 0.3])
+    assert (value, low, high) == pytest.approx((0.2, 0.2 - 1.2706, 0.2 + 1.2706), abs=1e-3)
+    assert math.isnan(evidence.t_interval([0.1]).low)
+
+
+def test_bootstrap():
+    assert evidence.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3, 0.3))
+    # of two seeds, a quarter of the samples has only the one, a quarter only the other
+    assert evidence.bootstrap([0.0, 1.0]) == pytest.approx((0.5, 0.0, 1.0))
+
+
+def test_captured():
+    half = evidence.captured(arm=[0.3, 0.5], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
+    assert half == pytest.approx((0.5, 0.5, 0.5))
+    # gains 0 and 0.4 of room 0.4 each: from nothing to everything
+    spread = evidence.captured(arm=[0.1, 0.7], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
+    assert spread == pytest.approx((0.5, 0.0, 1.0))
+    assert math.isnan(evidence.captured([0.5], [0.6], [0.6]).value)
+
+
+def a_run(arm: str, seed: int, accuracy: float, status: str = "finished", steps: int = 12) -> dict:
+    """A run as the file of figures has it."""
+    return {
+        "arm": arm,
+        "seed": seed,
+        "status": status,
+        "error": "",
+        "settings": {"shaping": "none", "steps": steps, "seed": seed},
+        "script": ["train_rl.py"],
+        "versions": "torch 2.13.0",
+        "seconds": 60,
+        "series": {
+            "correct": [accuracy] * steps,
+            "length": [20.0] * steps,
+            "entropy": [0.5] * steps,
+        },
+        "held_out": {"after": {"sampled": 0.5, "greedy": 0.6}},
+    }
+
+
+def a_study(*some_runs: dict) -> dict:
+    """A study with some runs."""
+    return {"base": "abc", "settings": {"steps": 12, "prompts": 8}, "runs": list(some_runs)}
+
+
+def test_pairs_are_of_seeds_that_both_have_and_that_count():
+    whole = a_study(
+        a_run("rlvr", 0, 0.1),
+        a_run("rlvr", 1, 0.2),
+        a_run("rlvr", 100, 0.9),
+        a_run("calibrated", 1, 0.6),
+        a_run("calibrated", 2, 0.9),
+        a_run("calibrated", 0, 0.9, status="unfinished"),
+        a_run("calibrated", 100, 0.0),
+        a_run("process", 1, 1.0),
+    )
+    reported = evidence.reported_runs(whole)
+    assert evidence.difference(reported, "calibrated", "rlvr") == pytest.approx([0.4])
+    rows = evidence.differences_table(reported).splitlines()
+    assert rows[2].startswith("| `calibrated` | 1 | +0.40 | – | +0.40 to +0.40 | 0.50 |")
+    measures = evidence.measures_table(reported)
+    assert "| `calibrated` | 2 | 0.75 | 2 of 2 | 0.75 | 10 / 10 / – |" in measures
+    assert "`calibrated` 0" in evidence.runs_line(whole, reported)
+
+
+def test_studies_are_merged():
+    here = a_study(a_run("rlvr", 0, 0.1), a_run("rlvr", 1, 0.1, "unfinished"))
+    there = a_study(a_run("rlvr", 1, 0.3), a_run("calibrated", 0, 0.5))
+    merged = study.merge([here, there])
+    kept = [(run["arm"], run["seed"], run["status"]) for run in merged["runs"]]
+    assert kept == [
+        (arm, seed, "finished") for arm, seed in (("rlvr", 0), ("rlvr", 1), ("calibrated", 0))
+    ]
+    assert study.merge([merged, here, there]) == merged
+    with pytest.raises(ValueError, match="base=other, expected abc"):
+        study.merge([here, {**there, "base": "other"}])
+    other = a_run("rlvr", 2, 0.1)
+    other["settings"]["shaping"] = "flow"
+    with pytest.raises(ValueError, match="runs of rlvr differ in settings"):
+        study.merge([here, a_study(other)])
+
+
+# ---- Arms
+def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
+    for name in study.ARMS:
+        job = study.make_run(name, 0, study.Study())
+        paths = dict.fromkeys(("base", "problems", "solutions", "evaluation", "benchmarks"), "x")
+        paths |= dict.fromkeys((*study.PREPARATIONS, "n_held_out"), "x")
+        assert job.command(paths)
+    flow_settings = runs.flatten(train_flow.Config())
+    for name, preparation in study.PREPARATIONS.items():
+        if preparation.script == ("train_flow.py",):
+            assert preparation.settings.keys() <= flow_settings.keys(), name
+
+
+def test_an_arm_with_changed_settings():
+    arm = study.find_arm("calibrated:flow_coef=0.1,freeze_flow=False")
+    assert arm.settings == {**study.CALIBRATED, "flow_coef": "0.1", "freeze_flow": False}
+    assert study.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
+    with pytest.raises(ValueError, match="arm 'nothing'"):
+        study.find_arm("nothing")
+    with pytest.raises(ValueError, match="no settings of train_rl.py"):
+        study.find_arm("rlvr:colour=red")
+    with pytest.raises(ValueError, match="neither toy"):
+        study.find_world("nowhere")
+
+
+def test_preparations_come_before_what_needs_them():
+    preparations, runs_of_seed = study.plan(study.Study(arms=("hasty-flow", "logprob"), seeds=2))
+    names = [job.name for job in preparations]
+    assert names == ["hasty_solutions", "hasty_flow", "flow", "sft"]
+    assert [job.name for job in runs_of_seed][:2] == ["hasty-flow/seed-0", "logprob/seed-0"]
+
+
+def test_length_reward():
+    file = ROOT / "benchmarks" / "length_reward.py"
+    with Grader(("binary", f"{file}=0.3")) as grader:
+        short, long = (grader.grade("1 +2>", "3", "x" * n, finished=True) for n in (25, 90))
+    assert (short.reward, long.reward) == pytest.approx((0.15, 0.3))
+    assert not long.correct
+
+
+# ---- Controls
+@pytest.fixture
+def config(world, flow_folder, tmp_path) -> train_rl.Config:
+    """RL on the small world, as the study's runs have it."""
+    return runs.change(
+        train_rl.Config(),
+        model=world.path("model"),
+        data=world.path("train.jsonl"),
+        shaping="none",
+        template="none",
+        problem_column="problem",
+        prompts=4,
+        group_size=4,
+        train_batch=16,
+        max_tokens=16,
+        max_prompt_tokens=64,
+        lr=1e-2,
+        steps=6,
+        save_every=0,
+        reward=("binary",),
+        folder=str(tmp_path / "run"),
+    )
+
+
+def some_scores() -> train_rl.Scores:
+    """Scores of three responses, of 5, 3 and 4 tokens."""
+    mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
+    score = torch.arange(15.0).view(3, 5) * mask
+    zeros = torch.zeros(3, 5)
+    return train_rl.Scores(mask, zeros, zeros, zeros, zeros, score, score[None], mask.clone())
+
+
+def test_shuffled_tokens_stay_in_their_response():
+    before = some_scores()
+    after = some_scores()
+    controls.shuffle_tokens(after, (), train_rl.Config(), 0)
+    assert not torch.equal(after.flow_score, before.flow_score)
+    for row, mask in enumerate(before.mask):
+        assert sorted(after.flow_score[row, mask]) == sorted(before.flow_score[row, mask])
+    assert (after.flow_score[~before.mask] == 0).all()
+
+
+def test_shuffled_responses_change_places_with_their_rewards():
+    settings = train_rl.FlowRewardSettings(
+        flow_scope="expert", flow_on="response", flow_coef=0.5, flow_cap=100
+    )
+    before = some_scores()
+    after = some_scores()
+    controls.shuffle_responses(after, (), train_rl.Config(), 1)
+    rewards = []
+    for scores in (before, after):
+        reward = train_rl.shape_flow_reward(scores, settings, 3)
+        rewards.append(rlfr.mean_over_tokens(reward, scores.flow_mask))
+    # mean scores 2, 6 and 11.5
+    assert rewards[0].tolist() == pytest.approx([-0.01, -0.03, -0.0575])
+    assert rewards[1].tolist() != pytest.approx(rewards[0].tolist())
+    assert sorted(rewards[1].tolist()) == pytest.approx(sorted(rewards[0].tolist()))
+
+
+def test_a_control_changes_the_scores_of_every_step(config, flow_folder, monkeypatch):
+    monkeypatch.setattr(train_rl, "score", train_rl.score)
+    seen = []
+    controls.change_scores(
+        lambda scores, episodes, _config, step: seen.append((step, len(episodes)))
+    )
+    settings = {"shaping": "flow", "flow": flow_folder, "steps": 2}
+    train_rl.main(runs.change(config, **settings))
+    assert seen == [(0, 16), (1, 16)]
+
+
+def test_the_experts_likelihood_is_calibrated_on_solutions_that_were_held_out(config, world):
+    control = controls.ExpertLikelihood(world.path("model"), world.path("expert.jsonl"), 8)
+    training, held_out = controls.load_expert(world.path("expert.jsonl"), 8, config)
+    assert (len(training), len(held_out)) == (40, 8)
+    scores = some_scores()
+    control(scores, held_out, config, 0)
+    excess = scores.flow_score[scores.flow_mask]
+    assert len(excess) == sum(len(row.response_ids) for row in held_out)
+    assert excess.mean().item() == pytest.approx(0, abs=1e-4)
+    assert excess.std().item() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="--held-out 48 of 48"):
+        controls.load_expert(world.path("expert.jsonl"), 48, config)
+
+
+def test_supervised_steps_raise_the_likelihood_of_expert_solutions(config, world, monkeypatch):
+    update = controls.SupervisedUpdate(world.path("expert.jsonl"), 8)
+    monkeypatch.setattr(train_rl, "update_policy", update)
+    train_rl.main(config)
+    losses = [line["policy/loss"] for line in read_lines(Path(config.folder, "metrics.jsonl"))]
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(update.solutions) == 40
+
+
+def test_hasty_solutions_are_wrong(world, tmp_path):
+    settings = controls.HastySettings(
+        world.path("model"), world.path("train.jsonl"), world.path("expert.jsonl"), str(tmp_path)
+    )
+    controls.write_hasty_solutions(settings)
+    rows = read_lines(tmp_path / "solutions.jsonl")
+    answers = {row["problem"]: row["answer"] for row in read_lines(world.path("train.jsonl"))}
+    assert 0 < len(rows) <= 48
+    for row in rows:
+        assert not row["solution"].endswith(rf"\boxed{{{answers[row['problem']]}}}")
+    training = train_flow.load_solutions(
+        str(tmp_path / "solutions.jsonl"),
+        train_flow.SolutionSettings(
+            problem_column="problem", template="none", max_prompt_tokens=64, cutoff=200
+        ),
+        find_model(world.path("model")),
+    )
+    assert len(training) == len(rows)
+
+
+# ---- A whole study in small: one arm fails, another is interrupted and goes on
+def stop_once_begun(metrics: Path) -> None:
+    """Send this process SIGTERM once a run has logged a step."""
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
+    """A study that was interrupted and then brought to its end, and what it had in between."""
+    folder = tmp_path_factory.mktemp("study")
+    asked = study.Study(
+        world=world.folder,
+        arms=("rlvr:prompts=7", "rlvr", "published-shuffled"),
+        seeds=1,
+        steps=3,
+        jobs=1,
+        folder=str(folder / "runs"),
+        eval_problems=2,
+        held_out=8,
+    )
+    metrics = folder / "runs" / "rlvr" / "seed-0" / "metrics.jsonl"
+    threading.Thread(target=stop_once_begun, args=(metrics,), daemon=True).start()
+    assert study.main(asked) == 1
+    interrupted = study.read_study(asked.json_file)
+    rest = runs.change(asked, arms=asked.arms[1:])
+    assert study.main(rest) == 0
+    return rest, interrupted
+
+
+def test_an_interrupted_study(small_study):
+    _, interrupted = small_study
+    statuses = {run["arm"]: run["status"] for run in interrupted["runs"]}
+    assert statuses == {"rlvr": "unfinished", "rlvr:prompts=7": "failed"}
+    errors = {run["arm"]: run["error"] for run in interrupted["runs"]}
+    assert "7 * 8 = 56 is not a multiple of train_batch=64" in errors["rlvr:prompts=7"]
+
+
+def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monkeypatch):
+    asked, interrupted = small_study
+    whole = {run["arm"]: run for run in study.read_study(asked.json_file)["runs"]}
+    begun = {run["arm"]: run for run in interrupted["runs"]}["rlvr"]["series"]["correct"]
+    assert 0 < len(begun) < 3
+    job = study.make_run("rlvr", 0, asked)
+    elsewhere = runs.change(job, folder=tmp_path / "run")
+    command = elsewhere.command(study.find_paths(asked, world))
+    monkeypatch.setattr(sys, "argv", command[1:])
+    train_rl.main(runs.parse_config(train_rl.Config, {}))
+    uninterrupted = study.read_series(study.read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert whole["rlvr"]["series"] == uninterrupted
+    assert whole["rlvr"]["held_out"].keys() == {"before", "after"}
+    assert not any((job.folder / name).exists() for name in job.outdated)
+
+
+def test_a_finished_study_runs_nothing_and_keeps_its_figures(small_study, tmp_path):
+    asked, _ = small_study
+    before = asked.json_file.read_bytes()
+    assert study.main(asked) == 0
+    assert asked.json_file.read_bytes() == before
+    collected = runs.change(asked, collect=True, json=str(tmp_path / "collected.json"))
+    assert study.main(collected) == 0
+    assert collected.json_file.read_bytes() == before
+    merged = runs.change(asked, merge=(str(asked.json_file),), json=collected.json)
+    assert study.main(merged) == 0
+    assert merged.json_file.read_bytes() == before
+
+
+def test_a_folder_holds_one_study(small_study):
+    asked, _ = small_study
+    with pytest.raises(ValueError, match="name another --folder, or remove that run"):
+        study.main(runs.change(asked, steps=5))
+    with pytest.raises(ValueError, match="their runs are not comparable"):
+        study.main(runs.change(asked, eval_problems=3))
+
+
+def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
+    asked, _ = small_study
+    shutil.copy(ROOT / "docs" / evidence.PAGE, tmp_path)
+    settings = evidence.Settings(folder=str(tmp_path))
+    empty = (tmp_path / evidence.PAGE).read_text()
+    assert evidence.main(settings) == 0  # there are no figures yet
+    assert (tmp_path / evidence.PAGE).read_text() == empty
+    for name in ("study", "tuning"):
+        shutil.copy(asked.json_file, tmp_path / f"{name}.json")
+    checking = runs.change(settings, check=True)
+    assert evidence.main(checking) == 1
+    assert evidence.main(settings) == 0
+    assert evidence.main(checking) == 0
+    page = (tmp_path / evidence.PAGE).read_text()
+    assert page.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
+    for name in evidence.PICTURES:
+        assert 3_000 < (tmp_path / name).stat().st_size < 150_000
+
+
+def test_the_committed_page_has_the_tables_of_the_committed_figures():
+    assert evidence.main(evidence.Settings(check=True)) == 0
+
+
+def test_flags_that_the_page_names():
+    page = (ROOT / "docs" / evidence.PAGE).read_text()
+    known = {"--expert-policy", "--expert-solutions", "--check"}
+    for config in (train_rl.Config(), train_flow.Config(), study.Study()):
+        for name in runs.flatten(config):
+            known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= known
