@@ -24,6 +24,7 @@ SMALL = {
 
 # What has tests of its own, or is no benchmark by itself
 OTHERS = {
+    "behaviour",
     "common",
     "controls",
     "evidence",

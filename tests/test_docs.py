@@ -17,6 +17,8 @@ from run import change
 PAGES = ("README.md", "docs/running.md", "docs/seeing.md", "grading/README.md")
 # Flags of torchrun, hf, rewards.py and benchmarks/
 FOREIGN_FLAGS = {
+    "--out",
+    "--name",
     "--nnodes",
     "--nproc-per-node",
     "--repo-type",
