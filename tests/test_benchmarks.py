@@ -36,6 +36,7 @@ OTHERS = {
     "smollm2",
     "study",
     "text_signal",
+    "walkthrough",
     "word_problems",
 }
 

@@ -14,11 +14,18 @@ import train_flow
 import train_rl
 from run import change
 
-PAGES = ("README.md", "docs/running.md", "docs/seeing.md", "grading/README.md")
+PAGES = (
+    "README.md",
+    "docs/running.md",
+    "docs/seeing.md",
+    "docs/walkthrough.md",
+    "grading/README.md",
+)
 # Flags of torchrun, hf, rewards.py and benchmarks/
 FOREIGN_FLAGS = {
     "--out",
     "--name",
+    "--check",
     "--nnodes",
     "--nproc-per-node",
     "--repo-type",
