@@ -334,14 +334,18 @@ class FlowRows:
         """Return x_1, context and depth of some of the rows."""
         return self.x_1[indices], self.context[indices], self.depth[indices]
 
-    def per_target(self, values: Tensor) -> Tensor:
-        """Average values of rows (P,) over taps and modes, (M,); a row that is missing counts 0.
+    def per_tap(self, values: Tensor) -> Tensor:
+        """Average values of rows (P,) over modes, (L, M); a row that is missing counts 0.
 
         The official code counts a mode without a neighbour as 0, too.
         """
         grid = torch.zeros(self.exists.shape, dtype=values.dtype, device=values.device)
         grid[self.exists] = values
-        return grid.mean(dim=(0, 1))
+        return grid.mean(dim=1)
+
+    def per_target(self, values: Tensor) -> Tensor:
+        """Average values of rows (P,) over taps and modes, (M,); a row that is missing counts 0."""
+        return self.per_tap(values).mean(dim=0)
 
     def per_row(self, values: Tensor) -> Tensor:
         """Copy values of targets (M,) to each of their rows, (P,)."""
@@ -513,7 +517,7 @@ def score_and_learn(
     weight: Tensor | None = None,
     learn_at: Tensor | None = None,
     scale: ExpertScale | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score targets by velocity deviation and let the flow learn from them, in the same forwards.
 
     noise: x_0 (L, C, M, D), the same for all times
@@ -521,8 +525,9 @@ def score_and_learn(
     weight: (M,), adds the gradient of sum(weight * loss) to the flow's; None: learn nothing
     learn_at: (L, C, M), times to learn at, as in the offline start; None: learn at T_r
     scale: of expert tokens at T_r; the score is then the excess over them
-    Returns score (M,) and loss (M,), detached: the velocity deviation or the excess, and the mean
-    error at the times that are learnt from.
+    Returns score (M,), loss (M,) and deviation (L, M), detached: the velocity deviation or the
+    excess, the mean error at the times that are learnt from, and the score at each tap, whose mean
+    is the score.
     """
     x_0 = noise[rows.exists]  # (P, D)
     random_t = None if learn_at is None else learn_at[rows.exists]  # (P,)
@@ -555,7 +560,7 @@ def score_and_learn(
             else:
                 score[chunk] = excess_score(errors.detach(), taps[chunk], scale)
             loss[chunk] = row_loss.detach()
-    return rows.per_target(score), rows.per_target(loss)
+    return rows.per_target(score), rows.per_target(loss), rows.per_tap(score)
 
 
 def errors_at(

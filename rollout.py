@@ -495,6 +495,7 @@ class Episode:
     finish_reason: Literal["stop", "length"]
     text: str  # the response without special tokens
     images: tuple[vision.Image, ...] = ()  # of the prompt
+    problem: Problem | None = None  # what the prompt asks, where that is known
 
 
 class Engine(Protocol):

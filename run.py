@@ -1,8 +1,10 @@
 """A run: settings, start and exit, signals, its folder with metrics and checkpoints, resuming.
 
     runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
+              rollouts/step-N.jsonl  report.html  rollouts.html
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
+    python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
 
 A checkpoint is whole or absent: it is written in the background under another name, then renamed.
 Any number of ranks can read it.
@@ -34,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import flow as fl
 import parallel
+import record
 from flow import as_tuple
 from parallel import is_first, on_first, start
 
@@ -419,6 +422,7 @@ class Run:
         newest = checkpoints[-1] if checkpoints else None
         step = step_of(newest) if newest else 0
         self.cut_metrics(step)
+        self.cut_rollouts(step)
         if self.config.resume and self.changes():
             until_here = self.folder / f"config-until-step-{step}.json"
             if not until_here.exists():
@@ -438,6 +442,12 @@ class Run:
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
 
+    def cut_rollouts(self, last_step: int) -> None:
+        """Remove the rollouts of steps after a step."""
+        for step, path in record.find_files(self.folder).items():
+            if step > last_step:
+                path.unlink()
+
     def write_json(self, name: str, value: dict) -> None:
         """Write a file of the folder, whole or not at all, on the first rank."""
         if is_first():
@@ -455,6 +465,7 @@ class Run:
         writing = folder.with_name(f"{folder.name}.writing")
         written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
+        self.write_report()
 
     def publish(self, written: Future, writing: Path, folder: Path) -> None:
         """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
@@ -509,6 +520,29 @@ class Run:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.tracker.log(metrics, step)
 
+    def write_report(self) -> None:
+        """Write report.html, on the first rank: curves of what has been logged so far."""
+        from pages.curves import write_run_report
+
+        if is_first():
+            write_run_report([self.folder], self.folder / "report.html")
+
+    def finish_report(self) -> Path:
+        """Write report.html for the last time, beside it the page of rollouts; return its path."""
+        from pages.rollouts import inspect_run
+
+        if is_first() and record.find_files(self.folder):
+            inspect_run(self.folder)
+        self.write_report()
+        return self.folder / "report.html"
+
+    def log_rollouts(self, step: int, records: list[dict]) -> None:
+        """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
+        with written_whole(self.folder / record.FOLDER / f"step-{step}.jsonl") as temporary:
+            lines = [json.dumps(one) + "\n" for one in records]
+            temporary.write_text("".join(lines))
+        self.tracker.log_rollouts(*record.summary_rows(records), step)
+
 
 class Tracker:
     """Sends figures to tensorboard or wandb, besides metrics.jsonl; `none` sends nothing."""
@@ -535,12 +569,35 @@ class Tracker:
         if self.wandb_run:
             self.wandb_run.log(metrics, step=step)
 
+    def log_rollouts(self, columns: list[str], rows: list[list], step: int) -> None:
+        """Send a table of a step's episodes, a row each."""
+        if self.writer:
+            self.writer.add_text("rollouts", markdown_table(columns, rows), step)
+        if self.wandb_run:
+            import wandb
+
+            cells = [[to_cell(value) for value in row] for row in rows]
+            self.wandb_run.log({"rollouts": wandb.Table(columns, cells)}, step=step)
+
     def close(self) -> None:
         """Send what is still on its way: the process ends without waiting for anybody's threads."""
         if self.writer:
             self.writer.close()
         if self.wandb_run:
             self.wandb_run.finish()
+
+
+def to_cell(value) -> str | float | None:
+    """Return a value of a table as a column of one type takes it: an answer may be a list."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Lay out a table in Markdown; a cell is JSON, in which no text ends a row."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([json.dumps(value).replace("|", "\\|").replace("<", "&lt;") for value in row])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 class Stopwatch:
@@ -651,6 +708,23 @@ def export_checkpoint(
     print(f"the weights of {checkpoint} are in {target}")
 
 
+# ---- python run.py report RUN [RUN …]
+def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
+    """Write a page of curves of one run or several, with the settings that differ.
+
+    Args:
+        runs: Run folders
+        out: File for the page; by default report.html in the folder of one run, or beside several
+    """
+    from pages.curves import write_run_report
+
+    if not runs:
+        raise ValueError("no run; expected one run folder or several")
+    folders = [Path(run) for run in runs]
+    beside = folders[0] if len(folders) == 1 else folders[0].parent
+    print(f"open {write_run_report(folders, Path(out or beside / 'report.html'))}")
+
+
 def find_checkpoint(folder: Path, step: int | None) -> Path:
     """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
     checkpoints = whole_checkpoints(folder)
@@ -665,4 +739,4 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint})
+    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint, "report": report})

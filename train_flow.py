@@ -456,8 +456,9 @@ def main(config: Config) -> None:
     if not run.end(state, total_steps):
         return
     export(run.folder / "flow")
+    report = run.finish_report()
     if is_first():
-        print(f"the flow is in {run.folder / 'flow'}")
+        print(f"the flow is in {run.folder / 'flow'}, its loss over training in {report}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import flow as fl
 import parallel
+import record
 import rlfr
 import rollout
 import toy
@@ -171,6 +172,14 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class RecordSettings:
+    """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see record.py."""
+
+    log_rollouts: int = 10  # Steps between those whose rollouts are written; 0: none
+    log_groups: int = 4  # Groups of such a step that are written, each as a whole
+
+
+@dataclass(frozen=True)
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
@@ -206,6 +215,7 @@ class Config:
     flow_update: FlowUpdateSettings = FlowUpdateSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    record: RecordSettings = RecordSettings()
     engine: rollout.EngineSettings = rollout.EngineSettings()
     compute: TrainingComputeSettings = TrainingComputeSettings()
     loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=501_760)
@@ -215,8 +225,8 @@ class Config:
 MUST_BE_POSITIVE = """
     prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
     clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
-    grader_deadline overlong_buffer eval_samples max_sequences tensor_parallel tokens_per_gpu keep
-    flow_cap
+    grader_deadline overlong_buffer eval_samples log_groups max_sequences tensor_parallel
+    tokens_per_gpu keep flow_cap
 """
 
 
@@ -270,6 +280,10 @@ def check(config: Config) -> None:
     for name, value in fractions.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is outside [0, 1]")
+    if config.record.log_rollouts < 0:
+        raise ValueError(
+            f"log_rollouts={config.record.log_rollouts}: expected a number of steps, or 0 for none"
+        )
     fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
@@ -451,13 +465,19 @@ def sample_groups(
     sampled = torch.tensor([len(episode.response_ids) for episode in episodes])
     lengths[indices] = sampled.view(n_problems, group_size).float().mean(dim=1)
     chosen = [problems[index] for index in indices]
+    for problem, group in zip(chosen, rollout.in_groups(episodes, group_size), strict=True):
+        for episode in group:
+            episode.problem = problem
     return episodes, rollout.grade_on_all_ranks(grader, chosen, episodes)
 
 
 # ---- 3. Score
 @dataclass
 class Scores:
-    """What is known of a step's episodes after the scoring pass, (B, T) each, on every rank."""
+    """What is known of a step's episodes after the scoring pass, on every rank.
+
+    (B, T) each, but for the deviation.
+    """
 
     mask: Tensor  # bool, response tokens
     sampled_logp: Tensor
@@ -465,10 +485,11 @@ class Scores:
     entropy: Tensor
     ref_logp: Tensor  # 0 without a reference
     flow_score: Tensor  # 0 without a flow
+    deviation: Tensor  # (L, B, T), by tap; its mean over taps is flow_score
     flow_mask: Tensor  # bool, tokens with a flow score: not the last one if the context is the next
 
     @classmethod
-    def before_the_pass(cls, episodes: Sequence[rollout.Episode]) -> "Scores":
+    def before_the_pass(cls, episodes: Sequence[rollout.Episode], n_taps: int) -> "Scores":
         """Return what is known before the pass, mask and sampled log-probs, and zeros elsewhere."""
         device = parallel.DEVICE
         lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=device)
@@ -483,12 +504,14 @@ class Scores:
             entropy=torch.zeros(mask.shape, device=device),
             ref_logp=torch.zeros(mask.shape, device=device),
             flow_score=torch.zeros(mask.shape, device=device),
+            deviation=torch.zeros(n_taps, *mask.shape, device=device),
             flow_mask=torch.zeros_like(mask),
         )
 
     def sum_over_ranks(self) -> None:
         """Add up what each rank has scored; it left zeros for the others' episodes."""
-        for tensor in (self.old_logp, self.entropy, self.ref_logp, self.flow_score):
+        per_token = (self.old_logp, self.entropy, self.ref_logp, self.flow_score)
+        for tensor in (*per_token, self.deviation):
             parallel.sum_over_ranks(tensor)
         self.flow_mask = parallel.sum_over_ranks(self.flow_mask.float()).bool()
 
@@ -508,13 +531,13 @@ def score(
     episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
     temperature = config.sampling.temperature
-    scores = Scores.before_the_pass(episodes)
     flow_learns = flow is not None and learns_while_scoring(config.flow_update)
     flow_loss = torch.zeros((), device=parallel.DEVICE)
     taps = []
     if flow:
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
+    scores = Scores.before_the_pass(episodes, len(taps))
     for indices, batch in my_micro_batches(episodes, config, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
@@ -536,6 +559,7 @@ def score(
             keys = [("flow noise", config.seed, step, index) for index in indices]
             latent_scores = score_latents(flow, batch, output.latents, depths, keys, weight, config)
             scores.flow_score[cells] = latent_scores.score
+            scores.deviation[:, *cells] = latent_scores.deviation
             scores.flow_mask[cells] = latent_scores.exists
             flow_loss += latent_scores.loss
     metrics = {}
@@ -558,7 +582,8 @@ def learns_while_scoring(settings: FlowUpdateSettings) -> bool:
 class LatentScores(NamedTuple):
     """What the flow says of a micro-batch."""
 
-    score: Tensor  # (B, T) velocity deviation, or its excess over expert tokens
+    score: Tensor  # (B, T) velocity deviation, or its excess over expert tokens; mean over taps
+    deviation: Tensor  # (L, B, T) the same, by tap
     exists: Tensor  # (B, T) bool, tokens that have a score
     loss: Tensor  # (), this micro-batch's part of the online flow loss
 
@@ -584,10 +609,11 @@ def score_latents(
     scale = None
     if config.flow_reward.flow_scope == "expert":
         scale = flow.expert_scale(times)
-    score, loss = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at, scale)
+    score, loss, by_tap = fl.score_and_learn(flow, flow_rows, noise, times, weight, learn_at, scale)
+    deviation = torch.stack([batch.unflatten(each) for each in by_tap])
     has_context = flow_rows.exists.any(dim=1).any(dim=0)  # (M,)
     total = torch.zeros((), device=parallel.DEVICE) if weight is None else (weight * loss).sum()
-    return LatentScores(batch.unflatten(score), batch.unflatten(has_context), total)
+    return LatentScores(batch.unflatten(score), deviation, batch.unflatten(has_context), total)
 
 
 def accepted_episodes(verdicts: Sequence[Verdict], settings: FlowUpdateSettings) -> Tensor:
@@ -634,12 +660,16 @@ def my_micro_batches(
 # ---- 4. Shape and advantage
 def shape_advantage(
     scores: Scores, reward: Tensor, config: Config, step: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Return each token's advantage (B, T): the outcome, and the dense part that `shaping` adds."""
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Return each token's advantage and flow reward, (B, T) each, and figures of them.
+
+    The advantage is the outcome, and the dense part that `shaping` adds.
+    """
     mask = scores.mask
     gamma = config.flow_reward.gamma
     settings = config.advantage
     group_size = config.sampling.group_size
+    flow_reward = torch.zeros_like(scores.flow_score)
     metrics = {}
     flow_return = torch.zeros(mask.shape, device=mask.device)
     if config.shaping == "flow":
@@ -650,6 +680,7 @@ def shape_advantage(
         metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
         metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
         metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
+        metrics["flow/share"] = ((flow_reward != 0).sum() / n_scored).item()
         if config.flow_reward.flow_on == "response":
             reward = reward + rlfr.mean_over_tokens(flow_reward, scores.flow_mask)
         else:
@@ -671,7 +702,7 @@ def shape_advantage(
         advantage = shaped
     if settings.baseline == "reinforce++":
         advantage = rlfr.whiten(advantage, mask)
-    return advantage, metrics
+    return advantage, flow_reward, metrics
 
 
 def shape_flow_reward(scores: Scores, settings: FlowRewardSettings, group_size: int) -> Tensor:
@@ -826,6 +857,57 @@ def episode_metrics(
     return metrics
 
 
+def outcome_metrics(
+    scores: Scores, flow_reward: Tensor, verdicts: Sequence[Verdict]
+) -> dict[str, float]:
+    """Return the flow's figures of right and of wrong episodes, apart; nothing where there is none.
+
+    They are the mean velocity deviation of a token, and the mean flow reward of a response.
+    """
+    correct = torch.tensor([verdict.correct for verdict in verdicts], device=parallel.DEVICE)
+    metrics = {}
+    for name, chosen in (("right", correct), ("wrong", ~correct)):
+        n_scored = scores.flow_mask[chosen].sum()
+        if n_scored == 0:
+            continue
+        deviation = scores.flow_score[chosen].sum() / n_scored
+        metrics[f"flow/score_{name}"] = deviation.item()
+        metrics[f"flow/reward_{name}"] = flow_reward[chosen].sum(dim=1).mean().item()
+    return metrics
+
+
+def write_rollouts(
+    run: Run,
+    step: int,
+    policy: rlfr.Policy,
+    flow: fl.Flow | None,
+    tokenizer,
+    episodes: Sequence[rollout.Episode],
+    verdicts: Sequence[Verdict],
+    scores: Scores,
+    advantage: Tensor,
+    flow_reward: Tensor,
+    config: Config,
+) -> None:
+    """Write a step's first groups to the run's folder, out of the tensors of the step."""
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles) if flow else []
+    per_token = {
+        "logp": scores.old_logp,
+        "entropy": scores.entropy,
+        "flow_reward": flow_reward,
+        "advantage": advantage,
+        "ratio": (scores.old_logp - scores.sampled_logp).exp(),
+    }
+    deviation = scores.deviation.masked_fill(~scores.flow_mask, torch.nan)
+    group_size = config.sampling.group_size
+    n_episodes = config.record.log_groups * group_size
+    records = record.describe(
+        *(step, episodes[:n_episodes], verdicts[:n_episodes], per_token, deviation),
+        *(taps, tokenizer, group_size),
+    )
+    run.log_rollouts(step + 1, records)
+
+
 def memory_metrics(
     peaks: dict[str, int], engine: rollout.Engine, used_in_roll_out: int
 ) -> dict[str, float]:
@@ -976,6 +1058,10 @@ def main(config: Config) -> None:
             f"{config.sampling.group_size} episodes, {dist.get_world_size()} ranks, "
             f"{parallel.DEVICE} in {dtype}, run folder {run.folder}"
         )
+        if config.record.log_rollouts:
+            n_episodes = min(config.record.log_groups, prompts) * config.sampling.group_size
+            every = config.record.log_rollouts
+            print(record.describe_size(total_steps, every, n_episodes, config.sampling.max_tokens))
 
     @contextmanager
     def engine_awake():
@@ -1027,7 +1113,7 @@ def main(config: Config) -> None:
         clock.lap("verify")
 
         # ---- 4. Shape and advantage
-        advantage, shaping_metrics = shape_advantage(scores, reward, config, step)
+        advantage, flow_reward, shaping_metrics = shape_advantage(scores, reward, config, step)
         importance, mismatch_metrics = rlfr.importance_weights(
             scores.old_logp,
             scores.sampled_logp,
@@ -1062,6 +1148,12 @@ def main(config: Config) -> None:
         clock.lap("update")
 
         # ---- 7. Log, evaluate, save
+        if is_first() and record.is_due(step, total_steps, config.record.log_rollouts):
+            write_rollouts(
+                *(run, step, policy, flow, model.tokenizer, episodes, verdicts()),
+                *(scores, advantage, flow_reward, config),
+            )
+        clock.lap("record")
         progress["step"] = step + 1
         progress["cursor"] = cursor
         metrics = {
@@ -1072,6 +1164,7 @@ def main(config: Config) -> None:
             **grader_metrics(grader),
             **policy_metrics,
             **shaping_metrics,
+            **outcome_metrics(scores, flow_reward, verdicts()),
             **flow_metrics,
             **mismatch_metrics,
         }
@@ -1082,6 +1175,8 @@ def main(config: Config) -> None:
             for name, kinds in results.items():
                 for kind, row in kinds.items():
                     metrics[f"eval/{name}/{kind}"] = row["avg"]["mean"]
+                    for bound in ("low", "high"):
+                        metrics[f"eval/{name}/{kind}/{bound}"] = row["avg"][bound]
         clock.lap("evaluate")
         metrics.update(clock.metrics())
         metrics.update(memory_metrics(clock.peaks, engine, used_in_roll_out))
@@ -1101,10 +1196,12 @@ def main(config: Config) -> None:
             with engine_awake():
                 summary["after"] = evaluate(engine, grader, held_out, config)
             run.write_json("summary.json", summary)
+        report = run.finish_report()
         if is_first():
             if held_out:
                 print_summary(summary, list(held_out))
             print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+            print(f"open {report} to see what happened")
     grader.close()
 
 

@@ -339,7 +339,7 @@ def compute_figures(
     keys = [("benchmark", i) for i in range(len(lengths))]
     noise, _ = fl.draw(flow.config, keys, lengths, torch.device("cpu"))
     rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
-    score, _ = fl.score_and_learn(CastInputs(flow, dtype), rows, noise.to(device), [0.8])
+    score, _, _ = fl.score_and_learn(CastInputs(flow, dtype), rows, noise.to(device), [0.8])
     is_token = batch.attention_mask
     figures = {
         "logp": logp[batch.response_mask],

@@ -1,7 +1,7 @@
 const STEP = 20;  // cards that are added at a time
 const $ = id => document.getElementById(id);
 const form = document.forms[0];
-const data = JSON.parse($('data').textContent);  // a problem an entry, see pack() in report.py
+const data = JSON.parse($('data').textContent);  // a problem an entry, see pack_problem() in report.py
 for (const problem of data) problem.text = problem.text.toLowerCase();
 
 let found = [];  // problems that pass the filters

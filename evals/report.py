@@ -6,27 +6,25 @@ Maths in $…$, $$…$$, \(…\), \[…\], equation environments and \boxed{…}
 browsers draw themselves; what cannot be converted is shown as its source. Text is escaped
 everywhere, because a response may hold a script. The card of each problem lies compressed in the
 page and is unpacked when the reader comes to it, so that a page of 5,000 responses stays quick.
-report.html is the page's template, report.css and report.js go into it.
+report.html is the body of the page, report.css and report.js go with it; the rest is pages/page.py.
 """
 
-import base64
-import hashlib
 import json
 import re
 import sys
-import zlib
 from functools import lru_cache
-from html import escape, unescape
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from xml.etree.ElementTree import Element, tostring
 
 from latex2mathml.commands import MATRICES
 from latex2mathml.converter import Converter
 
 from evals.figures import group_by, ks_to_show, percent, read_samples
+from pages.page import escape, fill, make_page, options, pack, write_page
 
+FOLDER = Path(__file__).parent
 VERDICTS = ("right", "wrong", "no answer", "cut", "timeout", "unjudged")
 
 # ---- Where maths stands in a text
@@ -258,20 +256,19 @@ def averages_table(averages: dict[str, dict]) -> str:
 
 
 # ---- Problems
-def pack(samples: list[dict]) -> dict:
+def pack_problem(samples: list[dict]) -> dict:
     """Return what report.js needs of a problem: what it filters by, and the compressed card."""
     first = samples[0]
     golds = first["answer"] if isinstance(first["answer"], list) else [first["answer"]]
     texts = [first["problem"], first["question"]]
     texts += [str(gold) for gold in golds]
     texts += [sample["response"] for sample in samples]
-    html = card(samples).encode(errors="replace")
     return {
         "set": first["set"],
         "verdicts": [sample["verdict"] for sample in samples],
         "mixed": len({sample["correct"] for sample in samples}) > 1,
         "text": "\n".join(texts),
-        "html": base64.b64encode(zlib.compress(html, 9)).decode(),
+        "html": pack(card(samples)),
     }
 
 
@@ -317,49 +314,26 @@ def write_report(folder: Path) -> Path:
     summary_file = folder / "summary.json"
     if not summary_file.is_file():
         raise ValueError(f"{summary_file} does not exist; expected the folder of an evaluation")
-    page = make_page(samples, json.loads(summary_file.read_text()))
-    report = folder / "report.html"
-    report.write_bytes(page.encode(errors="replace"))  # a response may end in half a character
-    return report
+    page = make_report(samples, json.loads(summary_file.read_text()))
+    return write_page(folder / "report.html", page)
 
 
-def make_page(samples: list[dict], summary: dict) -> str:
+def make_report(samples: list[dict], summary: dict) -> str:
     """Return the page of an evaluation."""
-    style = read_part("report.css")
-    script = read_part("report.js")
     sets = group_by("set", samples)
     problems = []
     for samples_of_set in sets.values():
-        problems += [pack(group) for group in group_by("problem", samples_of_set).values()]
-    data = json.dumps(problems, ensure_ascii=False).replace("<", "\\u003c")
+        problems += [pack_problem(group) for group in group_by("problem", samples_of_set).values()]
     averages = summary.get("averages", {})  # an earlier version wrote none
-    return Template(read_part("report.html")).substitute(
-        title=escape(f"Evaluation of {summary['config']['model']}"),
+    body = fill(
+        FOLDER / "report.html",
         table=sets_table(summary["sets"]) + averages_table(averages),
         settings=settings_table(summary["config"]) + settings_table(summary["versions"]),
         sets=options(sets),
         verdicts=options(VERDICTS),
-        data=data,
-        style=style,
-        style_hash=digest(style),
-        script=script,
-        script_hash=digest(script),
     )
-
-
-def read_part(name: str) -> str:
-    """Read one of the files that the page is put together from."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def options(names) -> str:
-    """Lay out the choices of a filter."""
-    return "".join(f"<option>{escape(name)}" for name in names)
-
-
-def digest(text: str) -> str:
-    """Return a text's hash, by which the page's content security policy allows this text alone."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    title = f"Evaluation of {summary['config']['model']}"
+    return make_page(title, body, problems, FOLDER / "report.css", FOLDER / "report.js")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ import gc
 import json
 import os
 import random
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +23,7 @@ import transformers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from browser import Browser, read_port  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
 import flow as fl  # noqa: E402
@@ -108,6 +111,21 @@ def train_once(tmp_path_factory):
         return folders[key]
 
     return train
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, for all pages."""
+    driver_path = shutil.which("chromedriver")
+    assert driver_path, "these tests need Chromium: apt-get install chromium chromium-driver"
+    with subprocess.Popen([driver_path, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            url = f"http://127.0.0.1:{read_port(driver.stdout)}"
+            browser = Browser(url, tmp_path_factory.mktemp("profile"))
+            yield browser
+            browser.call("", None, "DELETE")
+        finally:
+            driver.terminate()
 
 
 def tiny_vlm(family: str):

@@ -24,6 +24,7 @@ SMALL = {
 
 # What has tests of its own, or is no benchmark by itself
 OTHERS = {
+    "behaviour",
     "common",
     "controls",
     "evidence",
@@ -35,6 +36,7 @@ OTHERS = {
     "smollm2",
     "study",
     "text_signal",
+    "walkthrough",
     "word_problems",
 }
 

@@ -51,7 +51,7 @@ def test_the_score_against_experts_is_the_scaled_error():
     latents = [torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[2.0, 0.0]]])]
     rows = rows_of(config, latents)
     flow = fl.Flow(config)  # a new one has no velocity
-    score, loss = fl.score_and_learn(flow, rows, torch.zeros(2, 1, 1, 2), [0.8], scale=SCALE)
+    score, loss, _ = fl.score_and_learn(flow, rows, torch.zeros(2, 1, 1, 2), [0.8], scale=SCALE)
     errors = [1.0, 2.0]
     expected = ((errors[0] - 1.0) / 0.5 + (errors[1] - 2.0) / 0.1) / 2
     assert score.item() == pytest.approx(expected, abs=1e-5)
@@ -108,7 +108,7 @@ def test_centred_rewards_sum_to_zero_over_the_group():
 # ---- train_rl.py
 def scores_with(excess: torch.Tensor, mask: torch.Tensor) -> train_rl.Scores:
     nothing = torch.zeros(mask.shape)
-    return train_rl.Scores(mask, nothing, nothing, nothing, nothing, excess, mask)
+    return train_rl.Scores(mask, nothing, nothing, nothing, nothing, excess, excess[None], mask)
 
 
 def test_the_mean_excess_of_a_response_joins_the_outcome():
@@ -123,7 +123,7 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
         group_size=2,
         baseline="dr_grpo",
     )
-    advantage, metrics = train_rl.shape_advantage(
+    advantage, _, metrics = train_rl.shape_advantage(
         scores_with(excess, mask), torch.ones(2), config, 0
     )
     # rewards 1 - 0.5 * 0.2 and 1 - 0.5 * 0.4, less their mean
@@ -136,7 +136,7 @@ def test_nothing_is_penalised_in_what_looks_like_an_experts():
     config = change(
         train_rl.Config(), flow_scope="expert", flow_on="response", flow_coef=1.0, group_size=2
     )
-    advantage, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
+    advantage, _, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
     assert not advantage.any()
 
 
@@ -144,7 +144,7 @@ def test_excess_acts_on_tokens():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     excess = torch.tensor([[0.0, 5.0, 20.0], [0.0, 0.0, 0.0]])
     config = change(train_rl.Config(), flow_scope="expert", flow_coef=1.0, group_size=2, gamma=0.5)
-    advantage, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
+    advantage, _, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
     # penalties 0, 0.5, 1, discounted by 0.5
     expected = torch.tensor([[-0.5, -1.0, -1.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(advantage, expected)

@@ -98,13 +98,13 @@ def test_ii_scores_of_sequences():
             for mode in range(len(contexts)):
                 drawn = x[f"noise[{name}].layer{layer}.mode{mode}"]
                 noise[layer, mode, rows.exists[layer, mode]] = drawn
-        score, loss = fl.score_and_learn(flow, rows, noise, [time])
+        score, loss, _ = fl.score_and_learn(flow, rows, noise, [time])
         near(score.view(batch, size)[:, actions], x[f"out.action_flow_score[{name}]"])
         near(loss.view(batch, size)[:, actions], x[f"out.action_flow_loss[{name}]"])
         for layer in range(len(taps)):
             one = slice(layer, layer + 1)
             rows = fl.make_rows(config, latents[one], depths[one], everything, everything)
-            score, loss = fl.score_and_learn(flow, rows, noise[one], [time])
+            score, loss, _ = fl.score_and_learn(flow, rows, noise[one], [time])
             near(score.view(batch, size), x[f"out.score_layer{layer}[{name}]"])
             near(loss.view(batch, size), x[f"out.loss_layer{layer}[{name}]"])
 

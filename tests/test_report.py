@@ -2,10 +2,7 @@
 
 import json
 import re
-import shutil
-import subprocess
 import time
-import urllib.request
 from html.parser import HTMLParser
 
 import pytest
@@ -13,16 +10,6 @@ import pytest
 from evals.report import render, render_answer, to_mathml, write_report
 
 FIGURE = {"mean": 0.5, "low": 0.25, "high": 0.75}
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = r"""<script>document.title = "hacked"</script>
 <img src=x onerror='document.title = "hacked"'> </script> {"a": 1}
 $\text{<img src=x onerror=alert(1)>}$ $\style{position:fixed}{x}$ \(a<b>c\) ]]> &lt;
@@ -250,93 +237,6 @@ def test_the_page_holds_the_figures(tmp_path):
 
 
 # ---- The page in a browser
-class Browser:
-    """Chromium behind chromedriver, by plain HTTP (W3C WebDriver)."""
-
-    def __init__(self, url: str, profile):
-        capabilities = {
-            "browserName": "chrome",
-            "goog:chromeOptions": {"args": [*FLAGS, f"--user-data-dir={profile}"]},
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
-        self.url = f"{url}/session"
-        session = self.call("", {"capabilities": {"alwaysMatch": capabilities}})
-        self.url += "/" + session["sessionId"]
-
-    def call(self, path: str, body: dict | None, method: str = "POST"):
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, path) -> None:
-        """Open a page afresh, without the last one's logs, and wait for its first cards."""
-        self.call("/url", {"url": "about:blank"})
-        for kind in ("browser", "performance"):
-            self.log(kind)  # reading a log empties it
-        self.call("/url", {"url": path.as_uri()})
-        self.wait("document.querySelector('article h2')")
-
-    def js(self, expression: str):
-        return self.call("/execute/sync", {"script": f"return {expression}", "args": []})
-
-    def wait(self, expression: str) -> None:
-        deadline = time.monotonic() + 20
-        while not self.js(f"!!({expression})"):
-            assert time.monotonic() < deadline, f"never true: {expression}"
-            time.sleep(0.05)
-
-    def set(self, name: str, value) -> None:
-        """Change a filter as a reader would, and wait until the cards are filled."""
-        attribute = "checked" if isinstance(value, bool) else "value"
-        filter_ = f"document.forms[0][{json.dumps(name)}]"
-        self.js(f"{filter_}.{attribute} = {json.dumps(value)}")
-        self.js(f"{filter_}.dispatchEvent(new Event('input', {{bubbles: true}}))")
-        self.wait("[...document.querySelectorAll('article')].every(a => a.children.length)")
-
-    def press(self, key: str) -> None:
-        actions = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
-        keyboard = {"type": "key", "id": "keyboard", "actions": actions}
-        self.call("/actions", {"actions": [keyboard]})
-
-    def log(self, kind: str) -> list[dict]:
-        return self.call("/se/log", {"type": kind})
-
-    def cards(self) -> list[str]:
-        titles = "[...document.querySelectorAll('article h2')].map(h => h.firstChild.data.trim())"
-        return self.js(titles)
-
-    def opened(self) -> list[bool]:
-        return self.js("[...document.querySelectorAll('.sample')].map(s => s.open)")
-
-    def count(self) -> str:
-        return self.js("document.querySelector('output').value")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    driver_path = shutil.which("chromedriver")
-    assert driver_path, "these tests need Chromium: apt-get install chromium chromium-driver"
-    with subprocess.Popen([driver_path, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
-        try:
-            url = f"http://127.0.0.1:{read_port(driver.stdout)}"
-            browser = Browser(url, tmp_path_factory.mktemp("profile"))
-            yield browser
-            browser.call("", None, "DELETE")
-        finally:
-            driver.terminate()
-
-
-def read_port(lines) -> str:
-    """Read chromedriver's output up to the port that it listens on."""
-    for line in lines:
-        match = re.search(r"successfully on port (\d+)", line)
-        if match:
-            return match[1]
-    raise AssertionError("chromedriver ended before it listened on a port")
-
-
 @pytest.fixture
 def page(browser, tmp_path):
     browser.open(write_report(write_folder(tmp_path, some_samples())))

@@ -191,7 +191,7 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
         keys = [("noise", 0, 0, i) for i in group]
         lengths = [len(episodes[i].response_ids) for i in group]
         noise, _ = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
-        target_score, _ = fl.score_and_learn(flow, rows, noise, [0.5, 0.8])
+        target_score, _, _ = fl.score_and_learn(flow, rows, noise, [0.5, 0.8])
         flow_score = batch.unflatten(target_score)
         unit = rlfr.normalise(
             flow_score, batch.response_mask, bilateral=False, power=1.0, rows_together=1

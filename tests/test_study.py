@@ -197,7 +197,7 @@ def some_scores() -> train_rl.Scores:
     mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
     score = torch.arange(15.0).view(3, 5) * mask
     zeros = torch.zeros(3, 5)
-    return train_rl.Scores(mask, zeros, zeros, zeros, zeros, score, mask.clone())
+    return train_rl.Scores(mask, zeros, zeros, zeros, zeros, score, score[None], mask.clone())
 
 
 def test_shuffled_tokens_stay_in_their_response():

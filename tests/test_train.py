@@ -573,6 +573,9 @@ def test_wandb(config):
     assert finished, "the run was ended, not left"
     for line, row in zip(figures(config.folder), logged, strict=True):
         assert row["reward"] == line["reward"] and row["policy/loss"] == line["policy/loss"]
+    assert all("rollouts" in row for row in logged), "of the first step, and of the last one"
+    tables = Path(config.folder).glob("wandb/offline-run-*/files/media/table/rollouts_*.json")
+    assert [len(json.loads(table.read_text())["data"]) for table in tables] == [16, 16]
 
 
 # ---- H. Bad input: one clear error, before anything slow

@@ -1,0 +1,315 @@
+"""The numbers of docs/walkthrough.md: one problem of the embedded world, from prompt to gradient.
+
+    python benchmarks/walkthrough.py            docs/walkthrough.json, and its tables in the page
+    python benchmarks/walkthrough.py --check    fails if the tables are not those of the figures
+
+It makes the embedded world and its flow as `python train_rl.py` does, or takes those that are there
+in runs/, and does by itself what the first step of training does with its first problem.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from evidence import put_tables, table  # noqa: E402
+
+import flow as fl  # noqa: E402
+import parallel  # noqa: E402
+import record  # noqa: E402
+import rlfr  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import train_rl  # noqa: E402
+from rewards import Grader  # noqa: E402
+from run import change  # noqa: E402
+
+DOCS = Path(__file__).parents[1] / "docs"
+N_SHOWN = 3  # dimensions of a vector that the page shows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Make the numbers of the walkthrough, or check that the page has them."""
+
+    check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
+
+
+# ---- The walk: what a step of training does, for one problem
+def walk(config: train_rl.Config) -> dict:
+    """Return what the first step of training computes of its first problem, piece by piece.
+
+    config: settings of train_rl.py with --prompts 1, without --flow-scope expert
+    """
+    parallel.start()
+    config, model = train_rl.resolve(config)
+    problems = rollout.load_problems(config.data, config.problems, model)
+    policy = rlfr.load_policy(model.path).to(parallel.DEVICE)
+    flow = train_rl.make_flow(config, model).to(parallel.DEVICE)
+    episodes, verdicts = sample_group(config, model, problems)
+
+    batch = rlfr.collate(episodes)
+    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    with torch.no_grad():
+        logp, entropy, latents = policy(batch, config.sampling.temperature, taps)
+    points = flow_points(config, flow, batch, latents, [tap / policy.n_layers for tap in taps])
+    rewards = torch.tensor([verdict.reward for verdict in verdicts])
+    outcome = rlfr.outcome_advantage(rewards, len(rewards), config.advantage.baseline)
+    shaped = shape(config, batch, points["score"], outcome)
+    chosen = choose_response(verdicts)
+    length = len(episodes[chosen].response_ids)
+    token = int(points["score"][chosen, :length].argmax())  # the one that deviates most
+    return {
+        "problem": episodes[0].problem.text,
+        "answer": episodes[0].problem.answer,
+        "prompt_ids": episodes[0].prompt_ids,
+        "responses": [episode.text for episode in episodes],
+        "verdicts": [verdict.kind for verdict in verdicts],
+        "rewards": rewards.tolist(),
+        "outcome": outcome.tolist(),
+        "chosen": chosen,
+        "token": token,
+        "taps": taps,
+        "n_layers": policy.n_layers,
+        "dim": flow.config.dim,
+        "time": config.flow_reward.reward_times[0],
+        "tokens": token_columns(
+            model.tokenizer, episodes[chosen], chosen, logp, entropy, points, shaped
+        ),
+        "at_taps": points_at(points, batch, chosen, token),
+        **gradients(config, policy, batch, shaped["advantage"], logp),
+    }
+
+
+def sample_group(
+    config: train_rl.Config, model: rollout.Model, problems: list[rollout.Problem]
+) -> tuple[list[rollout.Episode], list]:
+    """Sample and grade the responses to the first problem of the first step."""
+    engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
+    lengths = torch.zeros(len(problems))
+    with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
+        sampler = train_rl.Sampler(engine, grader, problems, lengths, config.sampling, config.seed)
+        episodes, verdicts, _ = train_rl.roll_out(sampler, 0)
+        return episodes, verdicts()
+
+
+def choose_response(verdicts: list) -> int:
+    """Return the first response that is not right, or else the first one."""
+    wrong = [i for i, verdict in enumerate(verdicts) if not verdict.correct]
+    return wrong[0] if wrong else 0
+
+
+@torch.no_grad()
+def flow_points(
+    config: train_rl.Config, flow: fl.Flow, batch: rlfr.Batch, latents: list, depths: list[float]
+) -> dict[str, torch.Tensor]:
+    """Return the flow's inputs and outputs for each row, and the deviation of each token.
+
+    Vectors are (L, M, D) for the first context mode; deviation is (L, M), score (B, T).
+    """
+    rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
+    rows = flow.standardise(rows)
+    lengths = batch.response_mask.sum(dim=1).tolist()
+    keys = [("flow noise", config.seed, 0, index) for index in range(len(lengths))]
+    noise, _ = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
+    x_0 = noise[rows.exists]
+    t = torch.full((len(x_0),), config.flow_reward.reward_times[0])
+    x_t, u = fl.interpolate(rows.x_1, x_0, t)
+    v = flow(x_t, t, rows.context, rows.depth)
+    delta = (v - u).square().mean(dim=-1)
+    shape = (len(latents), -1, flow.config.dim)
+    vectors = {"x_1": rows.x_1, "context": rows.context, "x_0": x_0, "x_t": x_t, "u": u, "v": v}
+    points = {name: values.view(shape) for name, values in vectors.items()}
+    deviation = fl.deviation_score(delta[None], [config.flow_reward.reward_times[0]])
+    by_tap = rows.per_tap(deviation)
+    return {
+        **points,
+        "delta": rows.per_tap(delta),
+        "deviation": by_tap,
+        "score": batch.unflatten(by_tap.mean(dim=0)),
+    }
+
+
+def points_at(points: dict, batch: rlfr.Batch, row: int, token: int) -> list[dict]:
+    """Return the flow's inputs and outputs at one token of a row, for each tap."""
+    lengths = batch.response_mask.sum(dim=1).tolist()
+    place = sum(lengths[:row]) + token
+    at_taps = []
+    for tap in range(len(points["delta"])):
+        at_tap = {}
+        for name in ("x_1", "context", "x_0", "x_t", "u", "v"):
+            at_tap[name] = points[name][tap, place, :N_SHOWN].tolist()
+        at_tap["delta"] = points["delta"][tap, place].item()
+        at_tap["deviation"] = points["deviation"][tap, place].item()
+        at_taps.append(at_tap)
+    return at_taps
+
+
+def shape(
+    config: train_rl.Config, batch: rlfr.Batch, score: torch.Tensor, outcome: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return what shaping makes of scores, (B, T) each, from the min-max to the advantage."""
+    settings = config.flow_reward
+    mask = batch.response_mask
+    normalised = rlfr.normalise(score, mask, settings.flow_bilateral, settings.flow_power, 1)
+    selected = rlfr.select(
+        normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
+    )
+    flow_reward = -settings.flow_coef * selected
+    returns = rlfr.token_returns(flow_reward, mask, settings.gamma)
+    return {
+        "normalised": normalised,
+        "selected": selected,
+        "flow_reward": flow_reward,
+        "returns": returns,
+        "advantage": outcome[:, None] * mask + returns,
+    }
+
+
+def token_columns(
+    tokenizer, episode: rollout.Episode, row: int, logp, entropy, points: dict, shaped: dict
+) -> dict[str, list]:
+    """Return the columns of the table of tokens of a response."""
+    length = len(episode.response_ids)
+    columns = {"logp": logp, "entropy": entropy, "score": points["score"], **shaped}
+    return {
+        "ids": episode.response_ids,
+        "texts": record.token_texts(tokenizer, episode.response_ids),
+        **{name: values[row, :length].tolist() for name, values in columns.items()},
+    }
+
+
+def gradients(
+    config: train_rl.Config, policy: rlfr.Policy, batch: rlfr.Batch, advantage, old_logp
+) -> dict[str, float]:
+    """Return the loss of the group, and the norm of its gradient by the policy's weights."""
+    settings = config.optimisation
+    mask = batch.response_mask
+    logp = policy(batch, config.sampling.temperature).logp
+    clips = (settings.clip_low, settings.clip_high, settings.ratio_cap)
+    loss, _ = rlfr.policy_loss(logp, old_logp, advantage, *clips)
+    n_episodes = len(mask)
+    weights = rlfr.token_weights(
+        mask, settings.normalisation, n_episodes, int(mask.sum()), config.sampling.max_tokens
+    )
+    total = (loss * weights).sum()
+    total.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in policy.parameters()])
+    return {"loss": total.item(), "gradient_norm": norm.item(), "n_episodes": n_episodes}
+
+
+# ---- The page's tables
+def number(value: float, digits: int = 4) -> str:
+    """Format a number with so many significant digits, and a proper minus."""
+    without_signed_zero = value + 0.0
+    return f"{without_signed_zero:.{digits}g}".replace("-", "−")
+
+
+def vector(values: list[float]) -> str:
+    """Format the first numbers of a vector."""
+    return f"({', '.join(f'{value:.3f}' for value in values)}, …)".replace("-", "−")
+
+
+def render(figures: dict) -> dict[str, str]:
+    """Return the page's tables by name."""
+    return {
+        "prompt": prompt_table(figures),
+        "responses": responses_table(figures),
+        "sampled": columns_table(figures, {"id": "ids", "log-prob": "logp", "entropy": "entropy"}),
+        "taps": taps_table(figures),
+        "shaping": columns_table(
+            figures,
+            {
+                "score": "score",
+                "min-max": "normalised",
+                "kept": "selected",
+                "flow reward": "flow_reward",
+            },
+        ),
+        "advantages": columns_table(
+            figures, {"flow reward": "flow_reward", "return": "returns", "advantage": "advantage"}
+        ),
+        "loss": loss_table(figures),
+    }
+
+
+def prompt_table(figures: dict) -> str:
+    """Lay out the problem and its prompt."""
+    ids = " ".join(map(str, figures["prompt_ids"]))
+    rows = [["problem", f"`{figures['problem']}`"], ["right answer", figures["answer"]]]
+    rows += [["prompt ids", ids], ["how many", str(len(figures["prompt_ids"]))]]
+    return table(["", ""], rows)
+
+
+def responses_table(figures: dict) -> str:
+    """Lay out the responses of the group, with reward and outcome advantage."""
+    rows = []
+    for i, text in enumerate(figures["responses"]):
+        name = f"**{i}**" if i == figures["chosen"] else str(i)
+        reward = number(figures["rewards"][i])
+        outcome = number(figures["outcome"][i])
+        rows.append([name, f"`{text}`", figures["verdicts"][i], reward, outcome])
+    return table(["", "response", "verdict", "reward", "outcome advantage"], rows)
+
+
+def columns_table(figures: dict, columns: dict[str, str]) -> str:
+    """Lay out columns of the chosen response, a token a row."""
+    tokens = figures["tokens"]
+    rows = []
+    for k, text in enumerate(tokens["texts"]):
+        shown = json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|").replace("\\\\", "\\")
+        values = [tokens[name][k] for name in columns.values()]
+        cells = [str(value) if isinstance(value, int) else number(value) for value in values]
+        rows.append([str(k), f"`{shown}`", *cells])
+    return table(["k", "token", *columns], rows)
+
+
+def taps_table(figures: dict) -> str:
+    """Lay out what the flow takes and gives at the chosen token, a tap a column."""
+    head = [""]
+    for tap in figures["taps"]:
+        head.append(f"layer {tap} of {figures['n_layers']}, depth {tap / figures['n_layers']:.2f}")
+    rows = []
+    names = {
+        "context": "context, latent at k − 1",
+        "x_1": "`x_1`, latent at k",
+        "x_0": "noise `x_0`",
+    }
+    names |= {"x_t": "`x_t`", "u": "`u`", "v": "`v`"}
+    for name, title in names.items():
+        rows.append([title, *[vector(at_tap[name]) for at_tap in figures["at_taps"]]])
+    for name, title in {"delta": "`delta`", "deviation": "`t/(1−t) · delta`"}.items():
+        rows.append([title, *[number(at_tap[name]) for at_tap in figures["at_taps"]]])
+    return table(head, rows)
+
+
+def loss_table(figures: dict) -> str:
+    """Lay out the loss of the group."""
+    rows = [["episodes of the mini-batch here", str(figures["n_episodes"])]]
+    rows += [["loss", number(figures["loss"])], ["gradient norm", number(figures["gradient_norm"])]]
+    return table(["", ""], rows)
+
+
+def main(settings: Settings) -> int:
+    """Write the figures and the page's tables, or check the tables; return the exit code."""
+    file = DOCS / "walkthrough.json"
+    page = DOCS / "walkthrough.md"
+    if not settings.check:
+        config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
+        figures = walk(change(config, prompts=1, train_batch=8))
+        file.write_text(json.dumps(figures, indent=1))
+    written = page.read_text(encoding="utf-8")
+    drawn = put_tables(written, render(json.loads(file.read_text())))
+    if settings.check:
+        return int(drawn != written)
+    page.write_text(drawn, encoding="utf-8")
+    print(f"open {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))

@@ -1,0 +1,323 @@
+const LONG = 3000;  // tokens of a response that are added at a time
+const ROWS = 12;  // of the table of tokens, at a time
+const $ = id => document.getElementById(id);
+const form = document.forms[0];
+const data = JSON.parse($('data').textContent);  // see page_data() in rollouts.py
+
+// What a token can be coloured by. Signed measures have two hues, around their centre.
+const MEASURES = [
+  {name: 'flow reward', key: 'flow_reward', signed: true, centre: 0},
+  {name: 'deviation', key: 'mean_deviation'},
+  ...data.taps.map((layer, i) => ({name: `tap ${i + 1} (layer ${layer})`, tap: i})),
+  {name: 'log-prob', key: 'logp', falling: true},
+  {name: 'entropy', key: 'entropy'},
+  {name: 'advantage', key: 'advantage', signed: true, centre: 0},
+  {name: 'ratio', key: 'ratio', signed: true, centre: 1},
+].filter(measure => data.taps.length || !/flow|deviation/.test(measure.name));
+
+let groups = [];  // of the step that is shown: a problem with its responses each
+let measure = MEASURES[0];
+let marked = null;  // the text of the token that the table has picked
+let rows = ROWS;
+
+// ---- Reading
+async function unpack(text) {
+  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
+  return JSON.parse(await new Response(stream).text());
+}
+
+function mean(numbers) {
+  const known = numbers.filter(x => x !== null && x !== undefined);
+  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+}
+
+// Add to a response what is not in the file: the mean over taps of its deviations.
+function prepare(response) {
+  response.mean_deviation = response.tokens.map((_, k) => mean(response.deviation.map(d => d[k])));
+  return response;
+}
+
+const values = (response, of) => of.tap === undefined ? response[of.key] : response.deviation[of.tap];
+const responses = () => groups.flatMap(group => group.responses);
+
+// Six digits are what the file has; fewer are shown in tables.
+function show(x, digits = 6) {
+  if (x === null || x === undefined) return '–';
+  const text = Number(x.toPrecision(digits)).toString();
+  return text.replace('-', '−');
+}
+
+// ---- Building
+function element(tag, content = '', classes = '') {
+  const made = document.createElement(tag);
+  if (Array.isArray(content)) made.append(...content);
+  else made.textContent = content;
+  made.className = classes;
+  return made;
+}
+
+function row(cells, tag = 'td') {
+  const [head, ...rest] = cells;
+  const first = element('th', head);
+  first.scope = tag === 'th' ? 'col' : 'row';
+  return element('tr', [first, ...rest.map(cell => element(tag, cell))]);
+}
+
+// A token as it stands in a table: what would not be seen has a sign.
+function visible(text) {
+  if (text === '') return '◌';
+  return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length));
+}
+
+// ---- Colours
+// Return the bounds of a measure in this step; a fiftieth of the values may lie beyond a bound.
+function bounds(of) {
+  const sorted = responses().flatMap(r => values(r, of)).filter(x => x !== null).sort((a, b) => a - b);
+  if (!sorted.length) return [0, 1];
+  const at = share => sorted[Math.round(share * (sorted.length - 1))];
+  if (!of.signed) return [at(.02), at(.98)];
+  const reach = Math.max(Math.abs(at(.02) - of.centre), Math.abs(at(.98) - of.centre),
+    of.key === 'flow_reward' ? Math.max(...sorted.map(Math.abs)) : 0);
+  return [of.centre - reach, of.centre + reach];
+}
+
+function strength(x, of, [low, high]) {
+  if (x === null || high === low) return ['', 0];
+  const share = Math.min(1, Math.max(0, (x - low) / (high - low)));
+  if (!of.signed) return ['only', of.falling ? 1 - share : share];
+  return share < .5 ? ['low', 1 - 2 * share] : ['high', 2 * share - 1];
+}
+
+function paint() {
+  const range = bounds(measure);
+  for (const text of document.querySelectorAll('.text[data-sample]')) {
+    const numbers = values(text.response, measure);
+    for (const token of text.querySelectorAll('.t')) {
+      const [hue, share] = strength(numbers[token.place], measure, range);
+      token.classList.remove('low', 'high', 'only');
+      if (hue) token.classList.add(hue);
+      token.style.setProperty('--s', share.toFixed(3));
+    }
+  }
+  const ends = measure.falling ? [range[1], range[0]] : range;
+  $('low').textContent = show(ends[0], 3);
+  $('high').textContent = show(ends[1], 3);
+  $('ramp').className = measure.signed ? 'signed' : 'only';
+}
+
+// ---- Responses
+function tokens(response, from) {
+  return response.tokens.slice(from, from + LONG).map((text, i) => {
+    const token = element('span', text.replace(/\n/g, '↵\n'), text === '' ? 't hidden' : 't');
+    token.place = from + i;
+    token.tabIndex = from + i ? -1 : 0;
+    return token;
+  });
+}
+
+function card(response) {
+  const badge = element('b', response.verdict, `badge ${response.verdict.replace(/\W/g, '-')}`);
+  const parts = Object.entries(response.parts).map(([name, value]) => `${name} ${show(value, 4)}`);
+  const facts = [`reward ${show(response.reward, 4)}`, `${response.tokens.length} tokens`];
+  if (parts.length > 1) facts.push(parts.join(', '));
+  if (response.finish_reason === 'length') facts.push('ran out of room');
+  const head = element('h2', [
+    element('span', `sample ${response.sample}`), badge,
+    element('span', response.extracted ?? 'no answer'), element('small', facts.join(' · ')),
+  ]);
+  const text = element('div', tokens(response, 0), 'text');
+  text.response = response;
+  text.dataset.sample = response.sample;
+  text.dir = 'auto';
+  text.setAttribute('role', 'group');
+  text.setAttribute('aria-label', `Tokens of sample ${response.sample}; arrow keys move`);
+  const made = element('article', [head, text]);
+  if (response.tokens.length > LONG) {
+    const more = element('button', `Show more of ${response.tokens.length} tokens`);
+    more.onclick = () => {
+      text.append(...tokens(response, text.children.length));
+      if (text.children.length === response.tokens.length) more.remove();
+      paint();
+      mark();
+    };
+    made.append(more);
+  }
+  if (response.text) made.append(element('small', response.text));
+  return made;
+}
+
+function problem(group) {
+  const answers = [group.answer].flat().join(' or ');
+  const parts = [element('h2', `Problem ${group.problem}, right answer ${answers}`)];
+  parts.push(element('div', group.question, 'text block'));
+  if (group.images.length) parts.push(element('p', `Images: ${group.images.join(', ')}`, 'images'));
+  const prompt = element('details', [element('summary', 'Prompt'), element('code', group.prompt, 'block')]);
+  $('problem').replaceChildren(...parts, prompt);
+}
+
+function passes(response) {
+  const verdict = form.verdict.value;
+  return (!verdict || (verdict === 'right') === response.correct)
+    && (marked === null || response.tokens.includes(marked));
+}
+
+// ---- Tables
+function outcomes() {
+  const table = [row(['', 'right', 'not right'], 'th')];
+  const sides = [true, false].map(correct => responses().filter(r => r.correct === correct));
+  const line = (name, figure) => table.push(row([name, ...sides.map(side => show(figure(side), 4))]));
+  line('responses', side => side.length);
+  line('tokens a response', side => mean(side.map(r => r.tokens.length)));
+  const of = key => side => mean(side.flatMap(r => r[key]));
+  if (data.taps.length) {
+    line('deviation', of('mean_deviation'));
+    line('flow reward a response', side => mean(side.map(r => r.flow_reward.reduce((a, b) => a + b, 0))));
+  }
+  line('entropy', of('entropy'));
+  line('log-prob', of('logp'));
+  $('outcomes').replaceChildren(...table);
+}
+
+// Count the tokens of the step by their text.
+function count() {
+  const counts = new Map();
+  for (const response of responses())
+    response.tokens.forEach((text, k) => {
+      const entry = counts.get(text) ?? {text, n: 0, sum: 0, rewarded: 0, deviations: []};
+      entry.n += 1;
+      entry.sum += response.flow_reward[k];
+      entry.rewarded += response.flow_reward[k] !== 0;
+      entry.deviations.push(response.mean_deviation[k]);
+      counts.set(text, entry);
+    });
+  const entries = [...counts.values()];
+  for (const entry of entries) entry.deviation = mean(entry.deviations);
+  const sign = document.querySelector('[name=order]:checked').value === 'penalised' ? 1 : -1;
+  return entries.sort((a, b) => sign * (a.sum - b.sum) || sign * (b.deviation - a.deviation));
+}
+
+function tokenTable() {
+  const entries = count();
+  const table = [row(['token', 'count', 'rewarded', 'reward', 'deviation'], 'th')];
+  for (const entry of entries.slice(0, rows)) {
+    const button = element('button', visible(entry.text));
+    button.type = 'button';
+    button.title = JSON.stringify(entry.text);
+    button.setAttribute('aria-pressed', entry.text === marked);
+    button.onclick = () => choose(entry.text === marked ? null : entry.text);
+    const share = `${(100 * entry.rewarded / entry.n).toFixed(0)} %`;
+    const cells = [entry.n, share, show(entry.sum / entry.n, 3), show(entry.deviation, 4)];
+    const made = row(['', ...cells]);
+    made.firstChild.append(button);
+    table.push(made);
+  }
+  $('tokens').replaceChildren(...table);
+  $('more').hidden = rows >= entries.length;
+}
+
+function choose(text) {
+  marked = text;
+  view();
+  const pressed = $('tokens').querySelector('[aria-pressed=true]');
+  if (pressed) pressed.focus();
+}
+
+function mark() {
+  $('list').classList.toggle('marking', marked !== null);
+  for (const text of document.querySelectorAll('.text[data-sample]'))
+    for (const token of text.querySelectorAll('.t'))
+      token.classList.toggle('marked', text.response.tokens[token.place] === marked);
+  $('unmark').hidden = marked === null;
+  if (marked !== null) $('unmark').textContent = `✕ ${visible(marked)}`;
+}
+
+// ---- The values of one token
+function facts(token) {
+  const response = token.parentElement.response;
+  const k = token.place;
+  const entries = [
+    ['token', visible(response.tokens[k])],
+    ['id', response.token_ids[k]],
+    ['place', `${k + 1} of ${response.tokens.length}, sample ${response.sample}`],
+    ...MEASURES.map(of => [of.name, show(values(response, of)[k])]),
+  ];
+  const list = element('dl', entries.map(([name, value]) => {
+    const term = element('dt', name);
+    return element('div', [term, element('dd', value, name === 'token' ? 'name' : '')]);
+  }));
+  $('facts').replaceChildren(list);
+  $('facts').open = true;
+}
+
+function move(token, key) {
+  const texts = [...document.querySelectorAll('.text[data-sample]')];
+  const own = token.parentElement;
+  if (key === 'ArrowRight') return token.nextElementSibling;
+  if (key === 'ArrowLeft') return token.previousElementSibling;
+  if (key === 'Home') return own.firstElementChild;
+  if (key === 'End') return own.lastElementChild;
+  const other = texts[texts.indexOf(own) + (key === 'ArrowDown' ? 1 : -1)];
+  return other && other.children[Math.min(token.place, other.children.length - 1)];
+}
+
+// ---- The view
+function view() {
+  const group = groups[form.group.selectedIndex];
+  problem(group);
+  const shown = group.responses.filter(passes);
+  $('list').replaceChildren(...shown.map(card));
+  const right = group.responses.filter(r => r.correct).length;
+  $('count').value = `${shown.length} of ${group.responses.length} responses shown · ${right} right`;
+  outcomes();
+  tokenTable();
+  paint();
+  mark();
+  $('facts').open = false;
+}
+
+async function step() {
+  const chosen = data.steps[form.step.value];
+  const unpacked = await Promise.all(chosen.groups.map(unpack));
+  if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
+  groups = unpacked;
+  responses().forEach(prepare);
+  const kept = Math.max(0, form.group.selectedIndex);
+  form.group.replaceChildren(...groups.map(group => {
+    const right = group.responses.filter(r => r.correct).length;
+    return element('option', `${group.problem} (${right} of ${group.responses.length} right)`);
+  }));
+  form.group.selectedIndex = Math.min(kept, groups.length - 1);
+  $('now').value = `${chosen.step} of ${data.steps.at(-1).step}`;
+  rows = ROWS;
+  view();
+}
+
+for (const [i, of] of MEASURES.entries()) {
+  const input = element('input');
+  Object.assign(input, {type: 'radio', name: 'colour', value: of.name, checked: i === 0});
+  $('colours').append(element('label', [input, ` ${of.name}`]));
+}
+form.oninput = event => {
+  if (event.target.name === 'colour') {
+    measure = MEASURES.find(of => of.name === form.colour.value);
+    paint();
+  } else if (event.target.name === 'step') step();
+  else view();
+};
+form.onsubmit = event => event.preventDefault();
+$('counts').oninput = tokenTable;
+$('more').onclick = () => { rows += ROWS; tokenTable(); };
+$('unmark').onclick = () => choose(null);
+const isToken = target => target.classList?.contains('t');
+document.onpointerover = event => isToken(event.target) && facts(event.target);
+document.addEventListener('focusin', event => isToken(event.target) && facts(event.target));
+document.addEventListener('keydown', event => {
+  if (event.key === 'Escape') $('facts').open = false;
+  if (!isToken(event.target) || !/^(Arrow|Home|End)/.test(event.key)) return;
+  const next = move(event.target, event.key);
+  event.preventDefault();
+  if (next) next.focus();
+});
+if (data.steps.length === 1) form.step.disabled = true;
+step();

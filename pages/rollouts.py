@@ -1,0 +1,113 @@
+"""A page to read rollouts by: tokens coloured by what training computed of them, step by step.
+
+The page is rollouts.html, rollouts.css and rollouts.js in the skeleton of page.py; inspector.py is
+the command. Records are those of record.py. The groups of a step lie compressed in the page and are
+unpacked when the reader comes to the step.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import record
+from pages.page import FOLDER, escape, fill, make_page, pack, write_page
+
+MAX_BYTES = 2.9e6  # of the rollouts in a page
+OF_THE_GROUP = ("problem", "question", "answer", "prompt", "images")
+OF_A_RESPONSE = (
+    "sample",
+    "reward",
+    "parts",
+    "correct",
+    "verdict",
+    "extracted",
+    "finish_reason",
+    "text",
+    "tokens",
+    "token_ids",
+    "logp",
+    "entropy",
+    "flow_reward",
+    "advantage",
+    "ratio",
+    "deviation",
+)
+
+
+def inspect_run(folder: str | Path) -> Path:
+    """Write rollouts.html into a run's folder, and return its path; ValueError without rollouts."""
+    steps = {}
+    for step, path in record.need_files(folder).items():
+        steps[step] = record.read(path)
+    title = f"Rollouts of {Path(folder).resolve().name}"
+    return write_rollouts_page(Path(folder, "rollouts.html"), title, steps)
+
+
+def write_rollouts_page(
+    path: Path, title: str, steps: dict[int, list[dict]], max_bytes: float = MAX_BYTES
+) -> Path:
+    """Write the page of a run's records by step, of at most about max_bytes, and return its path.
+
+    Where they do not fit, later groups of each step are left out, and then steps; the page says so.
+    """
+    taps = next(iter(steps.values()))[0]["taps"]
+    packed = {step: list(pack_groups(records)) for step, records in steps.items()}
+    chosen = choose(packed, max_bytes)
+    data = {
+        "taps": taps,
+        "steps": [{"step": step, "groups": groups} for step, groups in chosen.items()],
+    }
+    body = fill(
+        FOLDER / "rollouts.html",
+        about=escape(describe(packed, chosen)),
+        last=str(len(chosen) - 1),
+    )
+    page = make_page(title, body, data, FOLDER / "rollouts.css", FOLDER / "rollouts.js")
+    return write_page(path, page)
+
+
+def pack_groups(records: list[dict]) -> Iterator[str]:
+    """Yield each group of a step, its problem and responses, compressed."""
+    groups: dict[int, list[dict]] = {}
+    for one in records:
+        groups.setdefault(one["group"], []).append(one)
+    for members in groups.values():
+        group = {name: members[0][name] for name in OF_THE_GROUP}
+        group["responses"] = [{name: one[name] for name in OF_A_RESPONSE} for one in members]
+        yield pack(json.dumps(group, ensure_ascii=False))
+
+
+def choose(packed: dict[int, list[str]], max_bytes: float) -> dict[int, list[str]]:
+    """Return as many packed groups as fit: fewer of each step first, then fewer steps.
+
+    The first and the last step stay, with a group each, whatever their size.
+    """
+    n_groups = max(len(groups) for groups in packed.values())
+    chosen = packed
+    while n_groups > 1 and size_of(chosen) > max_bytes:
+        n_groups -= 1
+        chosen = {step: groups[:n_groups] for step, groups in packed.items()}
+    steps = list(chosen)
+    n_steps = len(steps)
+    while n_steps > 2 and size_of(chosen) > max_bytes:
+        n_steps -= 1
+        kept = [steps[round(i * (len(steps) - 1) / (n_steps - 1))] for i in range(n_steps)]
+        chosen = {step: packed[step][:1] for step in kept}
+    return chosen
+
+
+def size_of(packed: dict[int, list[str]]) -> int:
+    """Return how many bytes packed groups take."""
+    return sum(len(group) for groups in packed.values() for group in groups)
+
+
+def describe(packed: dict[int, list[str]], chosen: dict[int, list[str]]) -> str:
+    """Return a sentence on what the page shows of what there is."""
+    n_groups = max(len(groups) for groups in packed.values())
+    n_chosen = max(len(groups) for groups in chosen.values())
+    if packed == chosen:
+        return f"Recorded steps: {len(packed)}, groups of each: {n_groups}."
+    return (
+        f"Recorded steps: {len(packed)}, of which {len(chosen)} are here; groups of each: "
+        f"{n_groups}, of which {n_chosen} are here. The others would make this page too large."
+    )

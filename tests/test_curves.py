@@ -1,0 +1,180 @@
+"""A run at a glance: the page's figures, its charts in Chromium, and where training writes it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_options_change import config  # noqa: F401
+
+import run as runs
+import train_rl
+from pages.curves import line_of, padded, read_run, ticks, window_means, write_run_report
+from run import change
+
+# ruff: noqa: F811 (the fixture is imported)
+AVG = {"avg": {"mean": 0.25, "low": 0.125, "high": 0.5}}
+
+
+def write_run(folder: Path, n_steps: int = 4, **settings) -> Path:
+    """Write what a run of training leaves, with figures that follow from the step."""
+    folder.mkdir()
+    nested = {"model": "toy", "lr": 0.1, "sampling": {"prompts": 16, "group_size": 8}} | settings
+    (folder / "config.json").write_text(json.dumps(nested))
+    lines = []
+    for step in range(1, n_steps + 1):
+        line = {"step": step, "reward": step / 8, "flow/score": 10.0 - step, "mine": -1.0 * step}
+        line["time/step"] = 2.0
+        if step == 2:
+            line |= {"eval/test/greedy": 0.5, "eval/test/greedy/low": 0.25}
+            line |= {"eval/test/greedy/high": 0.75}
+        lines.append(json.dumps(line) + "\n")
+    lines.append('{"step": 99, "rew')  # being written
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    summary = {when: {"test": {"greedy": AVG}} for when in ("before", "after")}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def data_of(page: str) -> list[dict]:
+    """The charts that the page's script reads."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+# ---- The file
+def test_lines_are_the_figures(tmp_path):
+    path = write_run_report([write_run(tmp_path / "a")], tmp_path / "report.html")
+    page = path.read_text()
+    charts = {chart["title"]: chart for chart in data_of(page)}
+    assert charts["Reward"]["lines"][0]["values"] == [0.125, 0.25, 0.375, 0.5]
+    assert charts["mine"]["lines"][0]["values"] == [-1, -2, -3, -4], "a figure that nobody foresaw"
+    (accuracy,) = charts["Accuracy on test, 95 % intervals"]["lines"]
+    assert accuracy["steps"] == [0, 2, 4]
+    assert accuracy["values"] == [0.25, 0.5, 0.25]
+    assert accuracy["low"] == [0.125, 0.25, 0.125] and accuracy["high"] == [0.5, 0.75, 0.5]
+    assert "<tr><th scope=row>a<td>4<td>0.5<td>6<td>2" in page, "of the last tenth of the steps"
+    assert "Settings that differ" not in page
+    assert not re.search("https?:", page)
+
+
+def test_several_runs_and_the_settings_that_differ(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b <1>", 6, lr=0.2, extra="x")]
+    page = write_run_report(folders, tmp_path / "report.html").read_text()
+    charts = {chart["title"]: chart for chart in data_of(page)}
+    assert [line["name"] for line in charts["Reward"]["lines"]] == ["a", "b <1>"]
+    assert charts["Reward"]["last"] == 6
+    differing = page.partition("Settings that differ")[2].partition("<details>")[0]
+    assert "<th scope=row>lr<td>0.1<td>0.2" in differing
+    assert "<th scope=row>extra<td>null<td>x" in differing
+    assert "prompts" not in differing
+    assert "b &lt;1&gt;" in page and "b <1>" not in page
+
+
+def test_long_runs_are_averaged(tmp_path):
+    run = read_run(write_run(tmp_path / "a", 900))
+    line = line_of(run, "reward", "", 0)
+    assert len(line.values) == 300 and line.steps[:2] == [3, 6]
+    assert line.values[0] == pytest.approx((1 + 2 + 3) / 3 / 8)
+    assert line_of(run, "nothing", "", 0) is None
+
+
+def test_axes():
+    assert ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(-3, 27, 5) == [0, 10, 20]
+    assert padded(0.0, 1.0) == (0.0, 1.06)
+    assert padded(-1.0, 0.0) == (-1.06, 0.0)
+    low, high = padded(3.0, 3.0)
+    assert low < 3 < high
+    assert window_means([1.0, 2.0]) == [1, 2]
+    assert window_means([float(i) for i in range(24)])[1] == 1
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="config.json does not exist; expected the folder of a run"
+    ):
+        runs.report((str(tmp_path),))
+    folder = write_run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text('{"step"')
+    with pytest.raises(ValueError, match="metrics.jsonl has no line; expected a run with a step"):
+        runs.report((str(folder),))
+
+
+def test_where_the_pages_of_runs_go(tmp_path, capsys):
+    folders = [str(write_run(tmp_path / name)) for name in "ab"]
+    runs.report(tuple(folders[:1]))
+    runs.report(tuple(folders))
+    runs.report(tuple(folders), str(tmp_path / "other.html"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"open {tmp_path / 'a' / 'report.html'}",
+        f"open {tmp_path / 'report.html'}",
+        f"open {tmp_path / 'other.html'}",
+    ]
+
+
+def test_training_says_which_file_to_open(config, capsys):
+    """The last line, after a page at each checkpoint; it leads to the page of rollouts."""
+    train_rl.main(change(config, save_every=1))
+    report = Path(config.folder) / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"open {report} to see what happened"
+    page = report.read_text()
+    assert "2 steps in" in page and "<a href=rollouts.html>" in page
+    assert (Path(config.folder) / "rollouts.html").exists()
+
+
+def test_a_run_has_a_page_at_each_checkpoint(config, monkeypatch):
+    pages = []
+    write = runs.Run.write_report
+
+    def spy(run):
+        write(run)
+        pages.append(data_of((run.folder / "report.html").read_text())[0]["last"])
+
+    monkeypatch.setattr(runs.Run, "write_report", spy)
+    train_rl.main(change(config, steps=3, save_every=2, log_rollouts=0))
+    assert pages == [2, 3, 3], "with the last checkpoint, and once more with the last evaluation"
+    assert not (Path(config.folder) / "rollouts.html").exists()
+
+
+# ---- The page in a browser
+@pytest.mark.browser
+def test_values_are_read_off_the_charts(browser, tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", 6)]
+    path = write_run_report(folders, tmp_path / "report.html")
+    browser.open(path, "document.querySelector('figure svg')")
+    figure = (
+        "[...document.querySelectorAll('figure')].find(f => f.textContent.startsWith('Reward'))"
+    )
+    browser.js(f"{figure}.querySelector('svg').focus()")
+    shown = f"[...{figure}.querySelectorAll('b')].map(b => b.textContent)"
+    assert browser.js(shown) == ["0.5", "0.75"]
+    browser.press("\ue012")  # left arrow
+    assert browser.js(shown) == ["–", "0.625"]
+    assert browser.js(f"{figure}.querySelector('small').textContent") == "step 5"
+    box = browser.js(
+        f"(r => [r.left, r.top, r.width])({figure}.querySelector('svg').getBoundingClientRect())"
+    )
+    x = box[0] + box[2] * 46 / 360  # the left end of the axis
+    browser.js(
+        f"{figure}.querySelector('svg').dispatchEvent("
+        f"new PointerEvent('pointermove', {{clientX: {x}, clientY: {box[1] + 9}}}))"
+    )
+    assert browser.js(shown) == ["0.125", "0.125"]
+    points = browser.js(f"{figure}.querySelector('.mean').getAttribute('points')").split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert heights == sorted(heights, reverse=True), "a rising line rises"
+    assert browser.log("browser") == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_charts_fit_the_window(browser, tmp_path, width):
+    path = write_run_report([write_run(tmp_path / "a")], tmp_path / "report.html")
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.cdp("Emulation.setDeviceMetricsOverride", size)
+    try:
+        browser.open(path, "document.querySelector('figure svg')")
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        assert browser.js("document.querySelector('svg').clientWidth") > 300
+    finally:
+        browser.cdp("Emulation.clearDeviceMetricsOverride", {})

@@ -1,0 +1,393 @@
+"""The inspector: what its page holds, and the page itself in Chromium."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import inspector
+import record
+import train_rl
+from pages.rollouts import inspect_run, write_rollouts_page
+from run import change
+
+MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
+MEASURES += ("entropy", "advantage", "ratio")
+HOSTILE = '<script>document.title = "hacked"</script><img src=x onerror=alert(1)>\ud800\x00'
+READY = "document.querySelector('article .t')"
+
+
+def one_record(group: int, sample: int, tokens: list[str], **changes) -> dict:
+    """A record of two taps, whose numbers follow from their place."""
+    n = len(tokens)
+    flow_reward = [-0.001 * (k % 3) for k in range(n)]
+    record = {
+        "step": 1,
+        "group": group,
+        "sample": sample,
+        "problem": f"p{group}",
+        "question": "1 +1>",
+        "answer": "2",
+        "prompt": "1 +1>",
+        "images": [],
+        "response": "".join(tokens),
+        "finish_reason": "stop",
+        "reward": float(sample % 2),
+        "parts": {"binary": float(sample % 2)},
+        "correct": sample % 2 == 1,
+        "verdict": "right" if sample % 2 else "wrong",
+        "extracted": "2",
+        "text": "",
+        "taps": [1, 2],
+        "token_ids": list(range(n)),
+        "tokens": tokens,
+        "logp": [-0.1 * k for k in range(n)],
+        "entropy": [0.2 * k for k in range(n)],
+        "flow_reward": flow_reward,
+        "advantage": [1.0 - 0.5 * sample] * n,
+        "ratio": [1.0] * n,
+        "deviation": [[1.0 + k for k in range(n)], [3.0 + k for k in range(n)]],
+    }
+    return record | changes
+
+
+def some_records() -> list[dict]:
+    """Two problems with three responses each."""
+    records = []
+    for group in range(2):
+        for sample in range(3):
+            tokens = ["a", " b", "\n", "a", "", "é"][: 4 + sample]
+            records.append(one_record(group, sample, tokens))
+    return records
+
+
+def write(path: Path, steps: dict[int, list[dict]], max_bytes: float = 3e6) -> Path:
+    return write_rollouts_page(path / "rollouts.html", "Rollouts of a & b", steps, max_bytes)
+
+
+# ---- The file
+def test_the_page_is_one_file_that_asks_nobody(tmp_path):
+    page = write(tmp_path, {1: some_records()}).read_text()
+    assert "<title>Rollouts of a &amp; b</title>" in page
+    assert page.count("<script") == 2
+    assert not re.search("https?:", page)
+    assert "Recorded steps: 1, groups of each: 2." in page
+
+
+def test_what_does_not_fit_is_left_out_and_said(tmp_path):
+    """Groups first, then steps; the first step and the last one stay."""
+    steps = {step: some_records() for step in range(1, 42, 10)}
+    whole = write(tmp_path, steps).stat().st_size
+    empty = write(tmp_path, steps, 0).stat().st_size
+    page = write(tmp_path, steps, 0).read_text()
+    assert "Recorded steps: 5, of which 2 are here; groups of each: 2, of which 1 are" in page
+    assert '"step": 1,' in page and '"step": 41,' in page and '"step": 11,' not in page
+    page = write(tmp_path, steps, (whole - empty) * 0.65).read_text()
+    assert "Recorded steps: 5, of which 5 are here; groups of each: 2, of which 1 are" in page
+
+
+def test_a_page_of_long_responses_is_small(tmp_path):
+    """16 responses of 256 tokens, with numbers that do not repeat."""
+    words = [f" w{k % 97}" for k in range(256)]
+    records = []
+    for sample in range(16):
+        noise = [round((k * 7919 + sample * 104729) % 999983 / 999983, 6) for k in range(256)]
+        numbers = {name: noise for name in ("logp", "entropy", "flow_reward", "advantage")}
+        records.append(one_record(0, sample, words, deviation=[noise, noise], **numbers))
+    assert write(tmp_path, {1: records}).stat().st_size < 3e6
+
+
+def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["inspector.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has no rollouts/step-N.jsonl; expected the folder of a"):
+        inspector.main()
+
+
+def test_any_model_flow_and_problems(world, flow_folder, tmp_path):
+    """Sampled and scored, but nothing learnt; the same again from the folder."""
+    config = change(
+        inspector.Config(),
+        model=world.path("model"),
+        data=world.path("test.jsonl"),
+        flow=flow_folder,
+        template="none",
+        prompts=2,
+        group_size=3,
+        max_tokens=8,
+        max_prompt_tokens=64,
+        folder=str(tmp_path / "look"),
+    )
+    inspector.sample_and_inspect(config)
+    records = record.read(record.need_files(config.folder)[1])
+    assert [(one["group"], one["sample"]) for one in records] == [
+        (group, sample) for group in range(2) for sample in range(3)
+    ]
+    assert all(any(one["deviation"][0]) for one in records)
+    page = (tmp_path / "look" / "rollouts.html").read_text()
+    assert inspect_run(config.folder).read_text() == page
+    assert not (tmp_path / "look" / "policy").exists()
+
+
+# ---- The page in a browser
+def facts(browser) -> dict[str, str]:
+    """What the foot of the window says of a token, by name."""
+    pairs = browser.js(
+        "[...document.querySelectorAll('#facts div')]"
+        ".map(d => [d.children[0].textContent, d.children[1].textContent])"
+    )
+    return dict(pairs)
+
+
+def number(text: str) -> float | None:
+    return None if text == "–" else float(text.replace("−", "-"))
+
+
+def token(sample: int, place: int) -> str:
+    return f"document.querySelectorAll('.text[data-sample]')[{sample}].children[{place}]"
+
+
+def table(browser, name: str) -> list[list[str]]:
+    """The cells of a table, without its head."""
+    rows = browser.js(
+        f"[...document.querySelectorAll('#{name} tr')]"
+        ".map(r => [...r.children].map(c => c.textContent))"
+    )
+    return rows[1:]
+
+
+def shown(browser) -> list[str]:
+    return browser.js("[...document.querySelectorAll('article h2')].map(h => h.textContent)")
+
+
+def colours(browser) -> list[str]:
+    """Hue and strength of the first response's tokens."""
+    return browser.js(
+        "[...document.querySelectorAll('.text[data-sample]')[0].children]"
+        ".map(t => t.className.replace('t ', '') + ' ' + t.style.getPropertyValue('--s'))"
+    )
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    steps = {1: some_records(), 11: some_records()[:3]}
+    for one in steps[11]:
+        one["entropy"] = [7.0] * len(one["tokens"])
+    browser.open(write(tmp_path, steps), READY)
+    return browser
+
+
+@pytest.mark.browser
+def test_values_of_a_token(page):
+    page.js(f"{token(1, 3)}.focus()")
+    found = facts(page)
+    assert found["token"] == "a"
+    assert found["place"] == "4 of 5, sample 1"
+    expected = {
+        "flow reward": 0,
+        "deviation": 5,
+        "tap 1 (layer 1)": 4,
+        "tap 2 (layer 2)": 6,
+        "log-prob": -0.3,
+        "entropy": 0.6,
+        "advantage": 0.5,
+        "ratio": 1,
+    }
+    assert {name: number(found[name]) for name in expected} == pytest.approx(expected)
+    page.js(f"{token(2, 4)}.dispatchEvent(new Event('pointerover', {{bubbles: true}}))")
+    assert facts(page)["token"] == "◌"
+    assert facts(page)["id"] == "4"
+
+
+@pytest.mark.browser
+def test_every_colour(page):
+    """Strengths go from the weakest to the strongest, and the legend has the ends."""
+    seen = {}
+    for name in MEASURES:
+        page.js(f"document.querySelector('[name=colour][value=\"{name}\"]').click()")
+        seen[name] = colours(page)
+        assert page.js("document.forms[0].colour.value") == name
+    assert seen["flow reward"] == ["high 0.000", "low 0.500", "low 1.000", "high 0.000"]
+    assert seen["deviation"][0] == "only 0.000"
+    assert seen["log-prob"][:2] == ["only 0.000", "only 0.200"]
+    assert seen["entropy"][:2] == ["only 0.000", "only 0.200"]
+    assert seen["advantage"] == ["high 1.000"] * 4
+    assert seen["ratio"] == ["0.000"] * 4 or seen["ratio"] == ["t 0.000"] * 4
+    page.js("document.querySelector('[name=colour][value=\"log-prob\"]').click()")
+    ends = [page.js(f"document.getElementById('{end}').textContent") for end in ("low", "high")]
+    assert [number(end) for end in ends] == [0, -0.5]
+
+
+@pytest.mark.browser
+def test_step_problem_and_verdict(page):
+    assert len(shown(page)) == 3
+    assert shown(page)[1].startswith("sample 1right2reward 1 · 5 tokens")
+    page.set_plain("verdict", "right")
+    assert [text[:8] for text in shown(page)] == ["sample 1"]
+    page.set_plain("verdict", "wrong")
+    assert [text[:8] for text in shown(page)] == ["sample 0", "sample 2"]
+    assert page.js("document.getElementById('count').value") == "2 of 3 responses shown · 1 right"
+    page.set_plain("verdict", "")
+    page.js("document.forms[0].group.selectedIndex = 1")
+    page.js("document.forms[0].group.dispatchEvent(new Event('input', {bubbles: true}))")
+    assert page.js("document.querySelector('#problem h2').textContent").startswith("Problem p1")
+    page.set_plain("step", "1")
+    page.wait("document.getElementById('now').value === '11 of 11'")
+    page.js(f"{token(0, 0)}.focus()")
+    assert number(facts(page)["entropy"]) == 7
+    assert page.js("document.forms[0].group.options.length") == 1
+
+
+@pytest.mark.browser
+def test_right_against_not_right(page):
+    cells = {name: (number(right), number(other)) for name, right, other in table(page, "outcomes")}
+    assert cells["responses"] == (2, 4)
+    assert cells["tokens a response"] == (5, 5)
+    assert cells["deviation"] == (4, 4.1)
+    assert cells["flow reward a response"] == pytest.approx((-0.004, -0.0045))
+
+
+@pytest.mark.browser
+def test_the_table_of_tokens_is_a_recount_and_filters(page):
+    counts: dict[str, list] = {}
+    for one in some_records():
+        for k, text in enumerate(one["tokens"]):
+            mean = (one["deviation"][0][k] + one["deviation"][1][k]) / 2
+            counts.setdefault(text, []).append((one["flow_reward"][k], mean))
+    signs = {"◌": "", "↵": "\n", "␣b": " b"}
+    found = table(page, "tokens")
+    assert [signs.get(row[0], row[0]) for row in found] == ["\n", " b", "é", "", "a"]
+    for name, n, share, reward, deviation in found:
+        entries = counts.pop(signs.get(name, name))
+        rewards = [each for each, _ in entries]
+        assert int(n) == len(entries)
+        assert share == f"{100 * sum(r != 0 for r in rewards) / len(rewards):.0f} %"
+        assert number(reward) == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
+        assert number(deviation) == pytest.approx(sum(d for _, d in entries) / len(entries))
+    assert not counts
+    page.js("document.querySelector('[name=order][value=rewarded]').click()")
+    assert [row[0] for row in table(page, "tokens")] == ["a", "◌", "é", "␣b", "↵"]
+    page.js("[...document.querySelectorAll('#tokens button')][2].click()")
+    assert [text[:8] for text in shown(page)] == ["sample 2"]
+    assert page.js("document.querySelectorAll('.marked').length") == 1
+    assert page.js("document.activeElement.textContent") == "é"
+    page.js("document.getElementById('unmark').click()")
+    assert len(shown(page)) == 3
+    assert page.js("document.querySelectorAll('.marked').length") == 0
+
+
+@pytest.mark.browser
+def test_keyboard(page):
+    page.js(f"{token(0, 0)}.focus()")
+    keys = {"right": "\ue014", "left": "\ue012", "down": "\ue015", "up": "\ue013", "end": "\ue010"}
+    place = {
+        "right": "2 of 4, sample 0",
+        "down": "2 of 5, sample 1",
+        "end": "5 of 5, sample 1",
+        "left": "4 of 5, sample 1",
+        "up": "4 of 4, sample 0",
+    }
+    for key, expected in place.items():
+        page.press(keys[key])
+        assert facts(page)["place"] == expected, key
+    page.press("\ue00c")  # Escape
+    assert not page.js("document.getElementById('facts').open")
+    page.press("\ue004")  # Tab: a response is one stop
+    assert facts(page)["place"] == "1 of 5, sample 1"
+
+
+@pytest.mark.browser
+def test_hostile_texts_change_nothing_but_their_row(browser, tmp_path):
+    records = some_records()
+    texts = [HOSTILE, "</script>", "سلام", "\u202e", '{"a": 1}', "&lt;"]
+    hostile = {"question": HOSTILE, "prompt": HOSTILE, "extracted": HOSTILE, "text": HOSTILE}
+    many = ["<b>"] * 100_000
+    records[0] = one_record(0, 0, texts, verdict='" onload="x', **hostile)
+    records[2] = one_record(0, 2, many)
+    path = write(tmp_path, {1: records})
+    browser.open(path, READY)
+    assert browser.js("document.title") == "Rollouts of a & b"
+    assert (
+        browser.js("document.querySelectorAll(':is(main, aside) :is(script, img, svg)').length")
+        == 0
+    )
+    text = browser.js(f"{token(0, 0)}.textContent")
+    assert text.startswith('<script>document.title = "hacked"</script>')
+    assert browser.js(f"{token(0, 1)}.textContent") == "</script>"
+    heights = browser.js("[...document.querySelectorAll('article')].map(a => a.offsetHeight)")
+    assert max(heights) < 700
+    assert browser.js(f"{token(2, 0)}.parentElement.children.length") == 3000
+    browser.js("document.querySelector('article > button').click()")
+    assert browser.js(f"{token(2, 0)}.parentElement.children.length") == 6000
+    assert browser.log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+    urls = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert urls == [path.as_uri()]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_the_window(page, width, scheme):
+    feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.cdp("Emulation.setEmulatedMedia", feature)
+    page.cdp("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert page.js("document.documentElement.scrollWidth") <= width
+        widths = page.js("[...document.querySelectorAll('article')].map(a => a.offsetWidth)")
+        assert max(widths) < width
+        page.js(f"{token(0, 0)}.focus()")
+        assert page.js("document.getElementById('facts').getBoundingClientRect().height") < 250
+    finally:
+        page.cdp("Emulation.clearDeviceMetricsOverride", {})
+    assert page.log("browser") == []
+
+
+@pytest.mark.browser
+def test_the_page_shows_the_tensors_of_the_step(browser, world, flow_folder, tmp_path, monkeypatch):
+    """From a run of training to what a reader reads, every token of two responses."""
+    kept = []
+    write_rollouts = train_rl.write_rollouts
+    monkeypatch.setattr(
+        train_rl, "write_rollouts", lambda *given: (kept.append(given), write_rollouts(*given))
+    )
+    config = change(
+        train_rl.Config(),
+        model=world.path("model"),
+        data=world.path("train.jsonl"),
+        flow=flow_folder,
+        template="none",
+        prompts=2,
+        group_size=2,
+        train_batch=4,
+        max_tokens=12,
+        max_prompt_tokens=64,
+        steps=1,
+        save_every=0,
+        folder=str(tmp_path / "run"),
+    )
+    train_rl.main(config)
+    episodes, _, scores, advantage, flow_reward = kept[0][5:10]
+    browser.open(inspect_run(config.folder), READY)
+    for sample in range(2):
+        for k in range(len(episodes[sample].response_ids)):
+            browser.js(f"{token(sample, k)}.focus()")
+            found = facts(browser)
+            expected = {
+                "flow reward": flow_reward[sample, k],
+                "deviation": scores.flow_score[sample, k],
+                "tap 1 (layer 1)": scores.deviation[0, sample, k],
+                "tap 3 (layer 2)": scores.deviation[2, sample, k],
+                "log-prob": scores.old_logp[sample, k],
+                "entropy": scores.entropy[sample, k],
+                "advantage": advantage[sample, k],
+            }
+            assert found["id"] == str(episodes[sample].response_ids[k])
+            for name, value in expected.items():
+                assert number(found[name]) == pytest.approx(value.item(), rel=2e-5, abs=1e-9), name

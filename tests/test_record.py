@@ -1,0 +1,194 @@
+"""Rollouts of a run: what is written, from the tensors of the step, and that it changes nothing."""
+
+# ruff: noqa: F811 (the fixture is imported)
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, figures
+from test_options_change import config  # noqa: F401
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+import record
+import rlfr
+import toy
+import train_rl
+from run import change
+
+PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple]:
+    """What each step gave to write_rollouts: the tensors themselves."""
+    calls = []
+    write = train_rl.write_rollouts
+
+    def spy(*arguments):
+        calls.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(train_rl, "write_rollouts", spy)
+    return calls
+
+
+def test_records_hold_the_tensors_of_the_step(config, seen):
+    train_rl.main(change(config, log_rollouts=1, log_groups=2))
+    files = record.need_files(config.folder)
+    assert list(files) == [1, 2]
+    for step, arguments in enumerate(seen):
+        episodes, verdicts, scores, advantage, flow_reward = arguments[5:10]
+        records = record.read(files[step + 1])
+        assert [(one["group"], one["sample"]) for one in records] == [
+            (group, sample) for group in range(2) for sample in range(4)
+        ]
+        for i, one in enumerate(records):
+            length = len(episodes[i].response_ids)
+            tensors = {
+                "logp": scores.old_logp,
+                "entropy": scores.entropy,
+                "flow_reward": flow_reward,
+                "advantage": advantage,
+            }
+            for name, values in tensors.items():
+                assert one[name] == pytest.approx(values[i, :length].tolist(), rel=1e-5), name
+            assert one["deviation"][1] == pytest.approx(
+                scores.deviation[1, i, :length].tolist(), rel=1e-5
+            )
+            mean = torch.tensor(one["deviation"]).mean(dim=0)
+            torch.testing.assert_close(mean, scores.flow_score[i, :length], rtol=1e-4, atol=1e-6)
+            assert one["ratio"] == pytest.approx([1.0] * length, rel=1e-3)
+            assert one["token_ids"] == episodes[i].response_ids
+            assert (one["reward"], one["verdict"]) == (verdicts[i].reward, verdicts[i].kind)
+            assert one["problem"] == episodes[i].problem.id
+            assert one["prompt"] == one["question"] == episodes[i].problem.text
+        assert len({one["prompt"] for one in records}) == 2
+    taps = rlfr.tap_layers(3, (0.25, 0.5, 0.75))
+    assert records[0]["taps"] == taps
+
+
+def test_figures_do_not_depend_on_the_record(config):
+    for name, every in (("with", 1), ("without", 0)):
+        train_rl.main(change(config, folder=config.folder + name, log_rollouts=every))
+    assert figures(config.folder + "with") == figures(config.folder + "without")
+    assert not Path(config.folder + "without", "rollouts").exists()
+    with pytest.raises(ValueError, match="has no rollouts/step-N.jsonl; expected the folder of a"):
+        record.need_files(config.folder + "without")
+
+
+def test_figures_of_right_and_of_wrong_episodes(config, seen):
+    train_rl.main(change(config, steps=1))
+    ((*_, episodes, verdicts, scores, _, flow_reward, _),) = seen
+    (line,) = figures(config.folder)
+    lengths = [len(episode.response_ids) for episode in episodes]
+    for name, is_right in (("right", True), ("wrong", False)):
+        chosen = [i for i, verdict in enumerate(verdicts) if verdict.correct == is_right]
+        assert chosen
+        total = sum(scores.flow_score[i].sum().item() for i in chosen)
+        n_tokens = sum(lengths[i] for i in chosen)
+        rewards = [flow_reward[i].sum().item() for i in chosen]
+        assert line[f"flow/score_{name}"] == pytest.approx(total / n_tokens, rel=1e-5)
+        assert line[f"flow/reward_{name}"] == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+    n_rewarded = int((flow_reward != 0).sum())
+    assert line["flow/share"] == pytest.approx(n_rewarded / sum(lengths))
+    assert line["flow/tokens"] == pytest.approx(n_rewarded / len(episodes))
+
+
+def test_resuming_removes_the_rollouts_of_lost_steps(config):
+    config = change(config, steps=3, save_every=2, log_rollouts=1)
+    train_rl.main(change(config, steps=2))
+    lost = Path(config.folder) / "rollouts" / "step-7.jsonl"
+    lost.write_text("{}\n")
+    train_rl.main(change(config, resume=config.folder))
+    assert list(record.need_files(config.folder)) == [1, 2, 3]
+
+
+def test_which_steps_are_written():
+    due = [step + 1 for step in range(24) if record.is_due(step, 24, 10)]
+    assert due == [1, 11, 21, 24]
+    assert not any(record.is_due(step, 24, 0) for step in range(24))
+
+
+def test_the_size_that_is_said_holds(config, capsys):
+    train_rl.main(change(config, log_rollouts=1, log_groups=9))
+    assert "rollouts of 2 steps go to rollouts/, 16 episodes each: at most" in (
+        capsys.readouterr().out
+    )
+    for path in record.need_files(config.folder).values():
+        assert path.stat().st_size < 16 * (16 * record.BYTES_PER_TOKEN + 1000)
+
+
+def test_a_negative_interval_is_refused(config):
+    with pytest.raises(ValueError, match="log_rollouts=-1: expected a number of steps, or 0"):
+        train_rl.main(change(config, log_rollouts=-1))
+
+
+# ---- Token texts
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer(tmp_path_factory):
+    """A byte-level BPE with merges, some of which end or begin inside a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["  two\n\n lines\t", "naïve — ∑ 日本語 😀👩‍👩‍👧", "سلام עולם", "a<b>&\\n"]
+)
+@pytest.mark.parametrize("kind", ["bytes", "merges"])
+def test_texts_of_tokens_are_the_text(merging_tokenizer, text, kind):
+    tokenizer = toy.make_tokenizer() if kind == "bytes" else merging_tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = record.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == text
+
+
+def test_half_characters_and_special_tokens_have_texts():
+    tokenizer = toy.make_tokenizer()
+    ids = tokenizer.encode("é")[:1] + tokenizer.encode("a😀")[:-1] + tokenizer.encode("é")
+    ids += [tokenizer.eos_token_id]
+    broken = record.BROKEN
+    expected = [broken, "a", broken, broken, broken, "", "é", toy.EOS]
+    assert record.token_texts(tokenizer, ids) == expected
+
+
+def test_a_long_row_of_half_characters_is_quick():
+    tokenizer = toy.make_tokenizer()
+    ids = tokenizer.encode("é")[:1] * 20_000
+    assert record.token_texts(tokenizer, ids) == [record.BROKEN] * 20_000
+
+
+def test_numbers_keep_six_digits():
+    assert record.shorten([1 / 3, float("nan"), -12345678.0]) == [0.333333, None, -12345700.0]
+
+
+# ---- Elsewhere
+
+
+def test_tensorboard_gets_a_table(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_rl.main(change(config, steps=1, track="tensorboard"))
+    events = EventAccumulator(str(Path(config.folder) / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("rollouts/text_summary")
+    lines = event.tensor_proto.string_val[0].decode().splitlines()
+    records = record.read(record.need_files(config.folder)[1])
+    assert len(lines) == 2 + len(records) == 18
+    for line, one in zip(lines[2:], records, strict=True):
+        assert json.dumps(one["verdict"]) in line
+        assert f"| {len(one['tokens'])} |" in line

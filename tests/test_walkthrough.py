@@ -1,0 +1,121 @@
+"""The walkthrough: its tables are those of its figures, its arithmetic is right, and it is training."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, figures
+from test_options_change import config  # noqa: F401
+
+import toy
+import train_rl
+from run import change
+
+# ruff: noqa: F811 (the fixture is imported)
+sys.path.append(str(ROOT / "benchmarks"))
+import walkthrough  # noqa: E402
+
+PAGE = (ROOT / "docs" / "walkthrough.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def walked() -> dict:
+    """The figures that the page shows."""
+    return json.loads((ROOT / "docs" / "walkthrough.json").read_text())
+
+
+def test_the_page_has_the_figures(tmp_path, monkeypatch):
+    assert walkthrough.main(walkthrough.Settings(check=True)) == 0
+    for name in ("walkthrough.md", "walkthrough.json"):
+        (tmp_path / name).write_text((ROOT / "docs" / name).read_text().replace("17.65", "17.66"))
+    (tmp_path / "walkthrough.json").write_text((ROOT / "docs" / "walkthrough.json").read_text())
+    monkeypatch.setattr(walkthrough, "DOCS", tmp_path)
+    assert walkthrough.main(walkthrough.Settings(check=True)) == 1, "a table that was edited"
+
+
+def test_prompt_and_tokens_are_text(walked):
+    tokenizer = toy.make_tokenizer()
+    assert tokenizer.decode(walked["prompt_ids"]) == walked["problem"]
+    response = walked["responses"][walked["chosen"]]
+    assert "".join(walked["tokens"]["texts"]) == response + toy.EOS
+    assert tokenizer.encode(response) == walked["tokens"]["ids"][:-1]
+    assert toy.solve(walked["problem"])[1] == walked["answer"]
+    assert walked["taps"] == [1, 2, 3] and walked["n_layers"] == 4
+
+
+def test_what_the_flow_sees_is_arithmetic(walked):
+    t = walked["time"]
+    deviations = []
+    for at_tap in walked["at_taps"]:
+        x_1, x_0, x_t, u = (torch.tensor(at_tap[name]) for name in ("x_1", "x_0", "x_t", "u"))
+        torch.testing.assert_close(x_t, t * x_1 + (1 - t) * x_0)
+        torch.testing.assert_close(u, x_1 - x_0)
+        assert at_tap["deviation"] == pytest.approx(t / (1 - t) * at_tap["delta"])
+        deviations.append(at_tap["deviation"])
+    score = walked["tokens"]["score"]
+    assert score[walked["token"]] == pytest.approx(sum(deviations) / 3)
+    assert max(score) == score[walked["token"]]
+
+
+def test_shaping_and_advantages_are_arithmetic(walked):
+    rewards = torch.tensor(walked["rewards"])
+    outcome = (rewards - rewards.mean()) / (rewards.std() + 1e-9)
+    torch.testing.assert_close(torch.tensor(walked["outcome"]), outcome)
+    columns = walked["tokens"]
+    low = min(columns["score"])
+    high = max(columns["score"])
+    n = len(columns["score"])
+    for k in range(n):
+        unit = (columns["score"][k] - low) / (high - low)
+        assert columns["normalised"][k] == pytest.approx(unit, abs=1e-6)
+        kept = unit if unit > 0.6 else 0
+        assert columns["selected"][k] == pytest.approx(kept, abs=1e-6)
+        assert columns["flow_reward"][k] == pytest.approx(-0.01 * kept, abs=1e-8)
+        assert columns["returns"][k] == pytest.approx(sum(columns["flow_reward"][k:]), abs=1e-7)
+        advantage = walked["outcome"][walked["chosen"]] + columns["returns"][k]
+        assert columns["advantage"][k] == pytest.approx(advantage, rel=1e-5)
+
+
+def test_the_walk_is_a_step_of_training(config, monkeypatch):
+    """Of the small world: the tensors of the step, its loss and its gradient."""
+    config = change(config, prompts=1, group_size=4, train_batch=4, steps=1)
+    kept = []
+    write = train_rl.write_rollouts
+    monkeypatch.setattr(
+        train_rl, "write_rollouts", lambda *given: (kept.append(given), write(*given))
+    )
+    train_rl.main(config)
+    episodes, verdicts, scores, advantage, flow_reward = kept[0][5:10]
+    walked = walkthrough.walk(config)
+    row = walked["chosen"]
+    tokens = walked["tokens"]
+    n = len(tokens["ids"])
+    assert tokens["ids"] == episodes[row].response_ids
+    assert walked["rewards"] == [verdict.reward for verdict in verdicts]
+    expected = {
+        "logp": scores.old_logp,
+        "entropy": scores.entropy,
+        "score": scores.flow_score,
+        "flow_reward": flow_reward,
+        "advantage": advantage,
+    }
+    for name, values in expected.items():
+        assert tokens[name] == pytest.approx(values[row, :n].tolist(), rel=1e-4, abs=1e-6), name
+    by_tap = [at_tap["deviation"] for at_tap in walked["at_taps"]]
+    assert by_tap == pytest.approx(scores.deviation[:, row, walked["token"]].tolist(), rel=1e-4)
+    (line,) = figures(config.folder)
+    assert walked["loss"] == pytest.approx(line["policy/loss"], rel=1e-4, abs=1e-6)
+    assert walked["gradient_norm"] == pytest.approx(line["policy/grad_norm"], rel=1e-4)
+
+
+def test_functions_that_the_page_links():
+    links = re.findall(r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(\.\./(\w+)\.py\)", PAGE)
+    assert len(links) >= 18
+    for module, path, file in links:
+        assert module == file
+        value = importlib.import_module(module)
+        for name in path.split("."):
+            value = getattr(value, name)
