@@ -44,7 +44,7 @@ from run import change, written_whole  # noqa: E402
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score
-N_TAPS = 3
+PERCENTILES = fl.FlowConfig(dim=1).percentiles  # of the policy's depth: where it is tapped
 N_RESAMPLES = 1000
 MAX_TOKENS = 96  # of a response, as in training
 TOKEN_BUDGET = 4096  # padded tokens of a micro-batch
@@ -309,7 +309,7 @@ def score_responses(
     policy: rlfr.Policy, flows: Sequence[fl.Flow], rows: Sequence[rlfr.Row], n_draws: int
 ) -> list[Scored]:
     """Score the tokens of responses under a policy, for each flow; a flow has one context mode."""
-    taps = rlfr.tap_layers(policy.n_layers, fl.FlowConfig(1).percentiles)
+    taps = rlfr.tap_layers(policy.n_layers, PERCENTILES)
     depths = [tap / policy.n_layers for tap in taps]
     found = {}
     for indices, batch in rlfr.micro_batches(rows, TOKEN_BUDGET, 0, 1):
@@ -382,9 +382,12 @@ class Question(NamedTuple):
 
     def of_steps(self, values: np.ndarray, scored: Scored) -> list[float] | None:
         """Return the AUC of values of tokens (M,) for wrong steps."""
-        token = scored.start[self.labels.step_response] + self.labels.step_place
         weight = self.weight[:, self.labels.step_response]
-        return figure(auc(values[token], self.labels.step_is_wrong, weight))
+        return figure(auc(values[self.results(scored)], self.labels.step_is_wrong, weight))
+
+    def results(self, scored: Scored) -> np.ndarray:
+        """Return the tokens that are results of judged steps, (n steps,) of M."""
+        return scored.start[self.labels.step_response] + self.labels.step_place
 
     def of_responses(self, values: np.ndarray) -> list[float] | None:
         """Return the AUC of values of responses (n,) for short ones."""
@@ -464,16 +467,21 @@ def measure_draws(question: Question, scored: Scored, counts: Sequence[int]) -> 
 
 
 def measure_repeats(question: Question, scored: Scored) -> list[dict]:
-    """Return the correlation of two scorings that differ in their noise, for each time."""
+    """Return the correlation of two scorings that differ in their noise, for each time.
+
+    Over all tokens most of it is due to the kinds of token; hence also over results of steps alone.
+    """
     token_weight = question.weight[:, scored.response]
+    is_result = np.zeros(len(scored.response), bool)
+    is_result[question.results(scored)] = True
     rows = []
     for i, time in enumerate(TIMES):
         score = scored.errors[:2, i].mean(axis=1)  # (2, M)
-        has_score = ~np.isnan(score[0])
-        tokens = correlation(score[0, has_score], score[1, has_score], token_weight[:, has_score])
-        first, second = response_means(score, scored)
-        responses = correlation(first, second, question.weight)
-        rows.append({"time": time, "tokens": figure(tokens), "responses": figure(responses)})
+        row = {"time": time}
+        for name, chosen in (("tokens", np.isfinite(score[0])), ("results", is_result)):
+            row[name] = figure(correlation(*score[:, chosen], token_weight[:, chosen]))
+        row["responses"] = figure(correlation(*response_means(score, scored), question.weight))
+        rows.append(row)
     return rows
 
 
@@ -559,7 +567,10 @@ def tables(path: str | Path) -> str:
     result = json.loads(Path(path).read_text())
     if "text" in result:
         return text_tables(result["text"])
-    parts = [world_tables(world, found) for world, found in result["worlds"].items()]
+    parts = []
+    for world, found in result["worlds"].items():
+        if found:  # it may not have been measured yet
+            parts.append(world_tables(world, found))
     return "\n\n".join(parts)
 
 
@@ -591,13 +602,13 @@ def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence]) -> str
     return "\n".join(lines)
 
 
-def cell(value) -> str:
+def cell(value, n_digits: int = 2) -> str:
     """Return a value as text: a figure with its interval, a dash for none."""
     if value is None:
         return "–"
     if isinstance(value, list):
-        middle, low, high = value
-        return f"{middle:.2f} ({low:.2f} – {high:.2f})"
+        middle, low, high = [f"{number:.{n_digits}f}" for number in value]
+        return f"{middle} ({low} – {high})"
     return str(value)
 
 
@@ -611,7 +622,11 @@ def baseline_table(rows: dict) -> str:
 def fit_tables(fits: list[dict]) -> str:
     """Show the fits at the published time, and the default one by time and tap."""
     rows = []
-    for fit in fits:
+    places = list(fl.CONTEXTS)
+    for fit in sorted(
+        fits,
+        key=lambda fit: (places.index(fit["context"]), fit["is_standardised"], fit["amount"]),
+    ):
         found = fit["times"][PUBLISHED]
         kind = "standardised" if fit["is_standardised"] else "as published"
         amount = "untrained" if fit["amount"] == 0 else f"{fit['amount']} ×"
@@ -665,8 +680,11 @@ def draw_table(rows: list[dict]) -> str:
 
 def repeat_table(rows: list[dict]) -> str:
     """Show how two scorings agree."""
-    cells = [(row["time"], row["tokens"], row["responses"]) for row in rows]
-    header = ("t", "tokens", "responses")
+    cells = []
+    for row in rows:
+        kinds = [cell(row[name], n_digits=3) for name in ("tokens", "results", "responses")]
+        cells.append((row["time"], *kinds))
+    header = ("t", "all tokens", "results of steps", "responses")
     title = "Correlation of two scorings with different noise, the default fit:"
     return markdown(title, header, cells)
 
