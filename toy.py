@@ -57,7 +57,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
+GIVES_UP = 0.9  # chance of giving up before each step of a long problem, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems

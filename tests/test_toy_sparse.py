@@ -64,7 +64,7 @@ def test_expert_solutions_are_right_in_every_step():
 
 
 def test_giving_up():
-    """From any depth on the demonstrator stops with chance 0.75 before each step, and guesses."""
+    """From any depth on the demonstrator stops with chance 0.9 before each step, and guesses."""
     rng = random.Random(0)
     problem = "7 +5 -3 -4 +2 +2 +2 +2>"
     demonstrations = [toy.give_up(problem, rng) for _ in range(8000)]
@@ -72,7 +72,7 @@ def test_giving_up():
         parts = [learnt for given, learnt in demonstrations if given.count("=") == n_given]
         assert len(parts) / 8000 == pytest.approx(1 / 8, abs=0.02)
         stopped = sum("=" not in learnt for learnt in parts) / len(parts)
-        assert stopped == pytest.approx(0.75, abs=0.05)
+        assert stopped == pytest.approx(0.9, abs=0.05)
     guesses = [learnt for given, learnt in demonstrations if not given and "=" not in learnt]
     assert set(guesses) == {rf"\boxed{{{digit}}}{toy.EOS}" for digit in range(10)}
     right = sum(guess == rf"\boxed{{7}}{toy.EOS}" for guess in guesses) / len(guesses)
