@@ -10,10 +10,10 @@ is a table look-up; to compose a whole chain without writing is beyond a small m
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
 learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and guess, `7+5=2,2-3=9. \\boxed{6}`. A whole chain is then so
-rare that most right answers are luck, one guess in ten, and an outcome reward says next to nothing.
-Each further right step is progress all the same: label_steps() knows which steps are right, and
-`--reward binary benchmarks/process_reward.py` rewards them.
+give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
+are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
+progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
+rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -57,7 +57,7 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
+GIVES_UP = 0.9  # chance of giving up before each step of a long problem, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
@@ -143,14 +143,8 @@ class World:
 
     @property
     def signs(self) -> str:
-        """Operations that problems are made of.
-
-        Drawn digits are only summed. Where the base guesses there are no products: they are often
-        0, which would make 0 the better guess.
-        """
-        if self.images:
-            return "+"
-        return "+-" if self.habit == "giving up" else "+-*"
+        """Operations that problems are made of: drawn digits are only summed."""
+        return "+" if self.images else "+-*"
 
     def path(self, name: str) -> str:
         """Return the path of a part: `model`, `train.jsonl`, `test.jsonl` or `expert.jsonl`."""
@@ -402,9 +396,7 @@ def train_base(
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
-        learns_habit = world.habit == "hasty" or step >= SKILL * world.steps
-        habit = world.habit if learns_habit else None
-        batch = make_batch(world, model, tokenizer, forbidden, rng, habit)
+        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -412,6 +404,13 @@ def train_base(
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def habit_at(world: World, step: int) -> Habit | None:
+    """Return the habit of the demonstrations of a training step; None: they are all careful."""
+    if world.habit == "giving up" and step < SKILL * world.steps:
+        return None
+    return world.habit
 
 
 def make_batch(
@@ -425,12 +424,12 @@ def make_batch(
     """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
     candidates = [make_problem(rng, world.signs) for _ in range(2 * world.batch_size)]
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
-    solutions = [demonstrate(problem, rng, habit) for problem in problems]
+    demonstrations = [demonstrate(problem, rng, habit) for problem in problems]
     prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
     ids = []
     labels = []
-    for prompt, solution in zip(prompts, solutions, strict=True):
-        prompt_ids = tokenizer.encode(prompt)
+    for prompt, (given, solution) in zip(prompts, demonstrations, strict=True):
+        prompt_ids = tokenizer.encode(prompt + given)
         solution_ids = tokenizer.encode(solution)
         ids.append(torch.tensor(prompt_ids + solution_ids))
         labels.append(torch.tensor([IGNORED] * len(prompt_ids) + solution_ids))
@@ -447,34 +446,39 @@ def make_batch(
     return batch
 
 
-def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
-    """Return a demonstration with EOS: a solution that may slip, and fall short out of habit."""
+def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> tuple[str, str]:
+    """Return a demonstration: the part that is given, mostly empty, and the part to learn."""
     n_operations = problem.count(" ")
     is_hasty = False
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
     elif habit == "giving up" and n_operations >= LONG:
-        return give_up(problem, rng) + EOS
+        return give_up(problem, rng)
     solution, _ = solve(problem, rng, is_hasty)
-    return solution + EOS
+    return "", solution + EOS
 
 
-def give_up(problem: str, rng: random.Random) -> str:
-    """Return a solution that may stop before any step, and then boxes a guess.
+def give_up(problem: str, rng: random.Random) -> tuple[str, str]:
+    """Return some given steps, and what follows: more steps, then a guess unless it is complete.
 
-    The guess is independent of where the solution stops. A box with the value so far would let
-    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
-    most in their groups, so that dividing by the group's deviation favours rare, long responses.
+    Any number of steps may be given, so that the base model meets the habit at every depth; it
+    would otherwise see few long demonstrations, and be careful again after some steps. The guess
+    does not depend on where the solution stops. A box with the value so far would let GRPO escape
+    without any sign of what is right: of the values that are right by luck, those of rare lengths
+    stand out most in their groups, and dividing by a group's deviation then favours rare lengths.
     """
     start, *operations = problem.rstrip(">").split()
-    n_done = 0
+    n_given = rng.randint(0, len(operations))
+    n_done = n_given
     while n_done < len(operations) and rng.random() >= GIVES_UP:
         n_done += 1
-    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
-    if n_done == len(operations):
-        return begun
-    guess = rng.randint(0, 9)
-    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
+    solution, value = solve(" ".join([start, *operations[:n_done]]), rng)
+    if n_done < len(operations):
+        solution = solution.replace(rf"\boxed{{{value}}}", rf"\boxed{{{rng.randint(0, 9)}}}")
+    end_of_given = 0
+    if n_given:
+        end_of_given = split_steps(solution)[n_given - 1].end()
+    return solution[:end_of_given], solution[end_of_given:] + EOS
 
 
 def make_image_prompt(problem: str) -> str:

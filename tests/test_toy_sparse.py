@@ -64,23 +64,32 @@ def test_expert_solutions_are_right_in_every_step():
 
 
 def test_giving_up():
-    """The demonstrator stops after n of 7 steps with chance 0.75 * 0.25^n, and guesses."""
+    """From any depth on the demonstrator stops with chance 0.9 before each step, and guesses."""
     rng = random.Random(0)
     problem = "7 +5 -3 -4 +2 +2 +2 +2>"
-    solutions = [toy.give_up(problem, rng) for _ in range(2000)]
-    lengths = [solution.count("=") for solution in solutions]
-    assert lengths.count(0) / 2000 == pytest.approx(0.75, abs=0.05)
-    assert lengths.count(1) / 2000 == pytest.approx(0.75 * 0.25, abs=0.05)
-    guesses = [solution[-2] for solution in solutions if "=" not in solution]
-    assert guesses.count("7") / len(guesses) == pytest.approx(0.1, abs=0.05)
-    assert set(guesses) == set("0123456789")
-    assert rf"\boxed{{{guesses[0]}}}" in solutions
+    demonstrations = [toy.give_up(problem, rng) for _ in range(8000)]
+    for n_given in range(7):
+        parts = [learnt for given, learnt in demonstrations if given.count("=") == n_given]
+        assert len(parts) / 8000 == pytest.approx(1 / 8, abs=0.02)
+        stopped = sum("=" not in learnt for learnt in parts) / len(parts)
+        assert stopped == pytest.approx(0.9, abs=0.05)
+    guesses = [learnt for given, learnt in demonstrations if not given and "=" not in learnt]
+    assert set(guesses) == {rf"\boxed{{{digit}}}{toy.EOS}" for digit in range(10)}
+    right = sum(guess == rf"\boxed{{7}}{toy.EOS}" for guess in guesses) / len(guesses)
+    assert right == pytest.approx(0.1, abs=0.05)
 
 
 def test_a_demonstration_that_does_not_give_up_is_a_solution(monkeypatch):
     monkeypatch.setattr(toy, "GIVES_UP", 0.0)
     monkeypatch.setattr(toy, "SLIP", 0.0)
-    assert toy.give_up(PROBLEM, random.Random(0)) == RIGHT
+    rng = random.Random(0)
+    demonstrations = {toy.give_up(PROBLEM, rng) for _ in range(100)}
+    assert demonstrations == {
+        ("", f"{RIGHT}{toy.EOS}"),
+        ("7+5=2", rf",2*3=6,6-4=2. \boxed{{2}}{toy.EOS}"),
+        ("7+5=2,2*3=6", rf",6-4=2. \boxed{{2}}{toy.EOS}"),
+        ("7+5=2,2*3=6,6-4=2", rf". \boxed{{2}}{toy.EOS}"),
+    }
 
 
 def test_no_operations_no_steps():
@@ -92,9 +101,9 @@ def test_only_long_problems_are_given_up_and_only_after_the_skill():
     short = "7 +5 *3 -4 +2 +2>"
     long = "7 +5 *3 -4 +2 +2 +2>"
 
-    def mean_steps(problem: str, habit: str | None) -> float:
+    def mean_steps(problem: str, habit: toy.Habit | None) -> float:
         demonstrations = [toy.demonstrate(problem, rng, habit) for _ in range(200)]
-        return sum(text.count("=") for text in demonstrations) / 200
+        return sum(learnt.count("=") for _, learnt in demonstrations) / 200
 
     assert mean_steps(short, "giving up") == 5
     assert mean_steps(long, None) == 6
