@@ -4,7 +4,8 @@
     python benchmarks/flow_signal.py --render docs/signal.json      the tables of a file, again
 
 In the embedded worlds it is known which steps of a response are right. The base policy answers
-training problems; flows that were fitted in different ways score the answers. The figures, each
+training problems; flows that were fitted in different ways score the answers. In the sparse world,
+where the base hardly ever completes a chain, the world's own solutions stand in for complete ones. The figures, each
 with a 95 % bootstrap interval over problems:
 
     AUC of the score for wrong against right steps: the chance that a wrong one scores higher. What
@@ -56,6 +57,7 @@ class Settings:
 
     worlds: tuple[str, ...] = ("toy", "toy-sparse")  # Embedded worlds
     n_responses: int = 1000  # Responses of the base policy, one a problem
+    n_written: int = 300  # The world's own solutions that stand in where the base completes none
     # Training of the flow, in multiples of the world's offline start; 0 is an untrained flow
     amounts: tuple[int, ...] = (0, 1, 5, 20)
     draws: tuple[int, ...] = (1, 4, 16)  # Draws of noise that a score is averaged over
@@ -131,6 +133,7 @@ class Reply(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     text: str  # a character for each token
+    is_sampled: bool = True  # or else it is the world's own solution
 
     images = ()
 
@@ -165,6 +168,18 @@ def kept_replies(file: Path, policy_folder: str, problems_file: str, count: int)
     return [Reply(*json.loads(line)) for line in file.read_text().splitlines()]
 
 
+def write_replies(policy_folder: str, problems_file: str, first: int, count: int) -> list[Reply]:
+    """Return the world's careful solutions of some problems of a file."""
+    tokenizer = rollout.find_model(policy_folder, rollout.LoadingSettings()).tokenizer
+    rows = rollout.read_jsonl(problems_file)[first : first + count]
+    replies = []
+    for row in rows:
+        prompt_ids = tokenizer.encode(row["problem"])
+        response_ids = tokenizer.encode(row["solution"] + toy.EOS)
+        replies.append(Reply(row["problem"], prompt_ids, response_ids, row["solution"], False))
+    return replies
+
+
 class Labels(NamedTuple):
     """What is known of the responses."""
 
@@ -175,12 +190,14 @@ class Labels(NamedTuple):
 
 
 def label(replies: Sequence[Reply]) -> Labels:
-    """Say which responses are short and which steps are wrong."""
+    """Say which responses are short and which sampled steps are wrong."""
     is_short = []
     steps = []
     for i, reply in enumerate(replies):
         n_steps = len(toy.label_steps(reply.problem, reply.text))
         is_short.append(n_steps < reply.problem.count(" "))
+        if not reply.is_sampled:
+            continue
         for place, is_wrong in judge_results(reply.problem, reply.text):
             steps.append((i, place, is_wrong))
     table = np.array(steps, dtype=int).reshape(-1, 3)
@@ -492,9 +509,14 @@ def measure_world(world: str, settings: Settings, report) -> None:
     made = toy.find_world(world)
     file = folder / f"{world}-responses-{settings.n_responses}.jsonl"
     replies = kept_replies(file, made.path("model"), made.path("train.jsonl"), settings.n_responses)
+    if made.habit == "giving up":  # the base completes next to none
+        replies += write_replies(
+            made.path("model"), made.path("train.jsonl"), settings.n_responses, settings.n_written
+        )
     question = ask(replies)
     policy = rlfr.load_policy(made.path("model")).float().to(parallel.DEVICE)
-    report("counts", describe(question))
+    n_written = len(replies) - settings.n_responses
+    report("counts", {**describe(question), "written": n_written})
     by_fit = []
     for fit in list_fits(world, settings.amounts):
         flow = kept_flow(fit, folder)
@@ -577,10 +599,14 @@ def tables(path: str | Path) -> str:
 def world_tables(world: str, found: dict) -> str:
     """Return the tables of a world."""
     counts = found["counts"]
-    parts = [
-        f"**{world}**: {counts['responses']} responses of the base policy, {counts['short']} of "
-        f"them short; {counts['steps']} judged steps, {counts['wrong']} of them wrong."
-    ]
+    n_sampled = counts["responses"] - counts["written"]
+    title = (
+        f"**{world}**: {n_sampled} responses of the base policy, {counts['short']} of them short; "
+        f"{counts['steps']} judged steps, {counts['wrong']} of them wrong."
+    )
+    if counts["written"]:
+        title += f" {counts['written']} solutions of the world count as complete responses."
+    parts = [title]
     renderers = {
         "baselines": baseline_table,
         "fits": fit_tables,
