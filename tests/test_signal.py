@@ -88,6 +88,20 @@ def test_short_responses():
     assert not labels.step_is_wrong.any()
 
 
+def test_steps_of_written_solutions_are_not_judged():
+    reply = flow_signal.Reply("7 +5 *3>", [], [], "7+5=2,2*3=6. \\boxed{6}", is_sampled=False)
+    labels = flow_signal.label([reply])
+    assert labels.is_short.tolist() == [False]
+    assert len(labels.step_is_wrong) == 0
+
+
+def test_written_solutions_are_tokens_of_their_text(world):
+    files = (world.path("model"), world.path("train.jsonl"))
+    (reply,) = flow_signal.write_replies(*files, first=3, count=1)
+    assert len(reply.response_ids) == len(reply.text) + 1, "and EOS"
+    assert toy.solve(reply.problem)[0] == reply.text
+
+
 def test_response_means_leave_out_what_is_missing():
     scored = flow_signal.Scored(np.array([0, 0, 1]), np.array([0, 2]), None, None, None)
     values = np.array([[1.0, 3.0, 5.0], [1.0, np.nan, 5.0]])
