@@ -9,9 +9,9 @@ where the base hardly ever completes a chain, the world's own solutions stand in
 with a 95 % bootstrap interval over problems:
 
     AUC of the score for wrong against right steps: the chance that a wrong one scores higher. What
-        is scored is the result of a step, `2` in `7+5=2`, where all before it is right
-    AUC for short responses, which skip or break off the chain, against complete ones, by the mean
-        over a response's tokens
+        is scored is the result of a step, `2` in `7+5=2`, where all steps before it are right
+    AUC for short responses, which skip steps of the chain or idle in their place, against complete
+        ones, by the mean over a response's tokens
     excess over held-out expert tokens, in their standard deviations
     correlation of two scorings with different noise
     the same along a run of train_rl.py, with the flow that it updated and with the offline one
@@ -183,7 +183,7 @@ def write_replies(policy_folder: str, problems_file: str, first: int, count: int
 class Labels(NamedTuple):
     """What is known of the responses."""
 
-    is_short: np.ndarray  # (n responses,) bool: fewer steps than the problem has
+    is_short: np.ndarray  # (n responses,) bool: fewer steps that do something than the problem has
     step_response: np.ndarray  # (n steps,) the response that a step is of
     step_place: np.ndarray  # (n steps,) the token that is its result, counted in its response
     step_is_wrong: np.ndarray  # (n steps,) bool
@@ -194,8 +194,9 @@ def label(replies: Sequence[Reply]) -> Labels:
     is_short = []
     steps = []
     for i, reply in enumerate(replies):
-        n_steps = len(toy.label_steps(reply.problem, reply.text))
-        is_short.append(n_steps < reply.problem.count(" "))
+        steps_of_reply = toy.label_steps(reply.problem, reply.text)
+        n_working = sum("+0=" not in reply.text[step.start : step.end] for step in steps_of_reply)
+        is_short.append(n_working < reply.problem.count(" "))
         if not reply.is_sampled:
             continue
         for place, is_wrong in judge_results(reply.problem, reply.text):
@@ -205,18 +206,18 @@ def label(replies: Sequence[Reply]) -> Labels:
 
 
 def judge_results(problem: str, text: str) -> list[tuple[int, bool]]:
-    """Return the place of each step's result and whether it is wrong, up to the first wrong one.
+    """Return the place of each step's result and whether the step is wrong, up to the first wrong.
 
-    Only results whose whole past is right are judged: what follows a mistake is not wrong by itself.
+    Only steps whose whole past is right are judged: what follows a mistake is not wrong by itself.
     """
-    solution, _ = toy.solve(problem)
     judged = []
     for step in toy.label_steps(problem, text):
         place = step.end - 1
-        past = text[:place]
-        if not past.endswith("=") or not solution.startswith(past):
+        if text[place - 1] != "=":
             break
         judged.append((place, not step.is_right))
+        if not step.is_right:
+            break
     return judged
 
 
@@ -509,7 +510,7 @@ def measure_world(world: str, settings: Settings, report) -> None:
     made = toy.find_world(world)
     file = folder / f"{world}-responses-{settings.n_responses}.jsonl"
     replies = kept_replies(file, made.path("model"), made.path("train.jsonl"), settings.n_responses)
-    if made.habit == "giving up":  # the base completes next to none
+    if made.habit == "idling":  # the base completes next to none
         replies += write_replies(
             made.path("model"), made.path("train.jsonl"), settings.n_responses, settings.n_written
         )
