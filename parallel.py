@@ -6,7 +6,7 @@ What lives where, with FSDP2:
 
     weights, gradients, AdamW's moments  sharded, in float32: each rank holds a part of every tensor
       with shard(cpu_offload=True)       the parts are in host memory
-      after move(..., "cpu")             likewise, until they are moved back
+      between offload() and restore()    likewise, see HostCopy
     weights of the layer that runs       gathered on every rank, in the dtype given to shard()
     all weights after begin_calls()      gathered likewise, until end_calls()
     full_weights()                       one whole tensor at a time, on the device of every rank
@@ -46,8 +46,14 @@ DEVICE = find_device()
 
 
 # ---- Ranks
+# A group of all ranks that waits for hours, as when the others sample or the first one writes. The
+# default group does not: where it waits long, a rank hangs.
+patient_group: dist.ProcessGroup | None = None
+
+
 def start() -> None:
     """Start the process group: join the ranks that torchrun started, or become the only one."""
+    global patient_group
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -57,12 +63,16 @@ def start() -> None:
     group = {}  # torchrun describes it in the environment
     if "RANK" not in os.environ:
         group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    # Hours, because ranks wait for the slowest to sample. torchrun notices a rank that dies, and
-    # ends the others.
-    dist.init_process_group(backend, timeout=timedelta(hours=4), **group)
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
     if DEVICE.type == "cuda":
         # torchrun leaves one thread to a rank: too few for an optimiser in host memory
         torch.set_num_threads(cores_per_rank())
+
+
+def fork_rng():
+    """Return a context after which torch's global generators are as before: CPU and own GPU."""
+    return torch.random.fork_rng([DEVICE] if DEVICE.type == "cuda" else [])
 
 
 def is_first() -> bool:
@@ -80,7 +90,9 @@ def on_first(work: Callable):
         except Exception as caught:
             error = caught
     box = [result, error]
-    dist.broadcast_object_list(box, src=0)  # the first rank's own objects stay in its box
+    dist.broadcast_object_list(
+        box, src=0, group=patient_group
+    )  # the first rank's own objects stay in its box
     result, error = box
     if error is not None:
         raise error
@@ -95,7 +107,7 @@ def cores_per_rank() -> int:
 def gather_objects(value) -> list:
     """Return every rank's value, in the order of the ranks, on all of them."""
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=patient_group)
     return values
 
 
@@ -213,12 +225,58 @@ def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> No
     module.reshard()
 
 
-def move(things: Sequence, device: torch.device | str) -> None:
-    """Move sharded modules and learners to a device; a None among them is skipped."""
-    for thing in things:
-        if thing is not None:
-            thing.to(device)
-    torch.cuda.empty_cache()
+# ---- Offloading
+class HostCopy:
+    """Host memory for tensors that have to leave the GPU for a while, again and again.
+
+    The memory is taken once and pinned, so that copies run at the full speed of the bus. Tensors
+    keep their identity: offload() empties the memory below them, and restore() fills it again. In
+    between nobody may use them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        """Take memory for tensors, sharded or not; those that share memory count once."""
+        storages = {}
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            storages[storage.data_ptr()] = storage
+        self.storages = list(storages.values())
+        self.sizes = [storage.nbytes() for storage in self.storages]
+        self.copies = pinned_memory(sum(self.sizes)).split(self.sizes)
+
+    def offload(self) -> None:
+        """Copy the tensors to host memory and free theirs."""
+        for storage, copy in zip(self.storages, self.copies, strict=True):
+            copy.copy_(bytes_of(storage), non_blocking=True)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()  # all is copied
+        for storage in self.storages:
+            storage.resize_(0)
+        torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Give the tensors memory again, and what they held."""
+        for storage, size, copy in zip(self.storages, self.sizes, self.copies, strict=True):
+            storage.resize_(size)
+            bytes_of(storage).copy_(copy, non_blocking=True)
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """Return a tensor of bytes that shares the memory of a storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def pinned_memory(size: int) -> Tensor:
+    """Return a tensor of bytes in host memory, pinned if there is a GPU.
+
+    torch's own pinned memory takes the next power of two.
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if DEVICE.type == "cuda":
+        cuda = torch.cuda.cudart()
+        torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), size, 0))
+    return memory
 
 
 # ---- Whole weights
@@ -255,7 +313,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 # ---- Learning
 class Learner:
-    """A sharded module with its AdamW: it makes steps, moves between devices, is checkpointed.
+    """A sharded module with its AdamW: it makes steps and is checkpointed.
 
     anchor: share by which the weights are pulled back, after each step, towards those that they
         have now, w <- w + anchor * (w_now - w); 0: never.
@@ -322,14 +380,12 @@ class Learner:
             for parameter, anchor in zip(self.parameters, self.anchors, strict=True):
                 parameter.lerp_(anchor, self.anchor)
 
-    def to(self, device: torch.device | str) -> None:
-        """Move weights and optimiser state to a device; between steps, when no gradients exist."""
-        # this keeps the identity of the parameters, by which the optimiser knows its state
-        self.module.to(device)
-        self.anchors = [anchor.to(device) for anchor in self.anchors]
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all parameters and what is kept of them; between steps that is all."""
+        yield from self.module.parameters()
+        yield from self.anchors
         for state in self.optimizer.state.values():
-            for name, tensor in list(state.items()):
-                state[name] = tensor.to(device)
+            yield from state.values()
 
     def state_dict(self) -> dict:
         """Return weights and optimiser state, sharded; any number of ranks can load them."""

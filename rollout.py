@@ -178,6 +178,12 @@ def fill_in(config, model: Model):
     flat = flatten(config)
     if flat.get("freeze") == "vision" and not has_vision:
         raise ValueError(f"freeze='vision': {model.path} has no vision tower; leave --freeze out")
+    heads = model.text_config.num_attention_heads
+    if heads % flat.get("tensor_parallel", 1):
+        raise ValueError(
+            f"tensor_parallel={flat['tensor_parallel']} does not divide "
+            f"the model's {heads} attention heads"
+        )
     derived = unset_among(config, published)
     derived["template"] = choose_template(flat["template"], model)
     if is_first():
@@ -540,12 +546,6 @@ def make_engine(
     of a process that run on vLLM only one can sleep.
     """
     kind, reason = choose_engine(settings.engine, device)
-    heads = model.text_config.num_attention_heads
-    if heads % settings.tensor_parallel:
-        raise ValueError(
-            f"tensor_parallel={settings.tensor_parallel} does not divide "
-            f"the model's {heads} attention heads"
-        )
     began = time.perf_counter()
     if kind == "torch":
         engine = TorchEngine(model, settings.max_sequences, device, dtype)

@@ -9,11 +9,12 @@ but seldom does where it should, until reinforcement learning discovers that it 
 is a table look-up; to compose a whole chain without writing is beyond a small model.
 
 In the sparse world, `--model toy-sparse`, all problems have 6 to 8 operations. The base model first
-learns to solve every problem carefully, and then a habit: after each step of a long problem it may
-give up and guess, `7+5=2,2*3=6. \\boxed{1}`. A whole chain is then so rare that the right answers
-are luck, one guess in ten, and an outcome reward says next to nothing. Each further right step is
-progress all the same: label_steps() knows which steps are right, and benchmarks/process_reward.py
-rewards them.
+learns to solve every problem carefully, and then a habit: in a long problem a step mostly idles, it
+adds zero in place of the problem's operation, `7+5=2,2+0=2,2-4=8`. Such a solution has as many steps
+as any other, and each is calculated well, but it solves another problem. Whole chains without an
+idle step are so rare that nearly all right answers are luck, one in ten, and an outcome reward says
+next to nothing. Each further step that does its work is progress all the same: label_steps() knows
+which are right, and `--reward binary benchmarks/process_reward.py` rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
@@ -30,6 +31,7 @@ import json
 import random
 import re
 import shutil
+import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,10 +59,11 @@ from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-GIVES_UP = 0.75  # chance of giving up before each step of a long problem, in the sparse world
+IDLES = 0.6  # chance that a step of a long problem adds zero, in the sparse world
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
+UNITS = (3, 7, 9)  # factors that no two digits share a product with, modulo 10
 SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -119,7 +122,7 @@ PRESETS = {  # script -> value of --model -> flag -> value
     "eval": {"toy": EVALUATE, "toy-vl": EVALUATE, "toy-sparse": EVALUATE},
 }
 
-Habit = Literal["hasty", "giving up"]
+Habit = Literal["hasty", "idling"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,10 @@ class World:
     seed: int = 0  # Seed of everything above
     images: bool = False  # Draw the problems
     shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
-    # How the base model fails on long problems: it skips all steps, or stops and guesses
+    # How the base model fails on long problems: it skips all steps, or adds zero in some
     habit: Habit = "hasty"
+    # Multiply by 3, 7 and 9 alone: a wrong value then stays wrong, as no later step merges values
+    invertible: bool = False
 
     @property
     def signs(self) -> str:
@@ -155,7 +160,7 @@ WORLDS = {
     "toy": World(),
     "toy-vl": World("runs/toy-vl", images=True),
     "toy-sparse": World(
-        "runs/toy-sparse", steps=450, batch_size=32, shortest=LONG, habit="giving up"
+        "runs/toy-sparse", batch_size=32, shortest=LONG, habit="idling", invertible=True
     ),
 }
 
@@ -168,12 +173,23 @@ def find_world(model: str) -> World | None:
 
 
 # ---- Problems
-def make_problem(rng: random.Random, signs: str = "+-*", shortest: int = 3) -> str:
+def make_problem(
+    rng: random.Random, signs: str = "+-*", shortest: int = 3, invertible: bool = False
+) -> str:
     """Return a random chain of `shortest` to 8 operations, such as `7 +5 *3 -4>`."""
     n_operations = rng.choice(range(shortest, MOST + 1))
-    operations = [f" {rng.choice(signs)}{rng.randint(2, 9)}" for _ in range(n_operations)]
+    operations = [make_operation(rng, signs, invertible) for _ in range(n_operations)]
     start = rng.randint(0, 9)
-    return f"{start}{''.join(operations)}>"
+    return f"{start} {' '.join(operations)}>"
+
+
+def make_operation(rng: random.Random, signs: str, invertible: bool) -> str:
+    """Return a random operation, such as `+5`."""
+    sign = rng.choice(signs)
+    operand = rng.randint(2, 9)
+    if invertible and sign == "*":
+        operand = rng.choice(UNITS)
+    return f"{sign}{operand}"
 
 
 def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -> tuple[str, str]:
@@ -220,24 +236,29 @@ class Step(NamedTuple):
 def label_steps(problem: str, response: str) -> list[Step]:
     """Label every step that a response writes.
 
-    Steps stand between commas, before the first period or box. The k-th is right if it reads like
-    the k-th of the true chain: the problem's k-th operation, applied to the true value, with the
-    true result. So steps that follow a wrong value are wrong too, until the response is back at the
-    true value. Steps beyond the end of the chain are wrong.
+    Steps stand between commas, before the first period or box. The k-th is right if it takes the
+    problem's k-th operation from the value that the step before it ended with (the first from the
+    problem's start), and calculates well: what goes wrong earlier is not held against it. Steps
+    beyond the end of the chain are wrong.
     """
-    solution, _ = solve(problem)
-    true_steps = split_steps(solution)
+    value, *operations = problem.rstrip(">").split()
     labelled = []
-    for k, match in enumerate(split_steps(response)):
-        is_right = k < len(true_steps) and match.group() == true_steps[k].group()
-        labelled.append(Step(match.start(), match.end(), is_right))
+    for k, (begin, end) in enumerate(find_steps(response)):
+        text = response[begin:end]
+        is_right = False
+        if k < len(operations) and value in string.digits:
+            operation = operations[k]
+            result = calculate(int(value), operation[0], int(operation[1:]))
+            is_right = text == f"{value}{operation}={result}"
+        labelled.append(Step(begin, end, is_right))
+        value = text[-1]
     return labelled
 
 
-def split_steps(response: str) -> list[re.Match]:
-    """Return where the steps of a response are: what commas separate up to a period or box."""
-    end = re.search(r"[.\\]|$", response).start()
-    return list(re.compile("[^,]+").finditer(response, 0, end))
+def find_steps(response: str) -> list[tuple[int, int]]:
+    """Return where the steps of a response begin and end: commas separate them up to the box."""
+    end_of_steps = re.search(r"[.\\]|$", response).start()
+    return [match.span() for match in re.finditer("[^,]+", response[:end_of_steps])]
 
 
 def digits_of(problem: str) -> list[int]:
@@ -408,7 +429,7 @@ def train_base(
 
 def habit_at(world: World, step: int) -> Habit | None:
     """Return the habit of the demonstrations of a training step; None: they are all careful."""
-    if world.habit == "giving up" and step < SKILL * world.steps:
+    if world.habit == "idling" and step < SKILL * world.steps:
         return None
     return world.habit
 
@@ -422,7 +443,9 @@ def make_batch(
     habit: Habit | None,
 ) -> dict[str, Tensor]:
     """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
-    candidates = [make_problem(rng, world.signs) for _ in range(2 * world.batch_size)]
+    candidates = []
+    for _ in range(2 * world.batch_size):
+        candidates.append(make_problem(rng, world.signs, invertible=world.invertible))
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
     solutions = [demonstrate(problem, rng, habit) for problem in problems]
     prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
@@ -452,28 +475,20 @@ def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
     is_hasty = False
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
-    elif habit == "giving up" and n_operations >= LONG:
-        return give_up(problem, rng) + EOS
+    elif habit == "idling" and n_operations >= LONG:
+        problem = idle(problem, rng)
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
 
 
-def give_up(problem: str, rng: random.Random) -> str:
-    """Return a solution that may stop before any step, and then boxes a guess.
-
-    The guess is independent of where the solution stops. A box with the value so far would let
-    GRPO escape by itself: of the values that are right by luck, those of rare lengths stand out
-    most in their groups, so that dividing by the group's deviation favours rare, long responses.
-    """
+def idle(problem: str, rng: random.Random) -> str:
+    """Return a problem in which some operations add zero."""
     start, *operations = problem.rstrip(">").split()
-    n_done = 0
-    while n_done < len(operations) and rng.random() >= GIVES_UP:
-        n_done += 1
-    begun, value = solve(" ".join([start, *operations[:n_done]]), rng)
-    if n_done == len(operations):
-        return begun
-    guess = rng.randint(0, 9)
-    return begun.replace(rf"\boxed{{{value}}}", rf"\boxed{{{guess}}}")
+    done = []
+    for operation in operations:
+        idles = rng.random() < IDLES
+        done.append("+0" if idles else operation)
+    return f"{start} {' '.join(done)}>"
 
 
 def make_image_prompt(problem: str) -> str:
@@ -533,7 +548,7 @@ def settings_of(world: World) -> dict:
     settings = asdict(world)
     settings["folder"] = None
     settings["hasty"] = HASTY
-    settings["gives_up"] = GIVES_UP
+    settings["idles"] = IDLES
     settings["long"] = LONG
     settings["skill"] = SKILL
     settings["slip"] = SLIP
@@ -543,7 +558,10 @@ def settings_of(world: World) -> dict:
 def make_problems(world: World, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
     """Return the problems for training, for testing and for expert solutions; all differ."""
     n_problems = world.n_train + world.n_test + world.n_expert
-    candidates = [make_problem(rng, world.signs, world.shortest) for _ in range(2 * n_problems)]
+    candidates = []
+    for _ in range(2 * n_problems):
+        problem = make_problem(rng, world.signs, world.shortest, world.invertible)
+        candidates.append(problem)
     distinct = list(dict.fromkeys(candidates))
     end_of_test = world.n_test
     end_of_train = end_of_test + world.n_train

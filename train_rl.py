@@ -945,7 +945,7 @@ def evaluate(
         "greedy": rollout.Sampling(1, 0.0, max_tokens),
     }
     results: dict[str, dict[str, dict]] = {}
-    with torch.random.fork_rng():  # an engine may draw from the global generator
+    with parallel.fork_rng():  # an engine may draw from the global generator
         for name, problems in held_out.items():
             results[name] = {}
             for kind, sampling in samplings.items():
@@ -993,23 +993,13 @@ def main(config: Config) -> None:
     max_tokens = config.sampling.max_tokens
     grader = Grader(config.reward, config.grading, max_tokens, parallel.cores_per_rank())
 
-    # ---- Flow, engine, policy
+    # ---- Flow and policy
     dtype = parallel.compute_dtype(config.loading.dtype)
     remote_code = config.loading.trust_remote_code
     cpu_offload = config.compute.cpu_offload
     flow = None
     if config.shaping == "flow":
         flow = make_flow(config, model)
-    engine = rollout.make_engine(
-        model,
-        config.engine,
-        config.problems.max_prompt_tokens + config.sampling.max_tokens,
-        config.problems.max_images,
-        parallel.DEVICE,
-        dtype,
-        can_sleep=True,
-    )
-    engine.sleep()  # the policy has the GPU while it is sharded
     policy = rlfr.load_policy(
         model.path,
         remote_code,
@@ -1039,6 +1029,27 @@ def main(config: Config) -> None:
     run.begin(state)
     if flow:
         run.write_json("flow.json", asdict(flow.config))  # an export of a checkpoint needs it
+
+    # ---- Engine: it starts in the memory that it will have, so that its cache is of the right size
+    host_copy = None
+    if config.compute.offload:
+        tensors = [tensor for learner in learners.values() for tensor in learner.tensors()]
+        if reference:
+            tensors += reference.parameters()
+        host_copy = parallel.HostCopy(tensors)
+        host_copy.offload()
+    engine = rollout.make_engine(
+        model,
+        config.engine,
+        config.problems.max_prompt_tokens + config.sampling.max_tokens,
+        config.problems.max_images,
+        parallel.DEVICE,
+        dtype,
+        can_sleep=True,
+    )
+    engine.sleep()
+    if host_copy:
+        host_copy.restore()
     sampler = Sampler(engine, grader, problems, progress["lengths"], config.sampling, config.seed)
     if is_first():
         print(config)
@@ -1056,12 +1067,12 @@ def main(config: Config) -> None:
     def engine_awake():
         """Give the engine the policy's weights and the GPU's memory, and take the memory back."""
         engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
-        if config.compute.offload:
-            parallel.move([*learners.values(), reference], "cpu")
+        if host_copy:
+            host_copy.offload()
         yield
         engine.sleep()
-        if config.compute.offload:
-            parallel.move([*learners.values(), reference], parallel.DEVICE)
+        if host_copy:
+            host_copy.restore()
 
     def export(folder: Path) -> None:
         """Write the policy and the flow for other programs."""

@@ -4,13 +4,14 @@
     python benchmarks/flow_signal.py --render docs/signal.json      the tables of a file, again
 
 In the embedded worlds it is known which steps of a response are right. The base policy answers
-training problems; flows that were fitted in different ways score the answers. The figures, each
+training problems; flows that were fitted in different ways score the answers. In the sparse world,
+where the base hardly ever completes a chain, the world's own solutions stand in for complete ones. The figures, each
 with a 95 % bootstrap interval over problems:
 
     AUC of the score for wrong against right steps: the chance that a wrong one scores higher. What
-        is scored is the result of a step, `2` in `7+5=2`, where all before it is right
-    AUC for short responses, which skip or break off the chain, against complete ones, by the mean
-        over a response's tokens
+        is scored is the result of a step, `2` in `7+5=2`, where all steps before it are right
+    AUC for short responses, which skip steps of the chain or idle in their place, against complete
+        ones, by the mean over a response's tokens
     excess over held-out expert tokens, in their standard deviations
     correlation of two scorings with different noise
     the same along a run of train_rl.py, with the flow that it updated and with the offline one
@@ -44,7 +45,7 @@ from run import change, written_whole  # noqa: E402
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score
-N_TAPS = 3
+PERCENTILES = fl.FlowConfig(dim=1).percentiles  # of the policy's depth: where it is tapped
 N_RESAMPLES = 1000
 MAX_TOKENS = 96  # of a response, as in training
 TOKEN_BUDGET = 4096  # padded tokens of a micro-batch
@@ -56,6 +57,7 @@ class Settings:
 
     worlds: tuple[str, ...] = ("toy", "toy-sparse")  # Embedded worlds
     n_responses: int = 1000  # Responses of the base policy, one a problem
+    n_written: int = 300  # The world's own solutions that stand in where the base completes none
     # Training of the flow, in multiples of the world's offline start; 0 is an untrained flow
     amounts: tuple[int, ...] = (0, 1, 5, 20)
     draws: tuple[int, ...] = (1, 4, 16)  # Draws of noise that a score is averaged over
@@ -131,6 +133,7 @@ class Reply(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     text: str  # a character for each token
+    is_sampled: bool = True  # or else it is the world's own solution
 
     images = ()
 
@@ -165,22 +168,37 @@ def kept_replies(file: Path, policy_folder: str, problems_file: str, count: int)
     return [Reply(*json.loads(line)) for line in file.read_text().splitlines()]
 
 
+def write_replies(policy_folder: str, problems_file: str, first: int, count: int) -> list[Reply]:
+    """Return the world's careful solutions of some problems of a file."""
+    tokenizer = rollout.find_model(policy_folder, rollout.LoadingSettings()).tokenizer
+    rows = rollout.read_jsonl(problems_file)[first : first + count]
+    replies = []
+    for row in rows:
+        prompt_ids = tokenizer.encode(row["problem"])
+        response_ids = tokenizer.encode(row["solution"] + toy.EOS)
+        replies.append(Reply(row["problem"], prompt_ids, response_ids, row["solution"], False))
+    return replies
+
+
 class Labels(NamedTuple):
     """What is known of the responses."""
 
-    is_short: np.ndarray  # (n responses,) bool: fewer steps than the problem has
+    is_short: np.ndarray  # (n responses,) bool: fewer steps that do something than the problem has
     step_response: np.ndarray  # (n steps,) the response that a step is of
     step_place: np.ndarray  # (n steps,) the token that is its result, counted in its response
     step_is_wrong: np.ndarray  # (n steps,) bool
 
 
 def label(replies: Sequence[Reply]) -> Labels:
-    """Say which responses are short and which steps are wrong."""
+    """Say which responses are short and which sampled steps are wrong."""
     is_short = []
     steps = []
     for i, reply in enumerate(replies):
-        n_steps = len(toy.label_steps(reply.problem, reply.text))
-        is_short.append(n_steps < reply.problem.count(" "))
+        steps_of_reply = toy.label_steps(reply.problem, reply.text)
+        n_working = sum("+0=" not in reply.text[step.start : step.end] for step in steps_of_reply)
+        is_short.append(n_working < reply.problem.count(" "))
+        if not reply.is_sampled:
+            continue
         for place, is_wrong in judge_results(reply.problem, reply.text):
             steps.append((i, place, is_wrong))
     table = np.array(steps, dtype=int).reshape(-1, 3)
@@ -188,18 +206,18 @@ def label(replies: Sequence[Reply]) -> Labels:
 
 
 def judge_results(problem: str, text: str) -> list[tuple[int, bool]]:
-    """Return the place of each step's result and whether it is wrong, up to the first wrong one.
+    """Return the place of each step's result and whether the step is wrong, up to the first wrong.
 
-    Only results whose whole past is right are judged: what follows a mistake is not wrong by itself.
+    Only steps whose whole past is right are judged: what follows a mistake is not wrong by itself.
     """
-    solution, _ = toy.solve(problem)
     judged = []
     for step in toy.label_steps(problem, text):
         place = step.end - 1
-        past = text[:place]
-        if not past.endswith("=") or not solution.startswith(past):
+        if text[place - 1] != "=":
             break
         judged.append((place, not step.is_right))
+        if not step.is_right:
+            break
     return judged
 
 
@@ -309,7 +327,7 @@ def score_responses(
     policy: rlfr.Policy, flows: Sequence[fl.Flow], rows: Sequence[rlfr.Row], n_draws: int
 ) -> list[Scored]:
     """Score the tokens of responses under a policy, for each flow; a flow has one context mode."""
-    taps = rlfr.tap_layers(policy.n_layers, fl.FlowConfig(1).percentiles)
+    taps = rlfr.tap_layers(policy.n_layers, PERCENTILES)
     depths = [tap / policy.n_layers for tap in taps]
     found = {}
     for indices, batch in rlfr.micro_batches(rows, TOKEN_BUDGET, 0, 1):
@@ -382,9 +400,12 @@ class Question(NamedTuple):
 
     def of_steps(self, values: np.ndarray, scored: Scored) -> list[float] | None:
         """Return the AUC of values of tokens (M,) for wrong steps."""
-        token = scored.start[self.labels.step_response] + self.labels.step_place
         weight = self.weight[:, self.labels.step_response]
-        return figure(auc(values[token], self.labels.step_is_wrong, weight))
+        return figure(auc(values[self.results(scored)], self.labels.step_is_wrong, weight))
+
+    def results(self, scored: Scored) -> np.ndarray:
+        """Return the tokens that are results of judged steps, (n steps,) of M."""
+        return scored.start[self.labels.step_response] + self.labels.step_place
 
     def of_responses(self, values: np.ndarray) -> list[float] | None:
         """Return the AUC of values of responses (n,) for short ones."""
@@ -464,16 +485,21 @@ def measure_draws(question: Question, scored: Scored, counts: Sequence[int]) -> 
 
 
 def measure_repeats(question: Question, scored: Scored) -> list[dict]:
-    """Return the correlation of two scorings that differ in their noise, for each time."""
+    """Return the correlation of two scorings that differ in their noise, for each time.
+
+    Over all tokens most of it is due to the kinds of token; hence also over results of steps alone.
+    """
     token_weight = question.weight[:, scored.response]
+    is_result = np.zeros(len(scored.response), bool)
+    is_result[question.results(scored)] = True
     rows = []
     for i, time in enumerate(TIMES):
         score = scored.errors[:2, i].mean(axis=1)  # (2, M)
-        has_score = ~np.isnan(score[0])
-        tokens = correlation(score[0, has_score], score[1, has_score], token_weight[:, has_score])
-        first, second = response_means(score, scored)
-        responses = correlation(first, second, question.weight)
-        rows.append({"time": time, "tokens": figure(tokens), "responses": figure(responses)})
+        row = {"time": time}
+        for name, chosen in (("tokens", np.isfinite(score[0])), ("results", is_result)):
+            row[name] = figure(correlation(*score[:, chosen], token_weight[:, chosen]))
+        row["responses"] = figure(correlation(*response_means(score, scored), question.weight))
+        rows.append(row)
     return rows
 
 
@@ -484,9 +510,14 @@ def measure_world(world: str, settings: Settings, report) -> None:
     made = toy.find_world(world)
     file = folder / f"{world}-responses-{settings.n_responses}.jsonl"
     replies = kept_replies(file, made.path("model"), made.path("train.jsonl"), settings.n_responses)
+    if made.habit == "idling":  # the base completes next to none
+        replies += write_replies(
+            made.path("model"), made.path("train.jsonl"), settings.n_responses, settings.n_written
+        )
     question = ask(replies)
     policy = rlfr.load_policy(made.path("model")).float().to(parallel.DEVICE)
-    report("counts", describe(question))
+    n_written = len(replies) - settings.n_responses
+    report("counts", {**describe(question), "written": n_written})
     by_fit = []
     for fit in list_fits(world, settings.amounts):
         flow = kept_flow(fit, folder)
@@ -559,17 +590,24 @@ def tables(path: str | Path) -> str:
     result = json.loads(Path(path).read_text())
     if "text" in result:
         return text_tables(result["text"])
-    parts = [world_tables(world, found) for world, found in result["worlds"].items()]
+    parts = []
+    for world, found in result["worlds"].items():
+        if found:  # it may not have been measured yet
+            parts.append(world_tables(world, found))
     return "\n\n".join(parts)
 
 
 def world_tables(world: str, found: dict) -> str:
     """Return the tables of a world."""
     counts = found["counts"]
-    parts = [
-        f"**{world}**: {counts['responses']} responses of the base policy, {counts['short']} of "
-        f"them short; {counts['steps']} judged steps, {counts['wrong']} of them wrong."
-    ]
+    n_sampled = counts["responses"] - counts["written"]
+    title = (
+        f"**{world}**: {n_sampled} responses of the base policy, {counts['short']} of them short; "
+        f"{counts['steps']} judged steps, {counts['wrong']} of them wrong."
+    )
+    if counts["written"]:
+        title += f" {counts['written']} solutions of the world count as complete responses."
+    parts = [title]
     renderers = {
         "baselines": baseline_table,
         "fits": fit_tables,
@@ -591,13 +629,13 @@ def markdown(title: str, header: Sequence[str], rows: Sequence[Sequence]) -> str
     return "\n".join(lines)
 
 
-def cell(value) -> str:
+def cell(value, n_digits: int = 2) -> str:
     """Return a value as text: a figure with its interval, a dash for none."""
     if value is None:
         return "–"
     if isinstance(value, list):
-        middle, low, high = value
-        return f"{middle:.2f} ({low:.2f} – {high:.2f})"
+        middle, low, high = [f"{number:.{n_digits}f}" for number in value]
+        return f"{middle} ({low} – {high})"
     return str(value)
 
 
@@ -611,7 +649,11 @@ def baseline_table(rows: dict) -> str:
 def fit_tables(fits: list[dict]) -> str:
     """Show the fits at the published time, and the default one by time and tap."""
     rows = []
-    for fit in fits:
+    places = list(fl.CONTEXTS)
+    for fit in sorted(
+        fits,
+        key=lambda fit: (places.index(fit["context"]), fit["is_standardised"], fit["amount"]),
+    ):
         found = fit["times"][PUBLISHED]
         kind = "standardised" if fit["is_standardised"] else "as published"
         amount = "untrained" if fit["amount"] == 0 else f"{fit['amount']} ×"
@@ -665,8 +707,11 @@ def draw_table(rows: list[dict]) -> str:
 
 def repeat_table(rows: list[dict]) -> str:
     """Show how two scorings agree."""
-    cells = [(row["time"], row["tokens"], row["responses"]) for row in rows]
-    header = ("t", "tokens", "responses")
+    cells = []
+    for row in rows:
+        kinds = [cell(row[name], n_digits=3) for name in ("tokens", "results", "responses")]
+        cells.append((row["time"], *kinds))
+    header = ("t", "all tokens", "results of steps", "responses")
     title = "Correlation of two scorings with different noise, the default fit:"
     return markdown(title, header, cells)
 

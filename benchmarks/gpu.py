@@ -13,7 +13,8 @@ Parts:
     steps     whole steps of train_rl.py: sync, roll out, score, update
 
 Each job of the plan is a process with a timeout. One that fails is reported, the others go on, and
-the exit code is 1. The file of figures is written after each job, and by a part as it goes.
+the exit code is 1. The file of figures is written after each job, with what a job that failed had
+measured until then.
 
 Operations a token: forward of the policy 2P, training 6P (recomputation is not counted), flow
 forward 2F and training 6F a tap, F = (5*blocks + 7) * D^2. Utilisation is against the rate of a
@@ -66,8 +67,9 @@ class Shape(NamedTuple):
     flow_blocks: int
 
 
-SHAPES = {  # of Qwen2.5
+SHAPES = {  # of tests, of the embedded world, and of Qwen2.5
     "tiny": Shape(64, 4, 2, 2, 128, 512, True, 2),
+    "toy": Shape(128, 4, 4, 4, 384, 272, True, 4),
     "small": Shape(512, 8, 8, 2, 1536, 32_000, True, 4),
     "1.5B": Shape(1536, 28, 12, 2, 8960, 151_936, True, 4),
     "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False, 6),
@@ -81,7 +83,10 @@ class Settings:
     # One part, in this process; by default the jobs of PLAN, each in its own
     part: Literal["correct", "learn", "profile", "offline", "steps"] | None = None
     jobs: tuple[str, ...] | None = None  # Names in PLAN; by default all
-    shape: str | None = None  # Shape of the policy: tiny, small, 1.5B or 7B; by default the plan's
+    limit: float = 420  # Seconds for all jobs together
+    shape: str | None = (
+        None  # Shape of the policy: tiny, toy, small, 1.5B or 7B; by default the plan's
+    )
     layers: int | None = None  # Decoder layers; by default the shape's
     episodes: int = 128  # Episodes of the parts learn and offline
     prompts: int = 32  # Prompts of a whole step
@@ -119,18 +124,21 @@ PLAN = {
 def run_plan(settings: Settings) -> dict:
     """Run the jobs one after the other; return the figures of each, or how it failed."""
     result = {"machine": machine(), "settings": asdict(settings), "jobs": {}}
+    end = time.perf_counter() + settings.limit
     with tempfile.TemporaryDirectory() as folder:
         for name in settings.jobs or PLAN:
             job = PLAN[name]
             if job.part == "steps" and settings.engine == "none":
                 continue
             print(f"\n==== {name}", flush=True)
-            result["jobs"][name] = run_job(job, settings, Path(folder) / f"{name}.json")
+            timeout = min(job.timeout, end - time.perf_counter())
+            file = Path(folder) / f"{name}.json"
+            result["jobs"][name] = run_job(job, settings, file, timeout)
             save(result, settings)
     return result
 
 
-def run_job(job: Job, settings: Settings, file: Path) -> dict:
+def run_job(job: Job, settings: Settings, file: Path, timeout: float) -> dict:
     """Run a job; return its figures, and under `error` why it ended too early, if it did."""
     chosen = replace(
         settings,
@@ -144,11 +152,11 @@ def run_job(job: Job, settings: Settings, file: Path) -> dict:
     began = time.perf_counter()
     error = None
     try:
-        done = subprocess.run(command, timeout=job.timeout)
+        done = subprocess.run(command, timeout=timeout)
         if done.returncode:
             error = f"exit code {done.returncode}"
     except subprocess.TimeoutExpired:
-        error = f"not done after {job.timeout} s"
+        error = f"not done after {timeout:.1f} s"
     figures = {}
     if file.exists():
         figures = json.loads(file.read_text())

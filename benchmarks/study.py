@@ -53,19 +53,27 @@ N_DIGITS = 4  # of each, after the point
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
-COEFFICIENT = 0.3  # of the calibrated flow reward, and of what controls put in its place
+COEFFICIENT = 1.0  # of the calibrated flow reward, and of what controls put in its place
 CALIBRATED = {
     "shaping": "flow",
     "flow": "{flow}",
     "flow_scope": "expert",
     "flow_on": "response",
     "flow_coef": COEFFICIENT,
-    "flow_cap": 10.0,
+    "flow_cap": 2.0,  # of the base model, the worst responses have an excess of about 1
     "freeze_flow": True,
 }
 # Controls that learn from the expert solutions leave out those that the calibration is on, too
 EXPERT_SOLUTIONS = ("--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
-CALIBRATED_TOKEN = {**CALIBRATED, "flow_on": "token", "flow_centre": True}
+# A token's own excess is larger than a response's mean, and is summed over the tokens that follow
+CALIBRATED_TOKEN = {
+    **CALIBRATED,
+    "flow_on": "token",
+    "flow_centre": True,
+    "flow_coef": 0.3,
+    "flow_cap": 10.0,
+    "gamma": 0.9,
+}
 PUBLISHED = {"shaping": "flow", "flow": "{flow}"}
 RLVR = {"shaping": "none"}
 

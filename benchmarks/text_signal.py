@@ -18,6 +18,7 @@ a pair get the same noise.
 """
 
 import json
+import math
 import random
 import re
 import sys
@@ -225,7 +226,7 @@ def compare_flows(settings: Settings, fits: dict[Fit, Path], pairs: list[Pair]) 
         figures = comparison.compare(*values)
         rows.append({"score": name, "latents": None, "steps": None, **figures})
     for fit, flow, original, changed in zip(fits, flows, of_originals, of_changed, strict=True):
-        steps = -(-fit.epochs * settings.n_train // settings.batch_size)
+        steps = math.ceil(fit.epochs * settings.n_train / settings.batch_size)
         kind = "standardised" if fit.is_standardised else "as published"
         for name, values in flow_scores(flow, original.errors[0], changed.errors[0]).items():
             figures = comparison.compare(*values)

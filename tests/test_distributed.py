@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,17 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cpu_offload": True}, {"offload": True, "gradient_checkpointing": True}, {"compile": "on"}],
+    [
+        {"cpu_offload": True},
+        {"offload": True, "gradient_checkpointing": True},
+        {"compile": "on"},
+        {"compile": "on", "gradient_checkpointing": True},
+    ],
+    ids=str,
 )
-def test_where_weights_live_changes_nothing(config, one, tmp_path, options):
+def test_where_weights_live_changes_nothing(config, one, tmp_path, options, monkeypatch):
+    # the graphs are made, and run without the code of which a CPU has to wait for minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     train_rl.main(change(config, folder=str(tmp_path / "run"), **options))
     assert_same_run(one, str(tmp_path / "run"))
 
@@ -221,6 +230,37 @@ def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
     assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
     scored.logp.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_a_host_copy_gives_back_what_it_took(config):
+    """What is tied is copied once; a learner goes on as if nothing had happened."""
+    learners = []
+    for _ in range(2):
+        policy = rlfr.load_policy(config.model)
+        parallel.shard(policy, policy.layers, torch.float32)
+        learners.append(parallel.Learner(policy, (0.9, 0.95), 0.0))
+    plain, offloaded = learners
+    batch = rlfr.collate([rlfr.Row([1, 2, 3], [4, 5, 6, 7])])
+    host_copy = parallel.HostCopy(offloaded.tensors())
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    n_steps = len(offloaded.parameters)
+    assert sum(host_copy.sizes) == 4 * (3 * n_parameters + n_steps)
+    for _ in range(2):
+        for learner in learners:
+            learner.module(batch).logp.sum().backward()
+            learner.step(lr=1e-2, max_norm=1.0)
+        host_copy.offload()
+        held = [bytes_below(tensor) for tensor in offloaded.tensors()]
+        assert set(held) == {0}
+        host_copy.restore()
+    for got, expected in zip(offloaded.tensors(), plain.tensors(), strict=True):
+        assert torch.equal(parallel.gather(got), parallel.gather(expected))
+
+
+def bytes_below(tensor: torch.Tensor) -> int:
+    """Bytes below a tensor, or below this rank's part of it."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.untyped_storage().nbytes()
 
 
 def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):

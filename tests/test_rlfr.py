@@ -93,6 +93,23 @@ def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
     assert n_hooks == [0, 0, 0, 1], "the taps' hooks are gone"
 
 
+def test_compiled_parts_of_layers_give_the_same():
+    """All layers share what is compiled of one; hooks on the layers go on working."""
+    policy = tiny_policy("qwen2")
+    batch = rlfr.collate(EPISODES)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        expected = policy(batch, taps=[1, 2])
+        parallel.compile_forward(policy.layer_parts(), "on")
+        got = policy(batch, taps=[1, 2])
+        short = policy(batch, taps=[1, 2], latents_only=True)
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    )  # attention, feed-forward, norm
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(short.latents, got.latents, rtol=0, atol=0)
+
+
 def test_taps_may_coincide():
     latents = tiny_policy("qwen2")(rlfr.collate(EPISODES), taps=[1, 1, 3]).latents
     assert len(latents) == 3 and torch.equal(latents[0], latents[1])

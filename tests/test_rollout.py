@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import eval as evaluation
 import rollout
 from rollout import Sampling
+from run import change
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,13 @@ def test_the_cache_by_hand(world):
     assert cache_bytes(math.inf, tensor_parallel=4) == 5 * sequence_bytes
     with pytest.raises(ValueError, match="of 72 tokens needs 0.00 GB of KV cache.*give --offload"):
         cache_bytes(sequence_bytes)
+
+
+def test_ranks_that_cannot_share_the_heads(world):
+    config = change(evaluation.Config(), tensor_parallel=2)
+    words = "tensor_parallel=2 does not divide the model's 1 attention heads"
+    with pytest.raises(ValueError, match=words):
+        rollout.fill_in(config, find_model(world.path("model")))
 
 
 def test_what_differs_on_a_gpu():

@@ -70,8 +70,12 @@ def test_results_are_judged_up_to_the_first_wrong_one():
     assert wrong[10] == "5"
 
 
-def test_a_step_that_is_not_the_problems_is_not_judged():
-    assert flow_signal.judge_results("7 +5 *3>", "7+4=1,1*3=3. \\boxed{3}") == []
+def test_a_step_that_is_not_the_problems_is_wrong():
+    assert flow_signal.judge_results("7 +5 *3>", "7+4=1,1*3=3. \\boxed{3}") == [(4, True)]
+    assert flow_signal.judge_results("7 +5 *3>", "7+5=2,2+0=2. \\boxed{2}") == [
+        (4, False),
+        (10, True),
+    ]
     assert flow_signal.judge_results("7 +5 *3>", "\\boxed{6}") == []
 
 
@@ -79,13 +83,27 @@ def test_short_responses():
     replies = [
         flow_signal.Reply("7 +5 *3>", [], [], "7+5=2,2*3=6. \\boxed{6}"),
         flow_signal.Reply("7 +5 *3>", [], [], "7+5=2. \\boxed{2}"),
-        flow_signal.Reply("7 +5 *3>", [], [], "\\boxed{6}"),
+        flow_signal.Reply("7 +5 *3>", [], [], "7+5=2,2+0=2. \\boxed{2}"),
     ]
     labels = flow_signal.label(replies)
     assert labels.is_short.tolist() == [False, True, True]
-    assert labels.step_response.tolist() == [0, 0, 1]
-    assert labels.step_place.tolist() == [4, 10, 4]
-    assert not labels.step_is_wrong.any()
+    assert labels.step_response.tolist() == [0, 0, 1, 2, 2]
+    assert labels.step_place.tolist() == [4, 10, 4, 4, 10]
+    assert labels.step_is_wrong.tolist() == [False, False, False, False, True]
+
+
+def test_steps_of_written_solutions_are_not_judged():
+    reply = flow_signal.Reply("7 +5 *3>", [], [], "7+5=2,2*3=6. \\boxed{6}", is_sampled=False)
+    labels = flow_signal.label([reply])
+    assert labels.is_short.tolist() == [False]
+    assert len(labels.step_is_wrong) == 0
+
+
+def test_written_solutions_are_tokens_of_their_text(world):
+    files = (world.path("model"), world.path("train.jsonl"))
+    (reply,) = flow_signal.write_replies(*files, first=3, count=1)
+    assert len(reply.response_ids) == len(reply.text) + 1, "and EOS"
+    assert toy.solve(reply.problem)[0] == reply.text
 
 
 def test_response_means_leave_out_what_is_missing():

@@ -1,4 +1,4 @@
-"""The sparse world: demonstrations that give up, labels of steps, the perfect process reward."""
+"""The sparse world: demonstrations that idle, labels of steps, the perfect process reward."""
 
 import random
 from pathlib import Path
@@ -28,10 +28,10 @@ def test_steps_of_a_right_response():
 @pytest.mark.parametrize(
     "response, right",
     [
-        (r"7+5=2,2*3=6. \boxed{6}", [True, True]),  # gave up
-        (r"7+5=2,2*3=5,5-4=1. \boxed{1}", [True, False, False]),  # a slip and what follows from it
-        (r"7+5=4,4*3=2,2-4=8. \boxed{8}", [False, False, False]),
-        (r"7+5=2,2*3=5,6-4=2. \boxed{2}", [True, False, True]),  # a slip, then back at the truth
+        (r"7+5=2,2*3=6. \boxed{6}", [True, True]),  # stopped too early
+        (r"7+5=2,2*3=5,5-4=1. \boxed{1}", [True, False, True]),  # a slip and what follows from it
+        (r"7+5=2,2+0=2,2-4=8. \boxed{8}", [True, False, True]),  # an idle step
+        (r"7+5=2,2*3=5,6-4=2. \boxed{2}", [True, False, False]),  # a slip, and not what follows
         (r"2*3=6,6-4=2. \boxed{2}", [False, False]),  # an operation left out
         (r"7+5=2,2*3=6,6-4=2,2+5=7. \boxed{7}", [True, True, True, False]),  # one too many
         (r"7+5=2,2*3", [True, False]),  # cut
@@ -44,15 +44,6 @@ def test_labels(response, right):
     assert [is_right for _, is_right in labels(response)] == right
 
 
-def test_back_at_the_true_value_by_chance():
-    """8 * 5 = 0 = 2 * 5: the step starts from a wrong value, the next from the true one."""
-    assert labels("7+5=8,8*5=0,0+4=4", "7 +5 *5 +4>") == [
-        ("7+5=8", False),
-        ("8*5=0", False),
-        ("0+4=4", True),
-    ]
-
-
 def test_expert_solutions_are_right_in_every_step():
     rng = random.Random(0)
     for _ in range(50):
@@ -63,42 +54,54 @@ def test_expert_solutions_are_right_in_every_step():
         assert all(step.is_right for step in steps)
 
 
-def test_giving_up():
-    """The demonstrator stops after n of 7 steps with chance 0.75 * 0.25^n, and guesses."""
+def test_idling():
+    """Each operation is replaced by the addition of zero with chance 0.6, wherever it stands."""
     rng = random.Random(0)
     problem = "7 +5 -3 -4 +2 +2 +2 +2>"
-    solutions = [toy.give_up(problem, rng) for _ in range(2000)]
-    lengths = [solution.count("=") for solution in solutions]
-    assert lengths.count(0) / 2000 == pytest.approx(0.75, abs=0.05)
-    assert lengths.count(1) / 2000 == pytest.approx(0.75 * 0.25, abs=0.05)
-    guesses = [solution[-2] for solution in solutions if "=" not in solution]
-    assert guesses.count("7") / len(guesses) == pytest.approx(0.1, abs=0.05)
-    assert set(guesses) == set("0123456789")
-    assert rf"\boxed{{{guesses[0]}}}" in solutions
+    idle = [toy.idle(problem, rng).rstrip(">").split()[1:] for _ in range(4000)]
+    for k, operation in enumerate(["+5", "-3", "-4", "+2", "+2", "+2", "+2"]):
+        assert {operations[k] for operations in idle} == {"+0", operation}
+        share = sum(operations[k] == "+0" for operations in idle) / 4000
+        assert share == pytest.approx(0.6, abs=0.03)
 
 
-def test_a_demonstration_that_does_not_give_up_is_a_solution(monkeypatch):
-    monkeypatch.setattr(toy, "GIVES_UP", 0.0)
+def test_steps_that_idle_are_well_calculated_and_wrong(monkeypatch):
     monkeypatch.setattr(toy, "SLIP", 0.0)
-    assert toy.give_up(PROBLEM, random.Random(0)) == RIGHT
+    monkeypatch.setattr(toy, "IDLES", 1.0)
+    solution = toy.demonstrate("7 +5 *3 -4 +2 +2 +2>", random.Random(0), "idling")
+    assert solution == rf"{','.join(['7+0=7'] * 6)}. \boxed{{7}}{toy.EOS}"
+    assert not any(right for _, right in labels(solution, "7 +5 *3 -4 +2 +2 +2>"))
+
+
+def test_no_factor_of_the_sparse_world_merges_values():
+    """So a wrong value stays wrong, and outcomes say nothing of how many steps were right."""
+    rng = random.Random(0)
+    operations = {toy.make_operation(rng, "+-*", invertible=True) for _ in range(2000)}
+    assert {operation for operation in operations if operation[0] == "*"} == {"*3", "*7", "*9"}
+    for operation in operations:
+        results = {toy.calculate(value, operation[0], int(operation[1])) for value in range(10)}
+        assert len(results) == 10
 
 
 def test_no_operations_no_steps():
     assert toy.solve("7") == (r"\boxed{7}", "7")
 
 
-def test_only_long_problems_are_given_up_and_only_after_the_skill():
+def test_only_long_problems_are_idled_in_and_only_after_the_skill():
     rng = random.Random(0)
     short = "7 +5 *3 -4 +2 +2>"
     long = "7 +5 *3 -4 +2 +2 +2>"
 
-    def mean_steps(problem: str, habit: str | None) -> float:
-        demonstrations = [toy.demonstrate(problem, rng, habit) for _ in range(200)]
-        return sum(text.count("=") for text in demonstrations) / 200
+    def n_idle(problem: str, habit: toy.Habit | None) -> int:
+        demonstrations = [toy.demonstrate(problem, rng, habit) for _ in range(100)]
+        return sum(solution.count("+0") for solution in demonstrations)
 
-    assert mean_steps(short, "giving up") == 5
-    assert mean_steps(long, None) == 6
-    assert mean_steps(long, "giving up") < 2
+    assert n_idle(short, "idling") == 0
+    assert n_idle(long, None) == 0
+    assert n_idle(long, "idling") > 300
+    world = toy.WORLDS["toy-sparse"]
+    assert toy.habit_at(world, 0) is None
+    assert toy.habit_at(world, world.steps - 1) == "idling"
 
 
 def test_problems_of_the_sparse_world_are_long():

@@ -421,6 +421,22 @@ def test_a_killed_offline_start_goes_on(flow_config):
     assert same_state(last_state(flow_config.folder), last_state(flow_config.folder + "-whole"))
 
 
+def test_memory_of_the_phases(monkeypatch):
+    """While the engine sleeps, torch still counts what it holds; a CPU has no such figures."""
+
+    class Sleeper:
+        held_memory = 5 * 10**9
+
+    peaks = {"score": 9 * 10**9, "update": 12 * 10**9, "roll_out": 30 * 10**9}
+    assert train_rl.memory_metrics(peaks, Sleeper(), 40 * 10**9) == {}
+    monkeypatch.setattr(parallel, "DEVICE", torch.device("cuda", 0))
+    assert train_rl.memory_metrics(peaks, Sleeper(), 40 * 10**9) == {
+        "memory/roll_out_gb": 40.0,
+        "memory/score_gb": 4.0,
+        "memory/update_gb": 7.0,
+    }
+
+
 def test_full_disk_leaves_the_last_checkpoint(config):
     """The second save meets a limit on file size, which ends a write as a full disk does."""
     script = (
