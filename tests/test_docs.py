@@ -18,6 +18,7 @@ PAGES = (
     "README.md",
     "docs/running.md",
     "docs/seeing.md",
+    "docs/exercises.md",
     "docs/walkthrough.md",
     "grading/README.md",
 )
