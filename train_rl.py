@@ -678,11 +678,12 @@ def shape_advantage(
             flow_reward = torch.zeros_like(flow_reward)
         n_scored = scores.flow_mask.sum().clamp(min=1)
         metrics["flow/score"] = (scores.flow_score.sum() / n_scored).item()
-        metrics["flow/reward"] = flow_reward.sum(dim=1).mean().item()
+        of_response = reward_of_responses(flow_reward, scores.flow_mask, config.flow_reward)
+        metrics["flow/reward"] = of_response.mean().item()
         metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
         metrics["flow/share"] = ((flow_reward != 0).sum() / n_scored).item()
         if config.flow_reward.flow_on == "response":
-            reward = reward + rlfr.mean_over_tokens(flow_reward, scores.flow_mask)
+            reward = reward + of_response
         else:
             flow_return = rlfr.token_returns(flow_reward, mask, gamma)
     outcome = rlfr.outcome_advantage(reward, group_size, settings.baseline)
@@ -730,6 +731,16 @@ def shape_flow_reward(scores: Scores, settings: FlowRewardSettings, group_size: 
     if settings.flow_centre:
         return rlfr.centre(flow_reward, mask, group_size)
     return flow_reward
+
+
+def reward_of_responses(flow_reward: Tensor, mask: Tensor, settings: FlowRewardSettings) -> Tensor:
+    """Return the flow reward of each response, (B,): the sum of its tokens', or the mean.
+
+    With --flow-on response every token has the response's reward, of which the mean is that.
+    """
+    if settings.flow_on == "response":
+        return rlfr.mean_over_tokens(flow_reward, mask)
+    return flow_reward.sum(dim=1)
 
 
 # ---- 5. Update the policy
@@ -858,13 +869,14 @@ def episode_metrics(
 
 
 def outcome_metrics(
-    scores: Scores, flow_reward: Tensor, verdicts: Sequence[Verdict]
+    scores: Scores, flow_reward: Tensor, verdicts: Sequence[Verdict], settings: FlowRewardSettings
 ) -> dict[str, float]:
     """Return the flow's figures of right and of wrong episodes, apart; nothing where there is none.
 
     They are the mean velocity deviation of a token, and the mean flow reward of a response.
     """
     correct = torch.tensor([verdict.correct for verdict in verdicts], device=parallel.DEVICE)
+    of_response = reward_of_responses(flow_reward, scores.flow_mask, settings)
     metrics = {}
     for name, chosen in (("right", correct), ("wrong", ~correct)):
         n_scored = scores.flow_mask[chosen].sum()
@@ -872,7 +884,7 @@ def outcome_metrics(
             continue
         deviation = scores.flow_score[chosen].sum() / n_scored
         metrics[f"flow/score_{name}"] = deviation.item()
-        metrics[f"flow/reward_{name}"] = flow_reward[chosen].sum(dim=1).mean().item()
+        metrics[f"flow/reward_{name}"] = of_response[chosen].mean().item()
     return metrics
 
 
@@ -1164,7 +1176,7 @@ def main(config: Config) -> None:
             **grader_metrics(grader),
             **policy_metrics,
             **shaping_metrics,
-            **outcome_metrics(scores, flow_reward, verdicts()),
+            **outcome_metrics(scores, flow_reward, verdicts(), config.flow_reward),
             **flow_metrics,
             **mismatch_metrics,
         }

@@ -128,6 +128,7 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
     )
     # rewards 1 - 0.5 * 0.2 and 1 - 0.5 * 0.4, less their mean
     torch.testing.assert_close(advantage, torch.tensor([[0.05, 0.05, 0.05], [-0.05, 0.0, 0.0]]))
+    assert metrics["flow/reward"] == pytest.approx(-0.15), "of a response, not of its tokens"
 
 
 def test_nothing_is_penalised_in_what_looks_like_an_experts():
