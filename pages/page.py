@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from run import written_whole
+
 __all__ = ["escape", "fill", "make_page", "options", "pack", "write_page"]
 
 FOLDER = Path(__file__).parent
@@ -47,8 +49,12 @@ def fill(template: Path, **parts: str) -> str:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page and return its path; half a character becomes a question mark."""
-    path.write_bytes(page.encode(errors="replace"))
+    """Write a page, whole or not at all, and return its path.
+
+    Half a character becomes a question mark.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_bytes(page.encode(errors="replace"))
     return path
 
 

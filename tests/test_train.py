@@ -449,8 +449,9 @@ def test_full_disk_leaves_the_last_checkpoint(config):
         "run.Run.save = limited\n"
         "runpy.run_path('train_rl.py', run_name='__main__')\n"
     )
+    options = flags(change(config, log_rollouts=0))
     done = subprocess.run(
-        [sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", script, *options], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
