@@ -465,12 +465,10 @@ class Run:
         writing = folder.with_name(f"{folder.name}.writing")
         written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
+        self.write_report()
 
     def publish(self, written: Future, writing: Path, folder: Path) -> None:
-        """Give a checkpoint its name once all ranks have written; keep the newest `keep`.
-
-        The page of curves is written after it, so that a full disk is reported of the checkpoint.
-        """
+        """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
         try:
             written.result()  # on the first rank: once all ranks have written
             if is_first():
@@ -481,7 +479,6 @@ class Run:
         except BaseException as error:  # the checkpoint library's own error is no Exception
             shutil.rmtree(writing, ignore_errors=True)
             raise cannot_write(folder, error) from error
-        self.write_report()
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is in its place; raise the error that kept it out."""

@@ -444,14 +444,13 @@ def test_full_disk_leaves_the_last_checkpoint(config):
         "save = run.Run.save\n"
         "def limited(self, state):\n"
         "    self.wait_for_save()\n"
-        "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
+        "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
         "    save(self, state)\n"
         "run.Run.save = limited\n"
         "runpy.run_path('train_rl.py', run_name='__main__')\n"
     )
-    options = flags(change(config, log_rollouts=0))
     done = subprocess.run(
-        [sys.executable, "-c", script, *options], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
