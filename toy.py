@@ -591,7 +591,7 @@ def write_problems(world: World, problems: list[str], file: Path, rng: random.Ra
 
 def write_model(world: World, forbidden: set[str], folder: Path) -> None:
     """Make and train the base model; write it with its tokenizer and image processor, if any."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # all of it is made on the CPU
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer(world.images)
         model = make_model(world, tokenizer)
