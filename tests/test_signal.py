@@ -1,11 +1,13 @@
 """The measurements of the flow's score: statistics and labels by hand, and a tiny run."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 import flow as fl
 import toy
@@ -131,6 +133,52 @@ def test_a_solution_without_a_result_has_no_change():
 def test_annotations_are_taken_out():
     text = "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
     assert text_signal.clean(text) == "Natalia sold 48/2 = 24 clips in May."
+
+
+def test_comparison_of_pairs():
+    rows = [text_signal.rlfr.Row([1], [2, 3]), text_signal.rlfr.Row([1], [4, 5])]
+    pairs = [text_signal.Pair(row, row, [1]) for row in rows]
+    scored = flow_signal.Scored(np.array([0, 0, 1, 1]), np.array([0, 2]), None, None, None)
+    comparison = text_signal.Comparison(pairs, np.ones((2, 2)), scored)
+    original = np.array([0.0, 1.0, 0.0, 3.0])
+    changed = np.array([0.0, 2.0, 4.0, 2.5])
+    found = comparison.compare(original, changed)
+    middles = {name: figure[0] for name, figure in found.items()}
+    assert middles == {
+        "place": 0.5,  # of 2 and 2.5 against 1 and 3: two pairs of four
+        "place in pairs": 0.5,  # 2 > 1, 2.5 < 3
+        "others": 0.5,  # of 2 and 2.5 against 0 and 4
+        "responses in pairs": 1.0,  # means 1 > 0.5, 3.25 > 1.5
+    }
+
+
+def test_text_is_measured(world, tmp_path, monkeypatch):
+    """The small world stands in for text: its model gets a chat template."""
+    monkeypatch.setattr(flow_signal, "N_RESAMPLES", 20)
+    folder = tmp_path / "model"
+    shutil.copytree(world.path("model"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    file = tmp_path / "text.json"
+    text_signal.main(
+        text_signal.Settings(
+            solutions=world.path("expert.jsonl"),
+            model=str(folder),
+            n_train=16,
+            n_held_out=4,
+            n_pairs=8,
+            epochs=(0, 1),
+            folder=str(tmp_path / "flows"),
+            json=str(file),
+        )
+    )
+    rows = json.loads(file.read_text())["text"]["rows"]
+    assert len(rows) == 2 + 4 * 2 * len(flow_signal.TIMES)
+    entropy = rows[1]
+    assert entropy["place in pairs"] == [0.5, 0.5, 0.5], "what is before the number is the same"
+    assert {row["steps"] for row in rows} == {None, 0, 2}
+    assert flow_signal.tables(file).count("standardised") == 2 * 2 * len(flow_signal.TIMES)
 
 
 # ---- Word problems
