@@ -548,10 +548,11 @@ def settings_of(world: World) -> dict:
     settings = asdict(world)
     settings["folder"] = None
     settings["hasty"] = HASTY
-    settings["idles"] = IDLES
-    settings["long"] = LONG
-    settings["skill"] = SKILL
     settings["slip"] = SLIP
+    if world.habit == "idling":
+        settings["idles"] = IDLES
+        settings["long"] = LONG
+        settings["skill"] = SKILL
     return json.loads(json.dumps(settings))  # keys that are numbers become strings
 
 

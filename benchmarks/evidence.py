@@ -127,6 +127,8 @@ def resample(n: int) -> np.ndarray:
 def bootstrap(values: Sequence[float]) -> Interval:
     """Return the mean of values, one a seed, with a percentile interval by resampling seeds."""
     n = len(values)
+    if n < 2:
+        return Interval(float(np.mean(values)), math.nan, math.nan)
     means = resample(n) @ np.asarray(values) / n
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(np.mean(values)), float(low), float(high))
