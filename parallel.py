@@ -46,8 +46,9 @@ DEVICE = find_device()
 
 
 # ---- Ranks
-# A group of all ranks that waits for hours, as when the others sample or the first one writes. The
-# default group does not: where it waits long, a rank hangs.
+PATIENCE = timedelta(hours=4)  # as when the others sample, or the first rank writes
+# A group of all ranks that waits for hours, on GPUs. The default group does not there: where NCCL
+# waits long, a rank hangs. None: the default group.
 patient_group: dist.ProcessGroup | None = None
 
 
@@ -56,18 +57,17 @@ def start() -> None:
     global patient_group
     if dist.is_initialized():
         return
-    backend = "gloo"
-    if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
-        backend = "cpu:gloo,cuda:nccl"
     group = {}  # torchrun describes it in the environment
     if "RANK" not in os.environ:
         group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), **group)
-    patient_group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
-    if DEVICE.type == "cuda":
-        # torchrun leaves one thread to a rank: too few for an optimiser in host memory
-        torch.set_num_threads(cores_per_rank())
+    if DEVICE.type == "cpu":
+        dist.init_process_group("gloo", timeout=PATIENCE, **group)
+        return
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), **group)
+    patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    # torchrun leaves one thread to a rank: too few for an optimiser in host memory
+    torch.set_num_threads(cores_per_rank())
 
 
 def fork_rng():

@@ -331,7 +331,7 @@ def test_rollouts_are_balanced_by_expected_tokens(monkeypatch):
     for rank in (0, 1, 0):  # the third pass sees what both have made
         monkeypatch.setattr(rollout.dist, "get_rank", lambda rank=rank: rank)
 
-        def gather(found, own, rank=rank):
+        def gather(found, own, rank=rank, group=None):
             dealt[rank] = own
             found[:] = [each if each is not None else [own[0]] * (14 - len(own)) for each in dealt]
 
