@@ -105,7 +105,7 @@ def test_pairs_are_of_seeds_that_both_have_and_that_count():
     reported = evidence.reported_runs(whole)
     assert evidence.difference(reported, "calibrated", "rlvr") == pytest.approx([0.4])
     rows = evidence.differences_table(reported).splitlines()
-    assert rows[2].startswith("| `calibrated` | 1 | +0.40 | – | +0.40 to +0.40 | 0.50 |")
+    assert rows[2].startswith("| `calibrated` | 1 | +0.40 | – | – | 0.50 |")
     measures = evidence.measures_table(reported)
     assert "| `calibrated` | 2 | 0.75 | 2 of 2 | 0.75 | 10 / 10 / – |" in measures
     assert "`calibrated` 0" in evidence.runs_line(whole, reported)
