@@ -196,7 +196,7 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
     """Return a solution of a problem, and its answer.
 
     With `rng` a careful solution may slip: it then goes on from a random digit, and its answer is
-    usually wrong as well. Without operations the solution is only the box.
+    usually wrong as well.
     """
     start, *operations = problem.rstrip(">").split()
     may_slip = rng is not None and not hasty
@@ -211,7 +211,7 @@ def solve(problem: str, rng: random.Random | None = None, hasty: bool = False) -
         steps.append(f"{value}{sign}{operand}={result}")
         value = result
     box = rf"\boxed{{{value}}}"
-    if hasty or not steps:
+    if hasty:
         return box, str(value)
     return f"{','.join(steps)}. {box}", str(value)
 

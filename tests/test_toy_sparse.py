@@ -83,10 +83,6 @@ def test_no_factor_of_the_sparse_world_merges_values():
         assert len(results) == 10
 
 
-def test_no_operations_no_steps():
-    assert toy.solve("7") == (r"\boxed{7}", "7")
-
-
 def test_only_long_problems_are_idled_in_and_only_after_the_skill():
     rng = random.Random(0)
     short = "7 +5 *3 -4 +2 +2>"
