@@ -26,10 +26,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import vision
 from flow import keyed_seed
@@ -70,11 +74,37 @@ class Batch:
     pixel_values: Tensor | None = None  # (n_patches, dim), of all rows' images in order
     image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
 
+    @cached_property
+    def packing(self) -> "Packing":
+        """Where the tokens are."""
+        places = self.attention_mask.flatten().nonzero().squeeze(1)
+        return Packing(places, self.attention_mask.shape)
+
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
         out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         out[self.response_mask] = values
         return out
+
+
+class Packing(NamedTuple):
+    """Where the n tokens of a batch are among its positions: between (n, …) and padded (B, S, …)."""
+
+    places: Tensor  # (n,) of B*S
+    shape: torch.Size  # B, S
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Leave the padding out: (B, S, …) -> (n, …)."""
+        return padded.flatten(0, 1)[self.places]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Put tokens in their places and zeros elsewhere: (n, …) -> (B, S, …)."""
+        zeros = packed.new_zeros(self.shape.numel(), *packed.shape[1:])
+        return zeros.index_copy(0, self.places, packed).unflatten(0, self.shape)
+
+    def positions(self) -> Tensor:
+        """Return each token's position in its row, (n,)."""
+        return self.places % self.shape[1]
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -108,10 +138,10 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
-    Rows of like length go together, the longest first, so that rows * longest, the padded tokens of
-    a batch, stays within the budget (a single row may exceed it). Every rank has the
-    same number of rows, of about the same number of tokens, and yields the same number of batches,
-    because sharded modules run in step: as few as the budget allows, and of about the same size.
+    A batch has as many tokens as the budget at most (a single row may exceed it), and rows of like
+    length, the longest first, as attention pads them. Every rank has the same number of rows, of
+    about the same number of tokens, and yields the same number of batches, because sharded modules
+    run in step: as few as the budget allows, and of about the same size.
     """
     assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
@@ -135,14 +165,15 @@ def deal(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
 
 
 def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut a rank's rows, longest first, into batches whose padded tokens keep to the budget."""
-    batches = []
-    start = 0
-    while start < len(share):
-        longest = lengths[share[start]]
-        size = max(1, token_budget // longest)
-        batches.append(share[start : start + size])
-        start += size
+    """Cut a rank's rows, longest first, into batches whose tokens keep to the budget."""
+    batches: list[list[int]] = []
+    n_tokens = 0  # of the last batch
+    for index in share:
+        n_tokens += lengths[index]
+        if not batches or n_tokens > token_budget:
+            batches.append([])
+            n_tokens = lengths[index]
+        batches[-1].append(index)
     return batches
 
 
@@ -292,6 +323,51 @@ def gradient_by_logits(
     return d_z.mul_(slope)
 
 
+# ---- Attention within the rows of a packed batch. All else in a decoder works token by token, so it
+# gets the batch's tokens in one row, without the padding.
+PACKED = "packed"  # name of the attention below, among those of Hugging Face
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **settings,
+) -> tuple[Tensor, None]:
+    """Pad queries, keys and values, (1, heads, n, head size) each, attend, and pack the result.
+
+    Returns it as (1, n, heads, head size). Without a packing the rows are taken as they are. A mask
+    is only needed where a row is longer than the layer's sliding window.
+    """
+    inputs = (query, key, value)
+    if packing is not None:
+        inputs = [packing.pad(tensor[0].transpose(0, 1)).transpose(1, 2) for tensor in inputs]
+    width = inputs[0].shape[2]
+    if attention_mask is None and sliding_window and width > sliding_window:
+        position = torch.arange(width, device=query.device)
+        distance = position[:, None] - position
+        attention_mask = ((distance >= 0) & (distance < sliding_window))[None, None]
+    output, _ = sdpa_attention_forward(module, *inputs, attention_mask, **settings)
+    if packing is not None:
+        output = packing.pack(output)[None]
+    return output, None
+
+
+def padding_mask_only(*, attention_mask: Tensor | None, **settings) -> Tensor | None:
+    """Make a mask only of one that is passed: what is causal needs none in attend_packed."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **settings)
+
+
+AttentionInterface.register(PACKED, attend_packed)
+AttentionMaskInterface.register(PACKED, padding_mask_only)
+
+
 # ---- Policy
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
     """Return indices of layers, round(p * n_layers), n_layers - 1 at most (paper: .25, .5, .75).
@@ -321,6 +397,10 @@ class Policy(nn.Module):
         super().__init__()
         check_head(model)
         self.model = model
+        # a model with code of its own may have attention that cannot be exchanged
+        self.packs = self.tower is None and model._can_set_attn_implementation()
+        if self.packs:
+            model.set_attn_implementation(PACKED)
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -367,7 +447,7 @@ class Policy(nn.Module):
         last_tap = max(taps) if latents_only else None
         tower_term = self.run_tower_without_images(batch)
         latents: dict[int, Tensor] = {}
-        hooks = self.add_taps(set(taps), last_tap, latents)
+        hooks = self.add_taps(batch, set(taps), last_tap, latents)
         try:
             states = self.run_decoder(batch)  # (B, S, D)
         except LastTap:
@@ -387,7 +467,9 @@ class Policy(nn.Module):
             latents=[latents[index] for index in taps],
         )
 
-    def add_taps(self, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]) -> list:
+    def add_taps(
+        self, batch: Batch, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]
+    ) -> list:
         """Let the tapped layers put their outputs into `latents`, and `last_tap` end the forward.
 
         Returns the hooks, which the caller must remove.
@@ -396,7 +478,8 @@ class Policy(nn.Module):
         def tap(index: int):
             def keep(_module, _arguments, output):
                 latent = output[0] if isinstance(output, tuple) else output
-                latents[index] = latent.detach()
+                latent = latent.detach()
+                latents[index] = batch.packing.pad(latent[0]) if self.packs else latent
                 if index == last_tap:
                     raise LastTap
 
@@ -407,11 +490,21 @@ class Policy(nn.Module):
     def run_decoder(self, batch: Batch) -> Tensor:
         """Return the last hidden states (B, S, D), with the batch's images in their places.
 
+        The tokens of all rows are packed into one, so that padding costs nothing but in attention.
         No attention mask is passed: no token attends to the padding behind it, and without a mask
-        attention runs in its fast causal kernel. Only padding gets other states than with a mask.
+        attention runs in its fast causal kernel. States of padding mean nothing.
         """
         body = self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
+        if self.packs:
+            packing = batch.packing
+            output = body(
+                input_ids=packing.pack(batch.input_ids)[None],
+                position_ids=packing.positions()[None],
+                packing=packing,
+                **inputs,
+            )
+            return packing.pad(output.last_hidden_state[0])
         if self.tower is None:
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state
 

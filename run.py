@@ -109,7 +109,7 @@ def asked_to_stop() -> bool:
 class ComputeSettings:
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Padded tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
+    # Tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
     tokens_per_gpu: int = 16384 if parallel.DEVICE.type == "cuda" else 4096
     cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
     compile: Literal["auto", "on", "off"] = "auto"  # Compile policy and flow; auto: on a GPU

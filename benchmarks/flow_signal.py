@@ -48,7 +48,7 @@ PUBLISHED = TIMES.index(0.8)  # the time of the published score
 PERCENTILES = fl.FlowConfig(dim=1).percentiles  # of the policy's depth: where it is tapped
 N_RESAMPLES = 1000
 MAX_TOKENS = 96  # of a response, as in training
-TOKEN_BUDGET = 4096  # padded tokens of a micro-batch
+TOKEN_BUDGET = 4096  # tokens of a micro-batch
 
 
 @dataclass(frozen=True)

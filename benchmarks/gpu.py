@@ -95,7 +95,7 @@ class Settings:
     response_tokens: int = 1024  # Longest response; half of that on average in learn and offline
     steps: int = 3  # Whole steps; the first is a warm-up
     engine: Literal["auto", "vllm", "torch", "none"] = "auto"  # What samples; none: no whole steps
-    tokens_per_gpu: int = 16_384  # Padded tokens of a micro-batch
+    tokens_per_gpu: int = 16_384  # Tokens of a micro-batch
     offload: bool = False  # Trainer in host memory while the engine samples
     compile: bool = True  # Measure the compiled variants, too
     json: str | None = None  # File for the figures
@@ -435,24 +435,11 @@ class Trainer:
 
 
 @contextmanager
-def padding_mask(trainer: Trainer) -> Iterator[None]:
-    """Give the decoder the padding mask that it does not need."""
-    batches = []
-
-    def see(_module, arguments) -> None:
-        batches.append(arguments[0])
-
-    def add(_module, arguments, inputs):
-        return arguments, {**inputs, "attention_mask": batches[-1].attention_mask}
-
-    body = trainer.policy.model.base_model
-    hooks = [
-        trainer.policy.register_forward_pre_hook(see),
-        body.register_forward_pre_hook(add, with_kwargs=True),
-    ]
+def padded(trainer: Trainer) -> Iterator[None]:
+    """Give the decoder the rows with their padding."""
+    trainer.policy.packs = False
     yield
-    for hook in hooks:
-        hook.remove()
+    trainer.policy.packs = True
 
 
 @contextmanager
@@ -496,7 +483,7 @@ def small_batches(trainer: Trainer) -> Iterator[None]:
 # runs out of memory leaves FSDP in disorder.
 VARIANTS = {
     "checkpointing": [checkpointing],
-    "padding mask": [checkpointing, padding_mask],
+    "with padding": [checkpointing, padded],
     "small chunks of logits": [checkpointing, small_chunks],
     "small batches": [checkpointing, small_batches],
     "compiled": [checkpointing, compiled],

@@ -23,6 +23,7 @@ FAMILIES = {
     "qwen3": hf.Qwen3Config(**TINY, head_dim=8),
     "llama": hf.LlamaConfig(**TINY, tie_word_embeddings=True),
     "mistral": hf.MistralConfig(**TINY, sliding_window=None),
+    "mistral with a window": hf.MistralConfig(**TINY, sliding_window=3),
     "gemma": hf.GemmaConfig(**TINY, head_dim=8),
     "gemma2": hf.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0),
     "gemma3": hf.Gemma3TextConfig(**TINY, head_dim=8),
@@ -35,21 +36,26 @@ EPISODES = [
 ]
 
 
-def tiny_policy(family: str) -> rlfr.Policy:
+def tiny_model(family: str) -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    return rlfr.Policy(hf.AutoModelForCausalLM.from_config(FAMILIES[family]).train())
+    return hf.AutoModelForCausalLM.from_config(FAMILIES[family]).train()
+
+
+def tiny_policy(family: str) -> rlfr.Policy:
+    return rlfr.Policy(tiny_model(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_forward_gives_what_hugging_face_gives(family):
     """Each episode alone, without padding, from full logits."""
     policy = tiny_policy(family)
+    plain = tiny_model(family)
     taps = [1, 2, 3]
     scored = policy(rlfr.collate(EPISODES), temperature=0.7, taps=taps)
     for row, (prompt, response, _) in enumerate(EPISODES):
         n = len(response)
         ids = torch.tensor([prompt + response])
-        output = policy.model(ids, output_hidden_states=True)
+        output = plain(ids, output_hidden_states=True)
         logits = output.logits[0, len(prompt) - 1 : -1].float()
         log_p = (logits / 0.7).log_softmax(dim=-1)
         logp = log_p.gather(1, torch.tensor(response)[:, None]).squeeze(1)
@@ -69,11 +75,54 @@ def test_padding_needs_no_mask(family):
     """Hidden states of all tokens are those under the padding mask."""
     policy = tiny_policy(family)
     batch = rlfr.collate(EPISODES)
-    states = policy.run_decoder(batch)
-    masked = policy.model.base_model(batch.input_ids, attention_mask=batch.attention_mask)
     is_token = batch.attention_mask
+    states = policy.run_decoder(batch)[is_token]
+    masked = tiny_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
-    torch.testing.assert_close(states[is_token], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_have_the_gradients_of_padded_ones(family):
+    """Of a random combination of all tokens' states, for all parameters of the body."""
+    policy = tiny_policy(family)
+    plain = tiny_model(family)
+    batch = rlfr.collate(EPISODES)
+    is_token = batch.attention_mask
+    states = policy.run_decoder(batch)[is_token]
+    masked = plain.base_model(batch.input_ids, attention_mask=is_token)
+    weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    (states * weight).sum().backward()
+    (masked.last_hidden_state[is_token] * weight).sum().backward()
+    for got, expected in zip(
+        policy.model.base_model.parameters(), plain.base_model.parameters(), strict=True
+    ):
+        difference = (got.grad - expected.grad).abs().max()
+        assert difference <= 1e-5 * expected.grad.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policys_model_still_does_what_others_expect_of_it(family):
+    """Rows that are not packed, with and without a mask of padding on the left."""
+    model = tiny_policy(family).model
+    plain = tiny_model(family)
+    ids = torch.arange(1, 13).view(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    got = model(ids, attention_mask=mask).logits[mask.bool()]
+    expected = plain(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_costs_the_decoder_nothing():
+    """A decoder layer sees the 23 tokens of four rows, not their 36 positions."""
+    policy = tiny_policy("qwen2")
+    seen = []
+    policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
+    batch = rlfr.collate(EPISODES)
+    policy(batch)
+    assert batch.input_ids.shape == (4, 9)
+    assert seen == [(1, 23)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,7 +271,7 @@ def test_micro_batches_keep_to_the_budget():
     seen = []
     for indices, batch in rlfr.micro_batches(rows, 20, rank=0, n_ranks=1):
         seen += indices
-        assert len(indices) == 1 or batch.input_ids.numel() <= 20
+        assert len(indices) == 1 or batch.attention_mask.sum() <= 20
         assert batch.targets.sum() == sum(len(rows[i].response_ids) for i in indices)
     assert sorted(seen) == list(range(5))
 
@@ -232,7 +281,7 @@ def test_micro_batches_share_rows_out():
     rows = [rlfr.Row([1], [2] * n) for n in (1, 2, 9, 9)]
     plans = []
     for rank in range(2):
-        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 15, rank, n_ranks=2)])
+        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 11, rank, n_ranks=2)])
     assert plans == [[[2], [0]], [[3], [1]]]
     rows = [rlfr.Row([1], [2] * n) for n in (9, 2, 2, 2)]
     plans = []
@@ -242,13 +291,13 @@ def test_micro_batches_share_rows_out():
 
 
 def test_micro_batches_are_of_like_size():
-    """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 24, 30 and 8 tokens."""
+    """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 23, 28 and 3 tokens."""
     rows = [rlfr.Row([1], [2] * 9)] * 5
     sizes = [len(indices) for indices, _ in rlfr.micro_batches(rows, 40, rank=0, n_ranks=1)]
     assert sizes == [3, 2]
     rows = [rlfr.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
     plan = [indices for indices, _ in rlfr.micro_batches(rows, 30, rank=0, n_ranks=1)]
-    assert plan == [[0, 1], [2, 3], [4, 5, 6]]  # 24, 20 and 15 tokens with padding
+    assert plan == [[0], [1, 2], [3, 4, 5, 6]]  # 12, 21 and 21 tokens
 
 
 # ---- Flow reward
