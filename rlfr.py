@@ -783,34 +783,46 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: KLKind) -> Tensor:
     return torch.expm1(-d) + d
 
 
+def mismatch_log_ratio(old_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> Tensor:
+    """Return log of trainer's over sampler's probability, (B, T); 0 outside mask, and for NaN.
+
+    old_logp, sampled_logp: (B, T), of trainer and sampler, which may give NaN
+    """
+    is_known = mask & ~sampled_logp.isnan()
+    return torch.where(is_known, old_logp - sampled_logp, 0.0)
+
+
 def importance_weights(
     old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, mode: Mismatch, cap: float
-) -> tuple[Tensor, dict[str, float]]:
-    """Correct for a sampler whose probabilities differ from the trainer's.
+) -> Tensor:
+    """Return weights (B, T) that correct for a sampler whose probabilities differ from the trainer's.
 
-    old_logp, sampled_logp: (B, T), of trainer and sampler; NaN of the sampler counts as ratio 1
     mode: none, weights of 1; token, min(ratio, cap); sequence, the same with the product of the
         response's ratios; mask, the ratio where it is at most the cap, 0 elsewhere
-    Returns the weights (B, T), and figures of the ratios before the cap.
     """
-    is_nan = sampled_logp.isnan() & mask
-    difference = torch.where(mask & ~is_nan, old_logp - sampled_logp, 0.0)
-    ratio = difference.exp()
-    statistics = {
-        "mismatch/ratio_mean": ratio[mask].mean().item(),
-        "mismatch/ratio_max": ratio[mask].max().item(),
-        "mismatch/over_cap": (ratio[mask] > cap).float().mean().item(),
-        "mismatch/nan": is_nan.sum().item(),
-    }
+    log_ratio = mismatch_log_ratio(old_logp, sampled_logp, mask)
+    ratio = log_ratio.exp()
     if mode == "none":
-        return torch.ones_like(ratio), statistics
+        return torch.ones_like(ratio)
     if mode == "mask":
-        return torch.where(ratio > cap, 0.0, ratio), statistics
-    weights = ratio
+        return torch.where(ratio > cap, 0.0, ratio)
     if mode == "sequence":
-        log_product = difference.sum(dim=1, keepdim=True)
-        weights = log_product.exp().expand_as(ratio)
-    return weights.clamp(max=cap), statistics
+        log_product = log_ratio.sum(dim=1, keepdim=True)
+        ratio = log_product.exp().expand_as(ratio)
+    return ratio.clamp(max=cap)
+
+
+def mismatch_figures(
+    old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, cap: float
+) -> dict[str, float]:
+    """Return figures of the ratios of trainer's to sampler's probabilities, before the cap."""
+    ratio = mismatch_log_ratio(old_logp, sampled_logp, mask)[mask].exp()
+    return {
+        "mismatch/ratio_mean": ratio.mean().item(),
+        "mismatch/ratio_max": ratio.max().item(),
+        "mismatch/over_cap": (ratio > cap).float().mean().item(),
+        "mismatch/nan": sampled_logp[mask].isnan().sum().item(),
+    }
 
 
 def online_flow_weights(

@@ -472,6 +472,20 @@ def sample_groups(
 
 
 # ---- 3. Score
+def needs_pass(config: Config) -> bool:
+    """Return whether anything needs scores before the first optimiser step of an RL step.
+
+    If not, the update's own forward gives them on the way: with a single mini-batch its log-probs
+    are the old ones, as no weight has changed yet.
+    """
+    n_episodes = config.sampling.prompts * config.sampling.group_size
+    return (
+        config.shaping != "none"
+        or config.optimisation.kl_coef > 0
+        or config.optimisation.train_batch < n_episodes
+    )
+
+
 @dataclass
 class Scores:
     """What is known of a step's episodes after the scoring pass, on every rank.
@@ -525,7 +539,7 @@ def score(
     config: Config,
     step: int,
 ) -> tuple[Scores, dict[str, float]]:
-    """Run the policy once over the episodes, without gradient.
+    """Run the policy once over the episodes, without gradient, if needs_pass().
 
     Gives log-probs, entropies, and the flow's score of the latents. The flow's own loss on accepted
     episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
@@ -538,6 +552,8 @@ def score(
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
     scores = Scores.before_the_pass(episodes, len(taps))
+    if not needs_pass(config):
+        return scores, {}
     for indices, batch in my_micro_batches(episodes, config, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
@@ -750,7 +766,6 @@ def update_policy(
     episodes: Sequence[rollout.Episode],
     scores: Scores,
     advantage: Tensor,
-    importance: Tensor,
     config: Config,
     step: int,
     lr: float,
@@ -758,9 +773,9 @@ def update_policy(
 ) -> dict[str, float]:
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
-    advantage and importance are (B, T). Importance corrects for the sampler's probabilities. The
-    ratio in the loss is to the scoring pass, hence 1 in the first mini-batch. learn_flow is called
-    with the indices of each mini-batch's episodes before its optimiser step, and returns figures.
+    The advantage is (B, T). The ratio in the loss is to the scoring pass, hence 1 in the first
+    mini-batch; without a pass the scores are filled in here. learn_flow is called with the indices
+    of each mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
@@ -776,7 +791,10 @@ def update_policy(
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
             cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
-            logp = policy(batch, config.sampling.temperature).logp
+            logp, entropy, _ = policy(batch, config.sampling.temperature)
+            if not needs_pass(config):
+                scores.old_logp[cells] = logp.detach()
+                scores.entropy[cells] = entropy.detach()
             loss, is_clipped = rlfr.policy_loss(
                 logp,
                 scores.old_logp[cells],
@@ -785,7 +803,13 @@ def update_policy(
                 settings.clip_high,
                 settings.ratio_cap,
             )
-            loss = loss * importance[cells]
+            loss = loss * rlfr.importance_weights(
+                scores.old_logp[cells],
+                scores.sampled_logp[cells],
+                mask,
+                settings.mismatch,
+                settings.mismatch_cap,
+            )
             token_weight = rlfr.token_weights(
                 mask, settings.normalisation, n_episodes, n_tokens, config.sampling.max_tokens
             )
@@ -801,6 +825,8 @@ def update_policy(
             for name, value in learn_flow(mini_batch).items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
         grad_norm += share * learner.step(lr, settings.clip_norm)  # clips, steps, clears
+    if not needs_pass(config):
+        scores.sum_over_ranks()
     for name, value in sums.items():
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm
@@ -1126,13 +1152,6 @@ def main(config: Config) -> None:
 
         # ---- 4. Shape and advantage
         advantage, flow_reward, shaping_metrics = shape_advantage(scores, reward, config, step)
-        importance, mismatch_metrics = rlfr.importance_weights(
-            scores.old_logp,
-            scores.sampled_logp,
-            scores.mask,
-            config.optimisation.mismatch,
-            config.optimisation.mismatch_cap,
-        )
 
         # ---- 5. Update the policy
         schedule = (config.optimisation.warmup, config.optimisation.lr_floor)
@@ -1148,7 +1167,7 @@ def main(config: Config) -> None:
                 *(config, step, flow_lr),
             )
         policy_metrics = update_policy(
-            *(policy, learners["policy"], episodes, scores, advantage, importance),
+            *(policy, learners["policy"], episodes, scores, advantage),
             *(config, step, lr, learn_flow),
         )
 
@@ -1178,7 +1197,9 @@ def main(config: Config) -> None:
             **shaping_metrics,
             **outcome_metrics(scores, flow_reward, verdicts(), config.flow_reward),
             **flow_metrics,
-            **mismatch_metrics,
+            **rlfr.mismatch_figures(
+                scores.old_logp, scores.sampled_logp, scores.mask, config.optimisation.mismatch_cap
+            ),
         }
         eval_every = config.evaluation.eval_every
         if held_out and eval_every and (step + 1) % eval_every == 0:

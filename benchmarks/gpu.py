@@ -427,9 +427,8 @@ class Trainer:
     def update(self, scores: train_rl.Scores) -> dict[str, float]:
         """Take one optimiser step of rate 0, so that all variants have the same weights."""
         advantage = torch.ones_like(scores.old_logp) * scores.mask
-        importance = torch.ones_like(advantage)
         return train_rl.update_policy(
-            *(self.policy, self.learner, self.episodes, scores, advantage, importance),
+            *(self.policy, self.learner, self.episodes, scores, advantage),
             *(self.config, 0, 0.0, None),
         )
 

@@ -456,13 +456,14 @@ def test_importance_weights_by_hand(mode, expected):
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     sampled = torch.tensor([[0.0, 0.0, torch.nan], [0.0, 0.0, 0.0]])
     trained = torch.tensor([[math.log(4.0), math.log(0.75), 0.3], [math.log(1.5), 8.0, 8.0]])
-    weights, figures = rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0)
+    weights = rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0)
     torch.testing.assert_close(weights[mask], torch.tensor(expected, dtype=torch.float32))
     if mode == "none":
         assert (weights == 1).all()
-        below_1, _ = rlfr.importance_weights(trained, sampled, mask, mode, cap=0.5)
+        below_1 = rlfr.importance_weights(trained, sampled, mask, mode, cap=0.5)
         assert (below_1 == 1).all(), "no weights, hence no cap"
-    assert figures == {  # of the ratios before the cap, whatever the mode
+    figures = rlfr.mismatch_figures(trained, sampled, mask, cap=2.0)
+    assert figures == {  # of the ratios before the cap
         "mismatch/ratio_max": pytest.approx(4),
         "mismatch/ratio_mean": pytest.approx(7.25 / 4),
         "mismatch/over_cap": 0.25,
