@@ -31,6 +31,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 
@@ -117,6 +118,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_rows(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Return every rank's rows (n, ...), on all ranks; counts holds each rank's n."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return [part[:count] for part, count in zip(gathered, counts, strict=True)]
+
+
 # ---- A GPU's memory, in bytes; 0 on a CPU
 def take_peak_memory() -> int:
     """Wait for the GPU; return the largest size of all tensors together since the last call."""
@@ -165,7 +175,11 @@ def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "o
 
 
 def shard(
-    module: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, cpu_offload: bool = False
+    module: nn.Module,
+    layers: Sequence[nn.Module],
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+    methods: Sequence[str] = (),
 ) -> None:
     """Shard a module in place over all ranks (FSDP2).
 
@@ -178,6 +192,7 @@ def shard(
         layers: parts of the module that are gathered by themselves.
         dtype: dtype of forward and backward.
         cpu_offload: keep weights, gradients and optimiser state in host memory.
+        methods: names of the module's methods that gather it as its forward does.
     """
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     # forward inputs are not cast: advantages and old log-probs stay in float32
@@ -196,6 +211,8 @@ def shard(
             # a sum, not FSDP's mean: the learner divides by the step's own denominator
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
 
 
 def begin_calls(module: FSDPModule) -> None:

@@ -25,8 +25,10 @@ rounding); an optimiser step has one denominator (there it is a mean of micro-ba
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,7 +73,9 @@ class Batch:
     attention_mask: Tensor  # (B, S) bool
     targets: Tensor  # (B, S) bool, positions of response tokens
     response_mask: Tensor  # (B, T) bool
-    pixel_values: Tensor | None = None  # (n_patches, dim), of all rows' images in order
+    # of all rows' images in order: what the tower takes, or what a frozen one has made of them
+    pixel_values: Tensor | None = None  # (n_patches, dim)
+    image_features: Tensor | None = None  # (n_vectors, K, D), see Policy.see
     image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
 
     @cached_property
@@ -129,8 +133,12 @@ def collate(rows: Sequence[Row]) -> Batch:
     attention_mask = position < start + n_response
     targets = attention_mask & (position >= start)
     response_mask = position[: max(response_lengths)] < n_response
-    pixel_values, image_grid_thw = vision.stack(images, DEVICE)
-    return Batch(input_ids, attention_mask, targets, response_mask, pixel_values, image_grid_thw)
+    batch = Batch(input_ids, attention_mask, targets, response_mask)
+    if images and images[0].features is not None:
+        batch.image_features, batch.image_grid_thw = vision.stack_features(images, DEVICE)
+    else:
+        batch.pixel_values, batch.image_grid_thw = vision.stack(images, DEVICE)
+    return batch
 
 
 def micro_batches(
@@ -143,13 +151,21 @@ def micro_batches(
     about the same number of tokens, and yields the same number of batches, because sharded modules
     run in step: as few as the budget allows, and of about the same size.
     """
-    assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    for indices in plan_batches(lengths, token_budget, n_ranks)[rank]:
+        yield indices, collate([rows[index] for index in indices])
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int, n_ranks: int) -> list[list[list[int]]]:
+    """Return the micro-batches of every rank, as indices of rows with these lengths."""
+    assert len(lengths) % n_ranks == 0, f"{len(lengths)} rows for {n_ranks} ranks"
     shares = deal(lengths, n_ranks)
     n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
-    batches = pack_evenly(shares[rank], lengths, token_budget, n_batches)
-    for indices in split_to(batches, n_batches):
-        yield indices, collate([rows[index] for index in indices])
+    plans = []
+    for share in shares:
+        batches = pack_evenly(share, lengths, token_budget, n_batches)
+        plans.append(split_to(batches, n_batches))
+    return plans
 
 
 def deal(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
@@ -404,6 +420,7 @@ class Policy(nn.Module):
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.takes_features = False  # images come as features: no forward runs the tower
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -514,15 +531,34 @@ class Policy(nn.Module):
         input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
         is_image = is_placeholder & ~batch.targets
         inputs["mm_token_type_ids"] = is_image.int()  # without it, positions are silently wrong
-        if batch.pixel_values is not None:
+        if batch.image_grid_thw is not None:
             inputs["pixel_values"] = batch.pixel_values
             inputs["image_grid_thw"] = batch.image_grid_thw
+        if batch.image_features is not None:
+            inputs["pixel_values"] = batch.image_features  # the body hands them to its tower
         embedding = self.model.get_input_embeddings()
         hook = embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,))
         try:
-            return body(input_ids=input_ids, **inputs).last_hidden_state
+            with tower_output(self.tower, batch.image_features):
+                return body(input_ids=input_ids, **inputs).last_hidden_state
         finally:
             hook.remove()
+
+    @torch.no_grad()
+    def see(self, images: Sequence[vision.Image]) -> Tensor:
+        """Return what the vision tower makes of images, (n_vectors, K, D), without a gradient.
+
+        Of each vector there are K levels: the first stands in the place of the word's embedding;
+        Qwen3-VL adds the others to the hidden states after as many layers (deepstack).
+        """
+        pixel_values, grids = vision.stack(images, DEVICE)
+        return self.run_tower(pixel_values, grids)
+
+    def run_tower(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+        """Return all that the tower makes of patches (n_patches, dim): (n_vectors, K, D)."""
+        output = self.tower(pixel_values, grid_thw=grids)
+        deepstack = getattr(output, "deepstack_features", None) or []
+        return torch.stack([output.pooler_output, *deepstack], dim=1)
 
     def run_tower_without_images(self, batch: Batch) -> Tensor | float:
         """Run the vision tower on a blank image if the batch has none; return 0 times its output.
@@ -532,18 +568,38 @@ class Policy(nn.Module):
         would leave the others waiting, so it runs the tower, too. The term that is returned is 0:
         added to the hidden states it changes no number, but it makes the tower's parameters part
         of the graph, so that the backward reaches them, with gradients of 0.
+
+        A frozen tower that has seen the images beforehand runs on no rank.
         """
+        if self.takes_features:
+            assert batch.pixel_values is None, "the frozen tower has not seen these images"
+            return 0.0
         if self.tower is None or batch.pixel_values is not None:
             return 0.0
         size = self.model.config.vision_config.spatial_merge_size  # the smallest image, in patches
         filters = self.tower.patch_embed.proj.weight
         blank = filters.new_zeros(size * size, filters[0].numel())  # (n_patches, dim)
         grid = torch.tensor([[1, size, size]], device=blank.device)  # time, height, width
-        output = self.tower(blank, grid_thw=grid)
-        total = output.pooler_output.sum()
-        for features in getattr(output, "deepstack_features", None) or []:  # Qwen3-VL
-            total = total + features.sum()
-        return total * 0
+        return self.run_tower(blank, grid).sum() * 0
+
+
+@contextmanager
+def tower_output(tower: nn.Module, features: Tensor | None) -> Iterator[None]:
+    """Let a vision tower return features (n_vectors, K, D), as Policy.see() gave them, unrun.
+
+    Everything else of the model's own forward stays as it is: placeholders, positions, deepstack.
+    Without features the tower runs.
+    """
+    if features is None:
+        yield
+        return
+    first, *deepstack = features.unbind(dim=1)
+    output = SimpleNamespace(pooler_output=first, deepstack_features=deepstack)
+    tower.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del tower.forward  # the class's is there again
 
 
 def check_head(model: nn.Module) -> None:
@@ -568,7 +624,7 @@ def load_policy(
     """Load a Hugging Face decoder to host memory, in the dtype that it is stored in.
 
     checkpointing: recompute activations in the backward
-    freeze: what does not learn; "vision" is the vision tower
+    freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
     Raises ValueError if the model has dropout, under which log-probs do not repeat.
     """
     model = vision.load_model(path, "auto", trust_remote_code)
@@ -583,6 +639,7 @@ def load_policy(
     policy = Policy(model.train())
     if freeze == "vision" and policy.tower is not None:
         policy.tower.requires_grad_(False)
+        policy.takes_features = True
     return policy
 
 

@@ -486,6 +486,37 @@ def needs_pass(config: Config) -> bool:
     )
 
 
+def see_images(
+    policy: rlfr.Policy, episodes: Sequence[rollout.Episode], token_budget: int
+) -> list[rollout.Episode]:
+    """Run a frozen vision tower over the step's images; return the episodes with its features.
+
+    The tower sees each image once, however many episodes share it and however often they are
+    scored and trained on. All ranks call this together: each runs the tower on a share, batches of
+    at most token_budget vectors, and all get the features, which wait in host memory.
+    """
+    images = list(dict.fromkeys(image for episode in episodes for image in episode.images))
+    if not images or not policy.takes_features:
+        return list(episodes)
+    n_ranks = dist.get_world_size()
+    images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
+    sizes = [image.n_tokens for image in images]
+    plans = rlfr.plan_batches(sizes, token_budget, n_ranks)
+    seen = {}
+    for batches in zip(*plans, strict=True):  # one of each rank
+        mine = [images[index] for index in batches[dist.get_rank()]]
+        counts = [sum(sizes[index] for index in batch) for batch in batches]
+        gathered = parallel.gather_rows(policy.see(mine), counts)
+        for batch, features in zip(batches, gathered, strict=True):
+            parts = features.cpu().split([sizes[index] for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                seen[images[index]] = replace(images[index], features=part)
+    shown = []
+    for episode in episodes:
+        shown.append(replace(episode, images=tuple(seen[image] for image in episode.images)))
+    return shown
+
+
 @dataclass
 class Scores:
     """What is known of a step's episodes after the scoring pass, on every rank.
@@ -1045,12 +1076,13 @@ def main(config: Config) -> None:
         config.optimisation.freeze,
     )
     parallel.compile_forward(policy.layer_parts(), config.compute.compile)
-    parallel.shard(policy, policy.blocks, dtype, cpu_offload)
+    parallel.shard(policy, policy.blocks, dtype, cpu_offload, methods=["see"])
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
     reference = None
     if config.optimisation.kl_coef:
-        reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
+        freeze = config.optimisation.freeze  # a frozen tower is the policy's: features serve both
+        reference = rlfr.load_policy(model.path, remote_code, freeze=freeze).requires_grad_(False)
         parallel.shard(reference, reference.blocks, dtype, cpu_offload)
     if flow:
         parallel.compile_forward([flow.model], config.compute.compile)
@@ -1144,6 +1176,7 @@ def main(config: Config) -> None:
         clock.lap("roll_out")
 
         # ---- 3. Score, and let the flow's gradient add up
+        episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
         scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
         clock.lap("score")
         reward = [verdict.reward for verdict in verdicts()]

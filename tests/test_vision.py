@@ -77,6 +77,16 @@ def with_images(episodes, requests) -> list[rlfr.Row]:
     return rows
 
 
+def seen(policy: rlfr.Policy, rows: list[rlfr.Row]) -> list:
+    """The rows as training has them: with a frozen tower, their images are features."""
+    episodes = []
+    for row in rows:
+        episodes.append(
+            rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
+        )
+    return train_rl.see_images(policy, episodes, token_budget=5)
+
+
 def rows() -> list[rlfr.Row]:
     """Episodes with one image, none, and two; two of the responses have a placeholder in them that was sampled."""
     one = drawing("1 +2 +3>", PROCESSOR)
@@ -199,7 +209,7 @@ def test_the_kinds_of_tokens_are_passed(family):
 def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
     policy = rlfr.load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
     tower = list(policy.model.model.visual.parameters())
-    policy(rlfr.collate(rows())).logp.sum().backward()
+    policy(rlfr.collate(seen(policy, rows()))).logp.sum().backward()
     if freeze == "vision":
         assert all(p.grad is None for p in tower)
     else:
@@ -212,6 +222,38 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
         assert all(p.grad is None for p in tower)
     else:
         assert all(p.grad.abs().max() == 0 for p in tower)
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_a_frozen_tower_sees_an_image_once(family, tmp_path):
+    """Log-probs, latents and gradients are those of a tower that runs with every batch."""
+    folder = save_vlm(tiny_vlm(family), tmp_path)
+    every_time = rlfr.load_policy(folder)
+    once = rlfr.load_policy(folder, freeze="vision")
+    unseen = rows()
+    unseen.append(unseen[0]._replace(response_ids=[5, 6, 7]))  # of four images two differ
+    ran = []
+    once.tower.patch_embed.register_forward_pre_hook(lambda _, inputs: ran.append(len(inputs[0])))
+    shown = seen(once, unseen)
+    assert ran == [12, 8], "patches, a batch for each as the two have more vectors than the budget"
+    for chosen in ([0, 1, 2, 3], [3, 2], [1]):
+        expected = every_time(rlfr.collate([unseen[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        output = once(rlfr.collate([shown[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        torch.testing.assert_close(output.logp, expected.logp, rtol=0, atol=1e-5)
+        for latent, other in zip(output.latents, expected.latents, strict=True):
+            assert (latent - other).abs().max() <= 1e-5 * other.abs().max()
+        output.logp.square().sum().backward()
+        expected.logp.square().sum().backward()
+    learns = dict(every_time.model.named_parameters())
+    for name, parameter in once.model.named_parameters():
+        if "visual" not in name:
+            gradient = learns[name].grad
+            difference = parameter.grad - gradient
+            assert difference.abs().max() <= 1e-5 * gradient.abs().max(), name
+    assert len(ran) == 2, "no forward ran the tower"
+    with pytest.raises(AssertionError, match="the frozen tower has not seen these images"):
+        once(rlfr.collate(unseen))
+    assert "forward" not in vars(once.tower)
 
 
 def test_the_offline_start_stops_at_the_last_tap():
