@@ -413,10 +413,11 @@ class Policy(nn.Module):
         super().__init__()
         check_head(model)
         self.model = model
-        # a model with code of its own may have attention that cannot be exchanged
-        self.packs = self.tower is None and model._can_set_attn_implementation()
+        decoder = model.get_decoder()
+        # that of a text model with code of its own may have attention that cannot be exchanged
+        self.packs = decoder._can_set_attn_implementation()
         if self.packs:
-            model.set_attn_implementation(PACKED)
+            decoder.set_attn_implementation(PACKED)
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -513,36 +514,39 @@ class Policy(nn.Module):
         """
         body = self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
-        if self.packs:
-            packing = batch.packing
-            output = body(
-                input_ids=packing.pack(batch.input_ids)[None],
-                position_ids=packing.positions()[None],
-                packing=packing,
-                **inputs,
-            )
-            return packing.pad(output.last_hidden_state[0])
-        if self.tower is None:
+        if not self.packs:
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state
+        packing = batch.packing
+        inputs["packing"] = packing
+        packed_ids = packing.pack(batch.input_ids)[None]  # (1, n)
+        if self.tower is None:
+            output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
+            return packing.pad(output.last_hidden_state[0])
 
         # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
         # response, is a word like others. Its embedding is that word's; as an id the body gets 0.
         is_placeholder = batch.input_ids == self.model.config.image_token_id
         input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
-        is_image = is_placeholder & ~batch.targets
-        inputs["mm_token_type_ids"] = is_image.int()  # without it, positions are silently wrong
+        inputs["input_ids"] = packing.pack(input_ids)[None]
+        inputs["position_ids"] = packing.positions()[None]
         if batch.image_grid_thw is not None:
+            # of an image: its rows and columns, which the body tells from the kinds of tokens
+            is_image = is_placeholder & ~batch.targets
+            grids = {"image_grid_thw": batch.image_grid_thw}
+            positions, _ = body.get_rope_index(input_ids, is_image.int(), **grids)  # (3, B, S)
+            inputs["position_ids"] = positions.flatten(1)[:, None, packing.places]  # (3, 1, n)
             inputs["pixel_values"] = batch.pixel_values
-            inputs["image_grid_thw"] = batch.image_grid_thw
+            inputs.update(grids)
         if batch.image_features is not None:
             inputs["pixel_values"] = batch.image_features  # the body hands them to its tower
         embedding = self.model.get_input_embeddings()
-        hook = embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,))
+        hook = embedding.register_forward_pre_hook(lambda *_: (packed_ids,))
         try:
             with tower_output(self.tower, batch.image_features):
-                return body(input_ids=input_ids, **inputs).last_hidden_state
+                output = body(**inputs)
         finally:
             hook.remove()
+        return packing.pad(output.last_hidden_state[0])
 
     @torch.no_grad()
     def see(self, images: Sequence[vision.Image]) -> Tensor:
