@@ -31,6 +31,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import lora
 import vision
 from flow import keyed_seed
 from parallel import DEVICE
@@ -350,6 +351,13 @@ class Policy(nn.Module):
         Not the layers themselves, whose hooks return latents and end a forward.
         """
         return [part for layer in self.layers for part in layer.children()]
+
+    def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield Hugging Face's name and the whole tensor of each weight, adapters merged into them.
+
+        One at a time; all ranks must take all of them together.
+        """
+        return lora.merged_weights(self, dtype, prefix="model.")
 
     def forward(
         self,
