@@ -1,6 +1,5 @@
 """Adapters: what learns, what engines and exports get, checkpoints; and the rehearsal of an update."""
 
-import os
 import re
 import signal
 from functools import partial
@@ -264,13 +263,30 @@ def test_a_checkpoint_is_exported(one, tmp_path):
         assert (tmp_path / file).read_bytes() == (Path(one) / file).read_bytes(), file
 
 
-@pytest.mark.parametrize(
-    "options", [{"compile": "on", "gradient_checkpointing": True}, {"offload": True}], ids=str
-)
-def test_where_and_how_it_runs_changes_nothing(one, config, tmp_path, options, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    train_rl.main(change(config, folder=str(tmp_path / "run"), **options))
+def test_offloading_changes_nothing(one, config, tmp_path):
+    train_rl.main(change(config, folder=str(tmp_path / "run"), offload=True))
     assert_same_run(one, str(tmp_path / "run"))
+
+
+def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
+    """With the adapters on and off; without the compiler's code, of which a CPU waits for minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    results = []
+    for options in ({}, {"compile": "on", "gradient_checkpointing": True}):
+        policy = train_rl.make_policy(
+            change(config, freeze="none", lora_alpha=ALPHA, **options), find_model(config.model)
+        )
+        for layer in lora.adapted_layers(policy).values():
+            torch.nn.init.constant_(layer.lora_B[lora.ADAPTER].weight, 0.1)
+        output = policy(batch, 0.7, taps=[1])
+        with torch.no_grad():
+            base = lora.Base(policy)(batch, 0.7).logp
+        output.logp.sum().backward()
+        gradients = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
+        results.append([output.logp, base, output.latents[0], *gradients])
+    assert len(results[0]) == 3 + 2 * 7 * policy.n_layers
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- Refusals
@@ -356,4 +372,55 @@ def test_what_does_not_fit_names_the_settings_to_lower(config, tmp_path, monkeyp
     for setting in ("--tokens-per-gpu (now 300)", "--max-tokens (now 16)", "--lora-rank (now 4)"):
         assert f"a lower {setting}" in str(caught.value)
     assert "--gradient-checkpointing" in str(caught.value)
-    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "before the first step"
+
+
+# ---- Memory
+
+SHAPES = {  # of the published configurations
+    "Qwen2.5-1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def n_bytes(parameters) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_table_of_memory(name, rank):
+    """What lives on one GPU between forward and backward, and while the engine samples."""
+    config = AutoConfig.for_model("qwen2", **SHAPES[name])
+    with torch.device("meta"):
+        policy = rlfr.Policy(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        flow = fl.Flow(fl.FlowConfig(config.hidden_size, 6 if name == "Qwen2.5-7B" else 4))
+    engine = n_bytes(policy.parameters())
+    if rank:
+        lora.add_adapters(policy.model, policy.layers, rank, 2.0 * rank, seed=0)
+    parallel.set_dtypes(policy, torch.bfloat16)
+    learns = n_bytes(p for p in policy.parameters() if p.requires_grad)
+    # weights, gradients and the two moments of AdamW, likewise for the flow
+    sizes = [n_bytes(policy.parameters()), learns, 2 * learns, 4 * n_bytes(flow.parameters()), engine]  # fmt: skip
+    cells = [f"{size / 1e9:.1f}" for size in [*sizes, sum(sizes)]]
+    what = f"adapters, `--lora-rank {rank}`" if rank else "all weights"
+    row = f"| {name} | {what} | {' | '.join(cells)} |"
+    assert row in (ROOT / "docs" / "running.md").read_text()
+    fits = sum(sizes) < 80e9
+    assert fits == (rank > 0 or name == "Qwen2.5-1.5B")
