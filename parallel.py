@@ -5,13 +5,15 @@ A single process is a group of one rank: no code here or elsewhere asks how many
 What lives where, with FSDP2:
 
     weights, gradients, AdamW's moments  sharded, in float32: each rank holds a part of every tensor
+    weights that are frozen              sharded, in the dtype given to shard()
       with shard(cpu_offload=True)       the parts are in host memory
       between offload() and restore()    likewise, see HostCopy
     weights of the layer that runs       gathered on every rank, in the dtype given to shard()
     all weights after begin_calls()      gathered likewise, until end_calls()
     full_weights()                       one whole tensor at a time, on the device of every rank
     gather_weights()                     all whole tensors, in host memory of the first rank
-    Learner.state_dict()                 sharded: each rank writes its part of a checkpoint
+    Learner.state_dict()                 sharded, without what is frozen: each rank writes its part
+                                         of a checkpoint
 """
 
 import math
@@ -23,7 +25,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -145,6 +151,13 @@ def tensor_memory() -> int:
     return torch.cuda.memory_allocated()
 
 
+def total_memory() -> int:
+    """Return the size of the GPU's memory."""
+    if DEVICE.type == "cpu":
+        return 0
+    return torch.cuda.mem_get_info()[1]
+
+
 def used_memory() -> int:
     """Return how much of the GPU's memory is in use, by whomever."""
     if DEVICE.type == "cpu":
@@ -183,9 +196,10 @@ def shard(
 ) -> None:
     """Shard a module in place over all ranks (FSDP2).
 
-    Weights are kept in float32, and gradients are summed over ranks in float32. Each layer is
-    gathered by itself while it runs, and the rest of the module with the root. Nothing stays
-    gathered after a forward: a root that did would keep stale weights over an optimiser step.
+    Weights that learn are kept in float32, see set_dtypes, and gradients are summed over ranks in
+    float32. Each layer is gathered by itself while it runs, and the rest of the module with the
+    root. Nothing stays gathered after a forward: a root that did would keep stale weights over an
+    optimiser step.
 
     Args:
         module: the root.
@@ -203,7 +217,7 @@ def shard(
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda")
     for part in (*layers, module):
-        part.to(torch.float32)
+        set_dtypes(part, dtype)
         fully_shard(
             part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload
         )
@@ -213,6 +227,22 @@ def shard(
             part.set_force_sum_reduction_for_comms(True)
     for method in methods:
         register_fsdp_forward_method(module, method)
+
+
+def set_dtypes(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's weights in place to what they are kept in: float32 for those that learn.
+
+    Frozen ones need no more than the dtype that they compute in. A layer with adapters has both.
+    FSDP2 takes them as one group: what it wants of one dtype are the weights that learn (torch 2.11
+    to 2.13), whose gradients it sums together, and it gathers all of them in the compute dtype.
+    """
+    for parameter in module.parameters():
+        kept_in = torch.float32 if parameter.requires_grad else dtype
+        if parameter.dtype != kept_in:
+            parameter.data = parameter.data.to(kept_in)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def begin_calls(module: FSDPModule) -> None:
@@ -314,13 +344,13 @@ def full_weights(
         yield name.removeprefix(prefix), gather(tensor.to(device=DEVICE, dtype=target))
 
 
-def gather_weights(module: nn.Module, dtype: torch.dtype, prefix: str = "") -> dict[str, Tensor]:
+def gather_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return full_weights() in host memory on the first rank, and an empty dict on the others."""
-    weights = {}
-    for name, tensor in full_weights(module, dtype, prefix):
+    gathered = {}
+    for name, tensor in weights:
         if is_first():
-            weights[name] = tensor.cpu()
-    return weights
+            gathered[name] = tensor.cpu()
+    return gathered
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -405,9 +435,12 @@ class Learner:
             yield from state.values()
 
     def state_dict(self) -> dict:
-        """Return weights and optimiser state, sharded; any number of ranks can load them."""
+        """Return what learns and its optimiser state, sharded; any number of ranks can load them.
+
+        Frozen weights are not in it: they are still those of the model on the disk.
+        """
         module, optimizer = get_state_dict(self.module, self.optimizer)
-        return {"module": module, "optimizer": optimizer}
+        return {"module": without_frozen(module, self.module), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what state_dict() returned."""
@@ -416,4 +449,26 @@ class Learner:
             self.optimizer,
             model_state_dict=state["module"],
             optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),  # frozen weights stay as they are
         )
+
+
+def without_frozen(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict without the parameters that do not learn."""
+    frozen = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            frozen.add(name)
+    return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+
+class Rehearsal:
+    """Stands for a learner when nothing may change: its steps only clear the gradients."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+
+    def step(self, lr: float, max_norm: float, denominator: float = 1.0) -> float:
+        """Clear the gradients; the arguments are those of Learner.step()."""
+        self.learner.optimizer.zero_grad()
+        return 0.0

@@ -37,6 +37,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import lora
 import vision
 from flow import keyed_seed
 from parallel import DEVICE
@@ -448,6 +449,13 @@ class Policy(nn.Module):
         Not the layers themselves, whose hooks return latents and end a forward.
         """
         return [part for layer in self.layers for part in layer.children()]
+
+    def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield Hugging Face's name and the whole tensor of each weight, adapters merged into them.
+
+        One at a time; all ranks must take all of them together.
+        """
+        return lora.merged_weights(self, dtype, prefix="model.")
 
     def forward(
         self,

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow as fl
+import lora
 import parallel
 import record
 import rlfr
@@ -47,6 +48,7 @@ from run import (
     Stopwatch,
     asked_to_stop,
     check_positive,
+    export_adapter,
     export_flow,
     export_policy,
     launch,
@@ -160,6 +162,9 @@ class OptimisationSettings:
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
     freeze: rlfr.Freeze | None = None
+    # Rank of the adapters that learn in place of the decoder's weights (LoRA); 0: all weights learn
+    lora_rank: int = 0
+    lora_alpha: float | None = None  # Adapters count alpha / rank; by default twice the rank
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ class TrainingComputeSettings(ComputeSettings):
     # Recompute activations; by default above 1B parameters
     gradient_checkpointing: bool | None = None
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
+    rehearse: bool = False  # Do the largest update first, to see that it fits; it changes nothing
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ MUST_BE_POSITIVE = """
     prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
     clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
     grader_deadline overlong_buffer eval_samples log_groups max_sequences tensor_parallel
-    tokens_per_gpu keep flow_cap
+    tokens_per_gpu keep flow_cap lora_alpha
 """
 
 
@@ -284,11 +290,25 @@ def check(config: Config) -> None:
         raise ValueError(
             f"log_rollouts={config.record.log_rollouts}: expected a number of steps, or 0 for none"
         )
+    check_adapters(config.optimisation)
     fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
     if config.flow_reward.percentiles is not None:
         fl.check_percentiles(config.flow_reward.percentiles)
+
+
+def check_adapters(settings: OptimisationSettings) -> None:
+    """Raise ValueError for settings of adapters that cannot work."""
+    rank = settings.lora_rank
+    if rank < 0:
+        raise ValueError(f"lora_rank={rank}: expected a rank, or 0 to train all weights")
+    if rank > 0:
+        lora.check_installed()
+    elif settings.lora_alpha is not None:
+        raise ValueError(
+            f"lora_alpha={settings.lora_alpha} without adapters; give --lora-rank, or leave it out"
+        )
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
@@ -312,6 +332,14 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
+    rank = config.optimisation.lora_rank
+    if rank and model.processor is not None and config.optimisation.freeze == "none":
+        raise ValueError(
+            f"freeze='none' with lora_rank={rank}: the tower has no adapters and does not learn; "
+            "leave --freeze out, or --lora-rank"
+        )
+    if rank:
+        config = with_defaults(config, lora_alpha=2.0 * rank)
     prompt = config.problems.max_prompt_tokens
     response = config.sampling.max_tokens
     positions = model.text_config.max_position_embeddings
@@ -386,6 +414,42 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
         flow_config = replace(flow_config, percentiles=percentiles)
     torch.manual_seed(config.seed)  # the same flow on all ranks
     return fl.Flow(flow_config)
+
+
+# ---- Policy, reference
+def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
+    """Load the policy, compiled and sharded, with adapters if it has them."""
+    settings = config.optimisation
+    policy = rlfr.load_policy(
+        model.path,
+        config.loading.trust_remote_code,
+        config.compute.gradient_checkpointing,
+        settings.freeze,
+    )
+    if settings.lora_rank:
+        sizes = (settings.lora_rank, settings.lora_alpha)
+        lora.add_adapters(policy.model, policy.layers, *sizes, config.seed)
+    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload, methods=["see"])
+    return policy
+
+
+def make_reference(
+    policy: rlfr.Policy, config: Config, model: rollout.Model
+) -> rlfr.Policy | lora.Base:
+    """Return the initial policy, for a KL: without the adapters the policy itself, or a copy."""
+    if config.optimisation.lora_rank:
+        return lora.Base(policy)
+    reference = rlfr.load_policy(
+        model.path,
+        config.loading.trust_remote_code,
+        freeze=config.optimisation.freeze,  # a frozen tower is the policy's: features serve both
+    )
+    reference.requires_grad_(False)
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    parallel.shard(reference, reference.blocks, dtype, config.compute.cpu_offload)
+    return reference
 
 
 # ---- 1. and 2. Roll out and verify
@@ -563,7 +627,7 @@ class Scores:
 
 def score(
     policy: rlfr.Policy,
-    reference: rlfr.Policy | None,
+    reference: rlfr.Policy | lora.Base | None,
     flow: fl.Flow | None,
     episodes: Sequence[rollout.Episode],
     verdicts: Verdicts,
@@ -903,6 +967,114 @@ def update_flow(
     }
 
 
+# ---- Before the first step
+def rehearse(
+    policy: rlfr.Policy,
+    reference: rlfr.Policy | lora.Base | None,
+    flow: fl.Flow | None,
+    learners: dict[str, parallel.Learner],
+    problems: Sequence[rollout.Problem],
+    config: Config,
+) -> None:
+    """Score and update at the longest lengths that the settings allow; say what memory it took.
+
+    The longest rows have a prompt of max_prompt_tokens. Those with the shortest prompt are made,
+    too: a micro-batch of them has more response tokens, on which head and flow work.
+    Nothing that a step depends on is changed: weights, optimisers, generators.
+    Raises MemoryError, with the settings to lower, if a GPU's memory is too small.
+    """
+    longest = max(problems, key=lambda problem: len(problem.prompt_ids))
+    shortest = min(problems, key=lambda problem: len(problem.prompt_ids))
+    n_filling = config.problems.max_prompt_tokens - len(longest.prompt_ids)
+    filled = longest._replace(prompt_ids=[0] * n_filling + longest.prompt_ids)
+    stand_ins = {name: parallel.Rehearsal(learner) for name, learner in learners.items()}
+    parallel.take_peak_memory()
+    try:
+        with parallel.fork_rng():
+            for problem in (filled, shortest):
+                episodes = longest_episodes(problem, config)
+                rehearse_update(policy, reference, flow, stand_ins, episodes, config)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(what_to_lower(config)) from error
+    peaks = parallel.gather_objects(parallel.take_peak_memory())
+    if not is_first():
+        return
+    lengths = f"{config.problems.max_prompt_tokens} + {config.sampling.max_tokens} tokens"
+    if parallel.DEVICE.type == "cpu":
+        print(f"rehearsed an update at {lengths}; there is no GPU whose memory could be measured")
+    else:
+        room = parallel.total_memory()
+        print(
+            f"rehearsed an update at {lengths}: at most {max(peaks) / 1e9:.1f} GB of tensors "
+            f"in {room / 1e9:.1f} GB of a GPU's memory"
+        )
+
+
+def longest_episodes(problem: rollout.Problem, config: Config) -> list[rollout.Episode]:
+    """Return as many episodes as fill a micro-batch of each rank, with responses of max_tokens."""
+    max_tokens = config.sampling.max_tokens
+    n_rows = max(1, config.compute.tokens_per_gpu // (len(problem.prompt_ids) + max_tokens))
+    n_ranks = dist.get_world_size()
+    most = config.sampling.prompts * config.sampling.group_size  # in a step
+    n_episodes = min(n_rows * n_ranks, most)
+    episode = rollout.Episode(
+        problem.prompt_ids, [0] * max_tokens, [0.0] * max_tokens, "length", "", problem.images
+    )
+    return [episode] * n_episodes
+
+
+def rehearse_update(
+    policy: rlfr.Policy,
+    reference: rlfr.Policy | lora.Base | None,
+    flow: fl.Flow | None,
+    stand_ins: dict[str, parallel.Rehearsal],
+    episodes: Sequence[rollout.Episode],
+    config: Config,
+) -> None:
+    """Do what a step does with its episodes, 3 to 6 of main(), but for the optimisers' steps."""
+    verdict = Verdict(1.0, correct=True, parts={}, extracted=None, kind="cut")
+    verdicts = [verdict] * len(episodes)  # the flow learns from all
+    episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
+    scores, _ = score(policy, reference, flow, episodes, lambda: verdicts, config, step=0)
+    advantage = torch.ones_like(scores.old_logp)
+    learn_flow = None
+    if "flow" in stand_ins and not learns_while_scoring(config.flow_update):
+        accepted = accepted_episodes(verdicts, config.flow_update)
+        learn_flow = partial(
+            update_flow,
+            *(policy, flow, stand_ins["flow"], episodes, scores, accepted),
+            *(config, 0, 0.0),
+        )
+    update_policy(
+        *(policy, stand_ins["policy"], episodes, scores, advantage),
+        *(config, 0, 0.0, learn_flow),
+    )
+    if "flow" in stand_ins:
+        stand_ins["flow"].step(0.0, config.optimisation.clip_norm)
+
+
+def what_to_lower(config: Config) -> str:
+    """Return the message for an update that does not fit into a GPU's memory."""
+    ways = [
+        f"a lower --tokens-per-gpu (now {config.compute.tokens_per_gpu})",
+        f"a lower --max-tokens (now {config.sampling.max_tokens})",
+        f"a lower --max-prompt-tokens (now {config.problems.max_prompt_tokens})",
+    ]
+    if not config.compute.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if config.optimisation.lora_rank:
+        ways.append(f"a lower --lora-rank (now {config.optimisation.lora_rank})")
+    else:
+        ways.append("--lora-rank 32, which trains adapters in place of all weights")
+    if not config.compute.cpu_offload:
+        ways.append("--cpu-offload")
+    ways.append("more GPUs")
+    return (
+        "the largest update that these settings allow does not fit into the GPU's memory; "
+        f"any of these helps: {'; '.join(ways)}"
+    )
+
+
 # ---- 7. Log and evaluate
 def episode_metrics(
     episodes: Sequence[rollout.Episode], verdicts: Sequence[Verdict], scores: Scores, config: Config
@@ -1064,29 +1236,18 @@ def main(config: Config) -> None:
 
     # ---- Flow and policy
     dtype = parallel.compute_dtype(config.loading.dtype)
-    remote_code = config.loading.trust_remote_code
-    cpu_offload = config.compute.cpu_offload
     flow = None
     if config.shaping == "flow":
         flow = make_flow(config, model)
-    policy = rlfr.load_policy(
-        model.path,
-        remote_code,
-        config.compute.gradient_checkpointing,
-        config.optimisation.freeze,
-    )
-    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
-    parallel.shard(policy, policy.blocks, dtype, cpu_offload, methods=["see"])
+    policy = make_policy(config, model)
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
     reference = None
     if config.optimisation.kl_coef:
-        freeze = config.optimisation.freeze  # a frozen tower is the policy's: features serve both
-        reference = rlfr.load_policy(model.path, remote_code, freeze=freeze).requires_grad_(False)
-        parallel.shard(reference, reference.blocks, dtype, cpu_offload)
+        reference = make_reference(policy, config, model)
     if flow:
         parallel.compile_forward([flow.model], config.compute.compile)
-        parallel.shard(flow, (), dtype, cpu_offload)
+        parallel.shard(flow, (), dtype, config.compute.cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
             learners["flow"] = parallel.Learner(
@@ -1099,6 +1260,8 @@ def main(config: Config) -> None:
     run.begin(state)
     if flow:
         run.write_json("flow.json", asdict(flow.config))  # an export of a checkpoint needs it
+    if config.compute.rehearse:
+        rehearse(policy, reference, flow, learners, problems, config)
 
     # ---- Engine: it starts in the memory that it will have, so that its cache is of the right size
     host_copy = None
@@ -1136,7 +1299,7 @@ def main(config: Config) -> None:
     @contextmanager
     def engine_awake():
         """Give the engine the policy's weights and the GPU's memory, and take the memory back."""
-        engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
+        engine.load_weights(policy.whole_weights(dtype))
         if host_copy:
             host_copy.offload()
         yield
@@ -1149,6 +1312,8 @@ def main(config: Config) -> None:
         run.wait_for_save()  # its collectives shall not run beside those that gather weights
         processors = [model.tokenizer, model.processor]
         export_policy(policy, dtype, processors, folder / "policy")
+        if config.optimisation.lora_rank:
+            export_adapter(policy, model.path, folder / "adapter")
         if flow:
             export_flow(flow, folder / "flow")
 

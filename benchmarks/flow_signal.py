@@ -306,7 +306,7 @@ def write_untrained(config: train_flow.Config) -> None:
     if config.flow.standardise:
         train_flow.measure_latents(flow, latents, range(n_measured))
     train_flow.calibrate(flow, latents, range(n_measured, len(measured)), config.seed)
-    weights = parallel.gather_weights(flow, torch.float32)
+    weights = parallel.gather_weights(parallel.full_weights(flow, torch.float32))
     (folder / "flow").mkdir(parents=True)
     fl.save_flow(flow_config, weights, folder / "flow")
 
