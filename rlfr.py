@@ -74,16 +74,25 @@ class Batch:
     attention_mask: Tensor  # (B, S) bool
     targets: Tensor  # (B, S) bool, positions of response tokens
     response_mask: Tensor  # (B, T) bool
-    # of all rows' images in order: what the tower takes, or what a frozen one has made of them
+    first_row: Tensor  # (B,) the first row that has the same prompt
+    # of the images of first rows, in order: what the tower takes, or what a frozen one has made
     pixel_values: Tensor | None = None  # (n_patches, dim)
     image_features: Tensor | None = None  # (n_vectors, K, D), see Policy.see
     image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
+    all_grids: Tensor | None = None  # likewise, of the images of all rows
 
     @cached_property
     def packing(self) -> "Packing":
-        """Where the tokens are."""
-        places = self.attention_mask.flatten().nonzero().squeeze(1)
-        return Packing(places, self.attention_mask.shape)
+        """Where the tokens are; prompts that rows share are packed once."""
+        rows = torch.arange(len(self.first_row), device=self.first_row.device)
+        has_own_prompt = (self.first_row == rows)[:, None]  # (B, 1)
+        is_packed = self.attention_mask & (has_own_prompt | self.targets)
+        place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
+        source = torch.where(is_packed, place, place[self.first_row])
+        return Packing(
+            places=is_packed.flatten().nonzero().squeeze(1),
+            source=source.masked_fill(~self.attention_mask, 0),
+        )
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
@@ -93,23 +102,26 @@ class Batch:
 
 
 class Packing(NamedTuple):
-    """Where the n tokens of a batch are among its positions: between (n, …) and padded (B, S, …)."""
+    """Where the n tokens of a batch are among its positions: between (n, …) and padded (B, S, …).
 
-    places: Tensor  # (n,) of B*S
-    shape: torch.Size  # B, S
+    In a causal decoder the tokens of a prompt have the same states whatever follows. So a prompt
+    that several rows share is packed once, and all of these rows read it.
+    """
+
+    places: Tensor  # (n,) of B*S, where a packed token comes from
+    source: Tensor  # (B, S) of n, the packed token that a position reads; any, for padding
 
     def pack(self, padded: Tensor) -> Tensor:
-        """Leave the padding out: (B, S, …) -> (n, …)."""
+        """Leave out padding and repeated prompts: (B, S, …) -> (n, …)."""
         return padded.flatten(0, 1)[self.places]
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Put tokens in their places and zeros elsewhere: (n, …) -> (B, S, …)."""
-        zeros = packed.new_zeros(self.shape.numel(), *packed.shape[1:])
-        return zeros.index_copy(0, self.places, packed).unflatten(0, self.shape)
+        """Put tokens in their places: (n, …) -> (B, S, …). What padding gets means nothing."""
+        return packed.index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
 
     def positions(self) -> Tensor:
         """Return each token's position in its row, (n,)."""
-        return self.places % self.shape[1]
+        return self.places % self.source.shape[1]
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -121,9 +133,15 @@ def collate(rows: Sequence[Row]) -> Batch:
 
     token_ids = []
     images = []
-    for row in rows:
+    images_once = []
+    first_rows: dict[tuple, int] = {}
+    first_row = []
+    for i, row in enumerate(rows):
         token_ids.append([*row.prompt_ids, *row.response_ids])
         images.extend(row.images)
+        first_row.append(first_rows.setdefault(prompt_key(row), i))
+        if first_row[i] == i:
+            images_once.extend(row.images)
     width = max(len(ids) for ids in token_ids)  # S
     padded_ids = [ids + [0] * (width - len(ids)) for ids in token_ids]
     input_ids = torch.tensor(padded_ids, device=DEVICE)
@@ -134,12 +152,20 @@ def collate(rows: Sequence[Row]) -> Batch:
     attention_mask = position < start + n_response
     targets = attention_mask & (position >= start)
     response_mask = position[: max(response_lengths)] < n_response
-    batch = Batch(input_ids, attention_mask, targets, response_mask)
+    first_row = torch.tensor(first_row, device=DEVICE)
+    batch = Batch(input_ids, attention_mask, targets, response_mask, first_row)
+    if images:
+        batch.all_grids = torch.tensor([image.grid for image in images], device=DEVICE)
     if images and images[0].features is not None:
-        batch.image_features, batch.image_grid_thw = vision.stack_features(images, DEVICE)
+        batch.image_features, batch.image_grid_thw = vision.stack_features(images_once, DEVICE)
     else:
-        batch.pixel_values, batch.image_grid_thw = vision.stack(images, DEVICE)
+        batch.pixel_values, batch.image_grid_thw = vision.stack(images_once, DEVICE)
     return batch
+
+
+def prompt_key(row: Row) -> tuple:
+    """Return what is equal for rows whose prompts are."""
+    return tuple(row.prompt_ids), tuple(row.images)
 
 
 def micro_batches(
@@ -147,20 +173,36 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
-    A batch has as many tokens as the budget at most (a single row may exceed it), and rows of like
-    length, the longest first, as attention pads them. Every rank has the same number of rows, of
-    about the same number of tokens, and yields the same number of batches, because sharded modules
-    run in step: as few as the budget allows, and of about the same size.
+    The rows of a batch have as many tokens together as the budget at most (a single row may exceed
+    it). Rows of one prompt go together, see Packing, and else rows of like length, the longest
+    first, as attention pads them. Every rank has the same number of rows, of about the same number
+    of tokens, and yields the same number of batches, because sharded modules run in step: as few as
+    the budget allows, and of about the same size.
     """
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    for indices in plan_batches(lengths, token_budget, n_ranks)[rank]:
+    groups = prompt_groups(rows, n_ranks)
+    for indices in plan_batches(groups, lengths, token_budget, n_ranks)[rank]:
         yield indices, collate([rows[index] for index in indices])
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int, n_ranks: int) -> list[list[list[int]]]:
+def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
+    """Return indices of rows by prompt; each row alone where groups cannot be dealt out equally."""
+    by_prompt: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_prompt.setdefault(prompt_key(row), []).append(index)
+    groups = list(by_prompt.values())
+    sizes = {len(group) for group in groups}
+    if n_ranks > 1 and (len(sizes) > 1 or len(groups) % n_ranks):
+        return [[index] for index in range(len(rows))]
+    return groups
+
+
+def plan_batches(
+    groups: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, n_ranks: int
+) -> list[list[list[int]]]:
     """Return the micro-batches of every rank, as indices of rows with these lengths."""
-    assert len(lengths) % n_ranks == 0, f"{len(lengths)} rows for {n_ranks} ranks"
-    shares = deal(lengths, n_ranks)
+    assert len(groups) % n_ranks == 0, f"{len(groups)} groups of rows for {n_ranks} ranks"
+    shares = deal(groups, lengths, n_ranks)
     n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
     plans = []
     for share in shares:
@@ -169,20 +211,26 @@ def plan_batches(lengths: Sequence[int], token_budget: int, n_ranks: int) -> lis
     return plans
 
 
-def deal(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
-    """Deal indices of rows to ranks, the longest row first, back and forth: 0 1 2 2 1 0 0 1 2 …"""
-    longest_first = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
+    """Deal groups of rows to ranks, the longest first, back and forth: 0 1 2 2 1 0 0 1 2 …
+
+    Returns each rank's rows; those of a group follow one another, the longest first.
+    """
+
+    def n_tokens(group: Sequence[int]) -> int:
+        return sum(lengths[index] for index in group)
+
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
-    for place, index in enumerate(longest_first):
+    for place, group in enumerate(sorted(groups, key=n_tokens, reverse=True)):
         turn, rank = divmod(place, n_ranks)
         if turn % 2 == 1:
             rank = n_ranks - 1 - rank
-        shares[rank].append(index)
+        shares[rank] += sorted(group, key=lambda index: lengths[index], reverse=True)
     return shares
 
 
 def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut a rank's rows, longest first, into batches whose tokens keep to the budget."""
+    """Cut a rank's rows, in their order, into batches whose tokens keep to the budget."""
     batches: list[list[int]] = []
     n_tokens = 0  # of the last batch
     for index in share:
@@ -540,11 +588,12 @@ class Policy(nn.Module):
         if batch.image_grid_thw is not None:
             # of an image: its rows and columns, which the body tells from the kinds of tokens
             is_image = is_placeholder & ~batch.targets
-            grids = {"image_grid_thw": batch.image_grid_thw}
-            positions, _ = body.get_rope_index(input_ids, is_image.int(), **grids)  # (3, B, S)
+            positions, _ = body.get_rope_index(  # (3, B, S)
+                input_ids, is_image.int(), image_grid_thw=batch.all_grids
+            )
             inputs["position_ids"] = positions.flatten(1)[:, None, packing.places]  # (3, 1, n)
             inputs["pixel_values"] = batch.pixel_values
-            inputs.update(grids)
+            inputs["image_grid_thw"] = batch.image_grid_thw
         if batch.image_features is not None:
             inputs["pixel_values"] = batch.image_features  # the body hands them to its tower
         embedding = self.model.get_input_embeddings()

@@ -565,7 +565,8 @@ def see_images(
     n_ranks = dist.get_world_size()
     images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
     sizes = [image.n_tokens for image in images]
-    plans = rlfr.plan_batches(sizes, token_budget, n_ranks)
+    each_alone = [[index] for index in range(len(images))]
+    plans = rlfr.plan_batches(each_alone, sizes, token_budget, n_ranks)
     seen = {}
     for batches in zip(*plans, strict=True):  # one of each rank
         mine = [images[index] for index in batches[dist.get_rank()]]

@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -327,7 +327,10 @@ def compute_figures(
     """Return what training computes of a batch, in float32 on the CPU."""
     policy = rlfr.Policy(copy.deepcopy(model)).to(device, dtype)
     flow = copy.deepcopy(flow).to(device, dtype)
-    tensors = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
+    tensors = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        tensors[field.name] = None if value is None else value.to(device)
     batch = rlfr.Batch(**tensors)
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]

@@ -101,6 +101,52 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
         assert difference <= 1e-5 * expected.grad.abs().max()
 
 
+PROMPTS_SHARED = [
+    rlfr.Row([5, 6, 7], [8, 9]),
+    rlfr.Row([10], [11, 12, 13]),
+    rlfr.Row([5, 6, 7], [20, 21, 22, 23]),
+    rlfr.Row([5, 6], [7, 8, 9]),  # begins like the first
+    rlfr.Row([10], [14]),
+    rlfr.Row([5, 6, 7], [8]),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_several_rows_is_computed_once(family):
+    """Figures, latents and gradients are those of the rows one by one, for fewer tokens."""
+    policy = tiny_policy(family)
+    alone = tiny_policy(family)
+    seen = []
+    policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
+    shared = policy(rlfr.collate(PROMPTS_SHARED), 0.7, taps=[1, 2])
+    assert seen == [(1, 3 + 1 + 2 + 2 + 3 + 4 + 3 + 1 + 1)]
+    (shared.logp.sum() + shared.entropy.square().sum()).backward()
+    for i, row in enumerate(PROMPTS_SHARED):
+        one = alone(rlfr.collate([row]), 0.7, taps=[1, 2])
+        (one.logp.sum() + one.entropy.square().sum()).backward()
+        n = len(row.response_ids)
+        torch.testing.assert_close(shared.logp[i, :n], one.logp[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shared.entropy[i, :n], one.entropy[0], rtol=1e-5, atol=1e-5)
+        for latent, expected in zip(shared.latents, one.latents, strict=True):
+            got = latent[i, : expected.shape[1]]
+            assert (got - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
+    for got, expected in zip(policy.parameters(), alone.parameters(), strict=True):
+        assert (got.grad - expected.grad).abs().max() <= 1e-5 * expected.grad.abs().max()
+
+
+def test_rows_of_a_prompt_go_to_one_rank():
+    """Four groups of two rows, dealt 0 1 1 0; groups that do not go round are dealt row by row."""
+    rows = [rlfr.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
+    plans = []
+    for rank in range(2):
+        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 100, rank, n_ranks=2)])
+    assert plans == [[[3, 7, 0, 4]], [[2, 6, 1, 5]]]
+    assert rlfr.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rlfr.prompt_groups(rows, 3) == [[n] for n in range(8)]
+    assert rlfr.prompt_groups(rows[:6], 1) == [[0, 4], [1, 5], [2], [3]]
+    assert rlfr.prompt_groups(rows[:6], 2) == [[n] for n in range(6)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_policys_model_still_does_what_others_expect_of_it(family):
     """Rows that are not packed, with and without a mask of padding on the left."""

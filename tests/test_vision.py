@@ -184,6 +184,23 @@ def test_packed_rows_have_the_states_of_padded_ones(family):
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
+def test_images_of_a_shared_prompt_go_through_the_model_once(family):
+    """Four rows of three prompts; log-probs are those of the rows one by one."""
+    policy = rlfr.Policy(tiny_vlm(family))
+    shared = rows()
+    shared.insert(1, shared[0]._replace(response_ids=[5, 6, 7, 8, 9]))
+    batch = rlfr.collate(shared)
+    alone = [rlfr.collate([row]) for row in shared]
+    images = [len(one.image_grid_thw) if one.image_grid_thw is not None else 0 for one in alone]
+    assert images == [1, 1, 0, 2]
+    assert len(batch.image_grid_thw) == 3
+    logp = policy(batch).logp
+    for row, one in enumerate(alone):
+        expected = policy(one).logp[0]
+        torch.testing.assert_close(logp[row, : len(expected)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
 def test_positions_of_an_image_are_its_rows_and_columns(family):
     """Also packed, behind other rows; as positions of text the log-probs would be others."""
     policy = rlfr.Policy(tiny_vlm(family))
