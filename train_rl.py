@@ -290,7 +290,7 @@ def check(config: Config) -> None:
         raise ValueError(
             f"log_rollouts={config.record.log_rollouts}: expected a number of steps, or 0 for none"
         )
-    check_adapters(config.optimisation)
+    check_adapters(config)
     fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
@@ -298,16 +298,17 @@ def check(config: Config) -> None:
         fl.check_percentiles(config.flow_reward.percentiles)
 
 
-def check_adapters(settings: OptimisationSettings) -> None:
+def check_adapters(config: Config) -> None:
     """Raise ValueError for settings of adapters that cannot work."""
-    rank = settings.lora_rank
+    rank = config.optimisation.lora_rank
+    alpha = config.optimisation.lora_alpha
     if rank < 0:
         raise ValueError(f"lora_rank={rank}: expected a rank, or 0 to train all weights")
     if rank > 0:
         lora.check_installed()
-    elif settings.lora_alpha is not None:
+    elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see run.py
         raise ValueError(
-            f"lora_alpha={settings.lora_alpha} without adapters; give --lora-rank, or leave it out"
+            f"lora_alpha={alpha} without adapters; give --lora-rank, or leave --lora-alpha out"
         )
 
 

@@ -223,7 +223,7 @@ def test_the_base_is_the_model_before_it_learnt(world, policy, batch):
 
 
 def test_a_kl_to_the_base(config, tmp_path):
-    settings = {"kl_coef": 0.1, "steps": 2, "train_batch": 16, "save_every": 0}
+    settings = {"kl_coef": 0.1, "steps": 2, "train_batch": 16, "save_every": 0, "offload": True}
     train_rl.main(change(config, folder=str(tmp_path / "run"), **settings))
     first, second = figures(tmp_path / "run")
     assert first["policy/kl"] == 0.0, "B is zero"
@@ -231,6 +231,20 @@ def test_a_kl_to_the_base(config, tmp_path):
 
 
 # ---- Runs
+
+
+def test_a_vision_language_model_learns_in_its_decoder_alone(config, image_world, tmp_path):
+    """After a rehearsal with images; what it exports has the names and the other weights it had."""
+    folder = tmp_path / "run"
+    images = {"model": image_world.path("model"), "data": image_world.path("train.jsonl")}
+    options = {"problem_column": "prompt", "steps": 1, "save_every": 0, "rehearse": True}
+    train_rl.main(change(config, folder=str(folder), **images, **options))
+    before = rlfr.load_policy(images["model"]).model.state_dict()
+    after = rlfr.load_policy(str(folder / "policy")).model.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        is_adapted = re.search(r"language_model\.layers\..*_proj\.weight$", name) is not None
+        assert torch.equal(weight, after[name]) != is_adapted, name
 
 
 def test_two_ranks_follow_one_process(one, config, tmp_path):
@@ -321,9 +335,7 @@ def test_a_tower_that_should_learn_is_refused(config, tmp_path):
 @pytest.mark.parametrize("options", [{"lora_rank": 8}, {"lora_rank": 0}, {"lora_alpha": 1.0}], ids=str)  # fmt: skip
 def test_a_resumed_run_keeps_its_adapters(one, config, options):
     (name,) = options
-    settings = change(config, resume=one, lora_alpha=2.0 * RANK)
-    if options == {"lora_rank": 0}:
-        settings = change(settings, lora_alpha=None)
+    settings = change(config, resume=one, lora_alpha=2.0 * RANK)  # as the run's own file has it
     with pytest.raises(ValueError, match=f"that run has {name}=.*, this one asks for"):
         train_rl.main(change(settings, **options))
 
