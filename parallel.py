@@ -1,6 +1,6 @@
 """The ranks (processes) of one run and what they share: sharded modules, sums, whole weights.
 
-A single process is a group of one rank: no code here or elsewhere asks how many ranks there are.
+A single process is a group of one rank, and only shard() asks whether it is one.
 
 What lives where, with FSDP2:
 
@@ -201,6 +201,9 @@ def shard(
     root. Nothing stays gathered after a forward: a root that did would keep stale weights over an
     optimiser step.
 
+    A single rank that computes in float32 has nothing to share out and nothing to convert: its
+    module stays as it is, which saves a tenth of a small model's time.
+
     Args:
         module: the root.
         layers: parts of the module that are gathered by themselves.
@@ -208,6 +211,10 @@ def shard(
         cpu_offload: keep weights, gradients and optimiser state in host memory.
         methods: names of the module's methods that gather it as its forward does.
     """
+    if dist.get_world_size() == 1 and dtype == torch.float32 and not cpu_offload:
+        module.to(DEVICE)
+        set_dtypes(module, dtype)
+        return
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     # forward inputs are not cast: advantages and old log-probs stay in float32
     precision = MixedPrecisionPolicy(
@@ -245,18 +252,20 @@ def set_dtypes(module: nn.Module, dtype: torch.dtype) -> None:
             buffer.data = buffer.data.float()
 
 
-def begin_calls(module: FSDPModule) -> None:
+def begin_calls(module: nn.Module) -> None:
     """Gather a sharded module for any number of calls, until end_calls().
 
     In between the ranks may call it a different number of times.
     """
+    if not isinstance(module, FSDPModule):
+        return
     module.unshard()
     module.set_reshard_after_forward(False)
     module.set_reshard_after_backward(False)
     module.set_requires_gradient_sync(False)
 
 
-def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> None:
+def end_calls(module: nn.Module, example: Sequence[Tensor], learnt: bool) -> None:
     """Free what begin_calls() gathered and, if any rank has learnt, sum the gradients over ranks.
 
     FSDP sums gradients only during a backward, so the module does one of weight zero.
@@ -266,6 +275,8 @@ def end_calls(module: FSDPModule, example: Sequence[Tensor], learnt: bool) -> No
         example: any inputs of the module.
         learnt: whether any rank did a backward since begin_calls(); the same on all ranks.
     """
+    if not isinstance(module, FSDPModule):
+        return
     if learnt:
         module.set_requires_gradient_sync(True)
         (module(*example).sum() * 0).backward()
