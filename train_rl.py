@@ -188,7 +188,7 @@ class RecordSettings:
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Recompute activations; by default above 1B parameters
+    # Recompute activations; by default where keeping them takes too much memory
     gradient_checkpointing: bool | None = None
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
     rehearse: bool = False  # Do the largest update first, to see that it fits; it changes nothing
@@ -333,6 +333,14 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
+    if config.compute.gradient_checkpointing is None:
+        room = min(parallel.gather_objects(parallel.total_memory()))
+        recompute = recomputes_activations(config, model, dist.get_world_size(), room)
+        config = with_defaults(config, gradient_checkpointing=recompute)
+        if is_first():
+            print(
+                f"activations are {'recomputed' if recompute else 'kept'} (gradient_checkpointing)"
+            )
     rank = config.optimisation.lora_rank
     if rank and model.processor is not None and config.optimisation.freeze == "none":
         raise ValueError(
@@ -350,6 +358,31 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
             f"the model's {positions} positions; lower one of them"
         )
     return config, model
+
+
+def recomputes_activations(config: Config, model: rollout.Model, n_ranks: int, room: int) -> bool:
+    """Return whether the backward recomputes activations, because keeping them takes too much.
+
+    room is the size of a GPU's memory, in bytes, of which a fifth is left to the sleeping engine, to
+    what is gathered and to fragments. Without a GPU, and where the arithmetic does not hold, models
+    above 1B parameters recompute.
+    """
+    text_config = model.text_config
+    is_plain = text_config.model_type in rlfr.PLAIN_DECODERS and not config.optimisation.lora_rank
+    if room == 0 or not is_plain:
+        return model.n_parameters > 1e9
+    dim = text_config.hidden_size
+    n_parameters = model.n_parameters
+    if not text_config.tie_word_embeddings:
+        n_parameters += text_config.vocab_size * dim
+    if config.shaping == "flow":
+        flow_blocks = rollout.published_settings(model)["flow_blocks"]
+        n_parameters += (5 * flow_blocks + 7) * dim**2
+    if config.compute.cpu_offload:
+        n_parameters = 0  # they are in host memory
+    n_tokens = config.compute.tokens_per_gpu
+    kept = rlfr.update_bytes(text_config, n_parameters, n_tokens, n_ranks, recompute=False)
+    return kept > 0.8 * room
 
 
 def newest_flow(folder: str) -> str:

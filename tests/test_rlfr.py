@@ -1,5 +1,6 @@
 """The algorithm: taps and log-probs on several families; shaping, advantages, losses by hand."""
 
+import copy
 import math
 
 import pytest
@@ -576,3 +577,29 @@ def test_biases_and_norms_do_not_decay():
     for name, parameter in flow.named_parameters():
         factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
+
+
+# ---- Memory of an update; tests/test_published.py has what an H100 measured
+@pytest.mark.parametrize("family", rlfr.PLAIN_DECODERS)
+def test_what_a_layer_keeps_of_a_token(family):
+    """Against what autograd saves of the layers of a bfloat16 model, each storage counted once."""
+    config = copy.deepcopy(FAMILIES[family])
+    config.update({"hidden_size": 128, "intermediate_size": 384, "head_dim": 32})
+    decoder = hf.AutoModel.from_config(config).bfloat16()
+    decoder.norm = torch.nn.Identity()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    n_tokens = 256
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = decoder(torch.zeros(1, n_tokens, dtype=torch.int64))
+    assert output.last_hidden_state.requires_grad
+    total = sum(storage.nbytes() for storage in saved.values())
+    per_layer = total / n_tokens / config.num_hidden_layers
+    assert rlfr.layer_bytes(config) == pytest.approx(per_layer, rel=0.02)
