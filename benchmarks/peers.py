@@ -177,6 +177,7 @@ def train_ours(
         "--shaping": "flow" if flow else "none",
         "--engine": "torch",
         "--dtype": "float32",
+        "--gradient-checkpointing": False,
         "--save-every": 0,
         "--log-rollouts": 0,
         "--seed": settings.seed,
@@ -185,7 +186,7 @@ def train_ours(
     if flow:
         flags["--flow"] = flow
     words = [str(word) for pair in flags.items() for word in pair]
-    command = [sys.executable, str(ROOT / "train_rl.py"), *words, "--no-gradient-checkpointing"]
+    command = [sys.executable, str(ROOT / "train_rl.py"), *words]
     return measure(command, folder / "run" / "metrics.jsonl", settings, folder)
 
 
