@@ -92,6 +92,51 @@ def image_world(tmp_path_factory) -> toy.World:
     return toy.make(toy.World(str(folder), steps=30, batch_size=32, images=True, **sizes))
 
 
+def small_run(world: toy.World, flow: str, folder, **settings) -> train_rl.Config:
+    """Two small steps of training in a small world, with the settings given."""
+    values = {
+        "model": world.path("model"),
+        "data": world.path("train.jsonl"),
+        "flow": flow,
+        "template": "none",
+        "prompts": 4,
+        "group_size": 4,
+        "train_batch": 8,
+        "max_tokens": 16,
+        "max_prompt_tokens": 64,
+        "steps": 2,
+        "lr": 1e-3,
+        "flow_lr": 1e-3,
+        "save_every": 0,
+        "folder": str(folder),
+    }
+    return runs.change(train_rl.Config(), **{**values, **settings})
+
+
+# A run whose rewards differ within groups, also of responses that ran out of room
+BY_LENGTH = {"reward": (str(ROOT / "tests" / "length_reward.py"),), "grade_truncated": True}
+
+
+@pytest.fixture
+def config(world, flow_folder, tmp_path) -> train_rl.Config:
+    """A small run, for modules that have no fixture of this name."""
+    return small_run(world, flow_folder, tmp_path / "run", **BY_LENGTH)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple]:
+    """What each step gave to train_rl.write_rollouts: the tensors themselves."""
+    calls = []
+    write = train_rl.write_rollouts
+
+    def spy(*arguments):
+        calls.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(train_rl, "write_rollouts", spy)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def policy(world) -> rlfr.Policy:
     return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)

@@ -5,14 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from test_options_change import config  # noqa: F401
 
 import run as runs
 import train_rl
 from pages.curves import line_of, padded, read_run, ticks, window_means, write_run_report
 from run import change
 
-# ruff: noqa: F811 (the fixture is imported)
 AVG = {"avg": {"mean": 0.25, "low": 0.125, "high": 0.5}}
 
 

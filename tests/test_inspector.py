@@ -350,30 +350,10 @@ def test_it_fits_the_window(page, width, scheme):
 
 
 @pytest.mark.browser
-def test_the_page_shows_the_tensors_of_the_step(browser, world, flow_folder, tmp_path, monkeypatch):
+def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
     """From a run of training to what a reader reads, every token of two responses."""
-    kept = []
-    write_rollouts = train_rl.write_rollouts
-    monkeypatch.setattr(
-        train_rl, "write_rollouts", lambda *given: (kept.append(given), write_rollouts(*given))
-    )
-    config = change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        flow=flow_folder,
-        template="none",
-        prompts=2,
-        group_size=2,
-        train_batch=4,
-        max_tokens=12,
-        max_prompt_tokens=64,
-        steps=1,
-        save_every=0,
-        folder=str(tmp_path / "run"),
-    )
-    train_rl.main(config)
-    episodes, _, scores, advantage, flow_reward = kept[0][5:10]
+    train_rl.main(change(config, steps=1))
+    episodes, _, scores, advantage, flow_reward = seen[0][5:10]
     browser.open(inspect_run(config.folder), READY)
     for sample in range(2):
         for k in range(len(episodes[sample].response_ids)):

@@ -1,14 +1,11 @@
 """Rollouts of a run: what is written, from the tensors of the step, and that it changes nothing."""
 
-# ruff: noqa: F811 (the fixture is imported)
-
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, figures
-from test_options_change import config  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
@@ -19,20 +16,6 @@ import train_rl
 from run import change
 
 PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
-
-
-@pytest.fixture
-def seen(monkeypatch) -> list[tuple]:
-    """What each step gave to write_rollouts: the tensors themselves."""
-    calls = []
-    write = train_rl.write_rollouts
-
-    def spy(*arguments):
-        calls.append(arguments)
-        write(*arguments)
-
-    monkeypatch.setattr(train_rl, "write_rollouts", spy)
-    return calls
 
 
 def test_records_hold_the_tensors_of_the_step(config, seen):
