@@ -20,6 +20,7 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -135,6 +136,20 @@ def seen(monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(train_rl, "write_rollouts", spy)
     return calls
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer():
+    """A byte-level BPE as of a real model; some merges end or begin inside a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"vocab_size": 330, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(**settings)
+    texts = [(ROOT / "README.md").read_text(), " 日本 人日 … € 😀 سلام 語学 本語 " * 100]
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="session")

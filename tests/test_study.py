@@ -173,6 +173,7 @@ def test_length_reward():
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
     """RL on the small world, as the study's runs have it."""
     settings = {"shaping": "none", "train_batch": 16, "lr": 1e-2, "steps": 6}
+    settings |= {"problem_column": "problem", "reward": ("binary",)}
     return small_run(world, None, tmp_path / "run", **settings)
 
 
