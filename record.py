@@ -107,10 +107,9 @@ def describe_problem(episode, tokenizer) -> dict:
     for number, image in enumerate(episode.images):
         is_file = isinstance(image.source, str)
         images.append(image.source if is_file else f"image {number} of problem {problem.id}")
-    pad = tokenizer.get_vocab().get(vision.PAD)
     prompt_ids = episode.prompt_ids
     if episode.images:
-        prompt_ids = vision.collapse(prompt_ids, pad)
+        prompt_ids = vision.collapse(prompt_ids, tokenizer.convert_tokens_to_ids(vision.PAD))
     return {
         "problem": problem.id,
         "question": problem.text,
@@ -126,30 +125,48 @@ def shorten(numbers: Sequence[float]) -> list[float | None]:
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, special ones included.
+    """Return the text of each token, special ones included; together they are the response.
 
     A character may consist of several tokens: the last one of them has the character, and the
-    others have an empty text. Bytes that are no character are U+FFFD.
+    others have an empty text. Bytes that are no character are U+FFFD, likewise.
     """
     single = {token: text_of_token(tokenizer, token) for token in set(ids)}
     texts = [single[token] for token in ids]
-    first = 0  # of the tokens that no character has yet
+    first = 0  # token after the last whole character
+    part = 0  # token in which the last broken character begins
     for end, text in enumerate(texts):
         if BROKEN not in text:
-            first = end + 1
+            first = part = end + 1
             continue
-        for start in range(max(first, end + 1 - BYTES_OF_A_CHARACTER), end):
-            joined = tokenizer.decode(ids[start : end + 1], clean_up_tokenization_spaces=False)
-            if BROKEN not in joined:
-                texts[start : end + 1] = [""] * (end - start) + [joined]
-                first = end + 1
-                break
+        start = find_character(tokenizer, ids, first, end)
+        if start is not None:
+            first = part = end + 1
+        elif end > part and decode(tokenizer, ids[part : end + 1]) != texts[end - 1] + text:
+            start = part  # the token goes on with the broken character
+        else:
+            part = end
+        if start is not None:
+            texts[start:end] = [""] * (end - start)
+            texts[end] = decode(tokenizer, ids[start : end + 1])
     return texts
+
+
+def find_character(tokenizer, ids: Sequence[int], first: int, end: int) -> int | None:
+    """Return where the character begins that token `end` completes, `first` or later; or None."""
+    for start in range(max(first, end + 1 - BYTES_OF_A_CHARACTER), end):
+        if BROKEN not in decode(tokenizer, ids[start : end + 1]):
+            return start
+    return None
+
+
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of tokens as it is, without what some tokenizers tidy up in it."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def text_of_token(tokenizer, token: int) -> str:
     """Return the text of one token; a decoder of a lone token may drop the space before a word."""
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    text = decode(tokenizer, [token])
     piece = tokenizer.convert_ids_to_tokens(token) or ""
     if piece.startswith("▁") and not text.startswith(" "):
         return f" {text}"

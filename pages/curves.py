@@ -152,47 +152,70 @@ def evaluation_lines(run: RunFiles, prefix: str) -> dict[str, list[Line]]:
 
 def make_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[Chart]]]:
     """Yield each section's title and charts, those that have a line."""
-    known = set(NOT_SHOWN)
     for section, charts in CHARTS.items():
         made = accuracy_charts(runs) if section == "Outcome" else []
         for title, metrics in charts.items():
-            known |= set(metrics)
             made.append(chart_of(runs, title, metrics))
         yield section, [chart for chart in made if chart.lines]
+    yield "Other figures", [chart for chart in other_charts(runs) if not is_constant(chart)]
+
+
+def other_charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Return a chart for each metric that CHARTS does not name."""
+    known = set(NOT_SHOWN)
+    for charts in CHARTS.values():
+        for metrics in charts.values():
+            known.update(metrics)
     others = []
-    for run in runs:
-        for line in run.metrics:
-            others += [metric for metric in line if metric not in known]
-    others = [metric for metric in dict.fromkeys(others) if not metric.startswith("eval/")]
-    yield "Other figures", [chart_of(runs, metric, (metric,)) for metric in others]
+    for metric in logged_metrics(runs):
+        if metric not in known and not metric.startswith("eval/"):
+            others.append(chart_of(runs, metric, (metric,)))
+    return others
+
+
+def is_constant(chart: Chart) -> bool:
+    """Return whether all lines of a chart have one value throughout."""
+    return len({value for line in chart.lines for value in line.values}) == 1
 
 
 def chart_of(runs: Sequence[RunFiles], title: str, metrics: Sequence[str]) -> Chart:
-    """Return the chart of some metrics: a colour a run, or a colour a metric where one run is."""
+    """Return the chart of some metrics, with a line and a colour for each run and metric."""
+    logged = logged_metrics(runs)
+    names = names_of_lines([metric for metric in metrics if metric in logged])
     lines = []
     for i, run in enumerate(runs):
-        for j, metric in enumerate(metrics):
-            name = " ".join(run_prefix(runs, run) + metric_suffix(metrics, metric))
-            lines.append(line_of(run, metric, name, i * len(metrics) + j))
-    return on_axes(title, [line for line in lines if line])
+        for j, (metric, own_name) in enumerate(names.items()):
+            name = f"{run_prefix(runs, run)}{own_name}".strip()
+            line = line_of(run, metric, name, i * len(names) + j)
+            if line:
+                lines.append(line)
+    return on_axes(title, lines)
 
 
-def run_prefix(runs: Sequence[RunFiles], run: RunFiles) -> list[str]:
-    """Return what tells a run from others in a name: nothing where there is one."""
-    return [run.name] if len(runs) > 1 else []
+def run_prefix(runs: Sequence[RunFiles], run: RunFiles) -> str:
+    """Return what tells the lines of a run from those of others: nothing where there is one."""
+    return f"{run.name} " if len(runs) > 1 else ""
 
 
-def metric_suffix(metrics: Sequence[str], metric: str) -> list[str]:
-    """Return what tells a metric from the others of a chart: nothing where there is one."""
-    return [metric.rpartition("/")[2].replace("_", " ")] if len(metrics) > 1 else []
+def names_of_lines(metrics: Sequence[str]) -> dict[str, str]:
+    """Return what tells each metric of a chart from the others: nothing where there is one."""
+    if len(metrics) == 1:
+        return {metrics[0]: ""}
+    last_parts = {metric.split("/")[-1] for metric in metrics}
+    part = -1 if len(last_parts) == len(metrics) else 0
+    return {metric: metric.split("/")[part].replace("_", " ") for metric in metrics}
+
+
+def logged_metrics(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the metrics that any step of any run has, in the order of their first step."""
+    return list(dict.fromkeys(metric for run in runs for line in run.metrics for metric in line))
 
 
 def accuracy_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     """Return a chart for each set of evaluation."""
     lines: dict[str, list[Line]] = {}
     for run in runs:
-        prefix = "".join(f"{name} " for name in run_prefix(runs, run))
-        for set_name, own in evaluation_lines(run, prefix).items():
+        for set_name, own in evaluation_lines(run, run_prefix(runs, run)).items():
             lines.setdefault(set_name, []).extend(own)
     last = max(run.metrics[-1]["step"] for run in runs)
     charts = []
@@ -252,7 +275,10 @@ def all_values(line: Line) -> list[float]:
 
 def padded(low: float, high: float) -> tuple[float, float]:
     """Return the ends of an axis: a little beyond the values, and beyond 0 only if they are."""
-    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    if low == high == 0:
+        return 0.0, 1.0
+    least_room = 1e-3 * max(abs(low), abs(high))  # else labels of an axis would all look the same
+    room = max(0.06 * (high - low), least_room)
     bottom = low - room
     top = high + room
     if low >= 0 > bottom:
@@ -268,7 +294,7 @@ def draw_axes(across: Scale, up: Scale) -> str:
     for value in ticks(up.low, up.high, 5):
         y = round(up.place(value), 1)
         marks += f'<line class=axis x1={LEFT} x2={WIDTH - RIGHT} y1="{y}" y2="{y}"></line>'
-        marks += f'<text x={LEFT - 5} y="{y + 4}" text-anchor=end>{shorten(value)}</text>'
+        marks += f'<text x={LEFT - 5} y="{y + 4}" text-anchor=end>{shorten(value, 5)}</text>'
     for value in ticks(across.low, across.high, 5):
         if value == int(value):
             x = round(across.place(value), 1)
@@ -319,9 +345,9 @@ def window_means(values: Sequence[float]) -> list[float]:
     return means
 
 
-def shorten(value: float) -> str:
-    """Return a number with at most four digits, and a proper minus."""
-    return f"{value:.4g}".replace("-", "−")
+def shorten(value: float, digits: int = 4) -> str:
+    """Return a number with at most so many digits, and a proper minus."""
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 # ---- Tables
@@ -403,6 +429,7 @@ def write_run_report(folders: Sequence[Path], path: Path) -> Path:
         table=figures_table(runs),
         legend=legend(runs),
         charts=html,
+        constants=escape(constants(runs)),
         settings=settings_tables(runs),
     )
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
@@ -419,6 +446,15 @@ def about(runs: Sequence[RunFiles], path: Path) -> str:
     if (path.parent / "rollouts.html").exists():
         html += " Its responses, token by token: <a href=rollouts.html>rollouts.html</a>."
     return html
+
+
+def constants(runs: Sequence[RunFiles]) -> str:
+    """Return a sentence on the figures that have no chart, because they never change."""
+    parts = []
+    for chart in other_charts(runs):
+        if is_constant(chart):
+            parts.append(f"{chart.title} {shorten(chart.lines[0].values[0])}")
+    return f"The same in every step: {', '.join(parts)}." if parts else ""
 
 
 def legend(runs: Sequence[RunFiles]) -> str:

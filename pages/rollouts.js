@@ -2,7 +2,7 @@ const LONG = 3000;  // tokens of a response that are added at a time
 const ROWS = 12;  // of the table of tokens, at a time
 const $ = id => document.getElementById(id);
 const form = document.forms[0];
-const data = JSON.parse($('data').textContent);  // see page_data() in rollouts.py
+const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in rollouts.py
 
 // What a token can be coloured by. Signed measures have two hues, around their centre.
 const MEASURES = [
@@ -64,10 +64,21 @@ function row(cells, tag = 'td') {
   return element('tr', [first, ...rest.map(cell => element(tag, cell))]);
 }
 
-// A token as it stands in a table: what would not be seen has a sign.
+// A token as it stands in a table: what would not be seen has a sign, or its number in Unicode.
+const codePoint = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}`;
 function visible(text) {
   if (text === '') return '◌';
-  return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length));
+  return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/[\p{Cc}\p{Cf}\p{Cs}]/gu, codePoint)
+    .replace(/^ +| +$/g, s => '␣'.repeat(s.length));
+}
+
+// A token as it stands in a response, between its neighbours.
+function tokenElement(text) {
+  const hasShape = /[^\p{Cc}\p{Cf}\p{Cs}]|\n|\t/u.test(text);
+  const made = element('span', text.replace(/\n/g, '↵\n').replace(/\t/g, '⇥\t'), hasShape ? 't' : 't hidden');
+  const [spaces] = text.match(/^ */);
+  if (spaces) made.dataset.spaces = '·'.repeat(spaces.length);  // drawn over them by the style
+  return made;
 }
 
 // ---- Colours
@@ -109,7 +120,7 @@ function paint() {
 // ---- Responses
 function tokens(response, from) {
   return response.tokens.slice(from, from + LONG).map((text, i) => {
-    const token = element('span', text.replace(/\n/g, '↵\n'), text === '' ? 't hidden' : 't');
+    const token = tokenElement(text);
     token.place = from + i;
     token.tabIndex = from + i ? -1 : 0;
     return token;
@@ -309,6 +320,7 @@ form.onsubmit = event => event.preventDefault();
 $('counts').oninput = tokenTable;
 $('more').onclick = () => { rows += ROWS; tokenTable(); };
 $('unmark').onclick = () => choose(null);
+document.onclick = event => { if (!isToken(event.target)) $('facts').open = false; };
 const isToken = target => target.classList?.contains('t');
 document.onpointerover = event => isToken(event.target) && facts(event.target);
 document.addEventListener('focusin', event => isToken(event.target) && facts(event.target));

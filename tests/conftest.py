@@ -20,6 +20,7 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -90,6 +91,65 @@ def image_world(tmp_path_factory) -> toy.World:
         dict(hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48),
     )
     return toy.make(toy.World(str(folder), steps=30, batch_size=32, images=True, **sizes))
+
+
+def small_run(world: toy.World, flow: str, folder, **settings) -> train_rl.Config:
+    """Two small steps of training in a small world, with the settings given."""
+    values = {
+        "model": world.path("model"),
+        "data": world.path("train.jsonl"),
+        "flow": flow,
+        "template": "none",
+        "prompts": 4,
+        "group_size": 4,
+        "train_batch": 8,
+        "max_tokens": 16,
+        "max_prompt_tokens": 64,
+        "steps": 2,
+        "lr": 1e-3,
+        "flow_lr": 1e-3,
+        "save_every": 0,
+        "folder": str(folder),
+    }
+    return runs.change(train_rl.Config(), **{**values, **settings})
+
+
+# A run whose rewards differ within groups, also of responses that ran out of room
+BY_LENGTH = {"reward": (str(ROOT / "tests" / "length_reward.py"),), "grade_truncated": True}
+
+
+@pytest.fixture
+def config(world, flow_folder, tmp_path) -> train_rl.Config:
+    """A small run, for modules that have no fixture of this name."""
+    return small_run(world, flow_folder, tmp_path / "run", **BY_LENGTH)
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple]:
+    """What each step gave to train_rl.write_rollouts: the tensors themselves."""
+    calls = []
+    write = train_rl.write_rollouts
+
+    def spy(*arguments):
+        calls.append(arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(train_rl, "write_rollouts", spy)
+    return calls
+
+
+@pytest.fixture(scope="session")
+def merging_tokenizer():
+    """A byte-level BPE as of a real model; some merges end or begin inside a character."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"vocab_size": 330, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(**settings)
+    texts = [(ROOT / "README.md").read_text(), " 日本 人日 … € 😀 سلام 語学 本語 " * 100]
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_inspector import one_record
-from test_options_change import config  # noqa: F401
 
 import train_rl
 from run import change
 
-# ruff: noqa: F811 (the fixture is imported)
 sys.path.append(str(ROOT / "benchmarks"))
 import behaviour  # noqa: E402
 

@@ -5,14 +5,20 @@ import re
 from pathlib import Path
 
 import pytest
-from test_options_change import config  # noqa: F401
 
 import run as runs
 import train_rl
-from pages.curves import line_of, padded, read_run, ticks, window_means, write_run_report
+from pages.curves import (
+    line_of,
+    padded,
+    read_run,
+    shorten,
+    ticks,
+    window_means,
+    write_run_report,
+)
 from run import change
 
-# ruff: noqa: F811 (the fixture is imported)
 AVG = {"avg": {"mean": 0.25, "low": 0.125, "high": 0.5}}
 
 
@@ -24,7 +30,8 @@ def write_run(folder: Path, n_steps: int = 4, **settings) -> Path:
     lines = []
     for step in range(1, n_steps + 1):
         line = {"step": step, "reward": step / 8, "flow/score": 10.0 - step, "mine": -1.0 * step}
-        line["time/step"] = 2.0
+        line |= {"time/step": 2.0, "grader/capped": 0.0}
+        line |= {"policy/grad_norm": 1.0 + step, "flow/grad_norm": 2.0 + step}
         if step == 2:
             line |= {"eval/test/greedy": 0.5, "eval/test/greedy/low": 0.25}
             line |= {"eval/test/greedy/high": 0.75}
@@ -48,6 +55,10 @@ def test_lines_are_the_figures(tmp_path):
     charts = {chart["title"]: chart for chart in data_of(page)}
     assert charts["Reward"]["lines"][0]["values"] == [0.125, 0.25, 0.375, 0.5]
     assert charts["mine"]["lines"][0]["values"] == [-1, -2, -3, -4], "a figure that nobody foresaw"
+    gradients = {line["name"]: line["values"] for line in charts["Gradient norm"]["lines"]}
+    assert gradients == {"policy": [2, 3, 4, 5], "flow": [3, 4, 5, 6]}
+    assert [line["name"] for line in charts["Reward"]["lines"]] == [""]
+    assert "grader/capped" not in charts and "The same in every step: grader/capped 0." in page
     (accuracy,) = charts["Accuracy on test, 95 % intervals"]["lines"]
     assert accuracy["steps"] == [0, 2, 4]
     assert accuracy["values"] == [0.25, 0.5, 0.25]
@@ -83,8 +94,10 @@ def test_axes():
     assert ticks(-3, 27, 5) == [0, 10, 20]
     assert padded(0.0, 1.0) == (0.0, 1.06)
     assert padded(-1.0, 0.0) == (-1.06, 0.0)
-    low, high = padded(3.0, 3.0)
-    assert low < 3 < high
+    assert padded(0.0, 0.0) == (0.0, 1.0)
+    low, high = padded(1.0, 1.00001)
+    labels = [shorten(tick, 5) for tick in ticks(low, high, 5)]
+    assert len(set(labels)) == len(labels) >= 3, "labels that differ"
     assert window_means([1.0, 2.0]) == [1, 2]
     assert window_means([float(i) for i in range(24)])[1] == 1
 

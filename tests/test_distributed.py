@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    BY_LENGTH,
     ROOT,
     figures,
     flags,
@@ -24,6 +25,7 @@ from conftest import (
     read_lines,
     requests,
     run_with_vllm,
+    small_run,
     torch_engine,
 )
 from safetensors.torch import load_file
@@ -98,11 +100,10 @@ def wait_for_step(folder: str, step: int, process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
-    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
-        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=5, lr=1e-3, flow_lr=1e-3, save_every=1, keep=3, export_every=4,
-        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),),
-        folder=str(tmp_path_factory.mktemp("distributed") / "one"),
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("distributed") / "one"
+    settings = {"steps": 5, "save_every": 1, "keep": 3, "export_every": 4}
+    settings |= {"flow_accept": "all", "tokens_per_gpu": 300}
+    return small_run(world, flow_folder, folder, **settings, **BY_LENGTH)
 
 
 @pytest.fixture(scope="module")

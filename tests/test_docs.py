@@ -5,14 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, figures
+from conftest import ROOT, figures, small_run
 
 import eval as evaluation
 import flow as fl
 import run as runs
 import train_flow
 import train_rl
-from run import change
 
 PAGES = (
     "README.md",
@@ -71,28 +70,19 @@ def test_metrics_that_the_page_on_running_names(world, flow_folder, tmp_path):
             names.add(name)
             previous = name
     patterns = {name.replace("PART", "*").replace("SET", "*").replace("*", ".+") for name in names}
-    config = change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        eval_data=(world.path("test.jsonl"),),
-        flow=flow_folder,
-        template="none",
-        prompts=2,
-        group_size=2,
-        train_batch=4,
-        max_tokens=8,
-        max_prompt_tokens=64,
-        steps=1,
-        eval_every=1,
-        save_every=0,
-        kl_coef=0.1,
-        kl_in="reward",
-    )
+    settings = {
+        "eval_data": (world.path("test.jsonl"),),
+        "prompts": 2,
+        "max_tokens": 8,
+        "steps": 1,
+        "eval_every": 1,
+        "kl_coef": 0.1,
+        "kl_in": "reward",
+    }
     found = set()
     for shaping in ("flow", "entropy"):
-        folder = str(tmp_path / shaping)
-        train_rl.main(change(config, shaping=shaping, folder=folder))
+        folder = tmp_path / shaping
+        train_rl.main(small_run(world, flow_folder, folder, shaping=shaping, **settings))
         found |= figures(folder)[0].keys()
     found -= {"step"}
     for name in found:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import figures, read_lines
+from conftest import figures, read_lines, small_run
 from safetensors.torch import load_file
 
 import flow as fl
@@ -160,21 +160,8 @@ def test_expert_scope_needs_a_calibrated_flow(config_of_a_step):
 
 @pytest.fixture
 def config_of_a_step(world, flow_folder, tmp_path) -> train_rl.Config:
-    return change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        flow=flow_folder,
-        template="none",
-        prompts=2,
-        group_size=4,
-        train_batch=8,
-        max_tokens=8,
-        max_prompt_tokens=64,
-        steps=1,
-        save_every=0,
-        folder=str(tmp_path / "run"),
-    )
+    folder = tmp_path / "run"
+    return small_run(world, flow_folder, folder, prompts=2, max_tokens=8, steps=1, flow_lr=1e-4)
 
 
 def test_a_full_anchor_keeps_the_flow(config_of_a_step, flow_folder):

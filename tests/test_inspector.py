@@ -1,6 +1,7 @@
 """The inspector: what its page holds, and the page itself in Chromium."""
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -89,14 +90,22 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path):
 
 
 def test_a_page_of_long_responses_is_small(tmp_path):
-    """16 responses of 256 tokens, with numbers that do not repeat."""
-    words = [f" w{k % 97}" for k in range(256)]
+    """16 responses of 256 tokens, with random numbers everywhere."""
+    rng = random.Random(0)
+
+    def numbers() -> list[float]:
+        return record.shorten([rng.random() for _ in range(256)])
+
     records = []
     for sample in range(16):
-        noise = [round((k * 7919 + sample * 104729) % 999983 / 999983, 6) for k in range(256)]
-        numbers = {name: noise for name in ("logp", "entropy", "flow_reward", "advantage")}
-        records.append(one_record(0, sample, words, deviation=[noise, noise], **numbers))
-    assert write(tmp_path, {1: records}).stat().st_size < 3e6
+        words = [f" w{rng.randrange(1000)}" for _ in range(256)]
+        columns = ("logp", "entropy", "flow_reward", "advantage", "ratio")
+        values = {name: numbers() for name in columns}
+        deviation = [numbers(), numbers(), numbers()]
+        records.append(one_record(0, sample, words, deviation=deviation, **values))
+    page = write(tmp_path, {1: records})
+    assert "Recorded steps: 1, groups of each: 1." in page.read_text(), "nothing is left out"
+    assert page.stat().st_size < 3e6
 
 
 def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch):
@@ -331,6 +340,35 @@ def test_hostile_texts_change_nothing_but_their_row(browser, tmp_path):
 
 
 @pytest.mark.browser
+def test_tokens_of_a_real_tokenizer(browser, tmp_path, merging_tokenizer):
+    """Parts of words and of characters, and text from right to left: as the tokenizer decodes it."""
+    texts = ["  the\n\n policy\t", " 😁 日本語 naïve", "سلام, the עולם", "cut \u200b😁"]
+    records = []
+    for sample, text in enumerate(texts):
+        ids = merging_tokenizer.encode(text, add_special_tokens=False)
+        if sample == 3:
+            ids = ids[:-1]  # amid a character
+        tokens = record.token_texts(merging_tokenizer, ids)
+        records.append(one_record(0, sample, tokens, token_ids=ids))
+    browser.open(write(tmp_path, {1: records}), READY)
+    shown = browser.js(
+        "[...document.querySelectorAll('.text[data-sample]')].map(text => "
+        "[...text.children].map(token => token.textContent))"
+    )
+    for one, tokens in zip(records, shown, strict=True):
+        plain = [token.replace("↵\n", "\n").replace("⇥\t", "\t") for token in tokens]
+        assert plain == one["tokens"]
+        decoded = merging_tokenizer.decode(one["token_ids"], clean_up_tokenization_spaces=False)
+        assert "".join(plain) == decoded
+    assert shown[3][-1] == record.BROKEN
+    first = "document.querySelectorAll('.text[data-sample]')[0].firstChild"
+    assert browser.js(f"{first}.dataset.spaces") == "·" * len(records[0]["tokens"][0])
+    widths = browser.js("[...document.querySelectorAll('.t')].map(t => t.offsetWidth)")
+    assert min(widths) > 2, "each token can be pointed at"
+    assert browser.log("browser") == []
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_the_window(page, width, scheme):
@@ -350,30 +388,10 @@ def test_it_fits_the_window(page, width, scheme):
 
 
 @pytest.mark.browser
-def test_the_page_shows_the_tensors_of_the_step(browser, world, flow_folder, tmp_path, monkeypatch):
+def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
     """From a run of training to what a reader reads, every token of two responses."""
-    kept = []
-    write_rollouts = train_rl.write_rollouts
-    monkeypatch.setattr(
-        train_rl, "write_rollouts", lambda *given: (kept.append(given), write_rollouts(*given))
-    )
-    config = change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        flow=flow_folder,
-        template="none",
-        prompts=2,
-        group_size=2,
-        train_batch=4,
-        max_tokens=12,
-        max_prompt_tokens=64,
-        steps=1,
-        save_every=0,
-        folder=str(tmp_path / "run"),
-    )
-    train_rl.main(config)
-    episodes, _, scores, advantage, flow_reward = kept[0][5:10]
+    train_rl.main(change(config, steps=1))
+    episodes, _, scores, advantage, flow_reward = seen[0][5:10]
     browser.open(inspect_run(config.folder), READY)
     for sample in range(2):
         for k in range(len(episodes[sample].response_ids)):

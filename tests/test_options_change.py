@@ -18,8 +18,6 @@ import train_flow
 import train_rl
 from run import change
 
-LENGTH_REWARD = "def reward(problem, response):\n    return float(len(response) % 3)\n"
-
 
 def differ(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     """Whether two networks differ in a parameter."""
@@ -51,32 +49,6 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
 ]
 # Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
 ELSEWHERE = {"epochs", "freeze"}
-
-
-@pytest.fixture
-def config(world, flow_folder, tmp_path) -> train_rl.Config:
-    """Two small steps, with rewards that differ inside groups."""
-    reward = tmp_path / "reward.py"
-    reward.write_text(LENGTH_REWARD)
-    return change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        flow=flow_folder,
-        template="none",
-        prompts=4,
-        group_size=4,
-        train_batch=8,
-        max_tokens=16,
-        max_prompt_tokens=64,
-        steps=2,
-        lr=1e-3,
-        flow_lr=1e-3,
-        save_every=0,
-        reward=(str(reward),),
-        grade_truncated=True,
-        folder=str(tmp_path / "run"),
-    )
 
 
 def named(options: dict) -> str:

@@ -1,16 +1,12 @@
 """Rollouts of a run: what is written, from the tensors of the step, and that it changes nothing."""
 
-# ruff: noqa: F811 (the fixture is imported)
-
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures
-from test_options_change import config  # noqa: F401
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from conftest import figures
 
 import record
 import rlfr
@@ -19,20 +15,6 @@ import train_rl
 from run import change
 
 PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
-
-
-@pytest.fixture
-def seen(monkeypatch) -> list[tuple]:
-    """What each step gave to write_rollouts: the tensors themselves."""
-    calls = []
-    write = train_rl.write_rollouts
-
-    def spy(*arguments):
-        calls.append(arguments)
-        write(*arguments)
-
-    monkeypatch.setattr(train_rl, "write_rollouts", spy)
-    return calls
 
 
 def test_records_hold_the_tensors_of_the_step(config, seen):
@@ -129,25 +111,10 @@ def test_a_negative_interval_is_refused(config):
 # ---- Token texts
 
 
-@pytest.fixture(scope="module")
-def merging_tokenizer(tmp_path_factory):
-    """A byte-level BPE with merges, some of which end or begin inside a character."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+TEXTS = ["  two\n\n lines\t", "naïve — ∑ 日本語 😀👩‍👩‍👧", "سلام עולם", "a<b>&\\n"]
 
 
-@pytest.mark.parametrize(
-    "text", ["  two\n\n lines\t", "naïve — ∑ 日本語 😀👩‍👩‍👧", "سلام עולם", "a<b>&\\n"]
-)
+@pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["bytes", "merges"])
 def test_texts_of_tokens_are_the_text(merging_tokenizer, text, kind):
     tokenizer = toy.make_tokenizer() if kind == "bytes" else merging_tokenizer
@@ -157,12 +124,30 @@ def test_texts_of_tokens_are_the_text(merging_tokenizer, text, kind):
     assert "".join(texts) == text
 
 
+def test_tokens_of_the_merging_tokenizer_are_parts_of_words_and_of_characters(merging_tokenizer):
+    """Else the tests with it would show nothing."""
+    ids = merging_tokenizer.encode(" the 😁日本", add_special_tokens=False)
+    alone = [record.text_of_token(merging_tokenizer, token) for token in ids]
+    assert alone == [" the", " \ufffd", "\ufffd", "\ufffd", "日", "本"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "merges"])
+def test_texts_of_any_tokens_are_what_the_tokenizer_decodes(merging_tokenizer, kind):
+    """Random tokens: bytes that are no character, beginnings of one, characters in between."""
+    tokenizer = toy.make_tokenizer() if kind == "bytes" else merging_tokenizer
+    rng = random.Random(0)
+    pieces = [*tokenizer.encode("😀日本é", add_special_tokens=False), *range(len(tokenizer))]
+    for _ in range(300):
+        ids = [rng.choice(pieces[: rng.choice([6, len(pieces)])]) for _ in range(12)]
+        assert "".join(record.token_texts(tokenizer, ids)) == record.decode(tokenizer, ids)
+
+
 def test_half_characters_and_special_tokens_have_texts():
     tokenizer = toy.make_tokenizer()
     ids = tokenizer.encode("é")[:1] + tokenizer.encode("a😀")[:-1] + tokenizer.encode("é")
     ids += [tokenizer.eos_token_id]
     broken = record.BROKEN
-    expected = [broken, "a", broken, broken, broken, "", "é", toy.EOS]
+    expected = [broken, "a", "", "", broken, "", "é", toy.EOS]
     assert record.token_texts(tokenizer, ids) == expected
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, find_model, read_lines
+from conftest import ROOT, find_model, read_lines, small_run
 
 sys.path.append(str(ROOT / "benchmarks"))
 import controls
@@ -172,24 +172,9 @@ def test_length_reward():
 @pytest.fixture
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
     """RL on the small world, as the study's runs have it."""
-    return runs.change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        shaping="none",
-        template="none",
-        problem_column="problem",
-        prompts=4,
-        group_size=4,
-        train_batch=16,
-        max_tokens=16,
-        max_prompt_tokens=64,
-        lr=1e-2,
-        steps=6,
-        save_every=0,
-        reward=("binary",),
-        folder=str(tmp_path / "run"),
-    )
+    settings = {"shaping": "none", "train_batch": 16, "lr": 1e-2, "steps": 6}
+    settings |= {"problem_column": "problem", "reward": ("binary",)}
+    return small_run(world, None, tmp_path / "run", **settings)
 
 
 def some_scores() -> train_rl.Scores:

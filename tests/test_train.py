@@ -19,6 +19,7 @@ from conftest import (
     load_problems,
     read_lines,
     save_flow,
+    small_run,
     torch_engine,
 )
 from transformers import AutoTokenizer
@@ -40,10 +41,8 @@ from run import change
 @pytest.fixture
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
     """Three small steps."""
-    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
-        train_batch=8, max_tokens=16, max_prompt_tokens=64, steps=3, lr=1e-3, flow_lr=1e-3, save_every=1,
-        flow_accept="all", tokens_per_gpu=300, grade_truncated=True, folder=str(tmp_path / "run"),
-    )  # fmt: skip
+    settings = {"steps": 3, "save_every": 1, "flow_accept": "all", "tokens_per_gpu": 300}
+    return small_run(world, flow_folder, tmp_path / "run", grade_truncated=True, **settings)
 
 
 @pytest.fixture
@@ -404,10 +403,9 @@ KILLS = [  # where a run dies, and at which time it gets there
 @pytest.fixture(scope="module")
 def never_killed(world, flow_folder, tmp_path_factory):
     """One RL run that nobody kills."""
-    config = change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
-        train_batch=8, max_tokens=12, max_prompt_tokens=64, steps=5, lr=1e-3, save_every=2, flow_accept="all",
-        folder=str(tmp_path_factory.mktemp("never") / "run"),
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("never") / "run"
+    settings = {"max_tokens": 12, "steps": 5, "save_every": 2, "flow_accept": "all"}
+    config = small_run(world, flow_folder, folder, **settings)
     train_rl.main(config)
     return config
 

@@ -35,12 +35,14 @@ from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
 import parallel
+import record
 import rlfr
 import rollout
 import toy
 import train_flow
 import train_rl
 import vision
+from pages.rollouts import inspect_run
 from rollout import LoadingSettings, ProblemSettings, Request, Sampling
 from run import change
 
@@ -657,6 +659,61 @@ def test_the_offline_start_and_the_flow_reward_with_images(config, image_world, 
     train_rl.main(flow)
     (line,) = figures(flow.folder)
     assert line["flow/score"] > 0 and line["mismatch/ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+# ---- Rollouts
+
+
+@pytest.fixture(scope="module")
+def recorded(config, image_world) -> Path:
+    """A run whose first problem has its image in a file, and the others in the data."""
+    folder = Path(config.folder).parent
+    rows = read_lines(image_world.path("train.jsonl"))[:8]
+    (folder / "digits.png").write_bytes(base64.b64decode(rows[0]["images"][0]))
+    rows[0]["images"] = ["digits.png"]
+    rows[1].update(prompt=rows[1]["problem"], images=[])
+    data = folder / "recorded.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = folder / "recorded"
+    settings = {"prompts": 8, "train_batch": 32, "steps": 1, "save_every": 0, "log_groups": 8}
+    train_rl.main(change(config, data=str(data), folder=str(run), **settings))
+    return run
+
+
+def test_rollouts_refer_to_images_and_do_not_copy_them(recorded):
+    """To a file by its path, to one in the data by its problem; a prompt has a placeholder each."""
+    (file,) = record.need_files(recorded).values()
+    text = file.read_text()
+    rows = read_lines(recorded.parent / "recorded.jsonl")
+    assert not any(row["images"][0] in text for row in rows[2:])
+    by_problem = {one["problem"]: one for one in record.read(file)}
+    path = str(recorded.parent / "digits.png")
+    images = {name: one["images"] for name, one in by_problem.items()}
+    assert images.pop("train-0") == [path]
+    assert images.pop("train-1") == []
+    assert images == {f"train-{i}": [f"image 0 of problem train-{i}"] for i in range(2, 8)}
+    assert by_problem["train-0"]["prompt"] == f"{vision.SPAN}{toy.QUESTION}"
+    assert by_problem["train-1"]["prompt"] == by_problem["train-1"]["question"]
+
+
+@pytest.mark.browser
+def test_the_page_names_the_images_and_has_the_record(recorded, browser):
+    (records,) = [record.read(path) for path in record.need_files(recorded).values()]
+    browser.open(inspect_run(recorded), "document.querySelector('article .t')")
+    for group in range(8):
+        browser.js(f"document.forms[0].group.selectedIndex = {group}")
+        browser.js("document.forms[0].group.dispatchEvent(new Event('input', {bubbles: true}))")
+        own = [one for one in records if one["group"] == group]
+        problem = browser.js("document.getElementById('problem').textContent")
+        assert own[0]["problem"] in problem and own[0]["prompt"] in problem
+        assert ("Images" in problem) == bool(own[0]["images"])
+        assert all(f"Images: {image}" in problem for image in own[0]["images"])
+        shown = browser.js(
+            "[...document.querySelectorAll('.text[data-sample]')].map(text => "
+            "[text.response.token_ids, text.response.entropy, text.response.deviation])"
+        )
+        assert shown == [[one["token_ids"], one["entropy"], one["deviation"]] for one in own]
+    assert browser.log("browser") == []
 
 
 def test_the_published_settings_with_a_tiny_model_under_a_hub_id(

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ROOT,
+    BY_LENGTH,
     figures,
     find_model,
     load_problems,
     read_lines,
     requests,
     run_with_vllm,
+    small_run,
     torch_engine,
     vllm_engine,
 )
@@ -224,10 +225,8 @@ def test_every_loader_sees_the_same_ids(engine, world):
 
 @pytest.fixture
 def config(world, flow_folder, tmp_path) -> train_rl.Config:
-    return change(train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow=flow_folder, template="none", prompts=4, group_size=4,
-        train_batch=8, max_tokens=48, max_prompt_tokens=64, steps=2, lr=1e-3, flow_lr=1e-3, flow_accept="all", engine="vllm",
-        grade_truncated=True, reward=(str(ROOT / "tests" / "length_reward.py"),), folder=str(tmp_path / "run"),
-    )  # fmt: skip
+    settings = {"max_tokens": 48, "flow_accept": "all", "engine": "vllm"}
+    return small_run(world, flow_folder, tmp_path / "run", **settings, **BY_LENGTH)
 
 
 def test_training_with_vllm_repeats_and_its_phases_add_up(config, world):

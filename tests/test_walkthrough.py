@@ -8,13 +8,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, figures
-from test_options_change import config  # noqa: F401
 
 import toy
 import train_rl
 from run import change
 
-# ruff: noqa: F811 (the fixture is imported)
 sys.path.append(str(ROOT / "benchmarks"))
 import walkthrough  # noqa: E402
 
@@ -79,16 +77,11 @@ def test_shaping_and_advantages_are_arithmetic(walked):
         assert columns["advantage"][k] == pytest.approx(advantage, rel=1e-5)
 
 
-def test_the_walk_is_a_step_of_training(config, monkeypatch):
+def test_the_walk_is_a_step_of_training(config, seen):
     """Of the small world: the tensors of the step, its loss and its gradient."""
     config = change(config, prompts=1, group_size=4, train_batch=4, steps=1)
-    kept = []
-    write = train_rl.write_rollouts
-    monkeypatch.setattr(
-        train_rl, "write_rollouts", lambda *given: (kept.append(given), write(*given))
-    )
     train_rl.main(config)
-    episodes, verdicts, scores, advantage, flow_reward = kept[0][5:10]
+    episodes, verdicts, scores, advantage, flow_reward = seen[0][5:10]
     walked = walkthrough.walk(config)
     row = walked["chosen"]
     tokens = walked["tokens"]

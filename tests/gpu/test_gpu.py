@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, figures, flags, load_problems, requests, vllm_engine
+from conftest import (
+    BY_LENGTH,
+    ROOT,
+    figures,
+    flags,
+    load_problems,
+    requests,
+    small_run,
+    vllm_engine,
+)
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import parallel
@@ -205,26 +214,15 @@ def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
 
 
 def step_config(world, flow_folder: str, folder: Path, engine: str) -> train_rl.Config:
-    return change(
-        train_rl.Config(),
-        model=world.path("model"),
-        data=world.path("train.jsonl"),
-        flow=flow_folder,
-        template="none",
-        prompts=8,
-        group_size=4,
-        train_batch=16,
-        max_tokens=16,
-        max_prompt_tokens=64,
-        steps=3,
-        lr=1e-3,
-        flow_lr=1e-3,
+    settings = {"prompts": 8, "train_batch": 16, "steps": 3, "save_every": 2}
+    return small_run(
+        world,
+        flow_folder,
+        folder / "run",
         flow_accept="all",
-        save_every=2,
-        grade_truncated=True,
-        reward=(str(ROOT / "tests" / "length_reward.py"),),
-        folder=str(folder / "run"),
         engine=engine,
+        **settings,
+        **BY_LENGTH,
     )
 
 
