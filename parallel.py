@@ -214,6 +214,8 @@ def shard(
     if dist.get_world_size() == 1 and dtype == torch.float32 and not cpu_offload:
         module.to(DEVICE)
         set_dtypes(module, dtype)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()  # its memory may be a file's: see HostCopy
         return
     mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     # forward inputs are not cast: advantages and old log-probs stay in float32

@@ -271,7 +271,7 @@ def test_three_passes_score_and_learn_as_one(tmp_path):
         torch.manual_seed(1)
         for parameter in parts.flow.parameters():  # zeros at the start would let little through
             torch.nn.init.normal_(parameter, std=0.05)
-        before = [parameter.full_tensor().clone() for parameter in parts.flow.parameters()]
+        before = [parallel.gather(parameter).clone() for parameter in parts.flow.parameters()]
         episodes = parts.engine.generate(parts.requests, rollout.Sampling(4, 1.0, 6))
         assert {len(episode.response_ids) for episode in episodes} == {6}
         verdicts = rl_step.make_verdicts(8)
@@ -280,7 +280,7 @@ def test_three_passes_score_and_learn_as_one(tmp_path):
             settings = parts.config
             flow_lr, clip_norm = settings.flow_update.flow_lr, settings.optimisation.clip_norm
             parts.learners["flow"].step(flow_lr, clip_norm)
-        flows[variant] = [parameter.full_tensor() for parameter in parts.flow.parameters()]
+        flows[variant] = [parallel.gather(parameter) for parameter in parts.flow.parameters()]
         assert not any(torch.equal(*pair) for pair in zip(before, flows[variant], strict=True))
     one, three = scores.values()
     for name in ("old_logp", "entropy", "flow_score"):

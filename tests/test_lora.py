@@ -296,7 +296,7 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
         with torch.no_grad():
             base = lora.Base(policy)(batch, 0.7).logp
         output.logp.sum().backward()
-        gradients = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
+        gradients = [parallel.gather(p.grad) for p in policy.parameters() if p.grad is not None]
         results.append([output.logp, base, output.latents[0], *gradients])
     assert len(results[0]) == 3 + 2 * 7 * policy.n_layers
     for expected, got in zip(*results, strict=True):
