@@ -18,6 +18,7 @@ import gpu  # noqa: E402
 import peers  # noqa: E402
 import rl_step  # noqa: E402
 
+import parallel  # noqa: E402
 import rollout  # noqa: E402
 
 SMALL = {
