@@ -252,7 +252,7 @@ SMALL_STEP = rl_step.Settings(
     prompt_tokens=4,
     response_tokens=6,
     growth=(1, 2, 3),
-    mini_batches=(2,),
+    mini_batches=(1,),
     max_sequences=8,
     hidden_size=32,
     n_layers=2,
@@ -270,7 +270,7 @@ def test_three_passes_score_and_learn_as_one(tmp_path):
         parts = rl_step.make_parts(SMALL_STEP, case, str(tmp_path / variant))
         torch.manual_seed(1)
         for parameter in parts.flow.parameters():  # zeros at the start would let little through
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter.to_local(), std=0.05)
         before = [parameter.full_tensor().clone() for parameter in parts.flow.parameters()]
         episodes = parts.engine.generate(parts.requests, rollout.Sampling(4, 1.0, 6))
         assert {len(episode.response_ids) for episode in episodes} == {6}
@@ -300,8 +300,8 @@ def test_an_rl_step_and_its_growth(tmp_path, capsys):
         assert row["seconds"] > 0 and row["peak_mb"] > 100
         assert sum(row[phase] for phase in rl_step.PHASES) == pytest.approx(row["seconds"])
     assert figures["ratio"].keys() == {
-        "flow / none, 2 mini-batches",
-        "three passes / flow, 2 mini-batches",
+        "flow / none, 1 mini-batches",
+        "three passes / flow, 1 mini-batches",
     }
     assert figures["growth"].keys() == {
         f"{variant}, {by}" for variant in ("none", "flow") for by in ("episodes", "response_tokens")
