@@ -222,6 +222,8 @@ def test_a_line_that_is_being_written_does_not_count(tmp_path):
         ({"mini_batches": (1, 3)}, "mini_batches=3: expected a divisor of 128 episodes"),
         ({"trl_micro_batch": 32}, "trl_micro_batch=32: expected a divisor of the 16 episodes"),
         ({"model": "runs/other"}, "without data: name its problems with --data"),
+        ({"python": "/no/python"}, "expected an interpreter with TRL 1.16, found .*No such file"),
+        ({"python": "/bin/false"}, "expected an interpreter with TRL 1.16, found ''"),
     ],
 )
 def test_work_that_peers_cannot_do(values, message):
