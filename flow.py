@@ -33,7 +33,7 @@ repeat and do not depend on how episodes are batched.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -203,8 +203,9 @@ class FinalLayer(nn.Module):
 class VelocityNet(nn.Module):
     """v(x_t, t, context, depth), the velocity of latents on their way from noise to data.
 
-    x_t (P, dim), t (P,), context (P, context_dim), depth (P,) -> velocity (P, dim). One network
-    serves all tapped layers: depth tells it which one a row comes from.
+    x_t (P, dim), t (P,), context (P, context_dim), depth (P,) -> velocity (P, dim). A time or depth
+    that all rows share can be given once, (1,), and is embedded once. One network serves all tapped
+    layers: depth tells it which one a row comes from.
     """
 
     def __init__(self, dim: int, context_dim: int, width: int, n_blocks: int):
@@ -327,12 +328,23 @@ class FlowRows:
 
     x_1: Tensor  # (P, D)
     context: Tensor  # (P, D)
-    depth: Tensor  # (P,)
+    depth: Tensor  # (L,)
     exists: Tensor  # (L, C, M) bool with P trues: which rows there are
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return x_1, context and depth of some of the rows."""
-        return self.x_1[indices], self.context[indices], self.depth[indices]
+    def calls(self, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Yield indices of rows that go through the flow together, with x_1, context and depth.
+
+        They are of one tap, whose depth (1,) is so embedded once, and ROWS_PER_CALL at most.
+        chosen: (P,) bool, the rows to take; None: all
+        """
+        taps = self.taps()
+        if chosen is not None:
+            taps = taps.where(chosen, -1)
+        for tap in range(len(self.exists)):
+            of_tap = (taps == tap).nonzero().squeeze(1)
+            for rows in of_tap.split(ROWS_PER_CALL):
+                if len(rows):  # an empty tensor is split into one empty part
+                    yield rows, (self.x_1[rows], self.context[rows], self.depth[tap, None])
 
     def per_tap(self, values: Tensor) -> Tensor:
         """Average values of rows (P,) over modes, (L, M); a row that is missing counts 0.
@@ -374,23 +386,19 @@ def make_rows(
     """
     x_1_parts = []
     context_parts = []
-    depth_parts = []
     exists_parts = []
-    for layer, depth in zip(latents, depths, strict=True):
+    for layer in latents:
         for mode in config.contexts:
             context, has_context = CONTEXTS[mode](layer, mask, config.shift)
             is_row = targets & has_context  # (B, S)
-            x_1 = layer[is_row]
-            x_1_parts.append(x_1)
+            x_1_parts.append(layer[is_row])
             context_parts.append(context[is_row])
-            depth_of_rows = torch.full((len(x_1),), depth, device=x_1.device)
-            depth_parts.append(depth_of_rows)
             exists_parts.append(has_context[targets])  # (M,)
     exists = torch.stack(exists_parts)  # (L * C, M)
     return FlowRows(
         x_1=torch.cat(x_1_parts),
         context=torch.cat(context_parts),
-        depth=torch.cat(depth_parts),
+        depth=torch.as_tensor(depths, dtype=torch.float32, device=targets.device),
         exists=exists.view(len(latents), len(config.contexts), -1),
     )
 
@@ -429,7 +437,7 @@ def draw(
 def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the path's point x_t = t*x_1 + (1-t)*x_0 and its velocity u = x_1 - x_0, both (P, D).
 
-    x_1 and x_0 are (P, D), t is (P,).
+    x_1 and x_0 are (P, D), t is (P,) or (1,).
     """
     time = t[:, None]  # (P, 1)
     x_t = time * x_1 + (1 - time) * x_0
@@ -440,7 +448,7 @@ def interpolate(x_1: Tensor, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 def velocity_error(
     flow: nn.Module, x_1: Tensor, context: Tensor, depth: Tensor, x_0: Tensor, t: Tensor
 ) -> Tensor:
-    """Return delta(t) = mean_D (v - u)^2 of each row, (P,) float32, for times t (P,)."""
+    """Return delta(t) = mean_D (v - u)^2 of each row, (P,) float32, at t (P,) or (1,)."""
     x_t, u = interpolate(x_1.float(), x_0, t)
     v = flow(x_t, t, context, depth).float()
     return (v - u).square().mean(dim=-1)
@@ -465,13 +473,12 @@ def matching_loss(flow: nn.Module, rows: FlowRows, noise: Tensor, times: Tensor)
     """
     x_0 = noise[rows.exists]  # (P, D)
     t = times[rows.exists]  # (P,)
-    losses = []
-    all_rows = torch.arange(len(t), device=t.device)
-    for chunk in all_rows.split(ROWS_PER_CALL):
-        loss = velocity_error(flow, *rows.take(chunk), x_0[chunk], t[chunk])
+    losses = torch.zeros_like(t)
+    for called, inputs in rows.calls():
+        loss = velocity_error(flow, *inputs, x_0[called], t[called])
         loss.sum().backward()
-        losses.append(loss.detach())
-    return torch.cat(losses)
+        losses[called] = loss.detach()
+    return losses
 
 
 @torch.no_grad()
@@ -480,11 +487,10 @@ def errors_of_rows(
 ) -> Tensor:
     """Return delta(t) of each row at fixed times, (n_times, P); noise (L, C, M, D) serves all."""
     x_0 = noise[rows.exists]  # (P, D)
-    all_rows = torch.arange(len(x_0), device=x_0.device)
-    parts = []
-    for chunk in all_rows.split(ROWS_PER_CALL):
-        parts.append(errors_at(times, flow, *rows.take(chunk), x_0[chunk]))
-    return torch.cat(parts, dim=1)
+    errors = torch.zeros(len(times), len(x_0), device=x_0.device)
+    for called, inputs in rows.calls():
+        errors[:, called] = errors_at(times, flow, *inputs, x_0[called])
+    return errors
 
 
 def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
@@ -541,25 +547,22 @@ def score_and_learn(
 
     # Rows of weight 0 come second, without a graph: only the others keep activations.
     for learn in (True, False):
-        chosen = ((row_weight != 0) == learn).nonzero().squeeze(1)
-        if len(chosen) == 0:
-            continue
-        for chunk in chosen.split(ROWS_PER_CALL):
-            inputs = (flow, *rows.take(chunk), x_0[chunk])
+        for called, inputs in rows.calls((row_weight != 0) == learn):
+            arguments = (flow, *inputs, x_0[called])
             with torch.set_grad_enabled(learn and random_t is None):
-                errors = errors_at(times, *inputs)  # (n_times, rows of the chunk)
+                errors = errors_at(times, *arguments)  # (n_times, rows of the call)
             with torch.set_grad_enabled(learn):
                 if random_t is None:
                     row_loss = errors.mean(dim=0)
                 else:
-                    row_loss = velocity_error(*inputs, random_t[chunk])
+                    row_loss = velocity_error(*arguments, random_t[called])
             if learn:
-                (row_weight[chunk] * row_loss).sum().backward()
+                (row_weight[called] * row_loss).sum().backward()
             if scale is None:
-                score[chunk] = deviation_score(errors.detach(), times)
+                score[called] = deviation_score(errors.detach(), times)
             else:
-                score[chunk] = excess_score(errors.detach(), taps[chunk], scale)
-            loss[chunk] = row_loss.detach()
+                score[called] = excess_score(errors.detach(), taps[called], scale)
+            loss[called] = row_loss.detach()
     return rows.per_target(score), rows.per_target(loss), rows.per_tap(score)
 
 
@@ -574,7 +577,7 @@ def errors_at(
     """Return delta(t) of each row at each of some fixed times, (n_times, P)."""
     errors = []
     for time in times:
-        t = torch.full((len(x_0),), time, device=x_0.device)
+        t = torch.full((1,), time, device=x_0.device)
         errors.append(velocity_error(flow, x_1, context, depth, x_0, t))
     return torch.stack(errors)
 

@@ -25,12 +25,19 @@ rounding); an optimiser step has one denominator (there it is a mean of micro-ba
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+import lora
 import vision
 from flow import keyed_seed
 from parallel import DEVICE
@@ -67,14 +74,54 @@ class Batch:
     attention_mask: Tensor  # (B, S) bool
     targets: Tensor  # (B, S) bool, positions of response tokens
     response_mask: Tensor  # (B, T) bool
-    pixel_values: Tensor | None = None  # (n_patches, dim), of all rows' images in order
+    first_row: Tensor  # (B,) the first row that has the same prompt
+    # of the images of first rows, in order: what the tower takes, or what a frozen one has made
+    pixel_values: Tensor | None = None  # (n_patches, dim)
+    image_features: Tensor | None = None  # (n_vectors, K, D), see Policy.see
     image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
+    all_grids: Tensor | None = None  # likewise, of the images of all rows
+
+    @cached_property
+    def packing(self) -> "Packing":
+        """Where the tokens are; prompts that rows share are packed once."""
+        rows = torch.arange(len(self.first_row), device=self.first_row.device)
+        has_own_prompt = (self.first_row == rows)[:, None]  # (B, 1)
+        is_packed = self.attention_mask & (has_own_prompt | self.targets)
+        place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
+        source = torch.where(is_packed, place, place[self.first_row])
+        return Packing(
+            places=is_packed.flatten().nonzero().squeeze(1),
+            source=source.masked_fill(~self.attention_mask, 0),
+        )
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
         out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         out[self.response_mask] = values
         return out
+
+
+class Packing(NamedTuple):
+    """Where the n tokens of a batch are among its positions: between (n, …) and padded (B, S, …).
+
+    In a causal decoder the tokens of a prompt have the same states whatever follows. So a prompt
+    that several rows share is packed once, and all of these rows read it.
+    """
+
+    places: Tensor  # (n,) of B*S, where a packed token comes from
+    source: Tensor  # (B, S) of n, the packed token that a position reads; any, for padding
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Leave out padding and repeated prompts: (B, S, …) -> (n, …)."""
+        return padded.flatten(0, 1)[self.places]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Put tokens in their places: (n, …) -> (B, S, …). What padding gets means nothing."""
+        return packed.index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
+
+    def positions(self) -> Tensor:
+        """Return each token's position in its row, (n,)."""
+        return self.places % self.source.shape[1]
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -86,9 +133,15 @@ def collate(rows: Sequence[Row]) -> Batch:
 
     token_ids = []
     images = []
-    for row in rows:
+    images_once = []
+    first_rows: dict[tuple, int] = {}
+    first_row = []
+    for i, row in enumerate(rows):
         token_ids.append([*row.prompt_ids, *row.response_ids])
         images.extend(row.images)
+        first_row.append(first_rows.setdefault(prompt_key(row), i))
+        if first_row[i] == i:
+            images_once.extend(row.images)
     width = max(len(ids) for ids in token_ids)  # S
     padded_ids = [ids + [0] * (width - len(ids)) for ids in token_ids]
     input_ids = torch.tensor(padded_ids, device=DEVICE)
@@ -99,8 +152,20 @@ def collate(rows: Sequence[Row]) -> Batch:
     attention_mask = position < start + n_response
     targets = attention_mask & (position >= start)
     response_mask = position[: max(response_lengths)] < n_response
-    pixel_values, image_grid_thw = vision.stack(images, DEVICE)
-    return Batch(input_ids, attention_mask, targets, response_mask, pixel_values, image_grid_thw)
+    first_row = torch.tensor(first_row, device=DEVICE)
+    batch = Batch(input_ids, attention_mask, targets, response_mask, first_row)
+    if images:
+        batch.all_grids = torch.tensor([image.grid for image in images], device=DEVICE)
+    if images and images[0].features is not None:
+        batch.image_features, batch.image_grid_thw = vision.stack_features(images_once, DEVICE)
+    else:
+        batch.pixel_values, batch.image_grid_thw = vision.stack(images_once, DEVICE)
+    return batch
+
+
+def prompt_key(row: Row) -> tuple:
+    """Return what is equal for rows whose prompts are."""
+    return tuple(row.prompt_ids), tuple(row.images)
 
 
 def micro_batches(
@@ -108,41 +173,72 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
-    Rows of like length go together, the longest first, so that rows * longest, the padded tokens of
-    a batch, stays within the budget (a single row may exceed it). Every rank has the
-    same number of rows, of about the same number of tokens, and yields the same number of batches,
-    because sharded modules run in step: as few as the budget allows, and of about the same size.
+    The rows of a batch have as many tokens together as the budget at most (a single row may exceed
+    it). Rows of one prompt go together, see Packing, and else rows of like length, the longest
+    first, as attention pads them. Every rank has the same number of rows, of about the same number
+    of tokens, and yields the same number of batches, because sharded modules run in step: as few as
+    the budget allows, and of about the same size.
     """
-    assert len(rows) % n_ranks == 0, f"{len(rows)} rows for {n_ranks} ranks"
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    shares = deal(lengths, n_ranks)
-    n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
-    batches = pack_evenly(shares[rank], lengths, token_budget, n_batches)
-    for indices in split_to(batches, n_batches):
+    groups = prompt_groups(rows, n_ranks)
+    for indices in plan_batches(groups, lengths, token_budget, n_ranks)[rank]:
         yield indices, collate([rows[index] for index in indices])
 
 
-def deal(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
-    """Deal indices of rows to ranks, the longest row first, back and forth: 0 1 2 2 1 0 0 1 2 …"""
-    longest_first = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
+    """Return indices of rows by prompt; each row alone where groups cannot be dealt out equally."""
+    by_prompt: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_prompt.setdefault(prompt_key(row), []).append(index)
+    groups = list(by_prompt.values())
+    sizes = {len(group) for group in groups}
+    if n_ranks > 1 and (len(sizes) > 1 or len(groups) % n_ranks):
+        return [[index] for index in range(len(rows))]
+    return groups
+
+
+def plan_batches(
+    groups: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, n_ranks: int
+) -> list[list[list[int]]]:
+    """Return the micro-batches of every rank, as indices of rows with these lengths."""
+    assert len(groups) % n_ranks == 0, f"{len(groups)} groups of rows for {n_ranks} ranks"
+    shares = deal(groups, lengths, n_ranks)
+    n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
+    plans = []
+    for share in shares:
+        batches = pack_evenly(share, lengths, token_budget, n_batches)
+        plans.append(split_to(batches, n_batches))
+    return plans
+
+
+def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
+    """Deal groups of rows to ranks, the longest first, back and forth: 0 1 2 2 1 0 0 1 2 …
+
+    Returns each rank's rows; those of a group follow one another, the longest first.
+    """
+
+    def n_tokens(group: Sequence[int]) -> int:
+        return sum(lengths[index] for index in group)
+
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
-    for place, index in enumerate(longest_first):
+    for place, group in enumerate(sorted(groups, key=n_tokens, reverse=True)):
         turn, rank = divmod(place, n_ranks)
         if turn % 2 == 1:
             rank = n_ranks - 1 - rank
-        shares[rank].append(index)
+        shares[rank] += sorted(group, key=lambda index: lengths[index], reverse=True)
     return shares
 
 
 def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut a rank's rows, longest first, into batches whose padded tokens keep to the budget."""
-    batches = []
-    start = 0
-    while start < len(share):
-        longest = lengths[share[start]]
-        size = max(1, token_budget // longest)
-        batches.append(share[start : start + size])
-        start += size
+    """Cut a rank's rows, in their order, into batches whose tokens keep to the budget."""
+    batches: list[list[int]] = []
+    n_tokens = 0  # of the last batch
+    for index in share:
+        n_tokens += lengths[index]
+        if not batches or n_tokens > token_budget:
+            batches.append([])
+            n_tokens = lengths[index]
+        batches[-1].append(index)
     return batches
 
 
@@ -292,6 +388,51 @@ def gradient_by_logits(
     return d_z.mul_(slope)
 
 
+# ---- Attention within the rows of a packed batch. All else in a decoder works token by token, so it
+# gets the batch's tokens in one row, without the padding.
+PACKED = "packed"  # name of the attention below, among those of Hugging Face
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **settings,
+) -> tuple[Tensor, None]:
+    """Pad queries, keys and values, (1, heads, n, head size) each, attend, and pack the result.
+
+    Returns it as (1, n, heads, head size). Without a packing the rows are taken as they are. A mask
+    is only needed where a row is longer than the layer's sliding window.
+    """
+    inputs = (query, key, value)
+    if packing is not None:
+        inputs = [packing.pad(tensor[0].transpose(0, 1)).transpose(1, 2) for tensor in inputs]
+    width = inputs[0].shape[2]
+    if attention_mask is None and sliding_window and width > sliding_window:
+        position = torch.arange(width, device=query.device)
+        distance = position[:, None] - position
+        attention_mask = ((distance >= 0) & (distance < sliding_window))[None, None]
+    output, _ = sdpa_attention_forward(module, *inputs, attention_mask, **settings)
+    if packing is not None:
+        output = packing.pack(output)[None]
+    return output, None
+
+
+def padding_mask_only(*, attention_mask: Tensor | None, **settings) -> Tensor | None:
+    """Make a mask only of one that is passed: what is causal needs none in attend_packed."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **settings)
+
+
+AttentionInterface.register(PACKED, attend_packed)
+AttentionMaskInterface.register(PACKED, padding_mask_only)
+
+
 # ---- Policy
 def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
     """Return indices of layers, round(p * n_layers), n_layers - 1 at most (paper: .25, .5, .75).
@@ -321,9 +462,15 @@ class Policy(nn.Module):
         super().__init__()
         check_head(model)
         self.model = model
+        decoder = model.get_decoder()
+        # that of a text model with code of its own may have attention that cannot be exchanged
+        self.packs = decoder._can_set_attn_implementation()
+        if self.packs:
+            decoder.set_attn_implementation(PACKED)
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.takes_features = False  # images come as features: no forward runs the tower
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -351,6 +498,13 @@ class Policy(nn.Module):
         """
         return [part for layer in self.layers for part in layer.children()]
 
+    def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield Hugging Face's name and the whole tensor of each weight, adapters merged into them.
+
+        One at a time; all ranks must take all of them together.
+        """
+        return lora.merged_weights(self, dtype, prefix="model.")
+
     def forward(
         self,
         batch: Batch,
@@ -367,7 +521,7 @@ class Policy(nn.Module):
         last_tap = max(taps) if latents_only else None
         tower_term = self.run_tower_without_images(batch)
         latents: dict[int, Tensor] = {}
-        hooks = self.add_taps(set(taps), last_tap, latents)
+        hooks = self.add_taps(batch, set(taps), last_tap, latents)
         try:
             states = self.run_decoder(batch)  # (B, S, D)
         except LastTap:
@@ -387,7 +541,9 @@ class Policy(nn.Module):
             latents=[latents[index] for index in taps],
         )
 
-    def add_taps(self, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]) -> list:
+    def add_taps(
+        self, batch: Batch, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]
+    ) -> list:
         """Let the tapped layers put their outputs into `latents`, and `last_tap` end the forward.
 
         Returns the hooks, which the caller must remove.
@@ -396,7 +552,8 @@ class Policy(nn.Module):
         def tap(index: int):
             def keep(_module, _arguments, output):
                 latent = output[0] if isinstance(output, tuple) else output
-                latents[index] = latent.detach()
+                latent = latent.detach()
+                latents[index] = batch.packing.pad(latent[0]) if self.packs else latent
                 if index == last_tap:
                     raise LastTap
 
@@ -407,29 +564,62 @@ class Policy(nn.Module):
     def run_decoder(self, batch: Batch) -> Tensor:
         """Return the last hidden states (B, S, D), with the batch's images in their places.
 
+        The tokens of all rows are packed into one, so that padding costs nothing but in attention.
         No attention mask is passed: no token attends to the padding behind it, and without a mask
-        attention runs in its fast causal kernel. Only padding gets other states than with a mask.
+        attention runs in its fast causal kernel. States of padding mean nothing.
         """
         body = self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
-        if self.tower is None:
+        if not self.packs:
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state
+        packing = batch.packing
+        inputs["packing"] = packing
+        packed_ids = packing.pack(batch.input_ids)[None]  # (1, n)
+        if self.tower is None:
+            output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
+            return packing.pad(output.last_hidden_state[0])
 
         # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
         # response, is a word like others. Its embedding is that word's; as an id the body gets 0.
         is_placeholder = batch.input_ids == self.model.config.image_token_id
         input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
-        is_image = is_placeholder & ~batch.targets
-        inputs["mm_token_type_ids"] = is_image.int()  # without it, positions are silently wrong
-        if batch.pixel_values is not None:
+        inputs["input_ids"] = packing.pack(input_ids)[None]
+        inputs["position_ids"] = packing.positions()[None]
+        if batch.image_grid_thw is not None:
+            # of an image: its rows and columns, which the body tells from the kinds of tokens
+            is_image = is_placeholder & ~batch.targets
+            positions, _ = body.get_rope_index(  # (3, B, S)
+                input_ids, is_image.int(), image_grid_thw=batch.all_grids
+            )
+            inputs["position_ids"] = positions.flatten(1)[:, None, packing.places]  # (3, 1, n)
             inputs["pixel_values"] = batch.pixel_values
             inputs["image_grid_thw"] = batch.image_grid_thw
+        if batch.image_features is not None:
+            inputs["pixel_values"] = batch.image_features  # the body hands them to its tower
         embedding = self.model.get_input_embeddings()
-        hook = embedding.register_forward_pre_hook(lambda *_: (batch.input_ids,))
+        hook = embedding.register_forward_pre_hook(lambda *_: (packed_ids,))
         try:
-            return body(input_ids=input_ids, **inputs).last_hidden_state
+            with tower_output(self.tower, batch.image_features):
+                output = body(**inputs)
         finally:
             hook.remove()
+        return packing.pad(output.last_hidden_state[0])
+
+    @torch.no_grad()
+    def see(self, images: Sequence[vision.Image]) -> Tensor:
+        """Return what the vision tower makes of images, (n_vectors, K, D), without a gradient.
+
+        Of each vector there are K levels: the first stands in the place of the word's embedding;
+        Qwen3-VL adds the others to the hidden states after as many layers (deepstack).
+        """
+        pixel_values, grids = vision.stack(images, DEVICE)
+        return self.run_tower(pixel_values, grids)
+
+    def run_tower(self, pixel_values: Tensor, grids: Tensor) -> Tensor:
+        """Return all that the tower makes of patches (n_patches, dim): (n_vectors, K, D)."""
+        output = self.tower(pixel_values, grid_thw=grids)
+        deepstack = getattr(output, "deepstack_features", None) or []
+        return torch.stack([output.pooler_output, *deepstack], dim=1)
 
     def run_tower_without_images(self, batch: Batch) -> Tensor | float:
         """Run the vision tower on a blank image if the batch has none; return 0 times its output.
@@ -439,18 +629,38 @@ class Policy(nn.Module):
         would leave the others waiting, so it runs the tower, too. The term that is returned is 0:
         added to the hidden states it changes no number, but it makes the tower's parameters part
         of the graph, so that the backward reaches them, with gradients of 0.
+
+        A frozen tower that has seen the images beforehand runs on no rank.
         """
+        if self.takes_features:
+            assert batch.pixel_values is None, "the frozen tower has not seen these images"
+            return 0.0
         if self.tower is None or batch.pixel_values is not None:
             return 0.0
         size = self.model.config.vision_config.spatial_merge_size  # the smallest image, in patches
         filters = self.tower.patch_embed.proj.weight
         blank = filters.new_zeros(size * size, filters[0].numel())  # (n_patches, dim)
         grid = torch.tensor([[1, size, size]], device=blank.device)  # time, height, width
-        output = self.tower(blank, grid_thw=grid)
-        total = output.pooler_output.sum()
-        for features in getattr(output, "deepstack_features", None) or []:  # Qwen3-VL
-            total = total + features.sum()
-        return total * 0
+        return self.run_tower(blank, grid).sum() * 0
+
+
+@contextmanager
+def tower_output(tower: nn.Module, features: Tensor | None) -> Iterator[None]:
+    """Let a vision tower return features (n_vectors, K, D), as Policy.see() gave them, unrun.
+
+    Everything else of the model's own forward stays as it is: placeholders, positions, deepstack.
+    Without features the tower runs.
+    """
+    if features is None:
+        yield
+        return
+    first, *deepstack = features.unbind(dim=1)
+    output = SimpleNamespace(pooler_output=first, deepstack_features=deepstack)
+    tower.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del tower.forward  # the class's is there again
 
 
 def check_head(model: nn.Module) -> None:
@@ -475,7 +685,7 @@ def load_policy(
     """Load a Hugging Face decoder to host memory, in the dtype that it is stored in.
 
     checkpointing: recompute activations in the backward
-    freeze: what does not learn; "vision" is the vision tower
+    freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
     Raises ValueError if the model has dropout, under which log-probs do not repeat.
     """
     model = vision.load_model(path, "auto", trust_remote_code)
@@ -490,7 +700,48 @@ def load_policy(
     policy = Policy(model.train())
     if freeze == "vision" and policy.tower is not None:
         policy.tower.requires_grad_(False)
+        policy.takes_features = True
     return policy
+
+
+# ---- Memory of an update, by arithmetic
+PLAIN_DECODERS = ("llama", "mistral", "qwen2")  # model types whose layers layer_bytes() describes
+
+
+def layer_bytes(text_config) -> int:
+    """Return what a decoder layer keeps of each token for its backward, in bytes, not compiled.
+
+    In bfloat16, for hidden size D, q numbers of queries, kv of keys, and a feed-forward width I:
+        two norms, each its input in float32 and it normalised, before and after the weight   16 D
+        attention: queries and output, keys and values                                 4 q + 4 kv
+        feed-forward: gate, silu(gate), up, and the product of the last two                   8 I
+    """
+    dim = text_config.hidden_size
+    n_heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or dim // n_heads
+    q = n_heads * head_dim
+    kv = text_config.num_key_value_heads * head_dim
+    return 16 * dim + 4 * q + 4 * kv + 8 * text_config.intermediate_size
+
+
+def update_bytes(
+    text_config, n_parameters: int, n_tokens: int, n_ranks: int, recompute: bool
+) -> float:
+    """Return the most that an update holds of a GPU's memory, in bytes, of a plain decoder.
+
+    That is when the backward of the head begins: all activations are there.
+
+    n_parameters: of all that learns, the flow included
+    n_tokens: of a micro-batch
+    recompute: whether a layer keeps its input alone
+    """
+    states = 16 * n_parameters / n_ranks  # float32: weights, gradients and two moments
+    # the last chunk's logits and their gradient (4 + 2), this one's before and after scaling (4 + 4)
+    logits = 14 * CHUNK_LOGITS
+    head = 6 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (4)
+    per_layer = 2 * text_config.hidden_size if recompute else layer_bytes(text_config)
+    activations = n_tokens * text_config.num_hidden_layers * per_layer
+    return states + logits + head + activations
 
 
 # ---- Flow reward (paper: flow reward shaping)
@@ -690,34 +941,46 @@ def kl_divergence(logp: Tensor, ref_logp: Tensor, kind: KLKind) -> Tensor:
     return torch.expm1(-d) + d
 
 
+def mismatch_log_ratio(old_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> Tensor:
+    """Return log of trainer's over sampler's probability, (B, T); 0 outside mask, and for NaN.
+
+    old_logp, sampled_logp: (B, T), of trainer and sampler, which may give NaN
+    """
+    is_known = mask & ~sampled_logp.isnan()
+    return torch.where(is_known, old_logp - sampled_logp, 0.0)
+
+
 def importance_weights(
     old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, mode: Mismatch, cap: float
-) -> tuple[Tensor, dict[str, float]]:
-    """Correct for a sampler whose probabilities differ from the trainer's.
+) -> Tensor:
+    """Return weights (B, T) that correct for a sampler whose probabilities differ from the trainer's.
 
-    old_logp, sampled_logp: (B, T), of trainer and sampler; NaN of the sampler counts as ratio 1
     mode: none, weights of 1; token, min(ratio, cap); sequence, the same with the product of the
         response's ratios; mask, the ratio where it is at most the cap, 0 elsewhere
-    Returns the weights (B, T), and figures of the ratios before the cap.
     """
-    is_nan = sampled_logp.isnan() & mask
-    difference = torch.where(mask & ~is_nan, old_logp - sampled_logp, 0.0)
-    ratio = difference.exp()
-    statistics = {
-        "mismatch/ratio_mean": ratio[mask].mean().item(),
-        "mismatch/ratio_max": ratio[mask].max().item(),
-        "mismatch/over_cap": (ratio[mask] > cap).float().mean().item(),
-        "mismatch/nan": is_nan.sum().item(),
-    }
+    log_ratio = mismatch_log_ratio(old_logp, sampled_logp, mask)
+    ratio = log_ratio.exp()
     if mode == "none":
-        return torch.ones_like(ratio), statistics
+        return torch.ones_like(ratio)
     if mode == "mask":
-        return torch.where(ratio > cap, 0.0, ratio), statistics
-    weights = ratio
+        return torch.where(ratio > cap, 0.0, ratio)
     if mode == "sequence":
-        log_product = difference.sum(dim=1, keepdim=True)
-        weights = log_product.exp().expand_as(ratio)
-    return weights.clamp(max=cap), statistics
+        log_product = log_ratio.sum(dim=1, keepdim=True)
+        ratio = log_product.exp().expand_as(ratio)
+    return ratio.clamp(max=cap)
+
+
+def mismatch_figures(
+    old_logp: Tensor, sampled_logp: Tensor, mask: Tensor, cap: float
+) -> dict[str, float]:
+    """Return figures of the ratios of trainer's to sampler's probabilities, before the cap."""
+    ratio = mismatch_log_ratio(old_logp, sampled_logp, mask)[mask].exp()
+    return {
+        "mismatch/ratio_mean": ratio.mean().item(),
+        "mismatch/ratio_max": ratio.max().item(),
+        "mismatch/over_cap": (ratio > cap).float().mean().item(),
+        "mismatch/nan": sampled_logp[mask].isnan().sum().item(),
+    }
 
 
 def online_flow_weights(

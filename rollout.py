@@ -194,15 +194,11 @@ def fill_in(config, model: Model):
 
 
 def published_settings(model: Model) -> dict[str, object]:
-    """Return the settings of the official runs that differ among models (paper, official scripts).
-
-    Gradient checkpointing is ours: on where activations would be large.
-    """
+    """Return the settings of the official runs that differ among models (paper, official scripts)."""
     is_large = model.n_parameters > 5e9
     settings = {
         "flow_blocks": 6 if is_large else 4,
         "max_prompt_tokens": 3000,
-        "gradient_checkpointing": model.n_parameters > 1e9,
     }
     if vision.takes_images(model.config):
         settings["noise_repeats"] = 4

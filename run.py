@@ -32,9 +32,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import flow as fl
+import lora
 import parallel
 import record
 from flow import as_tuple
@@ -109,7 +111,7 @@ def asked_to_stop() -> bool:
 class ComputeSettings:
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Padded tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
+    # Tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
     tokens_per_gpu: int = 16384 if parallel.DEVICE.type == "cuda" else 4096
     cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
     compile: Literal["auto", "on", "off"] = "auto"  # Compile policy and flow; auto: on a GPU
@@ -320,6 +322,8 @@ FIXED_AT_START = {
     "shaping": OF_THE_WEIGHTS,
     "flow": OF_THE_WEIGHTS,
     "freeze": OF_THE_WEIGHTS,
+    "lora_rank": OF_THE_WEIGHTS,
+    "lora_alpha": "the adapters have learnt at that scale",
     "freeze_flow": OF_THE_WEIGHTS,
     "contexts": OF_THE_WEIGHTS,
     "percentiles": OF_THE_WEIGHTS,
@@ -382,10 +386,13 @@ class Run:
         """Return the settings that a resumed run changes: name to old and new value."""
         stored = stored_settings(self.config.resume)
         asked = json.loads(json.dumps(flatten(self.config)))
+        # a run that began before there was a setting had its default
+        defaults = json.loads(json.dumps(flatten(type(self.config)())))
         changed = {}
         for name, new in asked.items():
-            if name not in ("folder", "resume") and stored.get(name) != new:
-                changed[name] = (stored.get(name), new)
+            old = stored.get(name, defaults[name])
+            if name not in ("folder", "resume") and old != new:
+                changed[name] = (old, new)
         return changed
 
     def check_resume(self) -> None:
@@ -628,22 +635,22 @@ class Stopwatch:
 
 # ---- What a run leaves behind, in formats that others read
 def export_policy(policy, dtype: torch.dtype, processors: Sequence, folder: Path) -> None:
-    """Write a sharded policy in Hugging Face format; all ranks together.
+    """Write a sharded policy in Hugging Face format, adapters merged; all ranks together.
 
     `processors` are the tokenizer and the image processor, None if the model takes no images.
     """
     module = policy.model
-    weights = parallel.gather_weights(policy, dtype, prefix="model.")
-    stored = {name for name, _ in module.named_parameters()}  # a tied weight has one name here
-    stored.update(name for name, _ in module.named_buffers())
-    weights = {name: tensor for name, tensor in weights.items() if name in stored}
+    weights = parallel.gather_weights(policy.whole_weights(dtype))
 
     def write() -> None:
         with torch.device("meta"):  # the same model, but not sharded, in the dtype of the weights
             whole = type(module)(module.config).to(dtype)
         whole.generation_config = module.generation_config
+        stored = {name for name, _ in whole.named_parameters()}  # a tied weight has one name here
+        stored.update(name for name, _ in whole.named_buffers())
+        stored_weights = {name: weights[name] for name in weights if name in stored}
         with written_whole(folder) as temporary:
-            whole.save_pretrained(temporary, state_dict=weights)
+            whole.save_pretrained(temporary, state_dict=stored_weights)
             for processor in processors:
                 if processor is not None:
                     processor.save_pretrained(temporary)
@@ -651,9 +658,25 @@ def export_policy(policy, dtype: torch.dtype, processors: Sequence, folder: Path
     on_first(write)
 
 
+def export_adapter(policy, base: str, folder: Path) -> None:
+    """Write the adapters of a sharded policy in peft's format; all ranks together.
+
+    `base` is the path or hub id of the model that they were trained on.
+    """
+    weights = parallel.gather_weights(lora.adapter_weights(policy, prefix="model."))
+    settings = replace(policy.model.peft_config[lora.ADAPTER], base_model_name_or_path=base)
+
+    def write() -> None:
+        with written_whole(folder) as temporary:
+            settings.save_pretrained(temporary)
+            save_file(weights, temporary / "adapter_model.safetensors")
+
+    on_first(write)
+
+
 def export_flow(flow: fl.Flow, folder: Path) -> None:
     """Write a sharded flow into its folder; all ranks together."""
-    weights = parallel.gather_weights(flow, torch.float32)
+    weights = parallel.gather_weights(parallel.full_weights(flow, torch.float32))
 
     def write() -> None:
         with written_whole(folder) as temporary:
@@ -691,8 +714,16 @@ def export_checkpoint(
         fields_of_loading = ("dtype", "trust_remote_code", "min_pixels", "max_pixels")
         loading = rollout.LoadingSettings(**{field: stored[field] for field in fields_of_loading})
         model = rollout.find_model(name, loading)
-        policy = rlfr.load_policy(model.path, loading.trust_remote_code).float()
-        state["policy"] = {"module": policy.state_dict()}
+        dtype = parallel.compute_dtype(loading.dtype)
+        freeze = stored.get("freeze", "none")
+        policy = rlfr.load_policy(model.path, loading.trust_remote_code, freeze=freeze)
+        rank = stored.get("lora_rank", 0)
+        if rank:
+            lora.add_adapters(
+                policy.model, policy.layers, rank, stored["lora_alpha"], stored["seed"]
+            )
+        parallel.set_dtypes(policy, dtype)
+        state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
     flow_config = folder / "flow.json"
     if flow_config.exists():
         values = json.loads(flow_config.read_text())
@@ -701,8 +732,9 @@ def export_checkpoint(
     dcp.load(state, checkpoint_id=checkpoint)  # into the tensors of the modules
     target = Path(out or folder / "exports" / checkpoint.name)
     if "policy" in state:
-        dtype = parallel.compute_dtype(loading.dtype)
         export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
+        if rank:
+            export_adapter(policy, model.path, target / "adapter")
     if "flow" in state:
         export_flow(flow, target / "flow")
     print(f"the weights of {checkpoint} are in {target}")

@@ -197,7 +197,7 @@ class Latents:
         self.policy = policy
         self.flow_config = flow_config
         self.solutions = solutions
-        self.token_budget = token_budget  # padded tokens of a micro-batch
+        self.token_budget = token_budget  # tokens of a micro-batch
         self.taps = rlfr.tap_layers(policy.n_layers, flow_config.percentiles)
         self.kept: list[Tensor] = []  # of each solution (L, S, D), or none at all
         if self.fit_in_memory():

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import flow as fl
+import lora
 import parallel
 import record
 import rlfr
@@ -47,6 +48,7 @@ from run import (
     Stopwatch,
     asked_to_stop,
     check_positive,
+    export_adapter,
     export_flow,
     export_policy,
     launch,
@@ -160,6 +162,9 @@ class OptimisationSettings:
     mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
     freeze: rlfr.Freeze | None = None
+    # Rank of the adapters that learn in place of the decoder's weights (LoRA); 0: all weights learn
+    lora_rank: int = 0
+    lora_alpha: float | None = None  # Adapters count alpha / rank; by default twice the rank
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,10 @@ class RecordSettings:
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Recompute activations; by default above 1B parameters
+    # Recompute activations; by default where keeping them takes too much memory
     gradient_checkpointing: bool | None = None
     offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
+    rehearse: bool = False  # Do the largest update first, to see that it fits; it changes nothing
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ MUST_BE_POSITIVE = """
     prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
     clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
     grader_deadline overlong_buffer eval_samples log_groups max_sequences tensor_parallel
-    tokens_per_gpu keep flow_cap
+    tokens_per_gpu keep flow_cap lora_alpha
 """
 
 
@@ -284,11 +290,26 @@ def check(config: Config) -> None:
         raise ValueError(
             f"log_rollouts={config.record.log_rollouts}: expected a number of steps, or 0 for none"
         )
+    check_adapters(config)
     fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
     if config.flow_reward.percentiles is not None:
         fl.check_percentiles(config.flow_reward.percentiles)
+
+
+def check_adapters(config: Config) -> None:
+    """Raise ValueError for settings of adapters that cannot work."""
+    rank = config.optimisation.lora_rank
+    alpha = config.optimisation.lora_alpha
+    if rank < 0:
+        raise ValueError(f"lora_rank={rank}: expected a rank, or 0 to train all weights")
+    if rank > 0:
+        lora.check_installed()
+    elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see run.py
+        raise ValueError(
+            f"lora_alpha={alpha} without adapters; give --lora-rank, or leave --lora-alpha out"
+        )
 
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
@@ -312,6 +333,22 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
     config = rollout.fill_in(config, model)
+    if config.compute.gradient_checkpointing is None:
+        room = min(parallel.gather_objects(parallel.total_memory()))
+        recompute = recomputes_activations(config, model, dist.get_world_size(), room)
+        config = with_defaults(config, gradient_checkpointing=recompute)
+        if is_first():
+            print(
+                f"activations are {'recomputed' if recompute else 'kept'} (gradient_checkpointing)"
+            )
+    rank = config.optimisation.lora_rank
+    if rank and model.processor is not None and config.optimisation.freeze == "none":
+        raise ValueError(
+            f"freeze='none' with lora_rank={rank}: the tower has no adapters and does not learn; "
+            "leave --freeze out, or --lora-rank"
+        )
+    if rank:
+        config = with_defaults(config, lora_alpha=2.0 * rank)
     prompt = config.problems.max_prompt_tokens
     response = config.sampling.max_tokens
     positions = model.text_config.max_position_embeddings
@@ -321,6 +358,31 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
             f"the model's {positions} positions; lower one of them"
         )
     return config, model
+
+
+def recomputes_activations(config: Config, model: rollout.Model, n_ranks: int, room: int) -> bool:
+    """Return whether the backward recomputes activations, because keeping them takes too much.
+
+    room is the size of a GPU's memory, in bytes, of which a fifth is left to the sleeping engine, to
+    what is gathered and to fragments. Without a GPU, and where the arithmetic does not hold, models
+    above 1B parameters recompute.
+    """
+    text_config = model.text_config
+    is_plain = text_config.model_type in rlfr.PLAIN_DECODERS and not config.optimisation.lora_rank
+    if room == 0 or not is_plain:
+        return model.n_parameters > 1e9
+    dim = text_config.hidden_size
+    n_parameters = model.n_parameters
+    if not text_config.tie_word_embeddings:
+        n_parameters += text_config.vocab_size * dim
+    if config.shaping == "flow":
+        flow_blocks = rollout.published_settings(model)["flow_blocks"]
+        n_parameters += (5 * flow_blocks + 7) * dim**2
+    if config.compute.cpu_offload:
+        n_parameters = 0  # they are in host memory
+    n_tokens = config.compute.tokens_per_gpu
+    kept = rlfr.update_bytes(text_config, n_parameters, n_tokens, n_ranks, recompute=False)
+    return kept > 0.8 * room
 
 
 def newest_flow(folder: str) -> str:
@@ -386,6 +448,42 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
         flow_config = replace(flow_config, percentiles=percentiles)
     torch.manual_seed(config.seed)  # the same flow on all ranks
     return fl.Flow(flow_config)
+
+
+# ---- Policy, reference
+def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
+    """Load the policy, compiled and sharded, with adapters if it has them."""
+    settings = config.optimisation
+    policy = rlfr.load_policy(
+        model.path,
+        config.loading.trust_remote_code,
+        config.compute.gradient_checkpointing,
+        settings.freeze,
+    )
+    if settings.lora_rank:
+        sizes = (settings.lora_rank, settings.lora_alpha)
+        lora.add_adapters(policy.model, policy.layers, *sizes, config.seed)
+    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload, methods=["see"])
+    return policy
+
+
+def make_reference(
+    policy: rlfr.Policy, config: Config, model: rollout.Model
+) -> rlfr.Policy | lora.Base:
+    """Return the initial policy, for a KL: without the adapters the policy itself, or a copy."""
+    if config.optimisation.lora_rank:
+        return lora.Base(policy)
+    reference = rlfr.load_policy(
+        model.path,
+        config.loading.trust_remote_code,
+        freeze=config.optimisation.freeze,  # a frozen tower is the policy's: features serve both
+    )
+    reference.requires_grad_(False)
+    dtype = parallel.compute_dtype(config.loading.dtype)
+    parallel.shard(reference, reference.blocks, dtype, config.compute.cpu_offload)
+    return reference
 
 
 # ---- 1. and 2. Roll out and verify
@@ -472,6 +570,52 @@ def sample_groups(
 
 
 # ---- 3. Score
+def needs_pass(config: Config) -> bool:
+    """Return whether anything needs scores before the first optimiser step of an RL step.
+
+    If not, the update's own forward gives them on the way: with a single mini-batch its log-probs
+    are the old ones, as no weight has changed yet.
+    """
+    n_episodes = config.sampling.prompts * config.sampling.group_size
+    return (
+        config.shaping != "none"
+        or config.optimisation.kl_coef > 0
+        or config.optimisation.train_batch < n_episodes
+    )
+
+
+def see_images(
+    policy: rlfr.Policy, episodes: Sequence[rollout.Episode], token_budget: int
+) -> list[rollout.Episode]:
+    """Run a frozen vision tower over the step's images; return the episodes with its features.
+
+    The tower sees each image once, however many episodes share it and however often they are
+    scored and trained on. All ranks call this together: each runs the tower on a share, batches of
+    at most token_budget vectors, and all get the features, which wait in host memory.
+    """
+    images = list(dict.fromkeys(image for episode in episodes for image in episode.images))
+    if not images or not policy.takes_features:
+        return list(episodes)
+    n_ranks = dist.get_world_size()
+    images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
+    sizes = [image.n_tokens for image in images]
+    each_alone = [[index] for index in range(len(images))]
+    plans = rlfr.plan_batches(each_alone, sizes, token_budget, n_ranks)
+    seen = {}
+    for batches in zip(*plans, strict=True):  # one of each rank
+        mine = [images[index] for index in batches[dist.get_rank()]]
+        counts = [sum(sizes[index] for index in batch) for batch in batches]
+        gathered = parallel.gather_rows(policy.see(mine), counts)
+        for batch, features in zip(batches, gathered, strict=True):
+            parts = features.cpu().split([sizes[index] for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                seen[images[index]] = replace(images[index], features=part)
+    shown = []
+    for episode in episodes:
+        shown.append(replace(episode, images=tuple(seen[image] for image in episode.images)))
+    return shown
+
+
 @dataclass
 class Scores:
     """What is known of a step's episodes after the scoring pass, on every rank.
@@ -518,14 +662,14 @@ class Scores:
 
 def score(
     policy: rlfr.Policy,
-    reference: rlfr.Policy | None,
+    reference: rlfr.Policy | lora.Base | None,
     flow: fl.Flow | None,
     episodes: Sequence[rollout.Episode],
     verdicts: Verdicts,
     config: Config,
     step: int,
 ) -> tuple[Scores, dict[str, float]]:
-    """Run the policy once over the episodes, without gradient.
+    """Run the policy once over the episodes, without gradient, if needs_pass().
 
     Gives log-probs, entropies, and the flow's score of the latents. The flow's own loss on accepted
     episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
@@ -538,6 +682,8 @@ def score(
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
     scores = Scores.before_the_pass(episodes, len(taps))
+    if not needs_pass(config):
+        return scores, {}
     for indices, batch in my_micro_batches(episodes, config, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
@@ -750,7 +896,6 @@ def update_policy(
     episodes: Sequence[rollout.Episode],
     scores: Scores,
     advantage: Tensor,
-    importance: Tensor,
     config: Config,
     step: int,
     lr: float,
@@ -758,9 +903,9 @@ def update_policy(
 ) -> dict[str, float]:
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
-    advantage and importance are (B, T). Importance corrects for the sampler's probabilities. The
-    ratio in the loss is to the scoring pass, hence 1 in the first mini-batch. learn_flow is called
-    with the indices of each mini-batch's episodes before its optimiser step, and returns figures.
+    The advantage is (B, T). The ratio in the loss is to the scoring pass, hence 1 in the first
+    mini-batch; without a pass the scores are filled in here. learn_flow is called with the indices
+    of each mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
@@ -776,7 +921,10 @@ def update_policy(
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
             cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
-            logp = policy(batch, config.sampling.temperature).logp
+            logp, entropy, _ = policy(batch, config.sampling.temperature)
+            if not needs_pass(config):
+                scores.old_logp[cells] = logp.detach()
+                scores.entropy[cells] = entropy.detach()
             loss, is_clipped = rlfr.policy_loss(
                 logp,
                 scores.old_logp[cells],
@@ -785,7 +933,13 @@ def update_policy(
                 settings.clip_high,
                 settings.ratio_cap,
             )
-            loss = loss * importance[cells]
+            loss = loss * rlfr.importance_weights(
+                scores.old_logp[cells],
+                scores.sampled_logp[cells],
+                mask,
+                settings.mismatch,
+                settings.mismatch_cap,
+            )
             token_weight = rlfr.token_weights(
                 mask, settings.normalisation, n_episodes, n_tokens, config.sampling.max_tokens
             )
@@ -801,6 +955,8 @@ def update_policy(
             for name, value in learn_flow(mini_batch).items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
         grad_norm += share * learner.step(lr, settings.clip_norm)  # clips, steps, clears
+    if not needs_pass(config):
+        scores.sum_over_ranks()
     for name, value in sums.items():
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm
@@ -844,6 +1000,114 @@ def update_flow(
         "flow/loss": parallel.sum_over_ranks(loss).item(),
         "flow/grad_norm": learner.step(lr, config.optimisation.clip_norm),
     }
+
+
+# ---- Before the first step
+def rehearse(
+    policy: rlfr.Policy,
+    reference: rlfr.Policy | lora.Base | None,
+    flow: fl.Flow | None,
+    learners: dict[str, parallel.Learner],
+    problems: Sequence[rollout.Problem],
+    config: Config,
+) -> None:
+    """Score and update at the longest lengths that the settings allow; say what memory it took.
+
+    The longest rows have a prompt of max_prompt_tokens. Those with the shortest prompt are made,
+    too: a micro-batch of them has more response tokens, on which head and flow work.
+    Nothing that a step depends on is changed: weights, optimisers, generators.
+    Raises MemoryError, with the settings to lower, if a GPU's memory is too small.
+    """
+    longest = max(problems, key=lambda problem: len(problem.prompt_ids))
+    shortest = min(problems, key=lambda problem: len(problem.prompt_ids))
+    n_filling = config.problems.max_prompt_tokens - len(longest.prompt_ids)
+    filled = longest._replace(prompt_ids=[0] * n_filling + longest.prompt_ids)
+    stand_ins = {name: parallel.Rehearsal(learner) for name, learner in learners.items()}
+    parallel.take_peak_memory()
+    try:
+        with parallel.fork_rng():
+            for problem in (filled, shortest):
+                episodes = longest_episodes(problem, config)
+                rehearse_update(policy, reference, flow, stand_ins, episodes, config)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(what_to_lower(config)) from error
+    peaks = parallel.gather_objects(parallel.take_peak_memory())
+    if not is_first():
+        return
+    lengths = f"{config.problems.max_prompt_tokens} + {config.sampling.max_tokens} tokens"
+    if parallel.DEVICE.type == "cpu":
+        print(f"rehearsed an update at {lengths}; there is no GPU whose memory could be measured")
+    else:
+        room = parallel.total_memory()
+        print(
+            f"rehearsed an update at {lengths}: at most {max(peaks) / 1e9:.1f} GB of tensors "
+            f"in {room / 1e9:.1f} GB of a GPU's memory"
+        )
+
+
+def longest_episodes(problem: rollout.Problem, config: Config) -> list[rollout.Episode]:
+    """Return as many episodes as fill a micro-batch of each rank, with responses of max_tokens."""
+    max_tokens = config.sampling.max_tokens
+    n_rows = max(1, config.compute.tokens_per_gpu // (len(problem.prompt_ids) + max_tokens))
+    n_ranks = dist.get_world_size()
+    most = config.sampling.prompts * config.sampling.group_size  # in a step
+    n_episodes = min(n_rows * n_ranks, most)
+    episode = rollout.Episode(
+        problem.prompt_ids, [0] * max_tokens, [0.0] * max_tokens, "length", "", problem.images
+    )
+    return [episode] * n_episodes
+
+
+def rehearse_update(
+    policy: rlfr.Policy,
+    reference: rlfr.Policy | lora.Base | None,
+    flow: fl.Flow | None,
+    stand_ins: dict[str, parallel.Rehearsal],
+    episodes: Sequence[rollout.Episode],
+    config: Config,
+) -> None:
+    """Do what a step does with its episodes, 3 to 6 of main(), but for the optimisers' steps."""
+    verdict = Verdict(1.0, correct=True, parts={}, extracted=None, kind="cut")
+    verdicts = [verdict] * len(episodes)  # the flow learns from all
+    episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
+    scores, _ = score(policy, reference, flow, episodes, lambda: verdicts, config, step=0)
+    advantage = torch.ones_like(scores.old_logp)
+    learn_flow = None
+    if "flow" in stand_ins and not learns_while_scoring(config.flow_update):
+        accepted = accepted_episodes(verdicts, config.flow_update)
+        learn_flow = partial(
+            update_flow,
+            *(policy, flow, stand_ins["flow"], episodes, scores, accepted),
+            *(config, 0, 0.0),
+        )
+    update_policy(
+        *(policy, stand_ins["policy"], episodes, scores, advantage),
+        *(config, 0, 0.0, learn_flow),
+    )
+    if "flow" in stand_ins:
+        stand_ins["flow"].step(0.0, config.optimisation.clip_norm)
+
+
+def what_to_lower(config: Config) -> str:
+    """Return the message for an update that does not fit into a GPU's memory."""
+    ways = [
+        f"a lower --tokens-per-gpu (now {config.compute.tokens_per_gpu})",
+        f"a lower --max-tokens (now {config.sampling.max_tokens})",
+        f"a lower --max-prompt-tokens (now {config.problems.max_prompt_tokens})",
+    ]
+    if not config.compute.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if config.optimisation.lora_rank:
+        ways.append(f"a lower --lora-rank (now {config.optimisation.lora_rank})")
+    else:
+        ways.append("--lora-rank 32, which trains adapters in place of all weights")
+    if not config.compute.cpu_offload:
+        ways.append("--cpu-offload")
+    ways.append("more GPUs")
+    return (
+        "the largest update that these settings allow does not fit into the GPU's memory; "
+        f"any of these helps: {'; '.join(ways)}"
+    )
 
 
 # ---- 7. Log and evaluate
@@ -1007,28 +1271,18 @@ def main(config: Config) -> None:
 
     # ---- Flow and policy
     dtype = parallel.compute_dtype(config.loading.dtype)
-    remote_code = config.loading.trust_remote_code
-    cpu_offload = config.compute.cpu_offload
     flow = None
     if config.shaping == "flow":
         flow = make_flow(config, model)
-    policy = rlfr.load_policy(
-        model.path,
-        remote_code,
-        config.compute.gradient_checkpointing,
-        config.optimisation.freeze,
-    )
-    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
-    parallel.shard(policy, policy.blocks, dtype, cpu_offload)
+    policy = make_policy(config, model)
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
     reference = None
     if config.optimisation.kl_coef:
-        reference = rlfr.load_policy(model.path, remote_code).requires_grad_(False)
-        parallel.shard(reference, reference.blocks, dtype, cpu_offload)
+        reference = make_reference(policy, config, model)
     if flow:
         parallel.compile_forward([flow.model], config.compute.compile)
-        parallel.shard(flow, (), dtype, cpu_offload)
+        parallel.shard(flow, (), dtype, config.compute.cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
             learners["flow"] = parallel.Learner(
@@ -1041,6 +1295,8 @@ def main(config: Config) -> None:
     run.begin(state)
     if flow:
         run.write_json("flow.json", asdict(flow.config))  # an export of a checkpoint needs it
+    if config.compute.rehearse:
+        rehearse(policy, reference, flow, learners, problems, config)
 
     # ---- Engine: it starts in the memory that it will have, so that its cache is of the right size
     host_copy = None
@@ -1078,7 +1334,7 @@ def main(config: Config) -> None:
     @contextmanager
     def engine_awake():
         """Give the engine the policy's weights and the GPU's memory, and take the memory back."""
-        engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
+        engine.load_weights(policy.whole_weights(dtype))
         if host_copy:
             host_copy.offload()
         yield
@@ -1091,6 +1347,8 @@ def main(config: Config) -> None:
         run.wait_for_save()  # its collectives shall not run beside those that gather weights
         processors = [model.tokenizer, model.processor]
         export_policy(policy, dtype, processors, folder / "policy")
+        if config.optimisation.lora_rank:
+            export_adapter(policy, model.path, folder / "adapter")
         if flow:
             export_flow(flow, folder / "flow")
 
@@ -1118,6 +1376,7 @@ def main(config: Config) -> None:
         clock.lap("roll_out")
 
         # ---- 3. Score, and let the flow's gradient add up
+        episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
         scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
         clock.lap("score")
         reward = [verdict.reward for verdict in verdicts()]
@@ -1126,13 +1385,6 @@ def main(config: Config) -> None:
 
         # ---- 4. Shape and advantage
         advantage, flow_reward, shaping_metrics = shape_advantage(scores, reward, config, step)
-        importance, mismatch_metrics = rlfr.importance_weights(
-            scores.old_logp,
-            scores.sampled_logp,
-            scores.mask,
-            config.optimisation.mismatch,
-            config.optimisation.mismatch_cap,
-        )
 
         # ---- 5. Update the policy
         schedule = (config.optimisation.warmup, config.optimisation.lr_floor)
@@ -1148,7 +1400,7 @@ def main(config: Config) -> None:
                 *(config, step, flow_lr),
             )
         policy_metrics = update_policy(
-            *(policy, learners["policy"], episodes, scores, advantage, importance),
+            *(policy, learners["policy"], episodes, scores, advantage),
             *(config, step, lr, learn_flow),
         )
 
@@ -1178,7 +1430,9 @@ def main(config: Config) -> None:
             **shaping_metrics,
             **outcome_metrics(scores, flow_reward, verdicts(), config.flow_reward),
             **flow_metrics,
-            **mismatch_metrics,
+            **rlfr.mismatch_figures(
+                scores.old_logp, scores.sampled_logp, scores.mask, config.optimisation.mismatch_cap
+            ),
         }
         eval_every = config.evaluation.eval_every
         if held_out and eval_every and (step + 1) % eval_every == 0:

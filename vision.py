@@ -2,7 +2,8 @@
 
 An image stays encoded in memory, or in its file, until a batch needs its pixel values. All images
 are decoded once before training starts, so that a missing or corrupt one is reported with its row
-at the beginning and not hours later.
+at the beginning and not hours later. A frozen vision tower makes the same of an image every time:
+it sees each image of a step once (`train_rl.see_images`), and batches hold the features.
 
 In the text of a problem an image stands where `<image>` stands, or in front of the text if there
 is no `<image>`. In the token ids of a prompt it is one <|image_pad|> for each vector that the
@@ -110,6 +111,7 @@ class Image:
     source: Source
     processor: Callable
     grid: Grid
+    features: Tensor | None = None  # (n_tokens, K, D) of a frozen tower, see rlfr.Policy.see
 
     @property
     def n_tokens(self) -> int:
@@ -334,13 +336,27 @@ def stack(
     """
     if not images:
         return None, None
-    pixel_values = {}  # responses to one problem share its images: each is prepared once
-    for image in images:
-        if image not in pixel_values:
-            pixel_values[image] = image.pixel_values()
+    # responses to one problem share its images: each is prepared once
+    pixel_values = {image: image.pixel_values() for image in dict.fromkeys(images)}
     stacked = torch.cat([pixel_values[image] for image in images])
     grids = torch.tensor([image.grid for image in images], device=device)
     return stacked.to(device), grids
+
+
+def stack_features(
+    images: Sequence[Image], device: torch.device | str
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return features (n_tokens, K, D) and grids (n_images, 3) of images that a tower has seen.
+
+    Without any image both are None.
+    """
+    if not images:
+        return None, None
+    # responses to one problem share its images: each is copied to the device once
+    features = {image: image.features.to(device) for image in dict.fromkeys(images)}
+    stacked = torch.cat([features[image] for image in images])
+    grids = torch.tensor([image.grid for image in images], device=device)
+    return stacked, grids
 
 
 # ---- Placeholders

@@ -148,7 +148,7 @@ class SupervisedUpdate:
         self.solutions: list[rlfr.Row] = []
 
     def __call__(
-        self, policy, learner, episodes, _scores, _advantage, _importance, config, step, lr, _learn
+        self, policy, learner, episodes, _scores, _advantage, config, step, lr, _learn
     ) -> dict[str, float]:
         if not self.solutions:
             self.solutions, _ = load_expert(self.solutions_file, self.n_held_out, config)
@@ -240,6 +240,7 @@ def replace_parts(control: str, arguments: argparse.Namespace) -> None:
         change_scores(ExpertLikelihood(arguments.expert_policy, *expert))
     else:
         train_rl.update_policy = SupervisedUpdate(*expert)
+        train_rl.needs_pass = lambda _config: True  # such an update scores no episodes
 
 
 def main() -> None:

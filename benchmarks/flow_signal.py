@@ -48,7 +48,7 @@ PUBLISHED = TIMES.index(0.8)  # the time of the published score
 PERCENTILES = fl.FlowConfig(dim=1).percentiles  # of the policy's depth: where it is tapped
 N_RESAMPLES = 1000
 MAX_TOKENS = 96  # of a response, as in training
-TOKEN_BUDGET = 4096  # padded tokens of a micro-batch
+TOKEN_BUDGET = 4096  # tokens of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def write_untrained(config: train_flow.Config) -> None:
     if config.flow.standardise:
         train_flow.measure_latents(flow, latents, range(n_measured))
     train_flow.calibrate(flow, latents, range(n_measured, len(measured)), config.seed)
-    weights = parallel.gather_weights(flow, torch.float32)
+    weights = parallel.gather_weights(parallel.full_weights(flow, torch.float32))
     (folder / "flow").mkdir(parents=True)
     fl.save_flow(flow_config, weights, folder / "flow")
 

@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -95,7 +95,7 @@ class Settings:
     response_tokens: int = 1024  # Longest response; half of that on average in learn and offline
     steps: int = 3  # Whole steps; the first is a warm-up
     engine: Literal["auto", "vllm", "torch", "none"] = "auto"  # What samples; none: no whole steps
-    tokens_per_gpu: int = 16_384  # Padded tokens of a micro-batch
+    tokens_per_gpu: int = 16_384  # Tokens of a micro-batch
     offload: bool = False  # Trainer in host memory while the engine samples
     compile: bool = True  # Measure the compiled variants, too
     json: str | None = None  # File for the figures
@@ -327,7 +327,10 @@ def compute_figures(
     """Return what training computes of a batch, in float32 on the CPU."""
     policy = rlfr.Policy(copy.deepcopy(model)).to(device, dtype)
     flow = copy.deepcopy(flow).to(device, dtype)
-    tensors = {name: value.to(device) for name, value in vars(batch).items() if value is not None}
+    tensors = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        tensors[field.name] = None if value is None else value.to(device)
     batch = rlfr.Batch(**tensors)
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
@@ -427,32 +430,18 @@ class Trainer:
     def update(self, scores: train_rl.Scores) -> dict[str, float]:
         """Take one optimiser step of rate 0, so that all variants have the same weights."""
         advantage = torch.ones_like(scores.old_logp) * scores.mask
-        importance = torch.ones_like(advantage)
         return train_rl.update_policy(
-            *(self.policy, self.learner, self.episodes, scores, advantage, importance),
+            *(self.policy, self.learner, self.episodes, scores, advantage),
             *(self.config, 0, 0.0, None),
         )
 
 
 @contextmanager
-def padding_mask(trainer: Trainer) -> Iterator[None]:
-    """Give the decoder the padding mask that it does not need."""
-    batches = []
-
-    def see(_module, arguments) -> None:
-        batches.append(arguments[0])
-
-    def add(_module, arguments, inputs):
-        return arguments, {**inputs, "attention_mask": batches[-1].attention_mask}
-
-    body = trainer.policy.model.base_model
-    hooks = [
-        trainer.policy.register_forward_pre_hook(see),
-        body.register_forward_pre_hook(add, with_kwargs=True),
-    ]
+def padded(trainer: Trainer) -> Iterator[None]:
+    """Give the decoder the rows with their padding."""
+    trainer.policy.packs = False
     yield
-    for hook in hooks:
-        hook.remove()
+    trainer.policy.packs = True
 
 
 @contextmanager
@@ -496,7 +485,7 @@ def small_batches(trainer: Trainer) -> Iterator[None]:
 # runs out of memory leaves FSDP in disorder.
 VARIANTS = {
     "checkpointing": [checkpointing],
-    "padding mask": [checkpointing, padding_mask],
+    "with padding": [checkpointing, padded],
     "small chunks of logits": [checkpointing, small_chunks],
     "small batches": [checkpointing, small_batches],
     "compiled": [checkpointing, compiled],

@@ -13,7 +13,13 @@ from conftest import ROOT
 
 FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))
+import boxed_reward  # noqa: E402
 import gpu  # noqa: E402
+import peers  # noqa: E402
+import rl_step  # noqa: E402
+
+import parallel  # noqa: E402
+import rollout  # noqa: E402
 
 SMALL = {
     "logprob": ["--tokens", "64", "--dim", "16", "--vocabulary", "500"],
@@ -25,6 +31,7 @@ SMALL = {
 # What has tests of its own, or is no benchmark by itself
 OTHERS = {
     "behaviour",
+    "boxed_reward",
     "common",
     "controls",
     "evidence",
@@ -32,7 +39,10 @@ OTHERS = {
     "gpu",
     "last_number_reward",
     "length_reward",
+    "peer_trl",
+    "peers",
     "process_reward",
+    "rl_step",
     "smollm2",
     "study",
     "text_signal",
@@ -140,3 +150,184 @@ def test_benchmark(benchmarks, name):
         v > 0 for k, v in figures["ratio"].items() if "seconds" in k
     )
     assert figures["machine"] in done.stdout
+
+
+# ---- peers.py
+def test_a_step_of_ours_and_of_trl(world, tmp_path, capsys):
+    """Both train on the same prompts, with two optimiser steps a rollout."""
+    settings = peers.Settings(
+        model=world.path("model"),
+        data=world.path("train.jsonl"),
+        prompts=2,
+        group_size=2,
+        max_tokens=16,
+        mini_batches=(2,),
+        threads=1,
+        steps=2,
+        skip=1,
+        rounds=1,
+        json=str(tmp_path / "peers.json"),
+    )
+    figures = peers.main(settings)
+    assert json.loads(Path(settings.json).read_text()) == json.loads(json.dumps(figures))
+    ours, trl = figures["rows"]
+    assert (ours["variant"], trl["variant"]) == ("ours", "TRL")
+    for row in (ours, trl):
+        assert row["seconds"] == row["all_seconds"][0][1] > 0
+        assert len(row["reward_by_step"]) == 2
+        assert all(0 <= reward <= 1 for reward in row["reward_by_step"])
+        assert all(1 <= length <= 16 for length in row["length_by_step"])
+    expected = ours["seconds"] / trl["seconds"]
+    assert figures["ratio"]["ours, 2 mini-batches seconds"] == pytest.approx(expected)
+    assert "reward of each step" in capsys.readouterr().out
+
+
+def test_ratio_to_trl_by_hand():
+    """Of the medians over all steps; the spread is that of the rounds."""
+    ours = [
+        peers.StepFigures([9.0, 1.0, 3.0], [0.0, 0.5, 1.0], [4.0, 5.0, 6.0], 2.0),
+        peers.StepFigures([9.0, 2.0, 4.0], [0.5, 0.5, 1.0], [4.0, 7.0, 6.0], 4.0),
+    ]
+    row = peers.summarise("ours", 1, ours, skip=1)
+    assert (row["seconds"], row["seconds_of_runs"], row["cpu_seconds"]) == (2.5, [2.0, 3.0], 3.0)
+    assert row["reward_by_step"] == [0.25, 0.5, 1.0] and row["length"] == 6.0
+    trl = {
+        "seconds": 5.0,
+        "seconds_of_runs": [4.0, 12.0],
+        "cpu_seconds": 6.0,
+        "cpu_seconds_of_runs": [8.0, 4.0],
+    }
+    assert peers.compare(row, trl) == {
+        "seconds": 0.5,
+        "seconds low": 0.25,
+        "seconds high": 0.5,
+        "cpu_seconds": 0.5,
+        "cpu_seconds low": 0.25,
+        "cpu_seconds high": 1.0,
+    }
+
+
+def test_a_line_that_is_being_written_does_not_count(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert peers.read_lines(file) == []
+    file.write_text('{"a": 1}\n{"a": 2')
+    assert peers.read_lines(file) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"skip": 0}, "skip=0, steps=12: expected at least one step to skip"),
+        ({"skip": 12}, "skip=12, steps=12"),
+        ({"threads": 0}, "threads=0: expected 1 or more"),
+        ({"mini_batches": (1, 3)}, "mini_batches=3: expected a divisor of 128 episodes"),
+        ({"trl_micro_batch": 32}, "trl_micro_batch=32: expected a divisor of the 16 episodes"),
+        ({"model": "runs/other"}, "without data: name its problems with --data"),
+    ],
+)
+def test_work_that_peers_cannot_do(values, message):
+    with pytest.raises(ValueError, match=message):
+        peers.main(replace(peers.Settings(), **values))
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (r"7+5=2. \boxed{2}", 1.0),
+        (r"\boxed{2}", 1.0),
+        (r"\boxed{3} \boxed{2}", 1.0),
+        (r"\boxed{2} \boxed{3}", 0.0),
+        (r"\boxed{12}", 0.0),
+        ("2", 0.0),
+        (r"\boxed{2", 0.0),
+    ],
+)
+def test_the_last_box_holds_the_answer(response, reward):
+    assert boxed_reward.reward("", response, "2") == reward
+
+
+# ---- rl_step.py
+SMALL_STEP = rl_step.Settings(
+    episodes=8,
+    group_size=4,
+    prompt_tokens=4,
+    response_tokens=6,
+    growth=(1, 2, 3),
+    mini_batches=(2,),
+    max_sequences=8,
+    hidden_size=32,
+    n_layers=2,
+    threads=1,
+    repeats=1,
+)
+
+
+def test_three_passes_score_and_learn_as_one(tmp_path):
+    """Both variants give the same scores, and leave the flow with the same weights."""
+    scores = {}
+    flows = {}
+    for variant in (rl_step.FLOW, rl_step.THREE_PASSES):
+        case = rl_step.Case(variant, 2, 8, 6)
+        parts = rl_step.make_parts(SMALL_STEP, case, str(tmp_path / variant))
+        torch.manual_seed(1)
+        for parameter in parts.flow.parameters():  # zeros at the start would let little through
+            torch.nn.init.normal_(parameter, std=0.05)
+        before = [parallel.gather(parameter).clone() for parameter in parts.flow.parameters()]
+        episodes = parts.engine.generate(parts.requests, rollout.Sampling(4, 1.0, 6))
+        assert {len(episode.response_ids) for episode in episodes} == {6}
+        verdicts = rl_step.make_verdicts(8)
+        scores[variant] = rl_step.score(parts, variant, episodes, verdicts, step=0)
+        if variant == rl_step.FLOW:
+            settings = parts.config
+            flow_lr, clip_norm = settings.flow_update.flow_lr, settings.optimisation.clip_norm
+            parts.learners["flow"].step(flow_lr, clip_norm)
+        flows[variant] = [parallel.gather(parameter) for parameter in parts.flow.parameters()]
+        assert not any(torch.equal(*pair) for pair in zip(before, flows[variant], strict=True))
+    one, three = scores.values()
+    for name in ("old_logp", "entropy", "flow_score"):
+        assert getattr(one, name).abs().sum() > 0
+        torch.testing.assert_close(getattr(one, name), getattr(three, name))
+    for weight, other in zip(*flows.values(), strict=True):
+        torch.testing.assert_close(weight, other)
+
+
+def test_an_rl_step_and_its_growth(tmp_path, capsys):
+    settings = replace(SMALL_STEP, json=str(tmp_path / "rl_step.json"))
+    figures = rl_step.main(settings)
+    assert json.loads(Path(settings.json).read_text()) == json.loads(json.dumps(figures))
+    sizes = {(row["episodes"], row["response_tokens"]) for row in figures["rows"]}
+    assert sizes == {(8, 6), (16, 6), (24, 6), (8, 12), (8, 18)}
+    for row in figures["rows"]:
+        assert row["seconds"] > 0 and row["peak_mb"] > 100
+        assert sum(row[phase] for phase in rl_step.PHASES) == pytest.approx(row["seconds"])
+    assert figures["ratio"].keys() == {
+        "flow / none, 2 mini-batches",
+        "three passes / flow, 2 mini-batches",
+    }
+    assert figures["growth"].keys() == {
+        f"{variant}, {by}" for variant in ("none", "flow") for by in ("episodes", "response_tokens")
+    }
+    assert "largest deviation" in capsys.readouterr().out
+
+
+def test_the_line_of_growth_by_hand():
+    """Through 1, 2, 4 s at 1, 2, 3 episodes: 7/3 + 3/2 * (n - 2), 5/6, 7/3, 23/6 s there."""
+    cases = [rl_step.Case("none", 1, n, 5) for n in (1, 2, 3)]
+    rows = {case: {"seconds": s} for case, s in zip(cases, (1.0, 2.0, 4.0), strict=True)}
+    fit = rl_step.fit_growth(rows, cases, "episodes")
+    assert fit["slope"] == pytest.approx(1.5)
+    assert fit["intercept"] == pytest.approx(7 / 3 - 3)
+    assert fit["deviation"] == pytest.approx((1 - 5 / 6) / (5 / 6))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"episodes": 60}, "episodes=60: expected a multiple of group_size=8"),
+        ({"mini_batches": (3,)}, "mini_batches=3: expected a divisor of 64"),
+        ({"growth": (1, 2)}, "a line fits any two points"),
+    ],
+)
+def test_steps_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        rl_step.main(replace(rl_step.Settings(), **values))

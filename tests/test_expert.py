@@ -227,11 +227,12 @@ def test_calibration_is_the_error_on_what_was_held_out(offline, policy):
         key = ("calibration noise", offline.seed, index - 40)
         noise, _ = fl.draw(flow.config, [key], [n_tokens], parallel.DEVICE)
         for tap in range(3):
-            chosen = (rows.taps() == tap).nonzero().squeeze(1)
-            t = torch.full((len(chosen),), 0.8)
-            x_0 = noise[rows.exists][chosen]
+            chosen = rows.taps() == tap
+            t = torch.full((1,), 0.8)
+            depth = rows.depth[tap, None]
+            inputs = (rows.x_1[chosen], rows.context[chosen], depth, noise[rows.exists][chosen])
             with torch.no_grad():
-                errors[tap].append(fl.velocity_error(flow, *rows.take(chosen), x_0, t))
+                errors[tap].append(fl.velocity_error(flow, *inputs, t))
     scale = flow.expert_scale([0.8])
     for tap in range(3):
         found = torch.cat(errors[tap])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import flow as fl
 
@@ -31,7 +32,7 @@ def single_rows(x_1: torch.Tensor, context: torch.Tensor) -> fl.FlowRows:
     """Make rows of one tap and one context mode, where each target has its context."""
     n = len(x_1)
     exists = torch.ones(1, 1, n, dtype=torch.bool)
-    return fl.FlowRows(x_1, context, torch.zeros(n), exists)
+    return fl.FlowRows(x_1, context, torch.zeros(1), exists)
 
 
 def random_flow(config: fl.FlowConfig) -> fl.Flow:
@@ -95,7 +96,8 @@ def test_modes_layers_and_targets_are_averaged():
     config = fl.FlowConfig(dim=1, contexts=("previous", "next"), percentiles=(0.25, 0.5))
     rows = fl.make_rows(config, latents, [0.25, 0.5], everything, everything)
     assert rows.exists.shape == (2, 2, 3)
-    assert rows.depth.tolist() == [0.25] * 4 + [0.5] * 4
+    assert rows.depth.tolist() == [0.25, 0.5]
+    assert rows.taps().tolist() == [0] * 4 + [1] * 4
     assert rows.context.flatten().tolist() == [1, 2, 2, 4, 3, 3, 3, 3]
 
     def no_velocity(x_t, t, context, depth):
@@ -156,6 +158,43 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         offline = fl.matching_loss(field, rows, x_0[None, None], torch.full((1, 1, 7), 0.5))
         results.append((score, loss, offline, field.a.grad, field.b.grad))
     torch.testing.assert_close(*results)
+
+
+def test_a_time_and_a_depth_of_all_rows_can_be_given_once():
+    flow = random_flow(fl.FlowConfig(dim=8))
+    x_1, _, context = random_vectors(5, 8)
+    once = flow(x_1, torch.tensor([0.8]), context, torch.tensor([0.25]))
+    each = flow(x_1, torch.full((5,), 0.8), context, torch.full((5,), 0.25))
+    torch.testing.assert_close(once, each)
+
+
+def test_rows_of_a_tap_are_called_together(monkeypatch):
+    """Three taps of 4 rows, 3 at most in a call, and of the second tap none is chosen."""
+    monkeypatch.setattr(fl, "ROWS_PER_CALL", 3)
+    exists = torch.ones(3, 1, 4, dtype=torch.bool)
+    x_1 = torch.arange(12.0)[:, None]
+    rows = fl.FlowRows(x_1, -x_1, torch.tensor([0.25, 0.5, 0.75]), exists)
+    chosen = torch.tensor([1] * 4 + [0] * 4 + [0, 1, 1, 0], dtype=torch.bool)
+    calls = []
+    for called, (x_1_of_call, context, depth) in rows.calls(chosen):
+        assert x_1_of_call[:, 0].tolist() == called.tolist() == (-context[:, 0]).tolist()
+        calls.append((called.tolist(), depth.tolist()))
+    assert calls == [([0, 1, 2], [0.25]), ([3], [0.25]), ([9, 10], [0.75])]
+
+
+def test_the_score_is_a_small_part_of_a_step():
+    """Multiplications at 7B shapes: 3 taps, 6 blocks; a token is scored and updated by the policy."""
+    with torch.device("meta"):
+        flow = fl.Flow(fl.FlowConfig(dim=3584, n_blocks=6))
+        rows = torch.zeros(8192, 3584)
+        scalar = torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        flow(rows, scalar, rows, scalar)
+    per_token = 3 * counter.get_total_flops() / len(rows)
+    policy = 2 * 7.6e9  # a multiplication and an addition a parameter
+    without_gradient, forward_and_backward = policy, 3 * policy
+    share = per_token / (without_gradient + forward_and_backward)
+    assert 0.03 < share < 0.08
 
 
 def test_noise_depends_on_the_key_alone():

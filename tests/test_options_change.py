@@ -44,6 +44,8 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_cap": 20.0}),
     ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_on": "response"}),
     ({"flow_coef": 1.0}, {"flow_centre": True}),
+    ({}, {"lora_rank": 4}),
+    ({"lora_rank": 4}, {"lora_alpha": 2.0}),
 ]
 # Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
 ELSEWHERE = {"epochs", "freeze"}

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import rlfr
 import rollout
 import run as runs
 import toy
@@ -143,6 +144,47 @@ def test_model_and_data_are_enough(
         "problem_column": "prompt" if has_vision else "problem",
         "freeze": "vision" if has_vision else "none",
     }.items()  # fmt: skip
+
+
+@pytest.mark.parametrize(("recompute", "measured"), [(True, 32e9), (False, 76e9)])
+def test_the_memory_of_an_update_is_what_an_h100_measured(monkeypatch, recompute, measured):
+    """benchmarks/RESULTS.md: 1.544e9 weights of the policy and 0.064e9 of the flow, on one rank.
+
+    With a budget of 16,384, the largest micro-batch of those episodes had 16,128 padded tokens.
+    """
+    monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
+    sizes = CONFIGS["Qwen/Qwen2.5-Math-1.5B"]
+    estimate = rlfr.update_bytes(sizes, 1.608e9, 16_128, 1, recompute)
+    assert estimate == pytest.approx(measured, rel=0.05)
+
+
+H100, H200 = 85e9, 150e9  # bytes
+N_PARAMETERS = {  # without an untied head
+    "Qwen/Qwen2.5-Math-1.5B": 1.544e9,
+    "Qwen/Qwen2.5-Math-7B": 7.07e9,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.09e9,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "n_ranks", "room", "recompute"),
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", {}, 1, H100, True),  # 78 of 68 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {"tokens_per_gpu": 8192}, 1, H100, False),  # 55 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {"cpu_offload": True}, 1, H100, False),  # 53 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {}, 8, H100, False),  # 56 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {}, 1, H200, False),  # 78 of 120 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {"lora_rank": 8}, 8, H100, True),  # no arithmetic for it
+        ("Qwen/Qwen2.5-Math-1.5B", {}, 8, 0, True),  # no GPU
+        ("Qwen/Qwen2.5-Math-7B", {}, 8, H100, True),  # 127 GB
+        ("Qwen/Qwen2.5-VL-3B-Instruct", {}, 8, H200, True),  # no arithmetic for it
+    ],
+)
+def test_which_models_recompute_activations(monkeypatch, name, options, n_ranks, room, recompute):
+    monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
+    model = rollout.Model("", CONFIGS[name], N_PARAMETERS[name], None)
+    config = change(train_rl.Config(), **{"tokens_per_gpu": 16_384, **options})
+    assert train_rl.recomputes_activations(config, model, n_ranks, room) == recompute
 
 
 def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):

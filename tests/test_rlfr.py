@@ -1,5 +1,6 @@
 """The algorithm: taps and log-probs on several families; shaping, advantages, losses by hand."""
 
+import copy
 import math
 
 import pytest
@@ -23,6 +24,7 @@ FAMILIES = {
     "qwen3": hf.Qwen3Config(**TINY, head_dim=8),
     "llama": hf.LlamaConfig(**TINY, tie_word_embeddings=True),
     "mistral": hf.MistralConfig(**TINY, sliding_window=None),
+    "mistral with a window": hf.MistralConfig(**TINY, sliding_window=3),
     "gemma": hf.GemmaConfig(**TINY, head_dim=8),
     "gemma2": hf.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0),
     "gemma3": hf.Gemma3TextConfig(**TINY, head_dim=8),
@@ -35,21 +37,26 @@ EPISODES = [
 ]
 
 
-def tiny_policy(family: str) -> rlfr.Policy:
+def tiny_model(family: str) -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    return rlfr.Policy(hf.AutoModelForCausalLM.from_config(FAMILIES[family]).train())
+    return hf.AutoModelForCausalLM.from_config(FAMILIES[family]).train()
+
+
+def tiny_policy(family: str) -> rlfr.Policy:
+    return rlfr.Policy(tiny_model(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_forward_gives_what_hugging_face_gives(family):
     """Each episode alone, without padding, from full logits."""
     policy = tiny_policy(family)
+    plain = tiny_model(family)
     taps = [1, 2, 3]
     scored = policy(rlfr.collate(EPISODES), temperature=0.7, taps=taps)
     for row, (prompt, response, _) in enumerate(EPISODES):
         n = len(response)
         ids = torch.tensor([prompt + response])
-        output = policy.model(ids, output_hidden_states=True)
+        output = plain(ids, output_hidden_states=True)
         logits = output.logits[0, len(prompt) - 1 : -1].float()
         log_p = (logits / 0.7).log_softmax(dim=-1)
         logp = log_p.gather(1, torch.tensor(response)[:, None]).squeeze(1)
@@ -69,11 +76,100 @@ def test_padding_needs_no_mask(family):
     """Hidden states of all tokens are those under the padding mask."""
     policy = tiny_policy(family)
     batch = rlfr.collate(EPISODES)
-    states = policy.run_decoder(batch)
-    masked = policy.model.base_model(batch.input_ids, attention_mask=batch.attention_mask)
     is_token = batch.attention_mask
+    states = policy.run_decoder(batch)[is_token]
+    masked = tiny_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
-    torch.testing.assert_close(states[is_token], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_have_the_gradients_of_padded_ones(family):
+    """Of a random combination of all tokens' states, for all parameters of the body."""
+    policy = tiny_policy(family)
+    plain = tiny_model(family)
+    batch = rlfr.collate(EPISODES)
+    is_token = batch.attention_mask
+    states = policy.run_decoder(batch)[is_token]
+    masked = plain.base_model(batch.input_ids, attention_mask=is_token)
+    weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    (states * weight).sum().backward()
+    (masked.last_hidden_state[is_token] * weight).sum().backward()
+    for got, expected in zip(
+        policy.model.base_model.parameters(), plain.base_model.parameters(), strict=True
+    ):
+        difference = (got.grad - expected.grad).abs().max()
+        assert difference <= 1e-5 * expected.grad.abs().max()
+
+
+PROMPTS_SHARED = [
+    rlfr.Row([5, 6, 7], [8, 9]),
+    rlfr.Row([10], [11, 12, 13]),
+    rlfr.Row([5, 6, 7], [20, 21, 22, 23]),
+    rlfr.Row([5, 6], [7, 8, 9]),  # begins like the first
+    rlfr.Row([10], [14]),
+    rlfr.Row([5, 6, 7], [8]),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_several_rows_is_computed_once(family):
+    """Figures, latents and gradients are those of the rows one by one, for fewer tokens."""
+    policy = tiny_policy(family)
+    alone = tiny_policy(family)
+    seen = []
+    policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
+    shared = policy(rlfr.collate(PROMPTS_SHARED), 0.7, taps=[1, 2])
+    assert seen == [(1, 3 + 1 + 2 + 2 + 3 + 4 + 3 + 1 + 1)]
+    (shared.logp.sum() + shared.entropy.square().sum()).backward()
+    for i, row in enumerate(PROMPTS_SHARED):
+        one = alone(rlfr.collate([row]), 0.7, taps=[1, 2])
+        (one.logp.sum() + one.entropy.square().sum()).backward()
+        n = len(row.response_ids)
+        torch.testing.assert_close(shared.logp[i, :n], one.logp[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shared.entropy[i, :n], one.entropy[0], rtol=1e-5, atol=1e-5)
+        for latent, expected in zip(shared.latents, one.latents, strict=True):
+            got = latent[i, : expected.shape[1]]
+            assert (got - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
+    for got, expected in zip(policy.parameters(), alone.parameters(), strict=True):
+        assert (got.grad - expected.grad).abs().max() <= 1e-5 * expected.grad.abs().max()
+
+
+def test_rows_of_a_prompt_go_to_one_rank():
+    """Four groups of two rows, dealt 0 1 1 0; groups that do not go round are dealt row by row."""
+    rows = [rlfr.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
+    plans = []
+    for rank in range(2):
+        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 100, rank, n_ranks=2)])
+    assert plans == [[[3, 7, 0, 4]], [[2, 6, 1, 5]]]
+    assert rlfr.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rlfr.prompt_groups(rows, 3) == [[n] for n in range(8)]
+    assert rlfr.prompt_groups(rows[:6], 1) == [[0, 4], [1, 5], [2], [3]]
+    assert rlfr.prompt_groups(rows[:6], 2) == [[n] for n in range(6)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policys_model_still_does_what_others_expect_of_it(family):
+    """Rows that are not packed, with and without a mask of padding on the left."""
+    model = tiny_policy(family).model
+    plain = tiny_model(family)
+    ids = torch.arange(1, 13).view(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    got = model(ids, attention_mask=mask).logits[mask.bool()]
+    expected = plain(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_costs_the_decoder_nothing():
+    """A decoder layer sees the 23 tokens of four rows, not their 36 positions."""
+    policy = tiny_policy("qwen2")
+    seen = []
+    policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
+    batch = rlfr.collate(EPISODES)
+    policy(batch)
+    assert batch.input_ids.shape == (4, 9)
+    assert seen == [(1, 23)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,7 +318,7 @@ def test_micro_batches_keep_to_the_budget():
     seen = []
     for indices, batch in rlfr.micro_batches(rows, 20, rank=0, n_ranks=1):
         seen += indices
-        assert len(indices) == 1 or batch.input_ids.numel() <= 20
+        assert len(indices) == 1 or batch.attention_mask.sum() <= 20
         assert batch.targets.sum() == sum(len(rows[i].response_ids) for i in indices)
     assert sorted(seen) == list(range(5))
 
@@ -232,7 +328,7 @@ def test_micro_batches_share_rows_out():
     rows = [rlfr.Row([1], [2] * n) for n in (1, 2, 9, 9)]
     plans = []
     for rank in range(2):
-        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 15, rank, n_ranks=2)])
+        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 11, rank, n_ranks=2)])
     assert plans == [[[2], [0]], [[3], [1]]]
     rows = [rlfr.Row([1], [2] * n) for n in (9, 2, 2, 2)]
     plans = []
@@ -242,13 +338,13 @@ def test_micro_batches_share_rows_out():
 
 
 def test_micro_batches_are_of_like_size():
-    """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 24, 30 and 8 tokens."""
+    """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 23, 28 and 3 tokens."""
     rows = [rlfr.Row([1], [2] * 9)] * 5
     sizes = [len(indices) for indices, _ in rlfr.micro_batches(rows, 40, rank=0, n_ranks=1)]
     assert sizes == [3, 2]
     rows = [rlfr.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
     plan = [indices for indices, _ in rlfr.micro_batches(rows, 30, rank=0, n_ranks=1)]
-    assert plan == [[0, 1], [2, 3], [4, 5, 6]]  # 24, 20 and 15 tokens with padding
+    assert plan == [[0], [1, 2], [3, 4, 5, 6]]  # 12, 21 and 21 tokens
 
 
 # ---- Flow reward
@@ -407,13 +503,14 @@ def test_importance_weights_by_hand(mode, expected):
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     sampled = torch.tensor([[0.0, 0.0, torch.nan], [0.0, 0.0, 0.0]])
     trained = torch.tensor([[math.log(4.0), math.log(0.75), 0.3], [math.log(1.5), 8.0, 8.0]])
-    weights, figures = rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0)
+    weights = rlfr.importance_weights(trained, sampled, mask, mode, cap=2.0)
     torch.testing.assert_close(weights[mask], torch.tensor(expected, dtype=torch.float32))
     if mode == "none":
         assert (weights == 1).all()
-        below_1, _ = rlfr.importance_weights(trained, sampled, mask, mode, cap=0.5)
+        below_1 = rlfr.importance_weights(trained, sampled, mask, mode, cap=0.5)
         assert (below_1 == 1).all(), "no weights, hence no cap"
-    assert figures == {  # of the ratios before the cap, whatever the mode
+    figures = rlfr.mismatch_figures(trained, sampled, mask, cap=2.0)
+    assert figures == {  # of the ratios before the cap
         "mismatch/ratio_max": pytest.approx(4),
         "mismatch/ratio_mean": pytest.approx(7.25 / 4),
         "mismatch/over_cap": 0.25,
@@ -480,3 +577,29 @@ def test_biases_and_norms_do_not_decay():
     for name, parameter in flow.named_parameters():
         factor = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
+
+
+# ---- Memory of an update; tests/test_published.py has what an H100 measured
+@pytest.mark.parametrize("family", rlfr.PLAIN_DECODERS)
+def test_what_a_layer_keeps_of_a_token(family):
+    """Against what autograd saves of the layers of a bfloat16 model, each storage counted once."""
+    config = copy.deepcopy(FAMILIES[family])
+    config.update({"hidden_size": 128, "intermediate_size": 384, "head_dim": 32})
+    decoder = hf.AutoModel.from_config(config).bfloat16()
+    decoder.norm = torch.nn.Identity()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in decoder.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    n_tokens = 256
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = decoder(torch.zeros(1, n_tokens, dtype=torch.int64))
+    assert output.last_hidden_state.requires_grad
+    total = sum(storage.nbytes() for storage in saved.values())
+    per_layer = total / n_tokens / config.num_hidden_layers
+    assert rlfr.layer_bytes(config) == pytest.approx(per_layer, rel=0.02)

@@ -166,6 +166,32 @@ def test_micro_batches_change_nothing(config):
             torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("mismatch", ["token", "sequence"])
+def test_old_log_probs_of_a_single_mini_batch_need_no_pass(config, monkeypatch, mismatch):
+    """The update's own are the same, and its forward is the only one."""
+    config = change(config, shaping="none", train_batch=16, mismatch=mismatch, steps=2)
+    forwards = []
+    forward = rlfr.Policy.forward
+    monkeypatch.setattr(
+        rlfr.Policy, "forward", lambda *a, **k: (forwards.append(1), forward(*a, **k))[1]
+    )
+    train_rl.main(change(config, folder=config.folder + "-without"))
+    n_without = len(forwards)
+    monkeypatch.setattr(train_rl, "needs_pass", lambda _config: True)
+    train_rl.main(change(config, folder=config.folder + "-with"))
+    assert len(forwards) == 3 * n_without
+    without, with_pass = (figures(config.folder + name) for name in ("-without", "-with"))
+    for a, b in zip(without, with_pass, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    records = [
+        read_lines(Path(config.folder + name) / "rollouts" / "step-1.jsonl")
+        for name in ("-without", "-with")
+    ]
+    for a, b in zip(*records, strict=True):
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-4)
+        assert a["ratio"] == pytest.approx(b["ratio"], rel=1e-4)
+
+
 # ---- Options: each does something, and runs
 
 OPTIONS = [  # what both runs have, what one has besides

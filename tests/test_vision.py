@@ -79,6 +79,16 @@ def with_images(episodes, requests) -> list[rlfr.Row]:
     return rows
 
 
+def seen(policy: rlfr.Policy, rows: list[rlfr.Row]) -> list:
+    """The rows as training has them: with a frozen tower, their images are features."""
+    episodes = []
+    for row in rows:
+        episodes.append(
+            rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
+        )
+    return train_rl.see_images(policy, episodes, token_budget=4)
+
+
 def rows() -> list[rlfr.Row]:
     """Episodes with one image, none, and two; two of the responses have a placeholder in them that was sampled."""
     one = drawing("1 +2 +3>", PROCESSOR)
@@ -139,6 +149,7 @@ def with_torchvision(request, tmp_path_factory):
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
     policy = rlfr.Policy(tiny_vlm(family))
+    plain = tiny_vlm(family)
     taps = [1, 2]
     batched = policy(rlfr.collate(rows()), temperature=0.7, taps=taps)
     for i, row in enumerate(rows()):
@@ -150,50 +161,77 @@ def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
             assert (a[i, : b.shape[1]] - b[0]).abs().max() <= 1e-5 * b.abs().max()
         if PAD not in row.response_ids:
             ids = torch.tensor([row.prompt_ids + row.response_ids])
-            logits = policy.model(ids, **inputs_of_images(ids, row.images)).logits
+            logits = plain(ids, **inputs_of_images(ids, row.images)).logits
             log_probs = (logits[0, -n - 1 : -1] / 0.7).log_softmax(dim=-1)
             expected = log_probs.gather(1, torch.tensor(row.response_ids)[:, None]).squeeze(1)
             torch.testing.assert_close(alone.logp[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
-def test_padding_needs_no_mask(family):
-    """Hidden states of all tokens are those under the padding mask."""
-    policy = rlfr.Policy(tiny_vlm(family))
-    batch = rlfr.collate(rows())
-    states = policy.run_decoder(batch)
-
-    def with_mask(_module, arguments, inputs):
-        return arguments, {**inputs, "attention_mask": batch.attention_mask}
-
-    policy.model.base_model.register_forward_pre_hook(with_mask, with_kwargs=True)
-    expected = policy.run_decoder(batch)[batch.attention_mask]
-    difference = states[batch.attention_mask] - expected
-    assert difference.abs().max() <= 1e-5 * expected.abs().max()
+def test_packed_rows_have_the_states_of_padded_ones(family):
+    """Hidden states of all tokens are those of the plain model under a padding mask."""
+    chosen = []
+    for row in rows():  # a sampled placeholder has a test of its own
+        words = [13 if token == PAD else token for token in row.response_ids]
+        chosen.append(row._replace(response_ids=words))
+    batch = rlfr.collate(chosen)
+    is_token = batch.attention_mask
+    states = rlfr.Policy(tiny_vlm(family)).run_decoder(batch)[is_token]
+    images = [image for row in chosen for image in row.images]
+    masked = tiny_vlm(family).base_model(
+        batch.input_ids, attention_mask=is_token, **inputs_of_images(batch.input_ids, images)
+    )
+    expected = masked.last_hidden_state[is_token]
+    assert (states - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
-def test_the_kinds_of_tokens_are_passed(family):
-    """Left out, Qwen2.5-VL gives other log-probs in silence: positions of text, where an image's are rows and columns."""
+def test_images_of_a_shared_prompt_go_through_the_model_once(family):
+    """Four rows of three prompts; log-probs are those of the rows one by one."""
+    policy = rlfr.Policy(tiny_vlm(family))
+    shared = rows()
+    shared.insert(1, shared[0]._replace(response_ids=[5, 6, 7, 8, 9]))
+    batch = rlfr.collate(shared)
+    alone = [rlfr.collate([row]) for row in shared]
+    images = [len(one.image_grid_thw) if one.image_grid_thw is not None else 0 for one in alone]
+    assert images == [1, 1, 0, 2]
+    assert len(batch.image_grid_thw) == 3
+    logp = policy(batch).logp
+    for row, one in enumerate(alone):
+        expected = policy(one).logp[0]
+        torch.testing.assert_close(logp[row, : len(expected)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_positions_of_an_image_are_its_rows_and_columns(family):
+    """Also packed, behind other rows; as positions of text the log-probs would be others."""
     policy = rlfr.Policy(tiny_vlm(family))
     passed = []
-    body = policy.model.base_model
-    forward = body.forward
-    batch = rlfr.collate(rows()[:1])
 
-    def without(**inputs):
-        passed.append(inputs.pop("mm_token_type_ids").tolist())
-        return forward(**inputs)
+    def see(_module, _arguments, inputs) -> None:
+        passed.append(inputs["position_ids"])
 
-    logp = policy(batch).logp
-    body.forward = without
-    if family != "qwen2_5_vl":
-        with pytest.raises(ValueError, match="mm_token_type_ids"):
-            policy(batch)
-    else:
-        assert (policy(batch).logp - logp).abs().max() > 1e-3
-    row = rows()[0]
-    assert passed == [[[int(token == PAD) for token in row.prompt_ids + row.response_ids]]]
+    policy.model.base_model.register_forward_pre_hook(see, with_kwargs=True)
+    logp = policy(rlfr.collate(rows())).logp
+    expected = []
+    for row in rows():
+        ids = torch.tensor([row.prompt_ids + row.response_ids])
+        is_image = torch.zeros_like(ids)
+        is_image[:, : len(row.prompt_ids)] = ids[:, : len(row.prompt_ids)] == PAD
+        text_ids = ids.where((ids != PAD) | is_image.bool(), 0)
+        _, grids = vision.stack(row.images, "cpu")
+        positions, _ = policy.model.base_model.get_rope_index(
+            text_ids, is_image.int(), image_grid_thw=grids
+        )
+        expected.append(positions)
+    assert torch.equal(passed[0], torch.cat(expected, dim=2))
+    assert not torch.equal(passed[0][0], passed[0][2])
+
+    def as_text(_module, arguments, inputs):
+        return arguments, {**inputs, "position_ids": rlfr.collate(rows()).packing.positions()[None]}
+
+    policy.model.base_model.register_forward_pre_hook(as_text, with_kwargs=True)
+    assert (policy(rlfr.collate(rows())).logp - logp).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
@@ -201,7 +239,7 @@ def test_the_kinds_of_tokens_are_passed(family):
 def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
     policy = rlfr.load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
     tower = list(policy.model.model.visual.parameters())
-    policy(rlfr.collate(rows())).logp.sum().backward()
+    policy(rlfr.collate(seen(policy, rows()))).logp.sum().backward()
     if freeze == "vision":
         assert all(p.grad is None for p in tower)
     else:
@@ -214,6 +252,38 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
         assert all(p.grad is None for p in tower)
     else:
         assert all(p.grad.abs().max() == 0 for p in tower)
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_a_frozen_tower_sees_an_image_once(family, tmp_path):
+    """Log-probs, latents and gradients are those of a tower that runs with every batch."""
+    folder = save_vlm(tiny_vlm(family), tmp_path)
+    every_time = rlfr.load_policy(folder)
+    once = rlfr.load_policy(folder, freeze="vision")
+    unseen = rows()
+    unseen.append(unseen[0]._replace(response_ids=[5, 6, 7]))  # of four images two differ
+    ran = []
+    once.tower.patch_embed.register_forward_pre_hook(lambda _, inputs: ran.append(len(inputs[0])))
+    shown = seen(once, unseen)
+    assert ran == [12, 8], "patches, a batch for each as the two have more vectors than the budget"
+    for chosen in ([0, 1, 2, 3], [3, 2], [1]):
+        expected = every_time(rlfr.collate([unseen[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        output = once(rlfr.collate([shown[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        torch.testing.assert_close(output.logp, expected.logp, rtol=0, atol=1e-5)
+        for latent, other in zip(output.latents, expected.latents, strict=True):
+            assert (latent - other).abs().max() <= 1e-5 * other.abs().max()
+        output.logp.square().sum().backward()
+        expected.logp.square().sum().backward()
+    learns = dict(every_time.model.named_parameters())
+    for name, parameter in once.model.named_parameters():
+        if "visual" not in name:
+            gradient = learns[name].grad
+            difference = parameter.grad - gradient
+            assert difference.abs().max() <= 1e-5 * gradient.abs().max(), name
+    assert len(ran) == 2, "no forward ran the tower"
+    with pytest.raises(AssertionError, match="the frozen tower has not seen these images"):
+        once(rlfr.collate(unseen))
+    assert "forward" not in vars(once.tower)
 
 
 def test_the_offline_start_stops_at_the_last_tap():

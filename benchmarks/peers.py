@@ -1,0 +1,381 @@
+"""The time of a GRPO step: train_rl.py against TRL's GRPOTrainer, on the same work, on a CPU.
+
+    python benchmarks/peers.py --json peers.json                          # the embedded base
+    python benchmarks/peers.py --model runs/rl-toy-flow/policy --data runs/toy/train.jsonl \\
+        --flow runs/flow-toy/flow                                         # its trained policy
+    python benchmarks/peers.py --model runs/smollm2 --data runs/words/train.jsonl \\
+        --template runs/words/template.txt --reward benchmarks/last_number_reward.py --lr 1e-5 \\
+        --prompts 4 --group-size 4 --max-tokens 48 --steps 4 --skip 1 --rounds 1   # a language model
+
+(smollm2.py and word_problems.py make the folders of the last one.)
+
+Each run is a process of its own, and the runs take turns: ours, TRL's, ours, TRL's, …, for each
+number of optimiser steps a rollout. Same model in float32, same problems in the same order, same
+number of responses and of optimiser steps, same limit of tokens, learning rate (constant), betas,
+clipping, threads, and the same function that grades. Sampling differs: each has its own generator.
+So both print their rewards and lengths, from which one sees that they do the same job.
+
+A step's seconds are `time/step` of metrics.jsonl, and TRL's from the end of one rollout's last
+optimiser step to the end of the next one's; starting is in neither, and the first steps are left out.
+CPU seconds are what the process had of the processor, all threads together: on a machine with other
+work they say more than the clock (with one thread; several spin while they wait).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+from common import machine  # noqa: E402
+
+import parallel  # noqa: E402
+import rlfr  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import train_rl  # noqa: E402
+
+TRL = "TRL"
+OURS = "ours"
+OURS_WITH_FLOW = "ours, with flow"
+TOY_FLOW = "runs/flow-toy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The work, and how often it is measured."""
+
+    model: str = "toy"  # toy, or a folder in Hugging Face format
+    data: str | None = None  # Problems, a JSONL file; by default the embedded world's
+    template: str = "none"  # As --template of train_rl.py
+    reward: str = str(ROOT / "benchmarks" / "boxed_reward.py")  # File with the function that grades
+    flow: str | None = (
+        None  # Flow for the variant with one; toy makes its own; None: no such variant
+    )
+    prompts: int = 16  # N, prompts a step
+    group_size: int = 8  # G, samples a prompt
+    max_tokens: int = 96  # Longest response
+    mini_batches: tuple[int, ...] = (1, 8)  # Optimiser steps a rollout
+    lr: float = 3e-4  # Learning rate
+    threads: int = 2  # Threads of a process
+    steps: int = 12  # Steps of a run
+    skip: int = 2  # First steps of a run that do not count
+    rounds: int = 3  # Runs of each trainer
+    python: str = sys.executable  # Interpreter that has TRL
+    trl_micro_batch: int | None = None  # Episodes in a forward of TRL; by default the mini-batch
+    seed: int = 0  # Of the order of problems and of sampling; each round adds one
+    json: str | None = None  # File for the figures
+
+
+class Problems(NamedTuple):
+    """The work that both trainers share, beside the settings."""
+
+    model: rollout.Model
+    problems: list[rollout.Problem]
+
+
+class StepFigures(NamedTuple):
+    """What a run shows of its steps."""
+
+    seconds: list[float]  # of each step
+    reward: list[float]  # mean of each step
+    length: list[float]  # mean tokens of a response, of each step
+    cpu_seconds: float  # a step, mean over those that count
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for settings that cannot work, before anything runs."""
+    if not 1 <= settings.skip < settings.steps:
+        raise ValueError(
+            f"skip={settings.skip}, steps={settings.steps}: expected at least one step to skip, "
+            "which has the warm-up in it, and one to count"
+        )
+    if settings.rounds < 1 or settings.threads < 1:
+        raise ValueError(
+            f"rounds={settings.rounds}, threads={settings.threads}: expected 1 or more"
+        )
+    n_episodes = settings.prompts * settings.group_size
+    for n_parts in settings.mini_batches:
+        if n_parts < 1 or n_episodes % n_parts:
+            raise ValueError(f"mini_batches={n_parts}: expected a divisor of {n_episodes} episodes")
+        micro_batch = settings.trl_micro_batch
+        if micro_batch and n_episodes // n_parts % micro_batch:
+            raise ValueError(
+                f"trl_micro_batch={micro_batch}: expected a divisor of the "
+                f"{n_episodes // n_parts} episodes of a mini-batch"
+            )
+    if settings.model != "toy" and settings.data is None:
+        raise ValueError(f"model={settings.model!r} without data: name its problems with --data")
+    answer = subprocess.run(
+        [settings.python, "-c", "from importlib.metadata import version; print(version('trl'))"],
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode or not answer.stdout.startswith("1.16."):
+        found = answer.stdout.strip() or answer.stderr.strip().splitlines()[-1]
+        raise ValueError(
+            f"{settings.python}: expected an interpreter with TRL 1.16, found {found!r}; "
+            "pip install 'trl>=1.16,<1.17' there, or name another one with --python"
+        )
+
+
+def resolve(settings: Settings) -> Settings:
+    """Make the embedded world and its flow, if they are asked for and are not there."""
+    world = toy.find_world(settings.model)
+    if world is None:
+        return settings
+    flow = settings.flow
+    if flow is None:
+        train_rl.make_toy_flow(settings.model, TOY_FLOW)
+        flow = f"{TOY_FLOW}/flow"
+    data = settings.data or world.path("train.jsonl")
+    return replace(settings, model=world.path("model"), data=data, flow=flow)
+
+
+def load(settings: Settings) -> Problems:
+    """Load the problems, with the prompts that both trainers get."""
+    model = rollout.find_model(settings.model, rollout.LoadingSettings())
+    reading = rollout.ProblemSettings(
+        template=settings.template, max_prompt_tokens=4096, problem_column="problem"
+    )
+    return Problems(model, rollout.load_problems(settings.data, reading, model))
+
+
+# ---- Runs
+def train_ours(
+    settings: Settings, shared: Problems, mini_batches: int, flow: str | None, folder: Path
+) -> StepFigures:
+    """Train with train_rl.py and return the figures of its steps."""
+    n_episodes = settings.prompts * settings.group_size
+    longest_prompt = max(len(problem.prompt_ids) for problem in shared.problems)
+    flags = {
+        "--model": settings.model,
+        "--data": settings.data,
+        "--template": settings.template,
+        "--problem-column": "problem",
+        "--reward": settings.reward,
+        "--prompts": settings.prompts,
+        "--group-size": settings.group_size,
+        "--train-batch": n_episodes // mini_batches,
+        "--max-tokens": settings.max_tokens,
+        "--max-prompt-tokens": longest_prompt,
+        "--steps": settings.steps,
+        "--lr": settings.lr,
+        "--warmup": 0,
+        "--lr-floor": 1,
+        "--shaping": "flow" if flow else "none",
+        "--engine": "torch",
+        "--dtype": "float32",
+        "--gradient-checkpointing": False,
+        "--save-every": 0,
+        "--log-rollouts": 0,
+        "--seed": settings.seed,
+        "--folder": folder / "run",
+    }
+    if flow:
+        flags["--flow"] = flow
+    words = [str(word) for pair in flags.items() for word in pair]
+    command = [sys.executable, str(ROOT / "train_rl.py"), *words]
+    return measure(command, folder / "run" / "metrics.jsonl", settings, folder)
+
+
+def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: Path) -> StepFigures:
+    """Train with TRL's GRPOTrainer and return the figures of its rollouts."""
+    n_prompts = settings.prompts * settings.steps
+    order = rlfr.passes(len(shared.problems), 0, n_prompts, "problem order", settings.seed)
+    chosen = [shared.problems[index] for _, index in order]
+    prompts = rollout.apply_template(
+        [problem.text for problem in chosen], shared.model.tokenizer, settings.template
+    )
+    rows = []
+    for problem, prompt in zip(chosen, prompts, strict=True):
+        row = {
+            "prompt": prompt,
+            "prompt_ids": problem.prompt_ids,
+            "problem": problem.text,
+            "answer": problem.answer,
+        }
+        rows.append(row)
+    mini_batch = settings.prompts * settings.group_size // mini_batches
+    work = {
+        "model": settings.model,
+        "rows": rows,
+        "reward": settings.reward,
+        "end_tokens": rollout.end_tokens(shared.model),
+        "prompts": settings.prompts,
+        "group_size": settings.group_size,
+        "mini_batches": mini_batches,
+        "micro_batch": settings.trl_micro_batch or mini_batch,
+        "max_tokens": settings.max_tokens,
+        "lr": settings.lr,
+        "threads": settings.threads,
+        "seed": settings.seed,
+        "folder": str(folder / "trl"),
+        "figures": str(folder / "trl.jsonl"),
+    }
+    (folder / "work.json").write_text(json.dumps(work))
+    script = str(Path(__file__).with_name("peer_trl.py"))
+    command = [settings.python, script, str(folder / "work.json")]
+    return measure(command, folder / "trl.jsonl", settings, folder)
+
+
+def measure(command: Sequence[str], figures: Path, settings: Settings, folder: Path) -> StepFigures:
+    """Run a trainer that appends a line a step to `figures`, and watch its CPU time meanwhile."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(settings.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = folder / "log.txt"
+    cpu_at: list[float] = []  # CPU seconds of the process when each step had ended
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    while process.poll() is None:
+        n_steps = len(read_lines(figures))
+        cpu_at += [cpu_seconds(process.pid)] * (n_steps - len(cpu_at))
+        time.sleep(0.02)
+    lines = read_lines(figures)
+    if process.returncode or len(lines) != settings.steps:
+        raise RuntimeError(
+            f"{' '.join(command)} ended with code {process.returncode} after {len(lines)} of "
+            f"{settings.steps} steps:\n{log.read_text()[-3000:]}"
+        )
+    n_counted = settings.steps - settings.skip
+    return StepFigures(
+        seconds=[line["time/step"] for line in lines],
+        reward=[line["reward"] for line in lines],
+        length=[line["length"] for line in lines],
+        cpu_seconds=(cpu_at[-1] - cpu_at[settings.skip - 1]) / n_counted,
+    )
+
+
+def read_lines(file: Path) -> list[dict]:
+    """Return the whole lines of a JSONL file that another process may be writing."""
+    if not file.exists():
+        return []
+    whole, _, _ = file.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process so far, of all its threads (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
+
+
+# ---- Figures
+def summarise(variant: str, mini_batches: int, runs: list[StepFigures], skip: int) -> dict:
+    """Return a row of the table: a variant with a number of mini-batches, over all its runs."""
+    counted = [run.seconds[skip:] for run in runs]
+    lengths = [length for run in runs for length in run.length[skip:]]
+    return {
+        "variant": variant,
+        "mini_batches": mini_batches,
+        "seconds": statistics.median(seconds for run in counted for seconds in run),
+        "seconds_of_runs": [statistics.median(run) for run in counted],
+        "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
+        "cpu_seconds_of_runs": [run.cpu_seconds for run in runs],
+        "length": statistics.mean(lengths),
+        "all_seconds": [run.seconds for run in runs],
+        "reward_by_step": mean_by_step([run.reward for run in runs]),
+        "length_by_step": mean_by_step([run.length for run in runs]),
+    }
+
+
+def mean_by_step(runs: list[list[float]]) -> list[float]:
+    """Average curves of several runs."""
+    return [statistics.mean(values) for values in zip(*runs, strict=True)]
+
+
+def compare(row: dict, peer: dict) -> dict[str, float]:
+    """Return the ratio of a row to TRL's: of the medians, and its least and largest over rounds."""
+    ratio = {}
+    for name in ("seconds", "cpu_seconds"):
+        of_rounds = []
+        for ours, theirs in zip(row[f"{name}_of_runs"], peer[f"{name}_of_runs"], strict=True):
+            of_rounds.append(ours / theirs)
+        ratio[name] = row[name] / peer[name]
+        ratio[f"{name} low"] = min(of_rounds)
+        ratio[f"{name} high"] = max(of_rounds)
+    return ratio
+
+
+def print_table(rows: list[dict], ratio: dict[str, float]) -> None:
+    """Print seconds and ratios, then the curves of reward and length."""
+    print(
+        f"{'':34}{'s/step':>9}{'CPU s':>9}{'tokens':>9}   ratio to TRL, of seconds and of CPU seconds"
+    )
+    for row in rows:
+        name = row_name(row)
+        text = f"{name:34}{row['seconds']:9.3f}{row['cpu_seconds']:9.3f}{row['length']:9.1f}   "
+        for key in ("seconds", "cpu_seconds"):
+            if f"{name} {key}" in ratio:
+                low, high = ratio[f"{name} {key} low"], ratio[f"{name} {key} high"]
+                text += f"{ratio[f'{name} {key}']:.2f} ({low:.2f} to {high:.2f})  "
+        print(text)
+    for curve in ("reward", "length"):
+        print(f"{curve} of each step, mean of the rounds")
+        for row in rows:
+            values = " ".join(f"{value:.2f}" for value in row[f"{curve}_by_step"])
+            print(f"  {row_name(row):32}{values}")
+
+
+def row_name(row: dict) -> str:
+    """Name a row by its variant and mini-batches."""
+    return f"{row['variant']}, {row['mini_batches']} mini-batches"
+
+
+def main(settings: Settings) -> dict:
+    """Measure all variants in turns, print the table and write the JSON."""
+    check(settings)
+    parallel.start()  # a group of one, which data is loaded in
+    settings = resolve(settings)
+    shared = load(settings)
+    variants = [OURS, TRL]
+    if settings.flow:
+        variants = [OURS, OURS_WITH_FLOW, TRL]
+    runs = {key: [] for key in product(settings.mini_batches, variants)}
+    for number in range(settings.rounds):
+        of_round = replace(settings, seed=settings.seed + number)
+        for (mini_batches, variant), done in runs.items():
+            with tempfile.TemporaryDirectory() as folder:
+                if variant == TRL:
+                    run = train_trl(of_round, shared, mini_batches, Path(folder))
+                else:
+                    flow = settings.flow if variant == OURS_WITH_FLOW else None
+                    run = train_ours(of_round, shared, mini_batches, flow, Path(folder))
+            done.append(run)
+
+    rows = []
+    ratio = {}
+    for (mini_batches, variant), done in runs.items():
+        rows.append(summarise(variant, mini_batches, done, settings.skip))
+    peers = {row["mini_batches"]: row for row in rows if row["variant"] == TRL}
+    for row in rows:
+        if row["variant"] != TRL:
+            for name, value in compare(row, peers[row["mini_batches"]]).items():
+                ratio[f"{row_name(row)} {name}"] = value
+    title = f"a GRPO step of {settings.prompts} * {settings.group_size} episodes, {settings.model}"
+    print(f"{title}\n{machine()}; {settings.threads} threads a process")
+    print_table(rows, ratio)
+    result = {"machine": machine(), "settings": asdict(settings), "rows": rows, "ratio": ratio}
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

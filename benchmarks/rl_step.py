@@ -1,0 +1,371 @@
+"""The time and memory of one RL step on a CPU: without the flow, with it, and with separate passes.
+
+    python benchmarks/rl_step.py --json rl_step.json
+
+Variants:
+    none          --shaping none: one forward scores, and the policy learns
+    flow          --shaping flow: the same forward also gives the latents, which the flow scores and
+                  learns from (ours)
+    three passes  what the official code runs the policy for: old log-probs, then latents for the
+                  flow's score, then latents for its online update. It is kinder than that code: no
+                  full logits, the flow sees response tokens alone, and the third pass ends at the
+                  last tap. Scores and updated flow are the same as with `flow`.
+
+The steps are those of train_rl.py, by its functions, on a random decoder of the embedded world's
+shape. The engine samples, but nothing ends a response, so that all have the same, known length;
+every other one counts as right. Nothing is graded. Printed are the phases, ratios of whole steps,
+how seconds grow with the number of episodes and with the length of responses (a fitted line, and
+the largest deviation from it as a fraction of the fit), and the largest resident memory.
+
+Each row is a process of its own, a fork of one that has imported the libraries. `--clock cpu` counts
+the seconds that the process had of the processor, which on a machine with other work say more than
+the clock (with one thread: several spin while they wait).
+"""
+
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from sys import path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+
+path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from common import machine  # noqa: E402
+
+import flow as fl  # noqa: E402
+import parallel  # noqa: E402
+import rlfr  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import train_rl  # noqa: E402
+from rewards import Verdict  # noqa: E402
+from run import change  # noqa: E402
+
+NONE = "none"
+FLOW = "flow"
+THREE_PASSES = "three passes"
+PHASES = ("sync", "roll_out", "score", "update")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The smallest step, and how it grows."""
+
+    episodes: int = 64  # Episodes of a step
+    group_size: int = 8  # Responses a prompt
+    prompt_tokens: int = 20  # Tokens of a prompt
+    response_tokens: int = 24  # Tokens of a response
+    growth: tuple[int, ...] = (1, 2, 4)  # Factors of the number of episodes, and of the length
+    mini_batches: tuple[int, ...] = (1, 8)  # Optimiser steps of the compared steps
+    max_sequences: int = 64  # Responses that the engine samples at a time
+    hidden_size: int = 128  # Width of the decoder
+    n_layers: int = 4  # Its layers
+    flow_blocks: int = 2  # Of the flow
+    threads: int = 2  # Threads of a process
+    repeats: int = 3  # Measured steps; medians count
+    clock: Literal["wall", "cpu"] = "wall"  # What counts seconds
+    json: str | None = None  # File for the figures
+
+
+class Case(NamedTuple):
+    """What a row measures."""
+
+    variant: str
+    mini_batches: int
+    episodes: int
+    response_tokens: int
+
+
+class Parts(NamedTuple):
+    """What a step works with."""
+
+    config: train_rl.Config
+    engine: rollout.TorchEngine
+    policy: rlfr.Policy
+    flow: fl.Flow | None
+    learners: dict[str, parallel.Learner]
+    requests: list[rollout.Request]
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for settings that cannot work, before anything runs."""
+    if settings.episodes % settings.group_size:
+        raise ValueError(
+            f"episodes={settings.episodes}: expected a multiple of group_size={settings.group_size}"
+        )
+    for n_parts in settings.mini_batches:
+        if n_parts < 1 or settings.episodes % n_parts:
+            raise ValueError(f"mini_batches={n_parts}: expected a divisor of {settings.episodes}")
+    if len(settings.growth) < 3 or settings.growth[0] != 1:
+        raise ValueError(
+            f"growth={settings.growth}: expected 1 and two more factors at least, "
+            "as a line fits any two points"
+        )
+
+
+# ---- A step
+def make_parts(settings: Settings, case: Case, folder: str) -> Parts:
+    """Make a random policy, its flow, the engine and prompts."""
+    torch.manual_seed(0)
+    world = toy.World(hidden_size=settings.hidden_size, n_layers=settings.n_layers)
+    tokenizer = toy.make_tokenizer()
+    for part in (toy.make_model(world, tokenizer), tokenizer):
+        part.save_pretrained(folder)
+    config = change(
+        train_rl.Config(),
+        shaping="none" if case.variant == NONE else "flow",
+        prompts=case.episodes // settings.group_size,
+        group_size=settings.group_size,
+        train_batch=case.episodes // case.mini_batches,
+        max_tokens=case.response_tokens,
+        freeze_flow=False,
+    )
+    model = rollout.find_model(folder, config.loading)
+    engine = rollout.TorchEngine(model, settings.max_sequences, parallel.DEVICE, torch.float32)
+    engine.end_tokens = torch.tensor([], dtype=torch.long)  # every response has the full length
+
+    policy = rlfr.load_policy(folder)
+    parallel.shard(policy, policy.blocks, torch.float32)
+    learners = {"policy": parallel.Learner(policy, (0.9, 0.95), 0.0)}
+    flow = None
+    if case.variant != NONE:
+        flow = fl.Flow(fl.FlowConfig(settings.hidden_size, settings.flow_blocks))
+        parallel.shard(flow, (), torch.float32)
+        recipe = train_rl.FLOW_RECIPES["rollout"]
+        learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
+
+    rng = random.Random(0)
+    requests = []
+    for seed in range(config.sampling.prompts):
+        ids = [rng.randrange(256) for _ in range(settings.prompt_tokens)]
+        requests.append(rollout.Request(ids, seed))
+    return Parts(config, engine, policy, flow, learners, requests)
+
+
+def run_step(parts: Parts, variant: str, step: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Do one RL step as train_rl.py does; return the seconds of its phases."""
+    config = parts.config
+    moments = [clock()]
+    parts.engine.load_weights(parallel.full_weights(parts.policy, torch.float32, prefix="model."))
+    moments.append(clock())
+
+    sampling = rollout.Sampling(config.sampling.group_size, 1.0, config.sampling.max_tokens)
+    episodes = parts.engine.generate(parts.requests, sampling)
+    parts.engine.sleep()
+    moments.append(clock())
+
+    verdicts = make_verdicts(len(episodes))
+    scores = score(parts, variant, episodes, verdicts, step)
+    moments.append(clock())
+
+    learn(parts, variant, episodes, scores, verdicts, step)
+    moments.append(clock())
+    seconds = [end - start for start, end in zip(moments, moments[1:], strict=False)]
+    return dict(zip(PHASES, seconds, strict=True))
+
+
+def make_verdicts(n_episodes: int) -> list[Verdict]:
+    """Let every other episode be right."""
+    verdicts = []
+    for i in range(n_episodes):
+        is_right = i % 2 == 0
+        verdicts.append(
+            Verdict(float(is_right), is_right, {}, None, "right" if is_right else "wrong")
+        )
+    return verdicts
+
+
+def score(parts: Parts, variant: str, episodes: list, verdicts: list, step: int) -> train_rl.Scores:
+    """Score the episodes in one pass of the policy, or in three."""
+    config, _, policy, flow, learners, _ = parts
+    if variant != THREE_PASSES:
+        scores, _ = train_rl.score(policy, None, flow, episodes, lambda: verdicts, config, step)
+        return scores
+
+    without_flow, _ = train_rl.score(policy, None, None, episodes, lambda: verdicts, config, step)
+    frozen = change(config, freeze_flow=True)  # this pass scores, and nothing learns
+    scores, _ = train_rl.score(policy, None, flow, episodes, lambda: verdicts, frozen, step)
+    scores.old_logp = without_flow.old_logp
+    scores.entropy = without_flow.entropy
+    accepted = train_rl.accepted_episodes(verdicts, config.flow_update)
+    train_rl.update_flow(
+        *(policy, flow, learners["flow"], episodes, scores, accepted, config, step),
+        *(config.flow_update.flow_lr, torch.arange(len(episodes))),
+    )
+    return scores
+
+
+def learn(
+    parts: Parts,
+    variant: str,
+    episodes: list,
+    scores: train_rl.Scores,
+    verdicts: list,
+    step: int,
+) -> None:
+    """Shape the advantage; update the policy, and the flow if the scoring left its gradient."""
+    config = parts.config
+    reward = torch.tensor([verdict.reward for verdict in verdicts])
+    advantage, _, _ = train_rl.shape_advantage(scores, reward, config, step)
+    importance, _ = rlfr.importance_weights(
+        scores.old_logp,
+        scores.sampled_logp,
+        scores.mask,
+        config.optimisation.mismatch,
+        config.optimisation.mismatch_cap,
+    )
+    train_rl.update_policy(
+        *(parts.policy, parts.learners["policy"], episodes, scores, advantage, importance),
+        *(config, step, config.lr, None),
+    )
+    if variant == FLOW:
+        parts.learners["flow"].step(config.flow_update.flow_lr, config.optimisation.clip_norm)
+
+
+# ---- A row
+def in_child(settings: Settings, case: Case, queue) -> None:
+    """Measure a case and put its row into the queue."""
+    torch.set_num_threads(settings.threads)
+    parallel.start()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = make_parts(settings, case, folder)
+    steps = []
+    for step in range(settings.repeats + 1):  # the first is a warm-up
+        steps.append(run_step(parts, case.variant, step, CLOCKS[settings.clock]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = case._asdict()
+    for phase in PHASES:
+        row[phase] = statistics.median(phases[phase] for phases in steps[1:])
+    row["seconds"] = statistics.median(sum(phases.values()) for phases in steps[1:])
+    row["peak_mb"] = peak / 1e6
+    queue.put(row)
+
+
+def measure(settings: Settings, case: Case) -> dict:
+    """Return the row of a case, measured in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_rl"])
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(settings, case, queue))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{case} ended with exit code {child.exitcode}")
+    return queue.get()
+
+
+def find_cases(settings: Settings) -> list[Case]:
+    """Return what is measured: all variants of the smallest step, and two of them as it grows."""
+    episodes = settings.episodes
+    length = settings.response_tokens
+    cases = []
+    for n_parts in settings.mini_batches:
+        for variant in (NONE, FLOW, THREE_PASSES):
+            cases.append(Case(variant, n_parts, episodes, length))
+    for variant in (NONE, FLOW):
+        for factor in settings.growth:
+            cases.append(Case(variant, 1, factor * episodes, length))
+            cases.append(Case(variant, 1, episodes, factor * length))
+    return list(dict.fromkeys(cases))  # each once
+
+
+# ---- Figures
+def compare(rows: dict[Case, dict], settings: Settings) -> dict[str, float]:
+    """Return ratios of the seconds of whole steps."""
+    ratio = {}
+    for n_parts in settings.mini_batches:
+        seconds = {}
+        for variant in (NONE, FLOW, THREE_PASSES):
+            case = Case(variant, n_parts, settings.episodes, settings.response_tokens)
+            seconds[variant] = rows[case]["seconds"]
+        ratio[f"{FLOW} / {NONE}, {n_parts} mini-batches"] = seconds[FLOW] / seconds[NONE]
+        name = f"{THREE_PASSES} / {FLOW}, {n_parts} mini-batches"
+        ratio[name] = seconds[THREE_PASSES] / seconds[FLOW]
+    return ratio
+
+
+def growing(settings: Settings, variant: str, by: str) -> list[Case]:
+    """Return a variant's cases in which `by`, episodes or response_tokens, grows."""
+    first = Case(variant, 1, settings.episodes, settings.response_tokens)
+    return [first._replace(**{by: factor * getattr(first, by)}) for factor in settings.growth]
+
+
+def fit_growth(rows: dict[Case, dict], cases: list[Case], by: str) -> dict[str, float]:
+    """Fit a line to the seconds of some cases over `by`.
+
+    Returns seconds a unit, seconds at 0, and the largest deviation from the line as a fraction of it.
+    """
+    sizes = [getattr(case, by) for case in cases]
+    seconds = [rows[case]["seconds"] for case in cases]
+    slope, intercept = statistics.linear_regression(sizes, seconds)
+    deviations = []
+    for size, found in zip(sizes, seconds, strict=True):
+        line = intercept + slope * size
+        deviations.append(abs(found - line) / line)
+    return {"slope": slope, "intercept": intercept, "deviation": max(deviations)}
+
+
+def print_rows(rows: dict[Case, dict]) -> None:
+    """Print a line a case: seconds of phases, of the step, and memory."""
+    names = "".join(f"{phase:>10}" for phase in PHASES)
+    print(
+        f"{'variant':14}{'parts':>6}{'episodes':>10}{'tokens':>8}{names}{'step s':>10}{'peak MB':>10}"
+    )
+    for case, row in rows.items():
+        phases = "".join(f"{row[phase]:10.3f}" for phase in PHASES)
+        sizes = f"{case.mini_batches:6}{case.episodes:10}{case.response_tokens:8}"
+        print(f"{case.variant:14}{sizes}{phases}{row['seconds']:10.3f}{row['peak_mb']:10.0f}")
+
+
+def main(settings: Settings) -> dict:
+    """Measure all cases, print the tables and write the JSON."""
+    check(settings)
+    rows = {case: measure(settings, case) for case in find_cases(settings)}
+    print(f"one RL step\n{machine()}; {settings.threads} threads, {settings.clock} seconds")
+    print_rows(rows)
+
+    ratio = compare(rows, settings)
+    for name, value in ratio.items():
+        print(f"{name:40}{value:.2f}")
+    growth = {}
+    for variant in (NONE, FLOW):
+        for by in ("episodes", "response_tokens"):
+            fit = fit_growth(rows, growing(settings, variant, by), by)
+            growth[f"{variant}, {by}"] = fit
+            print(
+                f"{variant} over {by}: {fit['intercept']:.3f} s + {fit['slope'] * 1e3:.2f} ms each; "
+                f"largest deviation {fit['deviation']:.1%}"
+            )
+    memory = {}
+    for variant in (NONE, FLOW):
+        peaks = [rows[case]["peak_mb"] for case in growing(settings, variant, "episodes")]
+        memory[variant] = peaks
+        times = settings.growth[-1]
+        print(
+            f"{variant}: {times} times the episodes need {peaks[-1] / peaks[0]:.2f} times the memory"
+        )
+    result = {
+        "machine": machine(),
+        "settings": asdict(settings),
+        "rows": list(rows.values()),
+        "ratio": ratio,
+        "growth": growth,
+        "peak_mb_over_episodes": memory,
+    }
+    if settings.json:
+        Path(settings.json).write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
