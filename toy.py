@@ -93,6 +93,7 @@ TRAIN_RL = {
     "flow_lr": 1e-3,
     "template": "none",
     "reward": ("binary",),
+    "keep": 1,
 }
 TRAIN_RL_SPARSE = {
     **TRAIN_RL,
@@ -110,6 +111,7 @@ TRAIN_FLOW = {
     "noise_repeats": 1,
     "template": "none",
     "save_every": 100,
+    "keep": 1,
 }
 EVALUATE = {
     "template": "none",

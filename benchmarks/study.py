@@ -621,12 +621,17 @@ def read_metrics(file: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def read_series(steps: Sequence[dict]) -> dict[str, list[float]]:
-    """Return the figures of steps that are kept, by name, rounded."""
-    series = {}
-    for name in steps[0] if steps else ():
+def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
+    """Return the figures of steps that are kept, by name, rounded; None where a step has none.
+
+    A step without right answers, for instance, has no flow reward of right ones.
+    """
+    names = dict.fromkeys(name for step in steps for name in step)
+    series: dict[str, list[float | None]] = {}
+    for name in names:
         if name in SERIES or name.startswith("flow/"):
-            series[name] = [round(step[name], N_DIGITS) for step in steps]
+            values = [step.get(name) for step in steps]
+            series[name] = [None if value is None else round(value, N_DIGITS) for value in values]
     return series
 
 

@@ -683,6 +683,8 @@ def test_resume_checks_the_settings(config):
 
 
 def test_resuming_with_more_steps_and_other_settings(config, world, capsys):
+    """With one checkpoint kept, as in the embedded worlds."""
+    config = change(config, keep=1)
     train_rl.main(change(config, steps=1))
     more = {"steps": 3, "lr": 1e-4, "tokens_per_gpu": 50, "eval_data": (world.path("test.jsonl"),)}
     train_rl.main(change(config, resume=config.folder, **more))
@@ -690,6 +692,7 @@ def test_resuming_with_more_steps_and_other_settings(config, world, capsys):
     assert "resumed with steps=3, which was 1 until here" in said
     assert "resumed with lr=0.0001, which was 0.001 until here" in said
     assert [line["step"] for line in figures(config.folder)] == [1, 2, 3]
+    assert [path.name for path in (Path(config.folder) / "checkpoints").iterdir()] == ["step-3"]
     summary = json.loads((Path(config.folder) / "summary.json").read_text())
     assert "test" in summary["before"] and "test" in summary["after"]
     assert runs.stored_settings(config.folder)["lr"] == 1e-4, "the next resume goes on from these"

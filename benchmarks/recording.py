@@ -1,0 +1,100 @@
+"""What recording rollouts costs: steps of the embedded world with them and without, in pairs.
+
+    python benchmarks/recording.py                     five pairs of short runs, a minute on an idle CPU
+    python benchmarks/recording.py --pairs 9 --json FILE
+
+The two runs of a pair differ in --log-rollouts, 1 or 0, and take turns at going first. Their
+figures must be the same. Time is CPU seconds of this process from step to step, without the first
+step: on a machine with other work, seconds of the clock say more about that work.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from common import machine  # noqa: E402
+
+import toy  # noqa: E402
+import train_rl  # noqa: E402
+from run import Run, change  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare steps that record rollouts with steps that do not."""
+
+    pairs: int = 5  # Pairs of runs
+    steps: int = 4  # Steps of a run; the first is a warm-up
+    json: str | None = None  # File for the figures
+
+
+def run_steps(settings: Settings, every: int, folder: Path) -> tuple[list[float], list[dict]]:
+    """Train for some steps; return the CPU seconds of each but the first, and the figures."""
+    config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
+    config = change(config, steps=settings.steps, log_rollouts=every, save_every=0)
+    stamps = []
+    log = Run.log
+
+    def note_time(run: Run, step: int, metrics: dict[str, float]) -> None:
+        log(run, step, metrics)
+        stamps.append(time.process_time())
+
+    Run.log = note_time
+    try:
+        train_rl.main(change(config, eval_data=(), folder=str(folder)))
+    finally:
+        Run.log = log
+    seconds = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = []
+    for line in lines:
+        figures.append({name: x for name, x in line.items() if not name.startswith("time/")})
+    return seconds, figures
+
+
+def run_pair(settings: Settings, number: int, folder: Path) -> dict[str, float]:
+    """Run a pair; return the median seconds of a step with rollouts and without."""
+    order = (1, 0) if number % 2 else (0, 1)
+    runs = {}
+    for every in order:
+        runs[every] = run_steps(settings, every, folder / f"pair-{number}-every-{every}")
+    assert runs[1][1] == runs[0][1], "recording rollouts has changed the figures of the run"
+    return {
+        name: statistics.median(runs[every][0]) for name, every in (("with", 1), ("without", 0))
+    }
+
+
+def main(settings: Settings) -> None:
+    """Print the seconds of each pair and the cost."""
+    if settings.steps < 2 or settings.pairs < 1:
+        raise ValueError(
+            f"steps={settings.steps}, pairs={settings.pairs}: expected 2 steps or more, of which "
+            "the first is a warm-up, and a pair"
+        )
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(settings.pairs):
+            pairs.append(run_pair(settings, number, Path(folder)))
+    print(f"{machine()}\n{'pair':>4}{'with':>10}{'without':>10}{'ratio':>8}")
+    for number, pair in enumerate(pairs):
+        ratio = pair["with"] / pair["without"]
+        print(f"{number:>4}{pair['with']:>10.3f}{pair['without']:>10.3f}{ratio:>8.3f}")
+    cost = statistics.median(pair["with"] / pair["without"] for pair in pairs) - 1
+    every = train_rl.RecordSettings().log_rollouts
+    print(
+        f"a recorded step costs {100 * cost:+.1f} %, every {every}th one {100 * cost / every:+.2f} %"
+    )
+    if settings.json:
+        result = {"machine": machine(), "settings": asdict(settings), "pairs": pairs, "cost": cost}
+        Path(settings.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
