@@ -126,8 +126,6 @@ class FlowUpdateSettings:
     """How the flow goes on learning from the policy's own episodes."""
 
     freeze_flow: bool = False  # No online flow update
-    # Share by which each step pulls the flow back to the offline one, so that it is not forgotten
-    flow_anchor: float = 0.0
     flow_lr: float = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
@@ -280,7 +278,6 @@ def check(config: Config) -> None:
         "flow_threshold": config.flow_reward.flow_threshold,
         "gamma": config.flow_reward.gamma,
         "flow_soft": config.flow_update.flow_soft,
-        "flow_anchor": config.flow_update.flow_anchor,
         "flow_entropy_quantile": config.flow_update.flow_entropy_quantile,
     }
     for name, value in fractions.items():
@@ -1295,9 +1292,7 @@ def main(config: Config) -> None:
         parallel.shard(flow, (), dtype, config.compute.cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
-            learners["flow"] = parallel.Learner(
-                flow, recipe.betas, recipe.weight_decay, config.flow_update.flow_anchor
-            )
+            learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}

@@ -162,11 +162,6 @@ ARMS = {
         {**CALIBRATED, "freeze_flow": False},
         beside="calibrated",
     ),
-    "calibrated-anchor": Arm(
-        "And to pull it back towards the expert's?",
-        {**CALIBRATED, "freeze_flow": False, "flow_anchor": 0.1},
-        beside="calibrated",
-    ),
     "calibrated-token": Arm(
         "Does it help to say where in a response the excess is?",
         CALIBRATED_TOKEN,
