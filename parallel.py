@@ -373,25 +373,11 @@ def gather(tensor: Tensor) -> Tensor:
 
 # ---- Learning
 class Learner:
-    """A sharded module with its AdamW: it makes steps and is checkpointed.
+    """A sharded module with its AdamW: it makes steps and is checkpointed."""
 
-    anchor: share by which the weights are pulled back, after each step, towards those that they
-        have now, w <- w + anchor * (w_now - w); 0: never.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        betas: tuple[float, float],
-        weight_decay: float,
-        anchor: float = 0.0,
-    ):
+    def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.anchor = anchor
-        self.anchors = []
-        if anchor:
-            self.anchors = [p.detach().clone() for p in self.parameters]
         # biases and the weights of norms do not decay, as with Hugging Face's trainer
         matrices = [p for p in self.parameters if p.ndim > 1]
         vectors = [p for p in self.parameters if p.ndim <= 1]
@@ -429,21 +415,12 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self.pull_back()
         self.optimizer.zero_grad()
         return norm
-
-    @torch.no_grad()
-    def pull_back(self) -> None:
-        """Move the weights a little towards their anchors, if there are any."""
-        if self.anchor:
-            for parameter, anchor in zip(self.parameters, self.anchors, strict=True):
-                parameter.lerp_(anchor, self.anchor)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all parameters and what is kept of them; between steps that is all."""
         yield from self.module.parameters()
-        yield from self.anchors
         for state in self.optimizer.state.values():
             yield from state.values()
 

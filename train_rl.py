@@ -126,8 +126,6 @@ class FlowUpdateSettings:
     """How the flow goes on learning from the policy's own episodes."""
 
     freeze_flow: bool = False  # No online flow update
-    # Share by which each step pulls the flow back to the offline one, so that it is not forgotten
-    flow_anchor: float = 0.0
     flow_lr: float = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
     flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
@@ -280,7 +278,6 @@ def check(config: Config) -> None:
         "flow_threshold": config.flow_reward.flow_threshold,
         "gamma": config.flow_reward.gamma,
         "flow_soft": config.flow_update.flow_soft,
-        "flow_anchor": config.flow_update.flow_anchor,
         "flow_entropy_quantile": config.flow_update.flow_entropy_quantile,
     }
     for name, value in fractions.items():
@@ -1013,21 +1010,23 @@ def rehearse(
 ) -> None:
     """Score and update at the longest lengths that the settings allow; say what memory it took.
 
-    The longest rows have a prompt of max_prompt_tokens. Those with the shortest prompt are made,
-    too: a micro-batch of them has more response tokens, on which head and flow work.
+    The longest prompts are filled up to max_prompt_tokens. The shortest have their turn, too: a
+    micro-batch of them has more response tokens, on which head and flow work. No row shares its
+    prompt with another, which would save memory.
     Nothing that a step depends on is changed: weights, optimisers, generators.
     Raises MemoryError, with the settings to lower, if a GPU's memory is too small.
     """
-    longest = max(problems, key=lambda problem: len(problem.prompt_ids))
-    shortest = min(problems, key=lambda problem: len(problem.prompt_ids))
-    n_filling = config.problems.max_prompt_tokens - len(longest.prompt_ids)
-    filled = longest._replace(prompt_ids=[0] * n_filling + longest.prompt_ids)
+    shortest_first = sorted(problems, key=lambda problem: len(problem.prompt_ids))
+    filled = []
+    for problem in reversed(shortest_first):
+        filling = [0] * (config.problems.max_prompt_tokens - len(problem.prompt_ids))
+        filled.append(problem._replace(prompt_ids=filling + problem.prompt_ids))
     stand_ins = {name: parallel.Rehearsal(learner) for name, learner in learners.items()}
     parallel.take_peak_memory()
     try:
         with parallel.fork_rng():
-            for problem in (filled, shortest):
-                episodes = longest_episodes(problem, config)
+            for chosen in (filled, shortest_first):
+                episodes = longest_episodes(chosen, config)
                 rehearse_update(policy, reference, flow, stand_ins, episodes, config)
     except torch.OutOfMemoryError as error:
         raise MemoryError(what_to_lower(config)) from error
@@ -1045,17 +1044,25 @@ def rehearse(
         )
 
 
-def longest_episodes(problem: rollout.Problem, config: Config) -> list[rollout.Episode]:
-    """Return as many episodes as fill a micro-batch of each rank, with responses of max_tokens."""
+def longest_episodes(problems: Sequence[rollout.Problem], config: Config) -> list[rollout.Episode]:
+    """Return episodes that fill a micro-batch of each rank, with responses of max_tokens.
+
+    They are those of the first problems, whose prompts must not become shorter in their order.
+    """
     max_tokens = config.sampling.max_tokens
-    n_rows = max(1, config.compute.tokens_per_gpu // (len(problem.prompt_ids) + max_tokens))
     n_ranks = dist.get_world_size()
-    most = config.sampling.prompts * config.sampling.group_size  # in a step
-    n_episodes = min(n_rows * n_ranks, most)
-    episode = rollout.Episode(
-        problem.prompt_ids, [0] * max_tokens, [0.0] * max_tokens, "length", "", problem.images
-    )
-    return [episode] * n_episodes
+    n_in_step = config.sampling.prompts * config.sampling.group_size
+    n_episodes = n_ranks
+    for n in range(2 * n_ranks, min(len(problems), n_in_step) + 1, n_ranks):
+        longest = len(problems[n - 1].prompt_ids) + max_tokens
+        if n // n_ranks * longest > config.compute.tokens_per_gpu:
+            break
+        n_episodes = n
+    episodes = []
+    for problem in problems[:n_episodes]:
+        response = ([0] * max_tokens, [0.0] * max_tokens, "length", "")
+        episodes.append(rollout.Episode(problem.prompt_ids, *response, problem.images))
+    return episodes
 
 
 def rehearse_update(
@@ -1291,9 +1298,7 @@ def main(config: Config) -> None:
         parallel.shard(flow, (), dtype, config.compute.cpu_offload)
         if not config.flow_update.freeze_flow:
             recipe = FLOW_RECIPES[config.flow_update.flow_optimiser]
-            learners["flow"] = parallel.Learner(
-                flow, recipe.betas, recipe.weight_decay, config.flow_update.flow_anchor
-            )
+            learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}

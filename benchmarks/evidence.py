@@ -9,6 +9,7 @@ around them stays. What is read, each if it is there:
     docs/study*.json            of benchmarks/study.py; their runs are put together. Seeds from 100
                                 on, on which settings were chosen, are left out
     docs/tuning.json            of benchmarks/study.py, on those seeds
+    docs/toy-study.json         of benchmarks/study.py, in the world toy
     docs/signal.json            of benchmarks/flow_signal.py
     docs/signal-text.json       of benchmarks/text_signal.py
 
@@ -294,6 +295,12 @@ def tuning_table(study: dict) -> str:
     return table(("arm", "seeds", "accuracy", "escaped", f"minus `{BASELINE}`"), rows)
 
 
+def small_tables(study: dict) -> str:
+    """Return the tables of measures and of differences of a study in another world."""
+    runs = reported_runs(study)
+    return f"{measures_table(runs)}\n\n{differences_table(runs)}"
+
+
 def arms_table(study: dict) -> str:
     """Return the table of what each arm asks, with the settings that it changes."""
     settings = {}
@@ -480,6 +487,7 @@ def other_tables(folder: Path) -> dict[str, str]:
     """Return the tables of the other files of figures that are there; say which are not."""
     makers = {
         "tuning": lambda file: tuning_table(read_study(file)),
+        "toy-study": lambda file: small_tables(read_study(file)),
         "signal": flow_signal.tables,
         "signal-text": flow_signal.tables,
     }

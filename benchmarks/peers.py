@@ -117,15 +117,20 @@ def check(settings: Settings) -> None:
             )
     if settings.model != "toy" and settings.data is None:
         raise ValueError(f"model={settings.model!r} without data: name its problems with --data")
-    answer = subprocess.run(
-        [settings.python, "-c", "from importlib.metadata import version; print(version('trl'))"],
-        capture_output=True,
-        text=True,
-    )
-    if answer.returncode or not answer.stdout.startswith("1.16."):
-        found = answer.stdout.strip() or answer.stderr.strip().splitlines()[-1]
+    check_trl(settings.python)
+
+
+def check_trl(python: str) -> None:
+    """Raise ValueError unless an interpreter is there and has TRL 1.16."""
+    code = "from importlib.metadata import version; print(version('trl'))"
+    try:
+        answer = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        found = answer.stdout.strip() or answer.stderr.strip()[-200:]
+    except OSError as error:
+        found = str(error)
+    if not found.startswith("1.16."):
         raise ValueError(
-            f"{settings.python}: expected an interpreter with TRL 1.16, found {found!r}; "
+            f"python={python!r}: expected an interpreter with TRL 1.16, found {found!r}; "
             "pip install 'trl>=1.16,<1.17' there, or name another one with --python"
         )
 
@@ -245,7 +250,7 @@ def measure(command: Sequence[str], figures: Path, settings: Settings, folder: P
     while process.poll() is None:
         n_steps = len(read_lines(figures))
         cpu_at += [cpu_seconds(process.pid)] * (n_steps - len(cpu_at))
-        time.sleep(0.02)
+        time.sleep(0.1)  # looking is work, too
     lines = read_lines(figures)
     if process.returncode or len(lines) != settings.steps:
         raise RuntimeError(

@@ -162,11 +162,6 @@ ARMS = {
         {**CALIBRATED, "freeze_flow": False},
         beside="calibrated",
     ),
-    "calibrated-anchor": Arm(
-        "And to pull it back towards the expert's?",
-        {**CALIBRATED, "freeze_flow": False, "flow_anchor": 0.1},
-        beside="calibrated",
-    ),
     "calibrated-token": Arm(
         "Does it help to say where in a response the excess is?",
         CALIBRATED_TOKEN,
@@ -621,12 +616,17 @@ def read_metrics(file: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def read_series(steps: Sequence[dict]) -> dict[str, list[float]]:
-    """Return the figures of steps that are kept, by name, rounded."""
-    series = {}
-    for name in steps[0] if steps else ():
+def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
+    """Return the figures of steps that are kept, by name, rounded; None where a step has none.
+
+    A step without right answers, for instance, has no flow reward of right ones.
+    """
+    names = dict.fromkeys(name for step in steps for name in step)
+    series: dict[str, list[float | None]] = {}
+    for name in names:
         if name in SERIES or name.startswith("flow/"):
-            series[name] = [round(step[name], N_DIGITS) for step in steps]
+            values = [step.get(name) for step in steps]
+            series[name] = [None if value is None else round(value, N_DIGITS) for value in values]
     return series
 
 

@@ -119,7 +119,7 @@ def flow_points(
     x_0 = noise[rows.exists]
     t = torch.full((len(x_0),), config.flow_reward.reward_times[0])
     x_t, u = fl.interpolate(rows.x_1, x_0, t)
-    v = flow(x_t, t, rows.context, rows.depth)
+    v = flow(x_t, t, rows.context, rows.depth[rows.taps()])
     delta = (v - u).square().mean(dim=-1)
     shape = (len(latents), -1, flow.config.dim)
     vectors = {"x_1": rows.x_1, "context": rows.context, "x_0": x_0, "x_t": x_t, "u": u, "v": v}

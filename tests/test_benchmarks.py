@@ -224,6 +224,8 @@ def test_a_line_that_is_being_written_does_not_count(tmp_path):
         ({"mini_batches": (1, 3)}, "mini_batches=3: expected a divisor of 128 episodes"),
         ({"trl_micro_batch": 32}, "trl_micro_batch=32: expected a divisor of the 16 episodes"),
         ({"model": "runs/other"}, "without data: name its problems with --data"),
+        ({"python": "/no/python"}, "expected an interpreter with TRL 1.16, found .*No such file"),
+        ({"python": "/bin/false"}, "expected an interpreter with TRL 1.16, found ''"),
     ],
 )
 def test_work_that_peers_cannot_do(values, message):
@@ -254,7 +256,7 @@ SMALL_STEP = rl_step.Settings(
     prompt_tokens=4,
     response_tokens=6,
     growth=(1, 2, 3),
-    mini_batches=(2,),
+    mini_batches=(1,),
     max_sequences=8,
     hidden_size=32,
     n_layers=2,
@@ -302,8 +304,8 @@ def test_an_rl_step_and_its_growth(tmp_path, capsys):
         assert row["seconds"] > 0 and row["peak_mb"] > 100
         assert sum(row[phase] for phase in rl_step.PHASES) == pytest.approx(row["seconds"])
     assert figures["ratio"].keys() == {
-        "flow / none, 2 mini-batches",
-        "three passes / flow, 2 mini-batches",
+        "flow / none, 1 mini-batches",
+        "three passes / flow, 1 mini-batches",
     }
     assert figures["growth"].keys() == {
         f"{variant}, {by}" for variant in ("none", "flow") for by in ("episodes", "response_tokens")

@@ -1,11 +1,11 @@
-"""The score against expert tokens: statistics by hand, reward on response or token, the anchor."""
+"""The score against expert tokens: statistics by hand, reward on response or token."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import figures, read_lines, small_run
+from conftest import read_lines, small_run
 from safetensors.torch import load_file
 
 import flow as fl
@@ -162,27 +162,6 @@ def test_expert_scope_needs_a_calibrated_flow(config_of_a_step):
 def config_of_a_step(world, flow_folder, tmp_path) -> train_rl.Config:
     folder = tmp_path / "run"
     return small_run(world, flow_folder, folder, prompts=2, max_tokens=8, steps=1, flow_lr=1e-4)
-
-
-def test_a_full_anchor_keeps_the_flow(config_of_a_step, flow_folder):
-    """A share of 1 takes every step back; the loss is not changed by it."""
-    config = change(config_of_a_step, flow_accept="all", flow_lr=1e-2, flow_anchor=1.0)
-    train_rl.main(config)
-    before = load_file(Path(flow_folder) / fl.FLOW_FILE)
-    after = load_file(Path(config.folder) / "flow" / fl.FLOW_FILE)
-    for name, tensor in before.items():
-        torch.testing.assert_close(after[name], tensor)
-    assert figures(config.folder)[0]["flow/grad_norm"] > 0
-
-
-def test_an_anchor_pulls_back_by_its_share():
-    parallel.start()
-    module = torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.constant_(module.weight, 1.0)
-    learner = parallel.Learner(module, (0.9, 0.999), 0.0, anchor=0.25)
-    module.weight.grad = torch.ones(1, 2)
-    learner.step(lr=0.4, max_norm=100.0)  # AdamW's first step is lr in each direction
-    torch.testing.assert_close(module.weight.data, torch.full((1, 2), 0.6 + 0.25 * 0.4))
 
 
 # ---- train_flow.py

@@ -354,7 +354,8 @@ def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, cap
 
     def spy(policy, batch, *arguments, **named):
         learns = torch.is_grad_enabled()
-        sizes.append((learns, *batch.input_ids.shape, batch.response_mask.shape[1]))
+        n_prompts = len(batch.input_ids[:, :64].unique(dim=0))
+        sizes.append((learns, n_prompts, *batch.input_ids.shape, batch.response_mask.shape[1]))
         return forward(policy, batch, *arguments, **named)
 
     monkeypatch.setattr(rlfr.Policy, "forward", spy)
@@ -367,8 +368,11 @@ def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, cap
     for name, value in plain.items():
         if torch.is_tensor(value):
             assert torch.equal(rehearsed[name], value), name
-    # of 300 tokens 80 go thrice, scored and then learnt from
-    assert (False, 3, 80, 16) in sizes and (True, 3, 80, 16) in sizes
+    # 300 tokens have room for 3 rows of 80, scored and then learnt from, and for more short ones
+    assert (False, 3, 3, 80, 16) in sizes and (True, 3, 3, 80, 16) in sizes
+    shortest = len(min(load_problems(config.data), key=lambda p: len(p.prompt_ids)).prompt_ids)
+    widths = {size[3] for size in sizes if size[2] > 3 and size[4] == 16}
+    assert any(shortest + 16 <= width < 80 for width in widths)
     assert "rehearsed an update at 64 + 16 tokens; there is no GPU" in capsys.readouterr().out
 
 

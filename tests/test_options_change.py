@@ -116,7 +116,6 @@ FLOW_OPTIONS = [
     ({}, {"flow_times": "random"}),
     ({"flow_times": "random"}, {"flow_times": "uniform"}),
     ({}, {"flow_optimiser": "official"}),
-    ({}, {"flow_anchor": 0.5}),
     ({"steps": 1}, {"clip_norm": 1e-6}),  # scored before the policy has changed
     ({}, {"reward_times": (0.5,)}),
     ({"flow": "new"}, {"contexts": ("self",)}),

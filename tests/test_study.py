@@ -372,3 +372,16 @@ def test_flags_that_the_page_names():
         for name in runs.flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= known
+
+
+def test_figures_that_some_steps_lack():
+    """Regression: a step without right answers has no flow reward of right ones."""
+    steps = [
+        {"correct": 0.0, "flow/reward_wrong": -0.12345, "time/step": 1.0},
+        {"correct": 0.5, "flow/reward_wrong": -0.2, "flow/reward_right": -0.1, "time/step": 1.0},
+    ]
+    assert study.read_series(steps) == {
+        "correct": [0.0, 0.5],
+        "flow/reward_wrong": [-0.1235, -0.2],
+        "flow/reward_right": [None, -0.1],
+    }
