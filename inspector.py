@@ -27,7 +27,7 @@ from run import Run, change, launch
 
 @dataclass(frozen=True)
 class Config(train_rl.Config):
-    """Look at rollouts of a model; settings as of train_rl.py."""
+    """Look at rollouts of a model; the settings are those of train_rl.py."""
 
     sampling: train_rl.SamplingSettings = train_rl.SamplingSettings(prompts=4)
 
@@ -35,9 +35,10 @@ class Config(train_rl.Config):
 def sample_and_inspect(config: Config) -> None:
     """Sample and score rollouts of a model, and write their page."""
     parallel.start()
-    n_episodes = config.sampling.prompts * config.sampling.group_size
-    settings = {"train_batch": n_episodes, "log_groups": config.sampling.prompts}
-    config, model = train_rl.resolve(change(config, freeze_flow=True, **settings))
+    prompts = config.sampling.prompts
+    n_episodes = prompts * config.sampling.group_size
+    config = change(config, freeze_flow=True, train_batch=n_episodes, log_groups=prompts)
+    config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")
     problems = rollout.load_problems(config.data, config.problems, model)
     flow = train_rl.make_flow(config, model) if config.shaping == "flow" else None
@@ -59,10 +60,14 @@ def write_step(
     """Do the first half of a step of training, and write its rollouts."""
     dtype = parallel.compute_dtype(config.loading.dtype)
     max_tokens = config.sampling.max_tokens
-    max_length = config.problems.max_prompt_tokens + max_tokens
-    max_images = config.problems.max_images
     engine = rollout.make_engine(
-        *(model, config.engine, max_length, max_images, parallel.DEVICE, dtype), can_sleep=True
+        model,
+        config.engine,
+        config.problems.max_prompt_tokens + max_tokens,
+        config.problems.max_images,
+        parallel.DEVICE,
+        dtype,
+        can_sleep=True,
     )
     engine.sleep()
     parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
@@ -80,8 +85,17 @@ def write_step(
         advantage, flow_reward, _ = train_rl.shape_advantage(scores, reward, config, 0)
         if parallel.is_first():
             train_rl.write_rollouts(
-                *(run, 0, policy, flow, model.tokenizer, episodes, verdicts()),
-                *(scores, advantage, flow_reward, config),
+                run,
+                0,
+                policy,
+                flow,
+                model.tokenizer,
+                episodes,
+                verdicts(),
+                scores,
+                advantage,
+                flow_reward,
+                config,
             )
 
 

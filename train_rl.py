@@ -1185,8 +1185,14 @@ def write_rollouts(
     group_size = config.sampling.group_size
     n_episodes = config.record.log_groups * group_size
     records = record.describe(
-        *(step, episodes[:n_episodes], verdicts[:n_episodes], per_token, deviation),
-        *(taps, tokenizer, group_size),
+        step,
+        episodes[:n_episodes],
+        verdicts[:n_episodes],
+        per_token,
+        deviation,
+        taps,
+        tokenizer,
+        group_size,
     )
     run.log_rollouts(step + 1, records)
 

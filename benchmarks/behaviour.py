@@ -30,7 +30,8 @@ import numpy as np
 import tyro
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from evidence import BLUE, ORANGE, STYLE, plt, save, table  # noqa: E402
+from common import code, number, table  # noqa: E402
+from evidence import BLUE, ORANGE, STYLE, plt, save  # noqa: E402
 from flow_signal import auc, resampling_weights  # noqa: E402
 
 import record  # noqa: E402
@@ -208,22 +209,11 @@ def by_place(records: Sequence[dict]) -> np.ndarray:
 
 
 # ---- Tables
-def number(value: float, digits: int = 3) -> str:
-    """Format a number with significant digits; a dash for none."""
-    return "–" if math.isnan(value) else f"{value:.{digits}g}".replace("-", "−")
-
-
 def estimate(values: Sequence[float]) -> str:
     """Format a value and its interval; a dash for none."""
     if math.isnan(values[0]):
         return "–"
     return f"{values[0]:.2f} ({values[1]:.2f} – {values[2]:.2f})"
-
-
-def code(text: str) -> str:
-    """Format a token so that it can be seen, and ends no cell."""
-    shown = json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|").replace("`", "´")
-    return f"`{shown.replace(' ', '␣')}`" if shown else "◌"
 
 
 def token_table(counts: Sequence[TokenCount], total: float, show: Callable[[str], str]) -> str:
@@ -235,9 +225,9 @@ def token_table(counts: Sequence[TokenCount], total: float, show: Callable[[str]
                 show(count.text),
                 f"{count.n:,}",
                 f"{100 * count.rewarded:.0f} %",
-                number(count.total / count.n),
+                number(count.total / count.n, 3),
                 f"{abs(100 * count.total / total):.0f} %" if total else "–",
-                number(count.deviation, 4),
+                number(count.deviation),
             ]
         )
     head = ["", "count", "rewarded", "mean flow reward", "of all flow reward", "deviation"]

@@ -1,12 +1,18 @@
-"""What the benchmarks share: one process a variant, medians, peak memory, a table and its JSON."""
+"""What the benchmarks share.
+
+Measurements: one process a variant, medians, peak memory, a table and its JSON. Pages in Markdown:
+tables, and their places in a page.
+"""
 
 import json
+import math
 import multiprocessing
 import platform
+import re
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,3 +90,47 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
     if settings.json:
         Path(settings.json).write_text(json.dumps(result, indent=1))
     return result
+
+
+# ---- Pages in Markdown
+# What a token shows in place of what would not be seen, or would end its cell
+SIGNS = str.maketrans(
+    {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "␣", "`": "´", "|": "\\|"},
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(text: str) -> str:
+    """Return a token as code for a cell of a table: it can be seen, and ends no cell."""
+    if not text:
+        return "◌"
+    return f"`{text.translate(SIGNS)}`"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Format a number with significant digits and a proper minus; a dash for none."""
+    if math.isnan(value):
+        return "–"
+    without_signed_zero = value + 0.0
+    return f"{without_signed_zero:.{digits}g}".replace("-", "−")
+
+
+def put_tables(page: str, tables: dict[str, str]) -> str:
+    """Return the page with each table between its two comments; ValueError if they are missing."""
+    for name, text in tables.items():
+        begin = f"<!-- {name} -->"
+        end = f"<!-- end of {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        whole = f"{begin}\n{text}\n{end}"
+        page, n_places = re.subn(pattern, lambda _, whole=whole: whole, page, flags=re.DOTALL)
+        if n_places != 1:
+            raise ValueError(
+                f"the page has {n_places} places for the table {name!r}; "
+                f"expected one, from {begin} to {end}"
+            )
+    return page

@@ -28,7 +28,6 @@ And of an arm, over its seeds:
 
 import io
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent))
 import flow_signal  # noqa: E402
+from common import put_tables, table  # noqa: E402
 from study import ARMS, ROOT, merge, read_study, to_flags  # noqa: E402
 
 BASELINE = "rlvr"
@@ -193,12 +193,6 @@ def difference(runs: Runs, arm: str, other: str) -> list[float]:
 
 
 # ---- Tables
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def number(value: float, digits: int = 2) -> str:
     """Return a figure as a text; a dash if there is none."""
     if not math.isfinite(value):
@@ -478,20 +472,6 @@ def draw(runs: Runs, folder: Path) -> None:
 
 
 # ---- The page
-def put_tables(page: str, tables: dict[str, str]) -> str:
-    """Return the page with each table between its two comments; ValueError if they are missing."""
-    for name, text in tables.items():
-        begin = f"<!-- {name} -->"
-        end = f"<!-- end of {name} -->"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        whole = f"{begin}\n{text}\n{end}"
-        page, n_places = re.subn(pattern, lambda _, whole=whole: whole, page, flags=re.DOTALL)
-        if n_places != 1:
-            raise ValueError(
-                f"{PAGE} has {n_places} places for the table {name!r}; "
-                f"expected one, from {begin} to {end}"
-            )
-    return page
 
 
 def study_tables(study: dict, runs: Runs) -> dict[str, str]:

@@ -35,10 +35,8 @@ class Settings:
     json: str | None = None  # File for the figures
 
 
-def run_steps(settings: Settings, every: int, folder: Path) -> tuple[list[float], list[dict]]:
-    """Train for some steps; return the CPU seconds of each but the first, and the figures."""
-    config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
-    config = change(config, steps=settings.steps, log_rollouts=every, save_every=0)
+def run_steps(config: train_rl.Config) -> tuple[list[float], list[dict]]:
+    """Train; return the CPU seconds of each step but the first, and the figures of all."""
     stamps = []
     log = Run.log
 
@@ -48,23 +46,26 @@ def run_steps(settings: Settings, every: int, folder: Path) -> tuple[list[float]
 
     Run.log = note_time
     try:
-        train_rl.main(change(config, eval_data=(), folder=str(folder)))
+        train_rl.main(config)
     finally:
         Run.log = log
     seconds = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in Path(config.folder, "metrics.jsonl").read_text().splitlines()
+    ]
     figures = []
     for line in lines:
         figures.append({name: x for name, x in line.items() if not name.startswith("time/")})
     return seconds, figures
 
 
-def run_pair(settings: Settings, number: int, folder: Path) -> dict[str, float]:
-    """Run a pair; return the median seconds of a step with rollouts and without."""
+def run_pair(config: train_rl.Config, number: int, folder: Path) -> dict[str, float]:
+    """Run a pair in the folder; return the median seconds of a step with rollouts and without."""
     order = (1, 0) if number % 2 else (0, 1)
     runs = {}
     for every in order:
-        runs[every] = run_steps(settings, every, folder / f"pair-{number}-every-{every}")
+        own_folder = str(folder / f"pair-{number}-every-{every}")
+        runs[every] = run_steps(change(config, log_rollouts=every, folder=own_folder))
     assert runs[1][1] == runs[0][1], "recording rollouts has changed the figures of the run"
     return {
         name: statistics.median(runs[every][0]) for name, every in (("with", 1), ("without", 0))
@@ -78,10 +79,12 @@ def main(settings: Settings) -> None:
             f"steps={settings.steps}, pairs={settings.pairs}: expected 2 steps or more, of which "
             "the first is a warm-up, and a pair"
         )
+    config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
+    config = change(config, steps=settings.steps, save_every=0, eval_data=())
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(settings.pairs):
-            pairs.append(run_pair(settings, number, Path(folder)))
+            pairs.append(run_pair(config, number, Path(folder)))
     print(f"{machine()}\n{'pair':>4}{'with':>10}{'without':>10}{'ratio':>8}")
     for number, pair in enumerate(pairs):
         ratio = pair["with"] / pair["without"]

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from evidence import put_tables, table  # noqa: E402
+from common import code, number, put_tables, table  # noqa: E402
 
 import flow as fl  # noqa: E402
 import parallel  # noqa: E402
@@ -119,7 +119,7 @@ def flow_points(
     x_0 = noise[rows.exists]
     t = torch.full((len(x_0),), config.flow_reward.reward_times[0])
     x_t, u = fl.interpolate(rows.x_1, x_0, t)
-    v = flow(x_t, t, rows.context, rows.depth)
+    v = flow(x_t, t, rows.context, rows.depth[rows.taps()])
     delta = (v - u).square().mean(dim=-1)
     shape = (len(latents), -1, flow.config.dim)
     vectors = {"x_1": rows.x_1, "context": rows.context, "x_0": x_0, "x_t": x_t, "u": u, "v": v}
@@ -203,12 +203,6 @@ def gradients(
 
 
 # ---- The page's tables
-def number(value: float, digits: int = 4) -> str:
-    """Format a number with so many significant digits, and a proper minus."""
-    without_signed_zero = value + 0.0
-    return f"{without_signed_zero:.{digits}g}".replace("-", "−")
-
-
 def vector(values: list[float]) -> str:
     """Format the first numbers of a vector."""
     return f"({', '.join(f'{value:.3f}' for value in values)}, …)".replace("-", "−")
@@ -261,10 +255,9 @@ def columns_table(figures: dict, columns: dict[str, str]) -> str:
     tokens = figures["tokens"]
     rows = []
     for k, text in enumerate(tokens["texts"]):
-        shown = json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|").replace("\\\\", "\\")
         values = [tokens[name][k] for name in columns.values()]
         cells = [str(value) if isinstance(value, int) else number(value) for value in values]
-        rows.append([str(k), f"`{shown}`", *cells])
+        rows.append([str(k), code(text), *cells])
     return table(["k", "token", *columns], rows)
 
 

@@ -122,31 +122,51 @@ def line_of(run: RunFiles, metric: str, name: str, colour: int) -> Line | None:
     return Line(name, colour, steps, values)
 
 
-def evaluation_lines(run: RunFiles, prefix: str) -> dict[str, list[Line]]:
-    """Return the lines of a run's evaluations by set: before, in between and after training.
+class Accuracy(NamedTuple):
+    """An evaluation, with its 95 % interval."""
 
-    prefix: what tells the run from others in the names of lines
-    """
-    rows: dict[tuple[str, str], list[tuple]] = {}
+    mean: float
+    low: float
+    high: float
+
+
+def find_evaluations(run: RunFiles) -> dict[tuple[str, str], dict[int, Accuracy]]:
+    """Return a run's evaluations by set and kind of sampling, and by step: 0 is before training."""
+    found: dict[tuple[str, str], dict[int, Accuracy]] = {}
+    for line in run.metrics:
+        for metric, mean in line.items():
+            match = EVALUATION.fullmatch(metric)
+            if match:
+                accuracy = Accuracy(mean, line[f"{metric}/low"], line[f"{metric}/high"])
+                found.setdefault((match["set"], match["kind"]), {})[line["step"]] = accuracy
     last = run.metrics[-1]["step"]
     for when, step in (("before", 0), ("after", last)):
         for set_name, kinds in run.summary.get(when, {}).items():
             for kind, figures in kinds.items():
                 avg = figures["avg"]
-                row = (step, avg["mean"], avg["low"], avg["high"])
-                rows.setdefault((set_name, kind), []).append(row)
-    for line in run.metrics:
-        for metric, value in line.items():
-            match = EVALUATION.fullmatch(metric)
-            if match:
-                row = (line["step"], value, line[f"{metric}/low"], line[f"{metric}/high"])
-                rows.setdefault((match["set"], match["kind"]), []).append(row)
+                accuracy = Accuracy(avg["mean"], avg["low"], avg["high"])
+                found.setdefault((set_name, kind), {})[step] = accuracy
+    return found
+
+
+def evaluation_lines(run: RunFiles, prefix: str) -> dict[str, list[Line]]:
+    """Return the lines of a run's evaluations by set: before, in between and after training.
+
+    prefix: what tells the run from others in the names of lines
+    """
     by_set: dict[str, list[Line]] = {}
-    for (set_name, kind), points in rows.items():
-        lines = by_set.setdefault(set_name, [])
-        by_step = {point[0]: point for point in sorted(points)}
-        columns = [list(column) for column in zip(*by_step.values(), strict=True)]
-        lines.append(Line(f"{prefix}{kind}", 0, *columns))
+    for (set_name, kind), by_step in find_evaluations(run).items():
+        steps = sorted(by_step)
+        points = [by_step[step] for step in steps]
+        line = Line(
+            f"{prefix}{kind}",
+            colour=0,  # accuracy_charts knows the lines of all runs
+            steps=steps,
+            values=[point.mean for point in points],
+            low=[point.low for point in points],
+            high=[point.high for point in points],
+        )
+        by_set.setdefault(set_name, []).append(line)
     return by_set
 
 

@@ -86,10 +86,8 @@ def flow_folder(world, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def image_world(tmp_path_factory) -> toy.World:
     """The image world in small."""
-    folder, sizes = (
-        tmp_path_factory.mktemp("world") / "toy-vl",
-        dict(hidden_size=32, n_layers=3, n_train=64, n_test=16, n_expert=48),
-    )
+    folder = tmp_path_factory.mktemp("world") / "toy-vl"
+    sizes = {"hidden_size": 32, "n_layers": 3, "n_train": 64, "n_test": 16, "n_expert": 48}
     return toy.make(toy.World(str(folder), steps=30, batch_size=32, images=True, **sizes))
 
 

@@ -13,6 +13,7 @@ from run import change
 
 sys.path.append(str(ROOT / "benchmarks"))
 import behaviour  # noqa: E402
+import common  # noqa: E402
 
 
 def response(group: int, is_right: bool, deviation: float, n: int = 2) -> dict:
@@ -80,8 +81,9 @@ def test_places():
 
 
 def test_tokens_are_shown_without_ending_a_cell():
-    assert behaviour.code(" a|b`\n") == "`␣a\\|b´\\n`"
-    assert behaviour.code("") == "◌"
+    assert common.code(" a|b`\n") == "`␣a\\|b´\\n`"
+    assert common.code("\\") == "`\\`"
+    assert common.code("") == "◌"
 
 
 def test_the_page_of_a_run(config, tmp_path, capsys):

@@ -42,6 +42,7 @@ OTHERS = {
     "peer_trl",
     "peers",
     "process_reward",
+    "recording",
     "rl_step",
     "smollm2",
     "study",

@@ -2,17 +2,21 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import figures
+from conftest import ROOT, figures
 
 import record
 import rlfr
 import toy
 import train_rl
 from run import change
+
+sys.path.append(str(ROOT / "benchmarks"))
+import recording  # noqa: E402
 
 PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
 
@@ -59,6 +63,17 @@ def test_figures_do_not_depend_on_the_record(config):
     assert not Path(config.folder + "without", "rollouts").exists()
     with pytest.raises(ValueError, match="has no rollouts/step-N.jsonl; expected the folder of a"):
         record.need_files(config.folder + "without")
+
+
+def test_what_recording_costs_is_measured_in_pairs(config, tmp_path):
+    """Both runs of a pair take CPU time; figures that differ would be an error."""
+    for number in range(2):
+        pair = recording.run_pair(config, number, tmp_path)
+        assert pair["with"] > 0 and pair["without"] > 0
+        kept = {every: tmp_path / f"pair-{number}-every-{every}" / "rollouts" for every in (0, 1)}
+        assert kept[1].exists() and not kept[0].exists()
+    with pytest.raises(ValueError, match="steps=1, pairs=5: expected 2 steps or more"):
+        recording.main(recording.Settings(steps=1))
 
 
 def test_figures_of_right_and_of_wrong_episodes(config, seen):
