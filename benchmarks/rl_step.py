@@ -55,6 +55,16 @@ NONE = "none"
 FLOW = "flow"
 THREE_PASSES = "three passes"
 PHASES = ("sync", "roll_out", "score", "update")
+# What takes long to import; the server of forks does not find our own modules (Python 3.11)
+LIBRARIES = [
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -248,7 +258,7 @@ def in_child(settings: Settings, case: Case, queue) -> None:
 def measure(settings: Settings, case: Case) -> dict:
     """Return the row of a case, measured in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_rl"])
+    context.set_forkserver_preload(LIBRARIES)
     queue = context.Queue()
     child = context.Process(target=in_child, args=(settings, case, queue))
     child.start()
