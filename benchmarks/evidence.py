@@ -325,7 +325,9 @@ def changes(run: dict, common: dict) -> str:
 
 def runs_line(study: dict, runs: Runs) -> str:
     """Return a sentence on what ran, and what did not end."""
-    reported = [run for run in study["runs"] if run["seed"] < FIRST_TUNING_SEED]
+    reported = [
+        run for run in study["runs"] if run["arm"] in ARMS and run["seed"] < FIRST_TUNING_SEED
+    ]
     n_finished = sum(run["status"] == "finished" for run in reported)
     unfinished = [
         f"`{run['arm']}` {run['seed']}" for run in reported if run["status"] != "finished"

@@ -3,7 +3,8 @@
     python benchmarks/rl_step.py --json rl_step.json
 
 Variants:
-    none          --shaping none: one forward scores, and the policy learns
+    none          --shaping none: one forward scores, and the policy learns; with a single
+                  mini-batch its own forward scores
     flow          --shaping flow: the same forward also gives the latents, which the flow scores and
                   learns from (ours)
     three passes  what the official code runs the policy for: old log-probs, then latents for the
@@ -217,15 +218,8 @@ def learn(
     config = parts.config
     reward = torch.tensor([verdict.reward for verdict in verdicts])
     advantage, _, _ = train_rl.shape_advantage(scores, reward, config, step)
-    importance, _ = rlfr.importance_weights(
-        scores.old_logp,
-        scores.sampled_logp,
-        scores.mask,
-        config.optimisation.mismatch,
-        config.optimisation.mismatch_cap,
-    )
     train_rl.update_policy(
-        *(parts.policy, parts.learners["policy"], episodes, scores, advantage, importance),
+        *(parts.policy, parts.learners["policy"], episodes, scores, advantage),
         *(config, step, config.lr, None),
     )
     if variant == FLOW:

@@ -24,6 +24,7 @@ import rollout  # noqa: E402
 SMALL = {
     "logprob": ["--tokens", "64", "--dim", "16", "--vocabulary", "500"],
     "flow_start": ["--sequences=2", "--prompt=8", "--response=8", "--dim=32", "--layers=4", "--vocabulary=100"],
+    "packing": ["--groups=2", "--prompt=4", "--longest=4", "--dim=16", "--layers=1", "--vocabulary=50"],
     "grading": ["pairs.jsonl"],
 }  # fmt: skip
 

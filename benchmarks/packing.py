@@ -1,0 +1,94 @@
+"""Scoring and update of a step's episodes: prompts shared, rows packed, and rows with their padding.
+
+python benchmarks/packing.py --json packing.json
+python benchmarks/packing.py --prompt 200 --longest 40      long prompts, short responses
+
+The policy has random weights and, by default, the size of the embedded world's.
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from common import compare  # noqa: E402
+
+import rlfr  # noqa: E402
+from parallel import DEVICE  # noqa: E402
+
+SHARED = "packed, prompts shared (ours)"
+PACKED = "packed"
+PADDED = "padded"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Episodes and policy of the embedded world's size."""
+
+    groups: int = 16  # prompts
+    group_size: int = 8  # responses a prompt
+    prompt: int = 20  # tokens of a prompt
+    longest: int = 30  # tokens of the longest response; the others have from 1 on
+    token_budget: int = 4096  # tokens of a micro-batch
+    dim: int = 128  # hidden size
+    layers: int = 4  # decoder layers
+    vocabulary: int = 272  # words
+    repeats: int = 9  # measured runs; the median counts
+    json: str | None = None  # file for the figures
+
+
+def make_policy(settings: Settings) -> rlfr.Policy:
+    """Return a policy with random weights."""
+    config = Qwen2Config(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.dim,
+        intermediate_size=3 * settings.dim,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    return rlfr.Policy(Qwen2ForCausalLM(config).train()).to(DEVICE)
+
+
+def make_rows(settings: Settings) -> list[rlfr.Row]:
+    """Return groups of random episodes."""
+    generator = random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [generator.randrange(settings.vocabulary) for _ in range(count)]
+
+    rows = []
+    for _ in range(settings.groups):
+        prompt = words(settings.prompt)
+        for _ in range(settings.group_size):
+            rows.append(rlfr.Row(prompt, words(generator.randint(1, settings.longest))))
+    return rows
+
+
+def prepare(settings: Settings, variant: str):
+    """Return a function that scores and updates once."""
+    policy = make_policy(settings)
+    rows = make_rows(settings)
+    if variant != SHARED:
+        rlfr.prompt_key = id  # no two rows have the same prompt
+    policy.packs = variant != PADDED
+
+    def work() -> None:
+        for _, batch in rlfr.micro_batches(rows, settings.token_budget, 0, 1):
+            with torch.no_grad():
+                policy(batch)
+        for _, batch in rlfr.micro_batches(rows, settings.token_budget, 0, 1):
+            policy(batch).logp.sum().backward()
+
+    return work
+
+
+if __name__ == "__main__":
+    title = "scoring and update of a step's episodes"
+    compare(title, prepare, tyro.cli(Settings), [SHARED, PACKED, PADDED])
