@@ -277,6 +277,7 @@ def draw_tokens(periods: dict[str, list[dict]]) -> plt.Figure:
         largest = frequent[0].n
         for rank, count in enumerate(sorted(frequent, key=lambda count: count.deviation)):
             shown = code(count.text).strip("`")[:14].replace("\\|", "|").replace("$", r"\$")
+            is_long = len(shown) > 4
             axes.text(
                 rank,
                 count.deviation,
@@ -285,7 +286,7 @@ def draw_tokens(periods: dict[str, list[dict]]) -> plt.Figure:
                 color=ORANGE if count.rewarded > 0.1 else BLUE,
                 ha="center",
                 va="bottom",
-                rotation=60 if len(shown) > 4 else 0,
+                rotation=90 if is_long else 0,
             )
         deviations = [count.deviation for count in frequent]
         axes.set_xlim(-1, len(frequent))

@@ -94,9 +94,7 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
 
 # ---- Pages in Markdown
 # What a token shows in place of what would not be seen, or would end its cell
-SIGNS = str.maketrans(
-    {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "␣", "`": "´", "|": "\\|"},
-)
+SIGNS = {" ": "␣", "`": "´", "|": "\\|"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -109,7 +107,15 @@ def code(text: str) -> str:
     """Return a token as code for a cell of a table: it can be seen, and ends no cell."""
     if not text:
         return "◌"
-    return f"`{text.translate(SIGNS)}`"
+    shown = ""
+    for character in text:
+        if character in SIGNS:
+            shown += SIGNS[character]
+        elif character.isprintable():
+            shown += character
+        else:
+            shown += character.encode("unicode_escape").decode()
+    return f"`{shown}`"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -82,7 +82,7 @@ def test_places():
 
 def test_tokens_are_shown_without_ending_a_cell():
     assert common.code(" a|b`\n") == "`␣a\\|b´\\n`"
-    assert common.code("\\") == "`\\`"
+    assert common.code("\\\x13") == r"`\\x13`"
     assert common.code("") == "◌"
 
 
