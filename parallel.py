@@ -1,6 +1,6 @@
 """The ranks (processes) of one run and what they share: sharded modules, sums, whole weights.
 
-A single process is a group of one rank, and only shard() asks whether it is one.
+A single process is a group of one rank; shard() leaves its modules whole where that changes nothing.
 
 What lives where, with FSDP2:
 
@@ -202,7 +202,7 @@ def shard(
     optimiser step.
 
     A single rank that computes in float32 has nothing to share out and nothing to convert: its
-    module stays as it is, which saves a tenth of a small model's time.
+    module stays as it is, which saves 4 to 11 % of a small model's time.
 
     Args:
         module: the root.

@@ -118,7 +118,7 @@ EVALUATE = {
     "max_tokens": 96,
     "reward": ("binary",),
 }
-# Drawn problems keep the shorter start: their latents cost more
+# Drawn problems keep the shorter start, with which their figures were measured
 TRAIN_FLOW_LONGER = {**TRAIN_FLOW, "epochs": 12}
 PRESETS = {  # script -> value of --model -> flag -> value
     "train_rl": {"toy": TRAIN_RL, "toy-vl": TRAIN_RL, "toy-sparse": TRAIN_RL_SPARSE},

@@ -53,7 +53,7 @@ N_DIGITS = 4  # of each, after the point
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
-FLOW_EPOCHS = 4  # of the offline start; the worlds' own default became three times as many
+FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
 COEFFICIENT = 1.0  # of the calibrated flow reward, and of what controls put in its place
 CALIBRATED = {
     "shaping": "flow",
