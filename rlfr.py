@@ -47,9 +47,10 @@ Freeze = Literal["none", "vision"]
 Normalisation = Literal["sequence", "token", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
 Mismatch = Literal["none", "token", "sequence", "mask"]
-# Logits held at a time. Each chunk of a backward adds to the head's whole gradient, which on a GPU
-# costs more than the logits of a small chunk; 2**28 are 1 GB in float32.
-CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**25
+# Logits held at a time: large products keep a GPU busy, small chunks stay in the caches of a CPU
+CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
+# Logits that a forward leaves to its backward, which has to make only the others again; 320 MB
+KEPT_LOGITS = 80 * 2**20
 
 
 # ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
@@ -270,13 +271,15 @@ def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
 
 # ---- Token log-probs
 class TokenLogProbs(torch.autograd.Function):
-    """log pi(target) and entropy of each row of hidden states; logits live only a chunk at a time.
+    """log pi(target) and entropy of each row of hidden states; logits are made a few words at a time.
 
     apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap or None)
     -> logp (M,), entropy (M,), both float32.
 
-    The backward makes each chunk's logits again. With z the scaled logits of a row, y its target,
-    p = softmax(z) and g the incoming gradients:
+    The vocabulary is cut into chunks, not the rows: so each word of the head gets its gradient by one
+    product. The backward makes the logits again, but for the first KEPT_LOGITS, which the forward
+    leaves to it. With z the scaled logits of a row, y its target, p = softmax(z) and g the incoming
+    gradients:
         log p_y = z_y - logsumexp(z)             so  d log p_y / dz_j = [j = y] - p_j
         H = logsumexp(z) - sum_j p_j * z_j       so  d H / dz_j = -p_j * (log p_j + H)
         d loss / dz_j = g_logp * [j = y] + p_j * (-g_H * (log p_j + H) - g_logp)
@@ -284,57 +287,68 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, softcap):
-        n_rows = len(hidden)
-        logp = torch.empty(n_rows, device=hidden.device)
-        entropy = torch.empty(n_rows, device=hidden.device)
-        lse = torch.empty(n_rows, device=hidden.device)  # logsumexp of the scaled logits
-        for rows in row_chunks(hidden, weight):
-            z = scaled_logits(hidden[rows], weight, temperature, softcap)  # (chunk, V)
-            lse[rows] = z.logsumexp(dim=-1)
-            z_target = z.gather(1, targets[rows, None]).squeeze(1)
-            logp[rows] = z_target - lse[rows]
-            entropy[rows] = lse[rows] - mean_logit(z, lse[rows])
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        z_target = torch.zeros(len(hidden), device=hidden.device)
+        lse_of_chunks = []  # logsumexp of the scaled logits
+        mean_of_chunks = []  # mean logits, by the distribution within the chunk
+        kept = []  # logits of the first chunks
+        may_keep = KEPT_LOGITS if ctx.needs_input_grad[0] else 0
+        for words in vocabulary_chunks(len(hidden), len(weight)):
+            z = scaled_logits(hidden, weight[words], temperature, softcap)  # (M, chunk)
+            place, is_here = find_targets(targets, words)
+            z_target += z.gather(1, place[:, None]).squeeze(1) * is_here
+            chunk_lse = z.logsumexp(dim=-1)
+            lse_of_chunks.append(chunk_lse)
+            mean_of_chunks.append(mean_logit(z, chunk_lse))
+            may_keep -= z.numel()
+            if may_keep >= 0:
+                kept.append(z)
+        lse_of_chunks = torch.stack(lse_of_chunks)  # (n_chunks, M)
+        lse = lse_of_chunks.logsumexp(dim=0)
+        p_of_chunks = (lse_of_chunks - lse).exp()
+        entropy = lse - (p_of_chunks * torch.stack(mean_of_chunks)).sum(dim=0)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, *kept)
         ctx.temperature = temperature
         ctx.softcap = softcap
-        return logp, entropy
+        return z_target - lse, entropy
 
     @staticmethod
     def backward(ctx, g_logp, g_entropy):
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over the chunks
-        for rows in row_chunks(hidden, weight):
-            z = scaled_logits(hidden[rows], weight, ctx.temperature, ctx.softcap)  # (chunk, V)
+        hidden, weight, targets, lse, entropy, *kept = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed over the chunks
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for i, words in enumerate(vocabulary_chunks(len(hidden), len(weight))):
+            if i < len(kept):
+                z = kept[i].clone()
+            else:
+                z = scaled_logits(hidden, weight[words], ctx.temperature, ctx.softcap)
             slope = scaling_slope(z, ctx.temperature, ctx.softcap)
+            place, is_here = find_targets(targets, words)
             d_logits = gradient_by_logits(
                 z,
-                slope,
-                targets[rows, None],
-                lse[rows, None],
-                entropy[rows, None],
-                g_logp[rows, None],
-                g_entropy[rows, None],
-            ).to(hidden.dtype)  # (chunk, V)
-            d_hidden[rows] = d_logits @ weight
-            if d_weight is None:
-                continue
-            if d_logits.dtype == d_weight.dtype:
-                d_weight.addmm_(d_logits.T, hidden[rows])  # without a temporary (V, D)
-            else:
-                d_weight.add_(d_logits.T @ hidden[rows])
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None
+                lse[:, None],
+                entropy[:, None],
+                g_logp[:, None],
+                g_entropy[:, None],
+            )
+            d_logits.scatter_add_(1, place[:, None], (g_logp * is_here)[:, None])
+            d_logits = d_logits.mul_(slope).to(hidden.dtype)  # (M, chunk)
+            d_hidden += d_logits @ weight[words]
+            if d_weight is not None:
+                torch.mm(d_logits.T, hidden, out=d_weight[words])
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
-def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Cut the rows of hidden (M, D) into consecutive chunks of at most CHUNK_LOGITS logits."""
-    n_rows = max(1, CHUNK_LOGITS // len(weight))
-    for start in range(0, len(hidden), n_rows):
-        yield slice(start, start + n_rows)
+def vocabulary_chunks(n_rows: int, n_words: int) -> Iterator[slice]:
+    """Cut a vocabulary into chunks of words with at most CHUNK_LOGITS logits in all rows."""
+    size = max(1, CHUNK_LOGITS // n_rows)
+    for start in range(0, n_words, size):
+        yield slice(start, min(start + size, n_words))
+
+
+def find_targets(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Return the place of each target (M,) among the words, 0 if it is elsewhere; and if it is here."""
+    is_here = (targets >= words.start) & (targets < words.stop)
+    return torch.where(is_here, targets - words.start, 0), is_here
 
 
 def scaled_logits(
@@ -365,27 +379,19 @@ def mean_logit(z: Tensor, lse: Tensor) -> Tensor:
 
 
 def gradient_by_logits(
-    z: Tensor,
-    slope: Tensor | float,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    g_logp: Tensor,
-    g_entropy: Tensor,
+    z: Tensor, lse: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor
 ) -> Tensor:
-    """Return the gradient of the loss by the logits, (chunk, V), as TokenLogProbs derives it.
+    """Return p * (-g_H * (log p + H) - g_logp), (M, chunk), as TokenLogProbs derives it.
 
-    z (chunk, V) is overwritten and all steps are in place, because a chunk of logits is large;
-    slope is dz/da; the others are (chunk, 1).
+    z (M, chunk) is overwritten and all steps are in place, because a chunk of logits is large; the
+    others are (M, 1).
     """
     log_p = z.sub_(lse)
     d_z = log_p.exp()  # p
     factor = log_p.add_(entropy)
     factor.mul_(-g_entropy)
     factor.sub_(g_logp)
-    d_z.mul_(factor)
-    d_z.scatter_add_(1, targets, g_logp)
-    return d_z.mul_(slope)
+    return d_z.mul_(factor)
 
 
 # ---- Attention within the rows of a packed batch. All else in a decoder works token by token, so it
@@ -738,7 +744,7 @@ def update_bytes(
     states = 16 * n_parameters / n_ranks  # float32: weights, gradients and two moments
     # the last chunk's logits and their gradient (4 + 2), this one's before and after scaling (4 + 4)
     logits = 14 * CHUNK_LOGITS
-    head = 6 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (4)
+    head = 4 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (2)
     per_layer = 2 * text_config.hidden_size if recompute else layer_bytes(text_config)
     activations = n_tokens * text_config.num_hidden_layers * per_layer
     return states + logits + head + activations

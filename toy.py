@@ -42,8 +42,6 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -55,6 +53,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import rlfr
+import vision
+from parallel import DEVICE
 from run import locked
 
 # number of operations in a problem -> chance that its demonstration is hasty
@@ -69,7 +70,6 @@ EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
 QUESTION = "sum>"  # the text of a drawn problem
 CELL = 28  # pixels a side of the cell of one digit
-IGNORED = -100  # label of a token without loss
 FONT = (  # of each digit seven rows of five pixels
     "01110100011001110101110011000101110",
     "00100011000010000100001000010001110",
@@ -300,11 +300,16 @@ def draw(problem: str, rng: random.Random) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def encode(image: Image.Image) -> str:
-    """Return an image as the base64 of a PNG."""
+def to_png(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a PNG."""
     file = io.BytesIO()
     image.save(file, "png")
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
+
+
+def encode(image: Image.Image) -> str:
+    """Return an image as the base64 of a PNG."""
+    return base64.b64encode(to_png(image)).decode()
 
 
 # ---- The model, untrained
@@ -395,17 +400,20 @@ def train_tower(world: World, model: PreTrainedModel, tokenizer: Qwen2Tokenizer)
     The vector of a drawn digit shall be more like the embedding of that digit than like any other.
     """
     rng = random.Random(f"drawings {world.seed}")
+    processor = make_processor()
     tower = model.model.visual
     embedding = model.get_input_embeddings().weight
     optimizer = torch.optim.AdamW([*tower.parameters(), embedding], lr=world.lr)
     bar = tqdm(range(world.steps // 3), desc="toy: vision tower", unit="step")
     for _ in bar:
         problems = [make_problem(rng) for _ in range(world.batch_size // 2)]
-        images = process_drawings(problems, rng)
+        images = [make_image(problem, processor, rng) for problem in problems]
+        pixel_values, grids = vision.stack(images, DEVICE)
         digits = digits_of("".join(problems))
-        targets = torch.tensor(tokenizer.encode("".join(str(digit) for digit in digits)))
+        targets = tokenizer.encode("".join(str(digit) for digit in digits))
+        targets = torch.tensor(targets, device=DEVICE)
         # one vector a cell
-        vectors = tower(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
+        vectors = tower(pixel_values, grid_thw=grids).pooler_output
         loss = F.cross_entropy(vectors @ embedding.T, targets)
         loss.backward()
         optimizer.step()
@@ -418,6 +426,7 @@ def train_base(
 ) -> None:
     """Fit the base model to demonstrations of problems that are not forbidden."""
     rng = random.Random(f"demonstrations {world.seed}")
+    policy = rlfr.Policy(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=world.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -425,8 +434,11 @@ def train_base(
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
-        batch = make_batch(world, model, tokenizer, forbidden, rng, habit_at(world, step))
-        loss = model(**batch).loss
+        demonstrations = make_demonstrations(
+            world, tokenizer, forbidden, rng, habit_at(world, step)
+        )
+        batch = rlfr.collate(demonstrations)
+        loss = -policy(batch).logp[batch.response_mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
@@ -442,39 +454,30 @@ def habit_at(world: World, step: int) -> Habit | None:
     return world.habit
 
 
-def make_batch(
+def make_demonstrations(
     world: World,
-    model: PreTrainedModel,
     tokenizer: Qwen2Tokenizer,
     forbidden: set[str],
     rng: random.Random,
     habit: Habit | None,
-) -> dict[str, Tensor]:
-    """Return the model's inputs for a batch of demonstrations; the loss is on their solutions."""
+) -> list[rlfr.Row]:
+    """Return a batch of demonstrations: prompts, solutions and, in the image world, drawings."""
     candidates = []
     for _ in range(2 * world.batch_size):
         candidates.append(make_problem(rng, world.signs, invertible=world.invertible))
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
     solutions = [demonstrate(problem, rng, habit) for problem in problems]
-    prompts = [make_image_prompt(problem) for problem in problems] if world.images else problems
-    ids = []
-    labels = []
-    for prompt, solution in zip(prompts, solutions, strict=True):
-        prompt_ids = tokenizer.encode(prompt)
-        solution_ids = tokenizer.encode(solution)
-        ids.append(torch.tensor(prompt_ids + solution_ids))
-        labels.append(torch.tensor([IGNORED] * len(prompt_ids) + solution_ids))
-    # padded on the right, where causal attention never looks: no attention mask is needed
-    pad = tokenizer.pad_token_id
-    batch = {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
-    if world.images:
-        batch.update(process_drawings(problems, rng))
-        is_image = batch["input_ids"] == model.config.image_token_id
-        batch["mm_token_type_ids"] = is_image.int()
-    return batch
+    processor = make_processor() if world.images else None
+    rows = []
+    for problem, solution in zip(problems, solutions, strict=True):
+        prompt = problem
+        images = ()
+        if world.images:
+            prompt = make_image_prompt(problem)
+            images = (make_image(problem, processor, rng),)
+        row = rlfr.Row(tokenizer.encode(prompt), tokenizer.encode(solution), images)
+        rows.append(row)
+    return rows
 
 
 def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
@@ -505,10 +508,12 @@ def make_image_prompt(problem: str) -> str:
     return f"<|vision_start|>{'<|image_pad|>' * n_cells}<|vision_end|>{QUESTION}"
 
 
-def process_drawings(problems: list[str], rng: random.Random) -> dict[str, Tensor]:
-    """Draw problems and return the pixel values and grids that the model takes."""
-    drawings = [draw(problem, rng) for problem in problems]
-    return dict(make_processor()(images=drawings, return_tensors="pt"))
+def make_image(
+    problem: str, processor: Qwen2VLImageProcessorPil, rng: random.Random
+) -> vision.Image:
+    """Draw a problem, and return the drawing as an image of a data set."""
+    drawing = draw(problem, rng)
+    return vision.Image(to_png(drawing), processor, vision.fit_grid(processor, *drawing.size))
 
 
 # ---- The whole world
@@ -600,10 +605,10 @@ def write_problems(world: World, problems: list[str], file: Path, rng: random.Ra
 
 def write_model(world: World, forbidden: set[str], folder: Path) -> None:
     """Make and train the base model; write it with its tokenizer and image processor, if any."""
-    with torch.random.fork_rng(devices=[]):  # all of it is made on the CPU
+    with torch.random.fork_rng(devices=[]):  # random numbers are those of the CPU
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer(world.images)
-        model = make_model(world, tokenizer)
+        model = make_model(world, tokenizer).to(DEVICE)
         if world.images:
             train_tower(world, model, tokenizer)
             model.model.visual.requires_grad_(False)

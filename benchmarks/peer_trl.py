@@ -4,8 +4,9 @@
 
 It needs torch, transformers, datasets and TRL 1.16, and nothing of ours: peers.py may start it with
 another interpreter. `work.json` holds the fields of Work. A line of the figures has `time/step`,
-seconds from the end of the rollout before to the end of this one's last optimiser step, and `reward`
-and `length`, means over the rollout's responses.
+seconds from the end of the rollout before to the end of this one's last optimiser step; `cpu/step`,
+the seconds that this process had of the processor meanwhile, all threads together; and `reward` and
+`length`, means over the rollout's responses.
 
 Settings are those that make TRL fast on a CPU and its work the same as ours: no checkpointing, no
 KL, no logging, AdamW fused, float32, the whole mini-batch in one forward unless `micro_batch` says
@@ -64,6 +65,7 @@ class Recorder(TrainerCallback):
         self.work = work
         self.grade = load_reward(work.reward)
         self.began = 0.0  # of the rollout
+        self.cpu_began = 0.0
         self.of_rollout: dict[str, float] = {}
 
     def __call__(self, completions, completion_ids, problem, answer, **_) -> list[float]:
@@ -80,16 +82,24 @@ class Recorder(TrainerCallback):
         return rewards
 
     def on_train_begin(self, args, state, control, **_):
+        self.begin_rollout()
+
+    def begin_rollout(self) -> None:
+        """Note the time."""
         self.began = time.perf_counter()
+        self.cpu_began = time.process_time()
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step % self.work.mini_batches:
             return
-        now = time.perf_counter()
-        line = {"time/step": now - self.began, **self.of_rollout}
+        line = {
+            "time/step": time.perf_counter() - self.began,
+            "cpu/step": time.process_time() - self.cpu_began,
+            **self.of_rollout,
+        }
         with open(self.work.figures, "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.began = time.perf_counter()
+        self.begin_rollout()
 
 
 def check_prompts(rows: list[dict], tokenizer) -> None:

@@ -17,8 +17,9 @@ So both print their rewards and lengths, from which one sees that they do the sa
 
 A step's seconds are `time/step` of metrics.jsonl, and TRL's from the end of one rollout's last
 optimiser step to the end of the next one's; starting is in neither, and the first steps are left out.
-CPU seconds are what the process had of the processor, all threads together: on a machine with other
-work they say more than the clock (with one thread; several spin while they wait).
+CPU seconds are what the trainer's process had of the processor from one step's end to the next's, all
+threads together (ours grades in another one, which is not counted): on a machine with other work they
+say more than the clock (with one thread; several spin while they wait).
 """
 
 import json
@@ -27,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -91,7 +91,7 @@ class StepFigures(NamedTuple):
     seconds: list[float]  # of each step
     reward: list[float]  # mean of each step
     length: list[float]  # mean tokens of a response, of each step
-    cpu_seconds: float  # a step, mean over those that count
+    cpu_seconds: list[float]  # of each step
 
 
 def check(settings: Settings) -> None:
@@ -191,8 +191,9 @@ def train_ours(
     if flow:
         flags["--flow"] = flow
     words = [str(word) for pair in flags.items() for word in pair]
-    command = [sys.executable, str(ROOT / "train_rl.py"), *words]
-    return measure(command, folder / "run" / "metrics.jsonl", settings, folder)
+    script = str(Path(__file__).with_name("peer_ours.py"))
+    figures = folder / "ours.jsonl"
+    return measure([sys.executable, script, str(figures), *words], figures, settings)
 
 
 def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: Path) -> StepFigures:
@@ -232,67 +233,49 @@ def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: P
     (folder / "work.json").write_text(json.dumps(work))
     script = str(Path(__file__).with_name("peer_trl.py"))
     command = [settings.python, script, str(folder / "work.json")]
-    return measure(command, folder / "trl.jsonl", settings, folder)
+    return measure(command, folder / "trl.jsonl", settings)
 
 
-def measure(command: Sequence[str], figures: Path, settings: Settings, folder: Path) -> StepFigures:
-    """Run a trainer that appends a line a step to `figures`, and watch its CPU time meanwhile."""
+def measure(command: Sequence[str], figures: Path, settings: Settings) -> StepFigures:
+    """Run a trainer that writes a line a step to `figures`; RuntimeError if it fails."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(settings.threads),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    log = folder / "log.txt"
-    cpu_at: list[float] = []  # CPU seconds of the process when each step had ended
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    while process.poll() is None:
-        n_steps = len(read_lines(figures))
-        cpu_at += [cpu_seconds(process.pid)] * (n_steps - len(cpu_at))
-        time.sleep(0.1)  # looking is work, too
-    lines = read_lines(figures)
-    if process.returncode or len(lines) != settings.steps:
+    ended = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = []
+    if figures.exists():
+        lines = [json.loads(line) for line in figures.read_text().splitlines()]
+    if ended.returncode or len(lines) != settings.steps:
         raise RuntimeError(
-            f"{' '.join(command)} ended with code {process.returncode} after {len(lines)} of "
-            f"{settings.steps} steps:\n{log.read_text()[-3000:]}"
+            f"{' '.join(command)} ended with code {ended.returncode} after {len(lines)} of "
+            f"{settings.steps} steps:\n{ended.stdout[-3000:]}"
         )
-    n_counted = settings.steps - settings.skip
     return StepFigures(
         seconds=[line["time/step"] for line in lines],
         reward=[line["reward"] for line in lines],
         length=[line["length"] for line in lines],
-        cpu_seconds=(cpu_at[-1] - cpu_at[settings.skip - 1]) / n_counted,
+        cpu_seconds=[line["cpu/step"] for line in lines],
     )
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Return the whole lines of a JSONL file that another process may be writing."""
-    if not file.exists():
-        return []
-    whole, _, _ = file.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process so far, of all its threads (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    user, system = int(fields[11]), int(fields[12])
-    return (user + system) / os.sysconf("SC_CLK_TCK")
 
 
 # ---- Figures
 def summarise(variant: str, mini_batches: int, runs: list[StepFigures], skip: int) -> dict:
     """Return a row of the table: a variant with a number of mini-batches, over all its runs."""
     counted = [run.seconds[skip:] for run in runs]
+    cpu_counted = [run.cpu_seconds[skip:] for run in runs]
     lengths = [length for run in runs for length in run.length[skip:]]
     return {
         "variant": variant,
         "mini_batches": mini_batches,
         "seconds": statistics.median(seconds for run in counted for seconds in run),
         "seconds_of_runs": [statistics.median(run) for run in counted],
-        "cpu_seconds": statistics.median(run.cpu_seconds for run in runs),
-        "cpu_seconds_of_runs": [run.cpu_seconds for run in runs],
+        "cpu_seconds": statistics.median(seconds for run in cpu_counted for seconds in run),
+        "cpu_seconds_of_runs": [statistics.median(run) for run in cpu_counted],
         "length": statistics.mean(lengths),
         "all_seconds": [run.seconds for run in runs],
         "reward_by_step": mean_by_step([run.reward for run in runs]),

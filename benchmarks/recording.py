@@ -12,18 +12,17 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
+from common import machine, noted_steps  # noqa: E402
 
 import toy  # noqa: E402
 import train_rl  # noqa: E402
-from run import Run, change  # noqa: E402
+from run import change  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -37,26 +36,15 @@ class Settings:
 
 def run_steps(config: train_rl.Config) -> tuple[list[float], list[dict]]:
     """Train; return the CPU seconds of each step but the first, and the figures of all."""
-    stamps = []
-    log = Run.log
-
-    def note_time(run: Run, step: int, metrics: dict[str, float]) -> None:
-        log(run, step, metrics)
-        stamps.append(time.process_time())
-
-    Run.log = note_time
-    try:
+    with noted_steps() as steps:
         train_rl.main(config)
-    finally:
-        Run.log = log
-    seconds = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
-    lines = [
-        json.loads(line) for line in Path(config.folder, "metrics.jsonl").read_text().splitlines()
-    ]
     figures = []
-    for line in lines:
-        figures.append({name: x for name, x in line.items() if not name.startswith("time/")})
-    return seconds, figures
+    for step in steps:
+        untimed = {
+            name: value for name, value in step.metrics.items() if not name.startswith("time/")
+        }
+        figures.append(untimed)
+    return [step.cpu_seconds for step in steps[1:]], figures
 
 
 def run_pair(config: train_rl.Config, number: int, folder: Path) -> dict[str, float]:

@@ -40,6 +40,7 @@ OTHERS = {
     "gpu",
     "last_number_reward",
     "length_reward",
+    "peer_ours",
     "peer_trl",
     "peers",
     "process_reward",
@@ -176,6 +177,7 @@ def test_a_step_of_ours_and_of_trl(world, tmp_path, capsys):
     assert (ours["variant"], trl["variant"]) == ("ours", "TRL")
     for row in (ours, trl):
         assert row["seconds"] == row["all_seconds"][0][1] > 0
+        assert row["cpu_seconds"] > 0
         assert len(row["reward_by_step"]) == 2
         assert all(0 <= reward <= 1 for reward in row["reward_by_step"])
         assert all(1 <= length <= 16 for length in row["length_by_step"])
@@ -187,8 +189,8 @@ def test_a_step_of_ours_and_of_trl(world, tmp_path, capsys):
 def test_ratio_to_trl_by_hand():
     """Of the medians over all steps; the spread is that of the rounds."""
     ours = [
-        peers.StepFigures([9.0, 1.0, 3.0], [0.0, 0.5, 1.0], [4.0, 5.0, 6.0], 2.0),
-        peers.StepFigures([9.0, 2.0, 4.0], [0.5, 0.5, 1.0], [4.0, 7.0, 6.0], 4.0),
+        peers.StepFigures([9.0, 1.0, 3.0], [0.0, 0.5, 1.0], [4.0, 5.0, 6.0], [8.0, 1.0, 3.0]),
+        peers.StepFigures([9.0, 2.0, 4.0], [0.5, 0.5, 1.0], [4.0, 7.0, 6.0], [8.0, 3.0, 5.0]),
     ]
     row = peers.summarise("ours", 1, ours, skip=1)
     assert (row["seconds"], row["seconds_of_runs"], row["cpu_seconds"]) == (2.5, [2.0, 3.0], 3.0)
@@ -209,11 +211,18 @@ def test_ratio_to_trl_by_hand():
     }
 
 
-def test_a_line_that_is_being_written_does_not_count(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    assert peers.read_lines(file) == []
-    file.write_text('{"a": 1}\n{"a": 2')
-    assert peers.read_lines(file) == [{"a": 1}]
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print('no memory'); raise SystemExit(3)", "code 3 after 0 of 2 steps:\nno memory"),
+        ("import sys; open(sys.argv[1], 'w').write('{}\\n')", "code 0 after 1 of 2 steps"),
+    ],
+)
+def test_a_trainer_that_fails_or_stops_early_is_an_error(code, message, tmp_path):
+    figures = tmp_path / "figures.jsonl"
+    command = [sys.executable, "-c", code, str(figures)]
+    with pytest.raises(RuntimeError, match=message):
+        peers.measure(command, figures, peers.Settings(steps=2))
 
 
 @pytest.mark.parametrize(

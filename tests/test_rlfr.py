@@ -211,9 +211,12 @@ def test_taps_may_coincide():
     assert len(latents) == 3 and torch.equal(latents[0], latents[1])
 
 
+@pytest.mark.parametrize("n_kept_chunks", [0, 2, 3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_log_probs_and_their_gradient_without_logits(softcap, monkeypatch):
+def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, monkeypatch):
+    """Also when the graph is kept for a second backward."""
     monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 13 * 3)  # chunks of 3 rows
+    monkeypatch.setattr(rlfr, "KEPT_LOGITS", 13 * 3 * n_kept_chunks)
     torch.manual_seed(0)
     hidden = torch.randn(8, 6, requires_grad=True)
     weight = torch.randn(13, 6, requires_grad=True)
@@ -232,8 +235,9 @@ def test_log_probs_and_their_gradient_without_logits(softcap, monkeypatch):
 
     inputs = (hidden, weight)
     gradients = torch.autograd.grad((logp, entropy), inputs, (g_logp, g_entropy))
-    got_gradients = torch.autograd.grad(got, inputs, (g_logp, g_entropy))
-    torch.testing.assert_close(got_gradients, gradients, rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        got_gradients = torch.autograd.grad(got, inputs, (g_logp, g_entropy), retain_graph=True)
+        torch.testing.assert_close(got_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
