@@ -45,40 +45,55 @@ def resident() -> int:
 
 
 def in_child(prepare: Callable, settings, variant: str, queue) -> None:
-    """Prepare a variant, run it, and put its median seconds and extra peak bytes into the queue."""
+    """Prepare a variant, run it twice, and queue the second run's seconds and extra peak bytes."""
     work = prepare(settings, variant)
     cuda = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if cuda else resident()
-    seconds = []
-    for _ in range(settings.repeats + 1):  # the first is a warm-up
+    for _ in range(2):  # the first is a warm-up
         began = time.perf_counter()
         work()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
     peak = (
         torch.cuda.max_memory_allocated()
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    queue.put((statistics.median(seconds[1:]), peak - before))
+    queue.put({"seconds": seconds, "peak_mb": (peak - before) / 1e6})
+
+
+def run_child(context, target: Callable, *arguments) -> dict[str, float]:
+    """Run `target(*arguments, queue)` in a process of its own; return what it puts into the queue.
+
+    `context` is one of multiprocessing's: it says how the process begins.
+    """
+    queue = context.Queue()
+    child = context.Process(target=target, args=(*arguments, queue))
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"{arguments[-1]!r} ended with exit code {child.exitcode}")
+    return queue.get()
+
+
+def median_of(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure over several runs."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dict:
-    """Measure variants, each in a process of its own, print a table and write JSON; ratios are to the last variant.
+    """Measure variants in turns, print a table and write JSON; ratios are to the last variant.
 
-    prepare(settings, variant) returns a function without arguments; settings have `repeats` and `json`.
+    Each run is a process of its own: prepare(settings, variant) returns a function without arguments,
+    which it runs. Medians of `settings.repeats` runs count; `settings.json` names the file.
     """
-    context, rows = multiprocessing.get_context("spawn"), []
-    for variant in variants:
-        queue = context.Queue()
-        child = context.Process(target=in_child, args=(prepare, settings, variant, queue))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise RuntimeError(f"variant {variant!r} ended with exit code {child.exitcode}")
-        seconds, peak = queue.get()
-        rows.append({"variant": variant, "seconds": seconds, "peak_mb": peak / 1e6})
+    context = multiprocessing.get_context("spawn")
+    runs = {variant: [] for variant in variants}
+    for _ in range(settings.repeats):
+        for variant in variants:
+            runs[variant].append(run_child(context, in_child, prepare, settings, variant))
+    rows = [{"variant": variant, **median_of(runs[variant])} for variant in variants]
     base = rows[-1]
     ratio = {
         f"{row['variant']} {key}": row[key] / base[key]
@@ -90,7 +105,13 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
         print(f"{row['variant']:28}{row['seconds']:>10.3f}{row['peak_mb']:>16.0f}")
     for name, value in ratio.items():
         print(f"{name + ' / ' + base['variant']:50}{value:.2f}")
-    result = {"machine": machine(), "settings": asdict(settings), "rows": rows, "ratio": ratio}
+    result = {
+        "machine": machine(),
+        "settings": asdict(settings),
+        "rows": rows,
+        "ratio": ratio,
+        "runs": runs,
+    }
     if settings.json:
         Path(settings.json).write_text(json.dumps(result, indent=1))
     return result

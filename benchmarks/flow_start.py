@@ -34,7 +34,7 @@ class Settings:
     dim: int = 256  # hidden size
     layers: int = 12  # decoder layers
     vocabulary: int = 32_000  # rows of the head
-    repeats: int = 3  # measured runs; the median counts
+    repeats: int = 3  # runs of each variant, in turns; the median counts
     json: str | None = None  # file for the figures
 
 

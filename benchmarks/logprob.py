@@ -27,7 +27,7 @@ class Settings:
     tokens: int = 1024  # response tokens
     dim: int = 1536  # hidden size
     vocabulary: int = 151_936  # rows of the head
-    repeats: int = 3  # measured runs; the median counts
+    repeats: int = 3  # runs of each variant, in turns; the median counts
     json: str | None = None  # file for the figures
 
 

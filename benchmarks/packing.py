@@ -38,7 +38,7 @@ class Settings:
     dim: int = 128  # hidden size
     layers: int = 4  # decoder layers
     vocabulary: int = 272  # words
-    repeats: int = 9  # measured runs; the median counts
+    repeats: int = 9  # runs of each variant, in turns; the median counts
     json: str | None = None  # file for the figures
 
 

@@ -18,7 +18,8 @@ every other one counts as right. Nothing is graded. Printed are the phases, rati
 how seconds grow with the number of episodes and with the length of responses (a fitted line, and
 the largest deviation from it as a fraction of the fit), and the largest resident memory.
 
-Each row is a process of its own, a fork of one that has imported the libraries. `--clock cpu` counts
+Each row is a process of its own, a fork of one that has imported the libraries, and the rows take
+turns: medians of several rounds count. `--clock cpu` counts
 the seconds that the process had of the processor, which on a machine with other work say more than
 the clock (with one thread: several spin while they wait).
 """
@@ -38,9 +39,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import tyro
+from tqdm import tqdm
 
 path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
+from common import machine, median_of, run_child  # noqa: E402
 
 import flow as fl  # noqa: E402
 import parallel  # noqa: E402
@@ -83,7 +85,8 @@ class Settings:
     n_layers: int = 4  # Its layers
     flow_blocks: int = 2  # Of the flow
     threads: int = 2  # Threads of a process
-    repeats: int = 3  # Measured steps; medians count
+    repeats: int = 3  # Measured steps of a process; medians count
+    rounds: int = 5  # Processes of each row, in turns; medians count
     clock: Literal["wall", "cpu"] = "wall"  # What counts seconds
     json: str | None = None  # File for the figures
 
@@ -247,25 +250,21 @@ def in_child(settings: Settings, case: Case, queue) -> None:
     for step in range(settings.repeats + 1):  # the first is a warm-up
         steps.append(run_step(parts, case.variant, step, CLOCKS[settings.clock]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = case._asdict()
-    for phase in PHASES:
-        row[phase] = statistics.median(phases[phase] for phases in steps[1:])
+    row = median_of(steps[1:])
     row["seconds"] = statistics.median(sum(phases.values()) for phases in steps[1:])
     row["peak_mb"] = peak / 1e6
     queue.put(row)
 
 
-def measure(settings: Settings, case: Case) -> dict:
-    """Return the row of a case, measured in a process of its own."""
+def measure(settings: Settings, cases: list[Case]) -> dict[Case, dict]:
+    """Return the rows of the cases, medians over the rounds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    queue = context.Queue()
-    child = context.Process(target=in_child, args=(settings, case, queue))
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise RuntimeError(f"{case} ended with exit code {child.exitcode}")
-    return queue.get()
+    runs = {case: [] for case in cases}
+    for _ in tqdm(range(settings.rounds), desc="rounds"):
+        for case in cases:
+            runs[case].append(run_child(context, in_child, settings, case))
+    return {case: median_of(found) for case, found in runs.items()}
 
 
 def find_cases(settings: Settings) -> list[Case]:
@@ -334,7 +333,7 @@ def print_rows(rows: dict[Case, dict]) -> None:
 def main(settings: Settings) -> dict:
     """Measure all cases, print the tables and write the JSON."""
     check(settings)
-    rows = {case: measure(settings, case) for case in find_cases(settings)}
+    rows = measure(settings, find_cases(settings))
     print(f"one RL step\n{machine()}; {settings.threads} threads, {settings.clock} seconds")
     print_rows(rows)
 
@@ -361,7 +360,7 @@ def main(settings: Settings) -> dict:
     result = {
         "machine": machine(),
         "settings": asdict(settings),
-        "rows": list(rows.values()),
+        "rows": [{**case._asdict(), **row} for case, row in rows.items()],
         "ratio": ratio,
         "growth": growth,
         "peak_mb_over_episodes": memory,

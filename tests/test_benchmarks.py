@@ -272,6 +272,7 @@ SMALL_STEP = rl_step.Settings(
     n_layers=2,
     threads=1,
     repeats=1,
+    rounds=1,
 )
 
 
