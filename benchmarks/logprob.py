@@ -1,11 +1,16 @@
-"""Log-probs and entropies with their backward: chunks that are recomputed, against full logits.
+"""Log-probs and entropies with their backward: chunks of the vocabulary, against full logits.
 
-python benchmarks/logprob.py --json logprob.json
+    python benchmarks/logprob.py --json logprob.json
+    python benchmarks/logprob.py --dtype bfloat16
+
+The backward makes the logits of most chunks again. In bfloat16 full logits become float32 before
+the softmax, as they do in chunks.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -27,13 +32,14 @@ class Settings:
     tokens: int = 1024  # response tokens
     dim: int = 1536  # hidden size
     vocabulary: int = 151_936  # rows of the head
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of hidden states and head
     repeats: int = 3  # runs of each variant, in turns; the median counts
     json: str | None = None  # file for the figures
 
 
 def full_logits(hidden, weight, targets):
     """Return log-probs and entropies from log-probs of all words."""
-    log_p = (hidden @ weight.T).log_softmax(dim=-1)
+    log_p = (hidden @ weight.T).float().log_softmax(dim=-1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     return logp, entropy
@@ -42,8 +48,9 @@ def full_logits(hidden, weight, targets):
 def prepare(settings: Settings, variant: str):
     """Return a function that runs a variant once."""
     torch.manual_seed(0)
-    hidden = torch.randn(settings.tokens, settings.dim, device=DEVICE, requires_grad=True)
-    weight = torch.randn(settings.vocabulary, settings.dim, device=DEVICE) / settings.dim**0.5
+    kind = {"device": DEVICE, "dtype": getattr(torch, settings.dtype)}
+    hidden = torch.randn(settings.tokens, settings.dim, requires_grad=True, **kind)
+    weight = torch.randn(settings.vocabulary, settings.dim, **kind) / settings.dim**0.5
     weight.requires_grad_()
     targets = torch.randint(settings.vocabulary, (settings.tokens,), device=DEVICE)
 
