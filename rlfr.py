@@ -1029,6 +1029,16 @@ def permutation(n: int, *key: int | str) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
+def group_order(n: int, group_size: int, *key: int | str) -> list[int]:
+    """Return range(n) with its consecutive groups in a random order that depends only on the key."""
+    starts = range(0, n, group_size)
+    order: list[int] = []
+    for place in permutation(len(starts), *key):
+        first = starts[place]
+        order += range(first, min(first + group_size, n))
+    return order
+
+
 def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
     """Return (epoch, index) of `count` places from `start` on, in endless passes over range(n).
 

@@ -923,7 +923,7 @@ class TorchEngine:
             episodes += by_request[i]
         return episodes
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         """Sample one batch: one prefill a prompt; rows leave the cache when they have finished."""
         n_rows = len(requests) * sampling.n

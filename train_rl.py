@@ -905,12 +905,14 @@ def update_policy(
     of each mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
-    order = torch.tensor(rlfr.permutation(len(episodes), "mini-batches", config.seed, step))
+    # whole groups, as a forward computes their prompt once
+    group_size = config.sampling.group_size
+    order = rlfr.group_order(len(episodes), group_size, "mini-batches", config.seed, step)
     share = settings.train_batch / len(episodes)  # of a mini-batch in the step
     sums = {name: torch.zeros((), device=parallel.DEVICE) for name in ("loss", "kl", "clipped")}
     grad_norm = 0.0
     metrics: dict[str, float] = {}
-    for mini_batch in order.split(settings.train_batch):
+    for mini_batch in torch.tensor(order).split(settings.train_batch):
         # over all micro-batches and ranks: one denominator for each optimiser step
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)

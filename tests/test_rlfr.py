@@ -240,6 +240,18 @@ def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, mon
         torch.testing.assert_close(got_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
+def test_groups_stay_together_in_a_random_order():
+    order = rlfr.group_order(10, 4, "a", 1)  # the last group is short
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    starts = [order.index(group[0]) for group in groups]
+    assert [
+        order[start : start + len(g)] for start, g in zip(starts, groups, strict=True)
+    ] == groups
+    assert rlfr.group_order(10, 4, "a", 1) == order
+    orders = {tuple(rlfr.group_order(40, 4, "a", step)) for step in range(9)}
+    assert len(orders) == 9 and all(sorted(one) == list(range(40)) for one in orders)
+
+
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
     """Keep the size of the largest tensor that is made."""
 

@@ -301,6 +301,24 @@ def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(
     assert other["flow/loss"] == pytest.approx(figures(config.folder)[0]["flow/loss"], rel=1e-4)
 
 
+def test_a_mini_batch_has_whole_groups(config, monkeypatch):
+    prompts = []
+    cut = train_rl.my_micro_batches
+
+    def spy(episodes, config, phase):
+        if phase == "update":
+            prompts.append([tuple(episode.prompt_ids) for episode in episodes])
+        return cut(episodes, config, phase)
+
+    monkeypatch.setattr(train_rl, "my_micro_batches", spy)
+    train_rl.main(change(config, steps=1))
+    group_size = config.sampling.group_size
+    assert len(prompts) == 2
+    for of_mini_batch in prompts:
+        for start in range(0, len(of_mini_batch), group_size):
+            assert len(set(of_mini_batch[start : start + group_size])) == 1
+
+
 def test_an_untrained_flow_learns_before_its_reward_counts(config):
     train_rl.main(change(config, flow="new", flow_after=2, steps=3))
     lines = figures(config.folder)
