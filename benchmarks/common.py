@@ -12,15 +12,11 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-
-from run import Run
 
 
 def machine() -> str:
@@ -115,34 +111,6 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
     if settings.json:
         Path(settings.json).write_text(json.dumps(result, indent=1))
     return result
-
-
-class NotedStep(NamedTuple):
-    """A step of train_rl.py."""
-
-    metrics: dict[str, float]
-    cpu_seconds: float  # of this process, all threads together, since the step before was logged
-
-
-@contextmanager
-def noted_steps() -> Iterator[list[NotedStep]]:
-    """Give a list in which each step that a run logs meanwhile is noted."""
-    steps: list[NotedStep] = []
-    log = Run.log
-    last = time.process_time()
-
-    def log_and_note(run: Run, number: int, metrics: dict[str, float]) -> None:
-        nonlocal last
-        log(run, number, metrics)
-        now = time.process_time()
-        steps.append(NotedStep(metrics, now - last))
-        last = now
-
-    Run.log = log_and_note
-    try:
-        yield steps
-    finally:
-        Run.log = log
 
 
 # ---- Pages in Markdown

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from common import noted_steps  # noqa: E402
+from steps import noted_steps  # noqa: E402
 
 import toy  # noqa: E402
 import train_rl  # noqa: E402

@@ -18,7 +18,8 @@ from pathlib import Path
 import tyro
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine, noted_steps  # noqa: E402
+from common import machine  # noqa: E402
+from steps import noted_steps  # noqa: E402
 
 import toy  # noqa: E402
 import train_rl  # noqa: E402

@@ -47,6 +47,7 @@ OTHERS = {
     "recording",
     "rl_step",
     "smollm2",
+    "steps",
     "study",
     "text_signal",
     "walkthrough",
@@ -148,7 +149,8 @@ def test_benchmark(benchmarks, name):
     done, file = benchmarks[name]
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
-    assert figures.keys() == {"machine", "settings", "rows", "ratio"} and len(figures["rows"]) >= 2
+    assert figures.keys() == {"machine", "settings", "rows", "ratio", "runs"}
+    assert len(figures["rows"]) >= 2 and all(len(runs) == 1 for runs in figures["runs"].values())
     assert all(row["seconds"] > 0 for row in figures["rows"]) and all(
         v > 0 for k, v in figures["ratio"].items() if "seconds" in k
     )
