@@ -49,8 +49,8 @@ KLKind = Literal["k1", "k2", "k3"]
 Mismatch = Literal["none", "token", "sequence", "mask"]
 # Logits held at a time: large products keep a GPU busy, small chunks stay in the caches of a CPU
 CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
-# Logits that a forward leaves to its backward, which has to make only the others again; 320 MB
-KEPT_LOGITS = 80 * 2**20
+# Logits that a forward leaves to its backward, which has to make only the others again; 400 MB
+KEPT_LOGITS = 96 * 2**20
 
 
 # ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
