@@ -318,7 +318,7 @@ class TokenLogProbs(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for i, words in enumerate(vocabulary_chunks(len(hidden), len(weight))):
             if i < len(kept):
-                z = kept[i].clone()
+                z = kept[i].clone()  # it is overwritten below, and a second backward may come
             else:
                 z = scaled_logits(hidden, weight[words], ctx.temperature, ctx.softcap)
             slope = scaling_slope(z, ctx.temperature, ctx.softcap)

@@ -103,7 +103,7 @@ TRAIN_RL_SPARSE = {
     "lr": 2e-4,
     "max_tokens": 80,
 }
-# Drawn problems keep the longer training, and the shorter start, with which their figures were measured
+# Drawn problems keep the longer training, and the shorter start, that their figures are of
 TRAIN_RL_IMAGES = {**TRAIN_RL, "steps": 140}
 TRAIN_FLOW = {
     "lr": 2e-3,

@@ -81,8 +81,8 @@ def median_of(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dict:
     """Measure variants in turns, print a table and write JSON; ratios are to the last variant.
 
-    Each run is a process of its own: prepare(settings, variant) returns a function without arguments,
-    which it runs. Medians of `settings.repeats` runs count; `settings.json` names the file.
+    Each run is a process of its own: prepare(settings, variant) returns a function without
+    arguments, which it runs. Medians of `settings.repeats` runs count; `settings.json` names the file.
     """
     context = multiprocessing.get_context("spawn")
     runs = {variant: [] for variant in variants}

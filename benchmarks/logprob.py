@@ -3,7 +3,7 @@
     python benchmarks/logprob.py --json logprob.json
     python benchmarks/logprob.py --dtype bfloat16
 
-The backward makes the logits of most chunks again. In bfloat16 full logits become float32 before
+The backward makes those logits again that the forward did not keep. In bfloat16 full logits become float32 before
 the softmax, as they do in chunks.
 """
 
