@@ -1039,6 +1039,21 @@ def group_order(n: int, group_size: int, *key: int | str) -> list[int]:
     return order
 
 
+def rows_to_run(has_gradient: Tensor, n_ranks: int) -> Tensor:
+    """Return which rows (B,) bool, on the CPU, an optimiser step must run.
+
+    They are those with a gradient at any token, has_gradient (B, T), and as many others as it takes
+    for every rank to get the same number, one at least: a step is taken whatever the gradient.
+    B must be a multiple of n_ranks.
+    """
+    chosen = has_gradient.any(dim=1).cpu()  # (B,)
+    n_chosen = int(chosen.sum())
+    n_wanted = max(1, math.ceil(n_chosen / n_ranks)) * n_ranks
+    others = (~chosen).nonzero().squeeze(1)
+    chosen[others[: n_wanted - n_chosen]] = True
+    return chosen
+
+
 def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
     """Return (epoch, index) of `count` places from `start` on, in endless passes over range(n).
 

@@ -901,8 +901,9 @@ def update_policy(
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
     The advantage is (B, T). The ratio in the loss is to the scoring pass, hence 1 in the first
-    mini-batch; without a pass the scores are filled in here. learn_flow is called with the indices
-    of each mini-batch's episodes before its optimiser step, and returns figures.
+    mini-batch; without a pass the scores are filled in here. Episodes without a gradient are not
+    run, but count in the loss's denominator. learn_flow is called with the indices of each
+    mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
     # whole groups, as a forward computes their prompt once
@@ -916,10 +917,13 @@ def update_policy(
         # over all micro-batches and ranks: one denominator for each optimiser step
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)
-        chosen = [episodes[i] for i in mini_batch]
+        learning, idle = split_by_gradient(mini_batch, advantage, config)
+        if len(idle) and not needs_pass(config):
+            score_idle(policy, episodes, scores, idle, config)
+        chosen = [episodes[i] for i in learning]
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
-            cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            cells = (learning[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
             logp, entropy, _ = policy(batch, config.sampling.temperature)
             if not needs_pass(config):
                 scores.old_logp[cells] = logp.detach()
@@ -960,6 +964,38 @@ def update_policy(
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm
     return metrics
+
+
+def split_by_gradient(
+    mini_batch: Tensor, advantage: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Return which episodes of a mini-batch (b,) the update runs, and those that it can leave out.
+
+    An episode whose advantages are all zero has no gradient, as those of a group of equal rewards
+    without a dense part. A KL to the reference in the loss gives it one.
+    """
+    settings = config.optimisation
+    if settings.kl_coef and settings.kl_in == "loss":
+        return mini_batch, mini_batch[:0]
+    learns = rlfr.rows_to_run(advantage[mini_batch] != 0, dist.get_world_size())
+    return mini_batch[learns], mini_batch[~learns]
+
+
+@torch.no_grad()
+def score_idle(
+    policy: rlfr.Policy,
+    episodes: Sequence[rollout.Episode],
+    scores: Scores,
+    idle: Tensor,
+    config: Config,
+) -> None:
+    """Fill in the log-probs and entropies of episodes that the update leaves out."""
+    chosen = [episodes[i] for i in idle]
+    for indices, batch in my_micro_batches(chosen, config, "score"):
+        cells = (idle[indices], slice(batch.response_mask.shape[1]))
+        output = policy(batch, config.sampling.temperature)
+        scores.old_logp[cells] = output.logp
+        scores.entropy[cells] = output.entropy
 
 
 # ---- 6. Update the flow, if it takes a step with every mini-batch

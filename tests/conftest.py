@@ -114,6 +114,8 @@ def small_run(world: toy.World, flow: str, folder, **settings) -> train_rl.Confi
 
 # A run whose rewards differ within groups, also of responses that ran out of room
 BY_LENGTH = {"reward": (str(ROOT / "tests" / "length_reward.py"),), "grade_truncated": True}
+# The same in some groups; in the others all are equal
+SOME_GROUPS = {"reward": (str(ROOT / "tests" / "some_groups_reward.py"),), "grade_truncated": True}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 from conftest import (
     BY_LENGTH,
     ROOT,
+    SOME_GROUPS,
     figures,
     flags,
     free_port,
@@ -144,6 +145,17 @@ def test_two_ranks_follow_one_process(one, two):
     ], "--keep"
     for name in ("policy/model.safetensors", "flow/flow.safetensors"):
         assert Path(one, name).stat().st_size == Path(two, name).stat().st_size
+
+
+@pytest.mark.parametrize("train_batch", [8, 16])
+def test_two_ranks_leave_out_what_has_no_gradient(config, tmp_path, train_batch):
+    """Rewards differ in some groups; without a flow, the update runs no others."""
+    settings = {"shaping": "none", "flow": None, "steps": 2, "export_every": 0}
+    config = change(config, train_batch=train_batch, **settings, **SOME_GROUPS)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    train_rl.main(change(config, folder=one))
+    finish("train_rl.py", flags(change(config, folder=two)))
+    assert_same_run(one, two)
 
 
 def test_two_nodes_follow_one_process(one, config):

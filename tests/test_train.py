@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    BY_LENGTH,
     ROOT,
+    SOME_GROUPS,
     figures,
     flags,
     last_state,
@@ -169,7 +171,8 @@ def test_micro_batches_change_nothing(config):
 @pytest.mark.parametrize("mismatch", ["token", "sequence"])
 def test_old_log_probs_of_a_single_mini_batch_need_no_pass(config, monkeypatch, mismatch):
     """The update's own are the same, and its forward is the only one."""
-    config = change(config, shaping="none", train_batch=16, mismatch=mismatch, steps=2)
+    settings = {"shaping": "none", "train_batch": 16, "mismatch": mismatch, "steps": 2}
+    config = change(config, **settings, **BY_LENGTH)
     forwards = []
     forward = rlfr.Policy.forward
     monkeypatch.setattr(
@@ -190,6 +193,36 @@ def test_old_log_probs_of_a_single_mini_batch_need_no_pass(config, monkeypatch, 
     for a, b in zip(*records, strict=True):
         assert a["entropy"] == pytest.approx(b["entropy"], rel=1e-4)
         assert a["ratio"] == pytest.approx(b["ratio"], rel=1e-4)
+
+
+@pytest.mark.parametrize("train_batch", [8, 16])
+def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, train_batch):
+    """Groups of equal rewards are left out of the update: figures and weights are the same."""
+    settings = {"train_batch": train_batch, "mismatch": "token", "steps": 2}
+    config = change(config, shaping="none", **SOME_GROUPS, **settings)
+    n_trained = []
+    forward = rlfr.Policy.forward
+
+    def count(policy, batch, *arguments, **options):
+        if torch.is_grad_enabled():
+            n_trained.append(len(batch.targets))
+        return forward(policy, batch, *arguments, **options)
+
+    monkeypatch.setattr(rlfr.Policy, "forward", count)
+    train_rl.main(change(config, folder=config.folder + "-some"))
+    n_some = sum(n_trained)
+    n_trained.clear()
+    monkeypatch.setattr(
+        rlfr, "rows_to_run", lambda has_gradient, _: has_gradient.new_ones(len(has_gradient))
+    )
+    train_rl.main(change(config, folder=config.folder + "-all"))
+    assert 0 < n_some < 0.8 * sum(n_trained)
+    for a, b in zip(figures(config.folder + "-some"), figures(config.folder + "-all"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    some, everything = (last_state(config.folder + name) for name in ("-some", "-all"))
+    for name, value in some.items():
+        if "['module']" in name and "k_proj.bias" not in name:
+            assert (value - everything[name]).norm() <= 1e-5 * value.norm(), name
 
 
 # ---- Options: each does something, and runs
