@@ -948,7 +948,7 @@ class TorchEngine:
             running = (~stopped[rows]).nonzero().squeeze(1)
             if k + 1 == limit or not len(running):
                 break
-            if len(running) <= 0.75 * len(rows):
+            if len(running) <= 0.9 * len(rows):
                 cache.batch_select_indices(running)
                 rows = rows[running]
                 token = token[running]

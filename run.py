@@ -329,7 +329,6 @@ FIXED_AT_START = {
     "percentiles": OF_THE_WEIGHTS,
     "shift": OF_THE_WEIGHTS,
     "flow_blocks": OF_THE_WEIGHTS,
-    "flow_width": OF_THE_WEIGHTS,
     "seed": OF_THE_RANDOMNESS,
 }
 

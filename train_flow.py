@@ -65,7 +65,6 @@ class FlowSettings:
     """What the flow is, and how often and at which times a token is drawn."""
 
     flow_blocks: int | None = None  # Residual blocks; by default 4 below 5B parameters, 6 above
-    flow_width: int | None = None  # Width of the network; by default the policy's hidden size
     # Draws of (t, x_0) a token; by default 2 for text above 5B, else 4
     noise_repeats: int | None = None
     # How t is drawn: random is the sigmoid of a normal, as official
@@ -111,8 +110,8 @@ class Config:
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
-    check_positive(config, "epochs", "batch_size", "lr", "noise_repeats")
-    check_positive(config, "flow_blocks", "flow_width", "clip_norm", "tokens_per_gpu", "keep")
+    check_positive(config, "epochs", "batch_size", "lr", "noise_repeats", "flow_blocks")
+    check_positive(config, "clip_norm", "tokens_per_gpu", "keep")
     fl.check_times(config.flow.calibrate_at)
     held_out = config.flow.held_out
     if held_out is not None and held_out < 0:
@@ -356,7 +355,6 @@ def main(config: Config) -> None:
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
         n_blocks=config.flow.flow_blocks,
-        width=config.flow.flow_width,
         contexts=config.contexts,
         shift=config.flow.shift,
         percentiles=config.percentiles,

@@ -567,15 +567,16 @@ def sample_groups(
 
 
 # ---- 3. Score
-def needs_pass(config: Config) -> bool:
-    """Return whether anything needs scores before the first optimiser step of an RL step.
+def needs_old_logp(config: Config) -> bool:
+    """Return whether log-probs or entropies are needed before the update of an RL step.
 
     If not, the update's own forward gives them on the way: with a single mini-batch its log-probs
     are the old ones, as no weight has changed yet.
     """
     n_episodes = config.sampling.prompts * config.sampling.group_size
     return (
-        config.shaping != "none"
+        config.shaping == "entropy"
+        or config.flow_update.flow_entropy_quantile is not None
         or config.optimisation.kl_coef > 0
         or config.optimisation.train_batch < n_episodes
     )
@@ -666,10 +667,11 @@ def score(
     config: Config,
     step: int,
 ) -> tuple[Scores, dict[str, float]]:
-    """Run the policy once over the episodes, without gradient, if needs_pass().
+    """Run the policy once over the episodes, without gradient, as far as the step needs it.
 
-    Gives log-probs, entropies, and the flow's score of the latents. The flow's own loss on accepted
-    episodes leaves its gradient on the flow, none on the policy. Latents are not kept.
+    Gives log-probs and entropies, if needs_old_logp(), and the flow's score of the latents. The
+    flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy.
+    Latents are not kept.
     """
     temperature = config.sampling.temperature
     flow_learns = flow is not None and learns_while_scoring(config.flow_update)
@@ -679,14 +681,16 @@ def score(
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
     scores = Scores.before_the_pass(episodes, len(taps))
-    if not needs_pass(config):
+    latents_only = not needs_old_logp(config)
+    if latents_only and not flow:
         return scores, {}
     for indices, batch in my_micro_batches(episodes, config, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
-            output = policy(batch, temperature, taps)
-            scores.old_logp[cells] = output.logp
-            scores.entropy[cells] = output.entropy
+            output = policy(batch, temperature, taps, latents_only)
+            if not latents_only:
+                scores.old_logp[cells] = output.logp
+                scores.entropy[cells] = output.entropy
             if reference:
                 scores.ref_logp[cells] = reference(batch, temperature).logp
         if flow:
@@ -901,8 +905,8 @@ def update_policy(
     """Take the optimiser steps of one RL step, a mini-batch each; return their mean figures.
 
     The advantage is (B, T). The ratio in the loss is to the scoring pass, hence 1 in the first
-    mini-batch; without a pass the scores are filled in here. Episodes without a gradient are not
-    run, but count in the loss's denominator. learn_flow is called with the indices of each
+    mini-batch; log-probs that it did not give are filled in here. Episodes without a gradient are
+    not run, but count in the loss's denominator. learn_flow is called with the indices of each
     mini-batch's episodes before its optimiser step, and returns figures.
     """
     settings = config.optimisation
@@ -918,14 +922,14 @@ def update_policy(
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)
         learning, idle = split_by_gradient(mini_batch, advantage, config)
-        if len(idle) and not needs_pass(config):
+        if len(idle) and not needs_old_logp(config):
             score_idle(policy, episodes, scores, idle, config)
         chosen = [episodes[i] for i in learning]
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
             cells = (learning[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
             logp, entropy, _ = policy(batch, config.sampling.temperature)
-            if not needs_pass(config):
+            if not needs_old_logp(config):
                 scores.old_logp[cells] = logp.detach()
                 scores.entropy[cells] = entropy.detach()
             loss, is_clipped = rlfr.policy_loss(
@@ -958,8 +962,9 @@ def update_policy(
             for name, value in learn_flow(mini_batch).items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
         grad_norm += share * learner.step(lr, settings.clip_norm)  # clips, steps, clears
-    if not needs_pass(config):
-        scores.sum_over_ranks()
+    if not needs_old_logp(config):
+        parallel.sum_over_ranks(scores.old_logp)
+        parallel.sum_over_ranks(scores.entropy)
     for name, value in sums.items():
         metrics[f"policy/{name}"] = parallel.sum_over_ranks(value).item()
     metrics["policy/grad_norm"] = grad_norm

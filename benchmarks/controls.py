@@ -240,7 +240,7 @@ def replace_parts(control: str, arguments: argparse.Namespace) -> None:
         change_scores(ExpertLikelihood(arguments.expert_policy, *expert))
     else:
         train_rl.update_policy = SupervisedUpdate(*expert)
-        train_rl.needs_pass = lambda _config: True  # such an update scores no episodes
+        train_rl.needs_old_logp = lambda _config: True  # such an update scores no episodes
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ class Settings:
     max_sequences: int = 64  # Responses that the engine samples at a time
     hidden_size: int = 128  # Width of the decoder
     n_layers: int = 4  # Its layers
-    flow_blocks: int = 2  # Of the flow
+    flow_blocks: int = 1  # Of the flow
     threads: int = 2  # Threads of a process
     repeats: int = 3  # Measured steps of a process; medians count
     rounds: int = 5  # Processes of each row, in turns; medians count

@@ -147,11 +147,13 @@ def test_two_ranks_follow_one_process(one, two):
         assert Path(one, name).stat().st_size == Path(two, name).stat().st_size
 
 
-@pytest.mark.parametrize("train_batch", [8, 16])
-def test_two_ranks_leave_out_what_has_no_gradient(config, tmp_path, train_batch):
-    """Rewards differ in some groups; without a flow, the update runs no others."""
-    settings = {"shaping": "none", "flow": None, "steps": 2, "export_every": 0}
-    config = change(config, train_batch=train_batch, **settings, **SOME_GROUPS)
+@pytest.mark.parametrize(("shaping", "train_batch"), [("none", 8), ("none", 16), ("flow", 16)])
+def test_two_ranks_leave_out_what_a_step_does_not_need(config, tmp_path, shaping, train_batch):
+    """Episodes without a gradient, and with a single mini-batch the log-probs before the update."""
+    settings = {"shaping": shaping, "train_batch": train_batch, "steps": 2, "export_every": 0}
+    if shaping == "none":
+        settings["flow"] = None
+    config = change(config, **settings, **SOME_GROUPS)
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     train_rl.main(change(config, folder=one))
     finish("train_rl.py", flags(change(config, folder=two)))

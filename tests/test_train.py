@@ -168,21 +168,27 @@ def test_micro_batches_change_nothing(config):
             torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("shaping", ["none", "flow"])
 @pytest.mark.parametrize("mismatch", ["token", "sequence"])
-def test_old_log_probs_of_a_single_mini_batch_need_no_pass(config, monkeypatch, mismatch):
-    """The update's own are the same, and its forward is the only one."""
-    settings = {"shaping": "none", "train_batch": 16, "mismatch": mismatch, "steps": 2}
+def test_old_log_probs_of_a_single_mini_batch_need_no_pass(config, monkeypatch, shaping, mismatch):
+    """The update's own are the same, and no other forward goes as far as the head."""
+    settings = {"shaping": shaping, "train_batch": 16, "mismatch": mismatch, "steps": 2}
     config = change(config, **settings, **BY_LENGTH)
-    forwards = []
+    whole = []
     forward = rlfr.Policy.forward
-    monkeypatch.setattr(
-        rlfr.Policy, "forward", lambda *a, **k: (forwards.append(1), forward(*a, **k))[1]
-    )
+
+    def spy(*arguments, **options):
+        output = forward(*arguments, **options)
+        if output.logp is not None:
+            whole.append(1)
+        return output
+
+    monkeypatch.setattr(rlfr.Policy, "forward", spy)
     train_rl.main(change(config, folder=config.folder + "-without"))
-    n_without = len(forwards)
-    monkeypatch.setattr(train_rl, "needs_pass", lambda _config: True)
+    n_without = len(whole)
+    monkeypatch.setattr(train_rl, "needs_old_logp", lambda _config: True)
     train_rl.main(change(config, folder=config.folder + "-with"))
-    assert len(forwards) == 3 * n_without
+    assert len(whole) == 3 * n_without
     without, with_pass = (figures(config.folder + name) for name in ("-without", "-with"))
     for a, b in zip(without, with_pass, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
