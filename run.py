@@ -357,7 +357,12 @@ class Run:
         self.saving: Future | None = None
         self.saved_step: int | None = None  # of the last checkpoint, begun or found
         self.saver = ThreadPoolExecutor(1)
-        self.group = dist.new_group(backend="gloo")  # for collectives beside the run's own
+        self.checkpointing = {
+            # a group of its own: checkpoints are written while the run uses the others
+            "process_group": dist.new_group(backend="gloo"),
+            # one process speaks to nobody, see parallel.gather_objects
+            "no_dist": dist.get_world_size() == 1,
+        }
 
     # ---- The folder
     def choose_folder(self, default_name: str) -> Path:
@@ -413,7 +418,7 @@ class Run:
         """
         newest = on_first(self.prepare_folder)
         if newest:
-            dcp.load(state, checkpoint_id=newest, process_group=self.group)
+            dcp.load(state, checkpoint_id=newest, **self.checkpointing)
             self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"
         self.tracker = Tracker(kind, self.folder, asdict(self.config))
@@ -470,7 +475,7 @@ class Run:
         self.saved_step = step
         folder = self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}.writing")
-        written = dcp.async_save(state, checkpoint_id=writing, process_group=self.group)
+        written = dcp.async_save(state, checkpoint_id=writing, **self.checkpointing)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
         self.write_report()
 
