@@ -231,6 +231,44 @@ def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, tra
             assert (value - everything[name]).norm() <= 1e-5 * value.norm(), name
 
 
+THREADS = """
+from pathlib import Path
+import torch
+import parallel, toy, train_rl
+from run import parse_config
+
+def of_gloo():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+def update(*arguments):
+    counts.append(of_gloo())
+    return update_policy(*arguments)
+
+counts = []
+torch.set_num_threads(2)
+update_policy, train_rl.update_policy = train_rl.update_policy, update
+train_rl.main(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
+counts.append(of_gloo())
+parallel.gather_objects(bytes(10**6))
+counts.append(of_gloo())
+print("threads of gloo:", *counts, flush=True)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="threads are listed on Linux alone"
+)
+def test_gloo_starts_no_threads_of_openmp_in_a_single_process(config, tmp_path):
+    """Regression: more threads than cores, and small operations took twice as long."""
+    command = [sys.executable, "-c", THREADS, *flags(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    output = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    *in_steps, before, after = map(int, output.rpartition("threads of gloo:")[2].split())
+    assert len(in_steps) == 3 and len(set(in_steps)) == 1, "a checkpoint started threads"
+    assert before == after, "gathering started threads"
+
+
 # ---- Options: each does something, and runs
 
 OPTIONS = [  # what both runs have, what one has besides
