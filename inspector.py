@@ -79,7 +79,9 @@ def write_step(
         engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
         episodes, verdicts, _ = train_rl.roll_out(sampler, 0)
         engine.sleep()
-        scores, _ = train_rl.score(policy, None, flow, episodes, verdicts, config, 0)
+        scores, _ = train_rl.score(
+            *(policy, None, flow, episodes, verdicts, config), step=0, with_logp=True
+        )
         reward = [verdict.reward for verdict in verdicts()]
         reward = torch.tensor(reward, device=parallel.DEVICE)
         advantage, flow_reward, _ = train_rl.shape_advantage(scores, reward, config, 0)

@@ -629,6 +629,7 @@ class Scores:
     flow_score: Tensor  # 0 without a flow
     deviation: Tensor  # (L, B, T), by tap; its mean over taps is flow_score
     flow_mask: Tensor  # bool, tokens with a flow score: not the last one if the context is the next
+    has_logp: bool = False  # whether old_logp and entropy are there, or come from the update
 
     @classmethod
     def before_the_pass(cls, episodes: Sequence[rollout.Episode], n_taps: int) -> "Scores":
@@ -666,12 +667,13 @@ def score(
     verdicts: Verdicts,
     config: Config,
     step: int,
+    with_logp: bool,
 ) -> tuple[Scores, dict[str, float]]:
-    """Run the policy once over the episodes, without gradient, as far as the step needs it.
+    """Run the policy once over the episodes, without gradient, as far as it is needed.
 
-    Gives log-probs and entropies, if needs_old_logp(), and the flow's score of the latents. The
-    flow's own loss on accepted episodes leaves its gradient on the flow, none on the policy.
-    Latents are not kept.
+    Gives the flow's score of the latents and, with_logp, log-probs and entropies; without them the
+    policy ends at the last tap, or does not run at all. The flow's own loss on accepted episodes
+    leaves its gradient on the flow, none on the policy. Latents are not kept.
     """
     temperature = config.sampling.temperature
     flow_learns = flow is not None and learns_while_scoring(config.flow_update)
@@ -681,14 +683,14 @@ def score(
         taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
         parallel.begin_calls(flow)
     scores = Scores.before_the_pass(episodes, len(taps))
-    latents_only = not needs_old_logp(config)
-    if latents_only and not flow:
+    scores.has_logp = with_logp
+    if not with_logp and not flow:
         return scores, {}
     for indices, batch in my_micro_batches(episodes, config, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
-            output = policy(batch, temperature, taps, latents_only)
-            if not latents_only:
+            output = policy(batch, temperature, taps, latents_only=not with_logp)
+            if with_logp:
                 scores.old_logp[cells] = output.logp
                 scores.entropy[cells] = output.entropy
             if reference:
@@ -922,14 +924,14 @@ def update_policy(
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)
         learning, idle = split_by_gradient(mini_batch, advantage, config)
-        if len(idle) and not needs_old_logp(config):
+        if len(idle) and not scores.has_logp:
             score_idle(policy, episodes, scores, idle, config)
         chosen = [episodes[i] for i in learning]
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
             cells = (learning[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
             logp, entropy, _ = policy(batch, config.sampling.temperature)
-            if not needs_old_logp(config):
+            if not scores.has_logp:
                 scores.old_logp[cells] = logp.detach()
                 scores.entropy[cells] = entropy.detach()
             loss, is_clipped = rlfr.policy_loss(
@@ -962,7 +964,8 @@ def update_policy(
             for name, value in learn_flow(mini_batch).items():
                 metrics[name] = metrics.get(name, 0.0) + share * value
         grad_norm += share * learner.step(lr, settings.clip_norm)  # clips, steps, clears
-    if not needs_old_logp(config):
+    if not scores.has_logp:
+        scores.has_logp = True
         parallel.sum_over_ranks(scores.old_logp)
         parallel.sum_over_ranks(scores.entropy)
     for name, value in sums.items():
@@ -1120,7 +1123,11 @@ def rehearse_update(
     verdict = Verdict(1.0, correct=True, parts={}, extracted=None, kind="cut")
     verdicts = [verdict] * len(episodes)  # the flow learns from all
     episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
-    scores, _ = score(policy, reference, flow, episodes, lambda: verdicts, config, step=0)
+    scores, _ = score(
+        *(policy, reference, flow, episodes, lambda: verdicts, config),
+        step=0,
+        with_logp=needs_old_logp(config),
+    )
     advantage = torch.ones_like(scores.old_logp)
     learn_flow = None
     if "flow" in stand_ins and not learns_while_scoring(config.flow_update):
@@ -1431,7 +1438,9 @@ def main(config: Config) -> None:
 
         # ---- 3. Score, and let the flow's gradient add up
         episodes = see_images(policy, episodes, config.compute.tokens_per_gpu)
-        scores, flow_metrics = score(policy, reference, flow, episodes, verdicts, config, step)
+        scores, flow_metrics = score(
+            *(policy, reference, flow, episodes, verdicts, config, step), needs_old_logp(config)
+        )
         clock.lap("score")
         reward = [verdict.reward for verdict in verdicts()]
         reward = torch.tensor(reward, device=parallel.DEVICE)

@@ -49,8 +49,10 @@ def change_scores(change: Callable) -> None:
     """Let `change(scores, episodes, config, step)` act on the scores of each step."""
     score = train_rl.score
 
-    def score_and_change(policy, reference, flow, episodes, verdicts, config, step):
-        scores, metrics = score(policy, reference, flow, episodes, verdicts, config, step)
+    def score_and_change(policy, reference, flow, episodes, verdicts, config, step, with_logp):
+        scores, metrics = score(
+            policy, reference, flow, episodes, verdicts, config, step, with_logp
+        )
         change(scores, episodes, config, step)
         return scores, metrics
 

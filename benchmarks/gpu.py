@@ -423,6 +423,7 @@ class Trainer:
         scores, _ = train_rl.score(
             *(self.policy, None, self.flow, self.episodes, lambda: self.verdicts),
             *(self.config, 0),
+            with_logp=True,
         )
         self.flow_learner.step(0.0, 1.0)
         return scores

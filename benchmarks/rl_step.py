@@ -203,12 +203,19 @@ def score(parts: Parts, variant: str, episodes: list, verdicts: list, step: int)
     """Score the episodes in one pass of the policy, or in three."""
     config, _, policy, flow, learners, _ = parts
     if variant != THREE_PASSES:
-        scores, _ = train_rl.score(policy, None, flow, episodes, lambda: verdicts, config, step)
+        needs_old_logp = train_rl.needs_old_logp(config)
+        scores, _ = train_rl.score(
+            policy, None, flow, episodes, lambda: verdicts, config, step, needs_old_logp
+        )
         return scores
 
-    without_flow, _ = train_rl.score(policy, None, None, episodes, lambda: verdicts, config, step)
+    without_flow, _ = train_rl.score(
+        policy, None, None, episodes, lambda: verdicts, config, step, with_logp=True
+    )
     frozen = change(config, freeze_flow=True)  # this pass scores, and nothing learns
-    scores, _ = train_rl.score(policy, None, flow, episodes, lambda: verdicts, frozen, step)
+    scores, _ = train_rl.score(
+        policy, None, flow, episodes, lambda: verdicts, frozen, step, with_logp=True
+    )
     scores.old_logp = without_flow.old_logp
     scores.entropy = without_flow.entropy
     accepted = train_rl.accepted_episodes(verdicts, config.flow_update)
