@@ -114,9 +114,9 @@ def cores_per_rank() -> int:
 def gather_objects(value) -> list:
     """Return every rank's value, in the order of the ranks, on all of them."""
     if dist.get_world_size() == 1:
-        # Gloo copies a large value with OpenMP threads of its own. Once there are more of them than
-        # cores, OpenMP's threads sleep between operations instead of waiting for the next, and
-        # small operations take twice as long on a CPU.
+        # Gloo copies a large value with OpenMP threads of its own. Once there are more threads in
+        # all than cores, OpenMP lets them sleep between operations instead of waiting for the next,
+        # and small operations take twice as long on a CPU.
         return [value]
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=patient_group)

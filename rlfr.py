@@ -1039,19 +1039,25 @@ def group_order(n: int, group_size: int, *key: int | str) -> list[int]:
     return order
 
 
-def rows_to_run(has_gradient: Tensor, n_ranks: int) -> Tensor:
+def rows_to_run(has_gradient: Tensor, group_size: int, n_ranks: int) -> Tensor:
     """Return which rows (B,) bool, on the CPU, an optimiser step must run.
 
     They are those with a gradient at any token, has_gradient (B, T), and as many others as it takes
     for every rank to get the same number, one at least: a step is taken whatever the gradient.
-    B must be a multiple of n_ranks.
+    Several ranks run whole groups where these can be dealt out to them, as micro_batches() does,
+    and a prompt is computed once for its responses.
     """
-    chosen = has_gradient.any(dim=1).cpu()  # (B,)
+    n_rows = len(has_gradient)
+    assert n_rows % n_ranks == 0, f"{n_rows} rows for {n_ranks} ranks"
+    size = 1  # of what is run or left out as a whole
+    if n_ranks > 1 and n_rows % (group_size * n_ranks) == 0:
+        size = group_size
+    chosen = has_gradient.view(n_rows // size, -1).any(dim=1).cpu()
     n_chosen = int(chosen.sum())
     n_wanted = max(1, math.ceil(n_chosen / n_ranks)) * n_ranks
     others = (~chosen).nonzero().squeeze(1)
     chosen[others[: n_wanted - n_chosen]] = True
-    return chosen
+    return chosen.repeat_interleave(size)
 
 
 def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:

@@ -948,6 +948,7 @@ class TorchEngine:
             running = (~stopped[rows]).nonzero().squeeze(1)
             if k + 1 == limit or not len(running):
                 break
+            # each token copies the cache, as it grows: a tenth fewer rows are worth one copy more
             if len(running) <= 0.9 * len(rows):
                 cache.batch_select_indices(running)
                 rows = rows[running]

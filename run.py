@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from flow import as_tuple
 from parallel import is_first, on_first, start
 
 STOP_SIGNALS: list[int] = []  # received so far
+# said of checkpoints of a single process, which are meant to be so
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 # ---- From start to exit
@@ -357,10 +360,10 @@ class Run:
         self.saving: Future | None = None
         self.saved_step: int | None = None  # of the last checkpoint, begun or found
         self.saver = ThreadPoolExecutor(1)
-        self.checkpointing = {
+        self.checkpoint_options = {
             # a group of its own: checkpoints are written while the run uses the others
             "process_group": dist.new_group(backend="gloo"),
-            # one process speaks to nobody, see parallel.gather_objects
+            # a single process needs no communication, see parallel.gather_objects
             "no_dist": dist.get_world_size() == 1,
         }
 
@@ -418,7 +421,7 @@ class Run:
         """
         newest = on_first(self.prepare_folder)
         if newest:
-            dcp.load(state, checkpoint_id=newest, **self.checkpointing)
+            dcp.load(state, checkpoint_id=newest, **self.checkpoint_options)
             self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"
         self.tracker = Tracker(kind, self.folder, asdict(self.config))
@@ -475,7 +478,7 @@ class Run:
         self.saved_step = step
         folder = self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}.writing")
-        written = dcp.async_save(state, checkpoint_id=writing, **self.checkpointing)
+        written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
         self.write_report()
 

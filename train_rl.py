@@ -574,9 +574,10 @@ def needs_old_logp(config: Config) -> bool:
     are the old ones, as no weight has changed yet.
     """
     n_episodes = config.sampling.prompts * config.sampling.group_size
+    flow_learns = config.shaping == "flow" and not config.flow_update.freeze_flow
     return (
         config.shaping == "entropy"
-        or config.flow_update.flow_entropy_quantile is not None
+        or (flow_learns and config.flow_update.flow_entropy_quantile is not None)
         or config.optimisation.kl_coef > 0
         or config.optimisation.train_batch < n_episodes
     )
@@ -629,7 +630,7 @@ class Scores:
     flow_score: Tensor  # 0 without a flow
     deviation: Tensor  # (L, B, T), by tap; its mean over taps is flow_score
     flow_mask: Tensor  # bool, tokens with a flow score: not the last one if the context is the next
-    has_logp: bool = False  # whether old_logp and entropy are there, or come from the update
+    has_logp: bool = False  # until scoring or the update has filled in old_logp and entropy
 
     @classmethod
     def before_the_pass(cls, episodes: Sequence[rollout.Episode], n_taps: int) -> "Scores":
@@ -775,7 +776,7 @@ def accepted_episodes(verdicts: Sequence[Verdict], settings: FlowUpdateSettings)
 def flow_loss_weights(
     batch: rlfr.Batch,
     indices: Sequence[int],
-    entropy: Tensor,
+    entropy: Tensor | None,
     accepted: Tensor,
     settings: FlowUpdateSettings,
 ) -> Tensor:
@@ -785,6 +786,7 @@ def flow_loss_weights(
     on all ranks, the weights sum to 1, unless all of them are 0.
     """
     quantile = settings.flow_entropy_quantile
+    assert quantile is None or entropy is not None, "a quantile of entropies that were not scored"
     token_weight, episode_weight = rlfr.online_flow_weights(
         batch.response_mask,
         accepted[indices],
@@ -923,9 +925,9 @@ def update_policy(
         # over all micro-batches and ranks: one denominator for each optimiser step
         n_tokens = int(scores.mask[mini_batch].sum())
         n_episodes = len(mini_batch)
-        learning, idle = split_by_gradient(mini_batch, advantage, config)
-        if len(idle) and not scores.has_logp:
-            score_idle(policy, episodes, scores, idle, config)
+        learning, left_out = split_by_gradient(mini_batch, advantage, config)
+        if len(left_out) and not scores.has_logp:
+            score_left_out(policy, episodes, scores, left_out, config)
         chosen = [episodes[i] for i in learning]
         for indices, batch in my_micro_batches(chosen, config, "update"):
             mask = batch.response_mask
@@ -977,30 +979,31 @@ def update_policy(
 def split_by_gradient(
     mini_batch: Tensor, advantage: Tensor, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """Return which episodes of a mini-batch (b,) the update runs, and those that it can leave out.
+    """Split a mini-batch (b,) into the episodes that the update runs and those that it leaves out.
 
-    An episode whose advantages are all zero has no gradient, as those of a group of equal rewards
+    An episode whose advantages are all zero has no gradient, e.g. in a group of equal rewards
     without a dense part. A KL to the reference in the loss gives it one.
     """
     settings = config.optimisation
     if settings.kl_coef and settings.kl_in == "loss":
         return mini_batch, mini_batch[:0]
-    learns = rlfr.rows_to_run(advantage[mini_batch] != 0, dist.get_world_size())
-    return mini_batch[learns], mini_batch[~learns]
+    has_gradient = advantage[mini_batch] != 0
+    runs = rlfr.rows_to_run(has_gradient, config.sampling.group_size, dist.get_world_size())
+    return mini_batch[runs], mini_batch[~runs]
 
 
 @torch.no_grad()
-def score_idle(
+def score_left_out(
     policy: rlfr.Policy,
     episodes: Sequence[rollout.Episode],
     scores: Scores,
-    idle: Tensor,
+    left_out: Tensor,
     config: Config,
 ) -> None:
     """Fill in the log-probs and entropies of episodes that the update leaves out."""
-    chosen = [episodes[i] for i in idle]
+    chosen = [episodes[i] for i in left_out]
     for indices, batch in my_micro_batches(chosen, config, "score"):
-        cells = (idle[indices], slice(batch.response_mask.shape[1]))
+        cells = (left_out[indices], slice(batch.response_mask.shape[1]))
         output = policy(batch, config.sampling.temperature)
         scores.old_logp[cells] = output.logp
         scores.entropy[cells] = output.entropy

@@ -253,7 +253,7 @@ def fit_settings(fit: Fit, folder: Path) -> train_flow.Config:
     del preset["epochs"]
     epochs = fit.amount * EPOCHS
     preset["save_every"] = 0
-    preset["flow_blocks"] = 2  # in all worlds
+    preset["flow_blocks"] = 2  # as the published figures had
     return change(
         train_flow.Config(),
         **preset,

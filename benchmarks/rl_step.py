@@ -6,7 +6,8 @@ Variants:
     none          --shaping none: one forward scores, and the policy learns; with a single
                   mini-batch its own forward scores
     flow          --shaping flow: the same forward also gives the latents, which the flow scores and
-                  learns from (ours)
+                  learns from (ours); with a single mini-batch it ends at the last tap, and the
+                  update's own forward gives the log-probs
     three passes  what the official code runs the policy for: old log-probs, then latents for the
                   flow's score, then latents for its online update. It is kinder than that code: no
                   full logits, the flow sees response tokens alone, and the third pass ends at the

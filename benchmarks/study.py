@@ -269,7 +269,7 @@ def preset(script: str | None, study: Study) -> dict[str, object]:
     settings = dict(presets.get(study.world, presets["toy-sparse"]))
     settings.update(model="{base}", save_every=25, keep=1)
     if script == "train_flow":
-        settings.update(epochs=FLOW_EPOCHS)
+        settings.update(epochs=FLOW_EPOCHS, flow_blocks=2)
     if script == "train_rl":
         settings.update(
             tokens_per_gpu=4096,  # smaller micro-batches are faster on a CPU

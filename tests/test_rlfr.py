@@ -253,21 +253,26 @@ def test_groups_stay_together_in_a_random_order():
 
 
 @pytest.mark.parametrize(
-    ("has_gradient", "n_ranks", "expected"),
+    ("has_gradient", "group_size", "n_ranks", "expected"),
     [
-        ([0, 1, 0, 1], 1, [0, 1, 0, 1]),
-        ([1, 1, 1, 1], 2, [1, 1, 1, 1]),
-        ([0, 0, 0, 1], 2, [1, 0, 0, 1]),  # another row, for the second rank
-        ([0, 0, 1, 1, 1, 0], 3, [0, 0, 1, 1, 1, 0]),
-        ([0, 1, 1, 1, 1, 0], 3, [1, 1, 1, 1, 1, 1]),
-        ([0, 0, 0, 0], 1, [1, 0, 0, 0]),  # a step is taken all the same
-        ([0, 0, 0, 0], 2, [1, 1, 0, 0]),
+        ([0, 1, 0, 1], 2, 1, [0, 1, 0, 1]),
+        ([0, 0, 0, 0], 2, 1, [1, 0, 0, 0]),  # a step is taken all the same
+        # groups that cannot be dealt out
+        ([1, 1, 1, 1], 4, 2, [1, 1, 1, 1]),
+        ([0, 0, 0, 1], 4, 2, [1, 0, 0, 1]),  # another row, for the second rank
+        ([0, 0, 1, 1, 1, 0], 6, 3, [0, 0, 1, 1, 1, 0]),
+        ([0, 1, 1, 1, 1, 0], 3, 3, [1, 1, 1, 1, 1, 1]),
+        ([0, 0, 0, 0], 4, 2, [1, 1, 0, 0]),
+        # groups that can
+        ([0, 1, 0, 0, 1, 1, 0, 0], 2, 2, [1, 1, 0, 0, 1, 1, 0, 0]),
+        ([0, 0, 0, 0, 1, 1, 0, 0], 2, 2, [1, 1, 0, 0, 1, 1, 0, 0]),
+        ([0, 0, 0, 0, 0, 0, 0, 0], 2, 2, [1, 1, 1, 1, 0, 0, 0, 0]),
     ],
 )
-def test_rows_without_a_gradient_are_left_out(has_gradient, n_ranks, expected):
+def test_rows_without_a_gradient_are_left_out(has_gradient, group_size, n_ranks, expected):
     tokens = torch.zeros(len(has_gradient), 3, dtype=torch.bool)
     tokens[:, 1] = torch.tensor(has_gradient)
-    rows = rlfr.rows_to_run(tokens, n_ranks)
+    rows = rlfr.rows_to_run(tokens, group_size, n_ranks)
     assert rows.tolist() == [bool(value) for value in expected]
 
 

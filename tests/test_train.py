@@ -219,7 +219,7 @@ def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, tra
     n_some = sum(n_trained)
     n_trained.clear()
     monkeypatch.setattr(
-        rlfr, "rows_to_run", lambda has_gradient, _: has_gradient.new_ones(len(has_gradient))
+        rlfr, "rows_to_run", lambda rows, *_: torch.ones(len(rows), dtype=torch.bool)
     )
     train_rl.main(change(config, folder=config.folder + "-all"))
     assert 0 < n_some < 0.8 * sum(n_trained)
