@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -336,9 +337,11 @@ def main(settings: Settings) -> dict:
     if settings.flow:
         variants = [OURS, OURS_WITH_FLOW, TRL]
     runs = {key: [] for key in product(settings.mini_batches, variants)}
+    bar = tqdm(total=settings.rounds * len(runs), unit="run")
     for number in range(settings.rounds):
         of_round = replace(settings, seed=settings.seed + number)
         for (mini_batches, variant), done in runs.items():
+            bar.set_description(f"{variant}, {mini_batches} mini-batches")
             with tempfile.TemporaryDirectory() as folder:
                 if variant == TRL:
                     run = train_trl(of_round, shared, mini_batches, Path(folder))
@@ -346,6 +349,8 @@ def main(settings: Settings) -> dict:
                     flow = settings.flow if variant == OURS_WITH_FLOW else None
                     run = train_ours(of_round, shared, mini_batches, flow, Path(folder))
             done.append(run)
+            bar.update()
+    bar.close()
 
     rows = []
     ratio = {}
