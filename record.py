@@ -15,7 +15,7 @@ An episode has
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
 stands for a number that is not there: a token without a context has no deviation.
 
-A token takes about 110 bytes. A file holds at most log_groups * group_size * max_tokens of them.
+A token takes about 100 bytes. A file holds at most log_groups * group_size * max_tokens of them.
 """
 
 import json
@@ -28,7 +28,7 @@ from torch import Tensor
 
 import vision
 
-BYTES_PER_TOKEN = 110  # of a file, about: ten numbers and a text
+BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character
 BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
 FOLDER = "rollouts"  # in a run's folder

@@ -554,7 +554,8 @@ class Run:
     def log_rollouts(self, step: int, records: list[dict]) -> None:
         """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
         with written_whole(self.folder / record.FOLDER / f"step-{step}.jsonl") as temporary:
-            lines = [json.dumps(one) + "\n" for one in records]
+            compact = (",", ":")  # a tenth smaller than with spaces
+            lines = [json.dumps(one, separators=compact) + "\n" for one in records]
             temporary.write_text("".join(lines))
         self.tracker.log_rollouts(*record.summary_rows(records), step)
 
