@@ -1,8 +1,12 @@
-"""One step of the offline start: early exit and response tokens alone, against the official way.
+"""An offline start: early exit and response tokens alone, against the official way.
 
-The latter runs the whole policy, and learns from every position.
+    python benchmarks/flow_start.py --json flow_start.json     two passes, the default of train_flow.py
+    python benchmarks/flow_start.py --epochs 1                 one pass
 
-python benchmarks/flow_start.py --json flow_start.json
+Ours runs the policy up to the last tap, and the flow learns from response tokens. One process keeps
+the latents of few solutions, up to 1 GiB, for the passes that follow; on several ranks, or with more
+solutions, each pass costs what the first does. The official way runs the whole policy in every pass,
+and the flow learns from every position. A pass is one batch, and one step of the flow.
 """
 
 import sys
@@ -19,6 +23,7 @@ from common import compare  # noqa: E402
 import flow as fl  # noqa: E402
 import parallel  # noqa: E402
 import rlfr  # noqa: E402
+import train_flow  # noqa: E402
 
 OURS = "early exit, responses (ours)"
 OFFICIAL = "full forward, all positions"
@@ -34,6 +39,7 @@ class Settings:
     dim: int = 256  # hidden size
     layers: int = 12  # decoder layers
     vocabulary: int = 32_000  # rows of the head
+    epochs: int = 2  # passes over the batch
     repeats: int = 3  # runs of each variant, in turns; the median counts
     json: str | None = None  # file for the figures
 
@@ -54,7 +60,8 @@ def make_policy(settings: Settings) -> rlfr.Policy:
 
 
 def prepare(settings: Settings, variant: str):
-    """Return a function that runs a step of a variant."""
+    """Return a function that does the offline start of a variant."""
+    parallel.start()
     torch.manual_seed(0)
     policy = make_policy(settings)
     flow_config = fl.FlowConfig(settings.dim)
@@ -62,32 +69,39 @@ def prepare(settings: Settings, variant: str):
     learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
     n_tokens = settings.prompt + settings.response
     ids = torch.randint(settings.vocabulary, (settings.sequences, n_tokens)).tolist()
-    batch = rlfr.collate([rlfr.Row(s[: settings.prompt], s[settings.prompt :]) for s in ids])
-    taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
-    depths = [tap / settings.layers for tap in taps]
+    solutions = [rlfr.Row(row[: settings.prompt], row[settings.prompt :]) for row in ids]
     keys = [("benchmark", i) for i in range(settings.sequences)]
 
-    @torch.no_grad()
-    def find_latents() -> list[torch.Tensor]:
-        if variant == OURS:
-            return policy(batch, taps=taps, latents_only=True).latents
-        output = policy.model(
-            batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
-        )
-        return [output.hidden_states[tap + 1] for tap in taps]
-
-    def work():
-        latents = find_latents()
-        targets = batch.targets if variant == OURS else batch.attention_mask
-        rows = fl.make_rows(flow_config, latents, depths, batch.attention_mask, targets)
-        lengths = targets.sum(dim=1).tolist()
+    def learn(rows: fl.FlowRows, n_targets: int) -> None:
+        """Take a step of the flow; each solution has n_targets positions."""
+        lengths = [n_targets] * settings.sequences
         noise, z = fl.draw(flow_config, keys, lengths, parallel.DEVICE)
         losses = fl.matching_loss(flow, rows, noise, fl.draw_times(z, "random"))
         learner.step(1e-4, 1.0, denominator=len(losses))
 
-    return work
+    def ours() -> None:
+        everything = settings.sequences * n_tokens
+        latents = train_flow.Latents(policy, flow_config, solutions, token_budget=everything)
+        for _ in range(settings.epochs):
+            for _, rows in latents.flow_rows(range(settings.sequences)):
+                learn(rows, settings.response)
+
+    def official() -> None:
+        taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
+        depths = [tap / settings.layers for tap in taps]
+        batch = rlfr.collate(solutions)
+        mask = batch.attention_mask
+        for _ in range(settings.epochs):
+            with torch.no_grad():
+                output = policy.model(
+                    batch.input_ids, attention_mask=mask, output_hidden_states=True
+                )
+            latents = [output.hidden_states[tap + 1] for tap in taps]
+            learn(fl.make_rows(flow_config, latents, depths, mask, mask), n_tokens)
+
+    return ours if variant == OURS else official
 
 
 if __name__ == "__main__":
-    title = "one step of the offline start"
+    title = "an offline start"
     compare(title, prepare, tyro.cli(Settings), [OURS, OFFICIAL])
