@@ -86,17 +86,20 @@ def prepare(settings: Settings, variant: str):
             for _, rows in latents.flow_rows(range(settings.sequences)):
                 learn(rows, settings.response)
 
+    @torch.no_grad()
+    def official_latents(batch: rlfr.Batch, taps: list[int]) -> list[torch.Tensor]:
+        output = policy.model(
+            batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+        )
+        return [output.hidden_states[tap + 1] for tap in taps]
+
     def official() -> None:
         taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
         depths = [tap / settings.layers for tap in taps]
         batch = rlfr.collate(solutions)
         mask = batch.attention_mask
         for _ in range(settings.epochs):
-            with torch.no_grad():
-                output = policy.model(
-                    batch.input_ids, attention_mask=mask, output_hidden_states=True
-                )
-            latents = [output.hidden_states[tap + 1] for tap in taps]
+            latents = official_latents(batch, taps)
             learn(fl.make_rows(flow_config, latents, depths, mask, mask), n_tokens)
 
     return ours if variant == OURS else official
