@@ -114,13 +114,15 @@ def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch):
         inspector.main()
 
 
-def test_any_model_flow_and_problems(world, flow_folder, tmp_path):
+@pytest.mark.parametrize("shaping", ["flow", "none"])
+def test_any_model_flow_and_problems(world, flow_folder, tmp_path, shaping):
     """Sampled and scored, but nothing learnt; the same again from the folder."""
     config = change(
         inspector.Config(),
         model=world.path("model"),
         data=world.path("test.jsonl"),
-        flow=flow_folder,
+        shaping=shaping,
+        flow=flow_folder if shaping == "flow" else None,
         template="none",
         prompts=2,
         group_size=3,
@@ -133,7 +135,10 @@ def test_any_model_flow_and_problems(world, flow_folder, tmp_path):
     assert [(one["group"], one["sample"]) for one in records] == [
         (group, sample) for group in range(2) for sample in range(3)
     ]
-    assert all(any(one["deviation"][0]) for one in records)
+    if shaping == "flow":
+        assert all(any(one["deviation"][0]) for one in records)
+    # regression: without a flow they were 0
+    assert all(all(one["logp"]) and all(one["entropy"]) for one in records)
     page = (tmp_path / "look" / "rollouts.html").read_text()
     assert inspect_run(config.folder).read_text() == page
     assert not (tmp_path / "look" / "policy").exists()

@@ -259,7 +259,7 @@ print("threads of gloo:", *counts, flush=True)
 @pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="threads are listed on Linux alone"
 )
-def test_gloo_starts_no_threads_of_openmp_in_a_single_process(config, tmp_path):
+def test_gloo_starts_no_threads_of_openmp_in_a_single_process(config):
     """Regression: more threads than cores, and small operations took twice as long."""
     command = [sys.executable, "-c", THREADS, *flags(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
