@@ -51,6 +51,9 @@ Mismatch = Literal["none", "token", "sequence", "mask"]
 CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
 # Logits that a forward leaves to its backward, which has to make only the others again; 400 MB
 KEPT_LOGITS = 96 * 2**20
+# Rows at least this part as long as the longest of a strip are in it, see Packing. A CPU's attention
+# computes what is padding, too; a GPU's has less of it, and each strip launches kernels of its own
+LIKE_LENGTH = 0.0 if DEVICE.type == "cuda" else 0.75
 
 
 # ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
@@ -90,10 +93,19 @@ class Batch:
         is_packed = self.attention_mask & (has_own_prompt | self.targets)
         place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
         source = torch.where(is_packed, place, place[self.first_row])
-        return Packing(
-            places=is_packed.flatten().nonzero().squeeze(1),
-            source=source.masked_fill(~self.attention_mask, 0),
-        )
+        source = source.masked_fill(~self.attention_mask, 0)
+
+        strips = []
+        place_in_strips = torch.empty_like(source)
+        n_before = 0  # positions of the strips before
+        for rows, width in like_lengths(self.attention_mask.sum(dim=1).tolist()):
+            strips.append(source[rows, :width])
+            n_positions = len(rows) * width
+            positions = torch.arange(n_positions, device=source.device) + n_before
+            place_in_strips[rows, :width] = positions.view(len(rows), width)
+            n_before += n_positions
+        places = is_packed.flatten().nonzero().squeeze(1)
+        return Packing(places, source, strips, place_in_strips.flatten()[places])
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
@@ -107,10 +119,14 @@ class Packing(NamedTuple):
 
     In a causal decoder the tokens of a prompt have the same states whatever follows. So a prompt
     that several rows share is packed once, and all of these rows read it.
+
+    Attention needs rows. It takes them in strips of like length, each only as wide as its longest.
     """
 
     places: Tensor  # (n,) of B*S, where a packed token comes from
     source: Tensor  # (B, S) of n, the packed token that a position reads; any, for padding
+    strips: list[Tensor]  # (rows, width) each, parts of source
+    place_in_strips: Tensor  # (n,) where a packed token is among the positions of all strips
 
     def pack(self, padded: Tensor) -> Tensor:
         """Leave out padding and repeated prompts: (B, S, …) -> (n, …)."""
@@ -118,11 +134,35 @@ class Packing(NamedTuple):
 
     def pad(self, packed: Tensor) -> Tensor:
         """Put tokens in their places: (n, …) -> (B, S, …). What padding gets means nothing."""
-        return packed.index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
+        return take(packed, self.source)
+
+    def to_strips(self, packed: Tensor) -> list[Tensor]:
+        """Put tokens into rows of like length: (n, …) -> (rows, width, …) for each strip."""
+        return [take(packed, strip) for strip in self.strips]
+
+    def from_strips(self, strips: Sequence[Tensor]) -> Tensor:
+        """Leave out padding and repeated prompts: (rows, width, …) for each strip -> (n, …)."""
+        positions = torch.cat([strip.flatten(0, 1) for strip in strips])
+        return take(positions, self.place_in_strips)
 
     def positions(self) -> Tensor:
         """Return each token's position in its row, (n,)."""
         return self.places % self.source.shape[1]
+
+
+def like_lengths(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Part rows into strips by their lengths; return the rows of each, and the longest length."""
+    strips: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
+        if not strips or lengths[row] < LIKE_LENGTH * strips[-1][1]:
+            strips.append(([], lengths[row]))
+        strips[-1][0].append(row)
+    return strips
+
+
+def take(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return tensor[indices], of indices of any shape: a faster way, above all in the backward."""
+    return tensor.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -409,23 +449,40 @@ def attend_packed(
     sliding_window: int | None = None,
     **settings,
 ) -> tuple[Tensor, None]:
-    """Pad queries, keys and values, (1, heads, n, head size) each, attend, and pack the result.
+    """Attend within rows: queries, keys and values are (1, heads, n, head size) of packed tokens.
 
-    Returns it as (1, n, heads, head size). Without a packing the rows are taken as they are. A mask
-    is only needed where a row is longer than the layer's sliding window.
+    Returns (1, n, heads, head size). Without a packing the rows are taken as they are. A mask is only
+    needed where a row is longer than the layer's sliding window.
     """
-    inputs = (query, key, value)
-    if packing is not None:
-        inputs = [packing.pad(tensor[0].transpose(0, 1)).transpose(1, 2) for tensor in inputs]
-    width = inputs[0].shape[2]
+    if packing is None:
+        return attend(module, query, key, value, attention_mask, sliding_window, **settings), None
+    by_input = []
+    for tensor in (query, key, value):
+        by_input.append(packing.to_strips(tensor[0].transpose(0, 1)))
+    outputs = []
+    for strip in zip(*by_input, strict=True):
+        inputs = [tensor.transpose(1, 2) for tensor in strip]  # (rows, heads, width, head size)
+        outputs.append(attend(module, *inputs, attention_mask, sliding_window, **settings))
+    return packing.from_strips(outputs)[None], None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    **settings,
+) -> Tensor:
+    """Attend causally in rows of (B, heads, S, head size); return (B, S, heads, head size)."""
+    width = query.shape[2]
     if attention_mask is None and sliding_window and width > sliding_window:
         position = torch.arange(width, device=query.device)
         distance = position[:, None] - position
         attention_mask = ((distance >= 0) & (distance < sliding_window))[None, None]
-    output, _ = sdpa_attention_forward(module, *inputs, attention_mask, **settings)
-    if packing is not None:
-        output = packing.pack(output)[None]
-    return output, None
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    return output
 
 
 def padding_mask_only(*, attention_mask: Tensor | None, **settings) -> Tensor | None:
@@ -529,15 +586,15 @@ class Policy(nn.Module):
         latents: dict[int, Tensor] = {}
         hooks = self.add_taps(batch, set(taps), last_tap, latents)
         try:
-            states = self.run_decoder(batch)  # (B, S, D)
+            predicts = batch.targets.roll(-1, dims=1)  # the position before a token predicts it
+            states = self.run_decoder(batch, predicts)  # (M, D)
         except LastTap:
             return PolicyOutput(None, None, [latents[index] for index in taps])
         finally:
             for hook in hooks:
                 hook.remove()
 
-        predicts = batch.targets.roll(-1, dims=1)  # the position before a token predicts it
-        hidden = states[predicts] + tower_term  # (M, D)
+        hidden = states + tower_term
         weight = self.model.get_output_embeddings().weight
         tokens = batch.input_ids[batch.targets]  # (M,)
         logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
@@ -567,23 +624,23 @@ class Policy(nn.Module):
 
         return [tap(index) for index in taps]
 
-    def run_decoder(self, batch: Batch) -> Tensor:
-        """Return the last hidden states (B, S, D), with the batch's images in their places.
+    def run_decoder(self, batch: Batch, wanted: Tensor) -> Tensor:
+        """Return the last hidden states (M, D) at the M positions that are wanted, (B, S) bool.
 
         The tokens of all rows are packed into one, so that padding costs nothing but in attention.
         No attention mask is passed: no token attends to the padding behind it, and without a mask
-        attention runs in its fast causal kernel. States of padding mean nothing.
+        attention runs in its fast causal kernel.
         """
         body = self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
         if not self.packs:
-            return body(input_ids=batch.input_ids, **inputs).last_hidden_state
+            return body(input_ids=batch.input_ids, **inputs).last_hidden_state[wanted]
         packing = batch.packing
         inputs["packing"] = packing
         packed_ids = packing.pack(batch.input_ids)[None]  # (1, n)
         if self.tower is None:
             output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
-            return packing.pad(output.last_hidden_state[0])
+            return take(output.last_hidden_state[0], packing.source[wanted])
 
         # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
         # response, is a word like others. Its embedding is that word's; as an id the body gets 0.
@@ -609,7 +666,7 @@ class Policy(nn.Module):
                 output = body(**inputs)
         finally:
             hook.remove()
-        return packing.pad(output.last_hidden_state[0])
+        return take(output.last_hidden_state[0], packing.source[wanted])
 
     @torch.no_grad()
     def see(self, images: Sequence[vision.Image]) -> Tensor:

@@ -77,7 +77,7 @@ def test_padding_needs_no_mask(family):
     policy = tiny_policy(family)
     batch = rlfr.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch)[is_token]
+    states = policy.run_decoder(batch, is_token)
     masked = tiny_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
@@ -90,7 +90,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
     plain = tiny_model(family)
     batch = rlfr.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch)[is_token]
+    states = policy.run_decoder(batch, is_token)
     masked = plain.base_model(batch.input_ids, attention_mask=is_token)
     weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
     (states * weight).sum().backward()
@@ -100,6 +100,31 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
     ):
         difference = (got.grad - expected.grad).abs().max()
         assert difference <= 1e-5 * expected.grad.abs().max()
+
+
+def test_rows_of_like_length_form_a_strip():
+    strips = rlfr.like_lengths([30, 100, 40, 75, 74, 30])
+    assert strips == [([1, 3], 100), ([4], 74), ([2, 0, 5], 40)]
+    batch = rlfr.collate(EPISODES)
+    widths = [strip.shape for strip in batch.packing.strips]
+    assert widths == [(1, 9), (2, 6), (1, 3)]
+    packed = torch.arange(len(batch.packing.places))
+    strips = batch.packing.to_strips(packed)
+    assert torch.equal(batch.packing.from_strips(strips), packed)
+    padded = batch.packing.pad(packed)
+    assert torch.equal(batch.packing.pack(padded), packed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strips_change_no_figure(family, monkeypatch):
+    """All rows in one strip, as on a GPU, a strip for each length, and what a CPU does."""
+    outputs = []
+    for part in (0.0, 0.75, 1.0):
+        monkeypatch.setattr(rlfr, "LIKE_LENGTH", part)
+        outputs.append(tiny_policy(family)(rlfr.collate(EPISODES), 0.7, taps=[1, 2]))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output.logp, outputs[0].logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output.entropy, outputs[0].entropy, rtol=1e-5, atol=1e-5)
 
 
 PROMPTS_SHARED = [
