@@ -1,8 +1,10 @@
-"""Scoring and update of a step's episodes: prompts shared, rows packed, and rows with their padding.
+"""Scoring and update of a step's episodes, packed in one way after another, and with their padding.
 
-python benchmarks/packing.py --json packing.json
-python benchmarks/packing.py --prompt 200 --longest 40      long prompts, short responses
+    python benchmarks/packing.py --json packing.json
+    python benchmarks/packing.py --prompt 200 --longest 40      long prompts, short responses
 
+Each variant has what the one after it has, and one thing more: attention in strips of rows of like
+length, prompts that are computed once, and no padding but in attention.
 The policy has random weights and, by default, the size of the embedded world's.
 """
 
@@ -21,7 +23,8 @@ from common import compare  # noqa: E402
 import rlfr  # noqa: E402
 from parallel import DEVICE  # noqa: E402
 
-SHARED = "packed, prompts shared (ours)"
+STRIPS = "packed, prompts shared, strips (ours)"
+SHARED = "packed, prompts shared"
 PACKED = "packed"
 PADDED = "padded"
 
@@ -75,7 +78,8 @@ def prepare(settings: Settings, variant: str):
     """Return a function that scores and updates once."""
     policy = make_policy(settings)
     rows = make_rows(settings)
-    if variant != SHARED:
+    rlfr.LIKE_LENGTH = 0.75 if variant == STRIPS else 0.0  # of 0, all rows are in one strip
+    if variant not in (STRIPS, SHARED):
         rlfr.prompt_key = id  # no two rows have the same prompt
     policy.packs = variant != PADDED
 
@@ -91,4 +95,4 @@ def prepare(settings: Settings, variant: str):
 
 if __name__ == "__main__":
     title = "scoring and update of a step's episodes"
-    compare(title, prepare, tyro.cli(Settings), [SHARED, PACKED, PADDED])
+    compare(title, prepare, tyro.cli(Settings), [STRIPS, SHARED, PACKED, PADDED])
