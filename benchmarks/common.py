@@ -96,11 +96,13 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
         for row in rows[:-1]
         for key in ("seconds", "peak_mb")
     }
-    print(f"{title}\n{machine()}\n{'':28}{'seconds':>10}{'extra peak MB':>16}")
+    width = max(len(variant) for variant in variants)
+    print(f"{title}\n{machine()}\n{'':{width}}{'seconds':>10}{'extra peak MB':>16}")
     for row in rows:
-        print(f"{row['variant']:28}{row['seconds']:>10.3f}{row['peak_mb']:>16.0f}")
+        print(f"{row['variant']:{width}}{row['seconds']:>10.3f}{row['peak_mb']:>16.0f}")
+    print(f"ratios to {base['variant']}")
     for name, value in ratio.items():
-        print(f"{name + ' / ' + base['variant']:50}{value:.2f}")
+        print(f"{name:{width + len(' seconds')}}  {value:.2f}")
     result = {
         "machine": machine(),
         "settings": asdict(settings),
