@@ -20,8 +20,8 @@ how seconds grow with the number of episodes and with the length of responses (a
 the largest deviation from it as a fraction of the fit), and the largest resident memory.
 
 Each row is a process of its own, a fork of one that has imported the libraries, and the rows take
-turns: medians of several rounds count. `--clock cpu` counts
-the seconds that the process had of the processor, which on a machine with other work say more than
+turns: medians of several rounds count, and a ratio is the median of the rounds' own ratios, as
+neighbours in time share what else the machine does. `--clock cpu` counts the seconds that the process had of the processor, which on a machine with other work say more than
 the clock (with one thread: several spin while they wait).
 """
 
@@ -86,7 +86,7 @@ class Settings:
     n_layers: int = 4  # Its layers
     flow_blocks: int = 1  # Of the flow
     threads: int = 2  # Threads of a process
-    repeats: int = 3  # Measured steps of a process; medians count
+    repeats: int = 5  # Measured steps of a process; medians count
     rounds: int = 5  # Processes of each row, in turns; medians count
     clock: Literal["wall", "cpu"] = "wall"  # What counts seconds
     json: str | None = None  # File for the figures
@@ -264,15 +264,15 @@ def in_child(settings: Settings, case: Case, queue) -> None:
     queue.put(row)
 
 
-def measure(settings: Settings, cases: list[Case]) -> dict[Case, dict]:
-    """Return the rows of the cases, medians over the rounds."""
+def measure(settings: Settings, cases: list[Case]) -> dict[Case, list[dict]]:
+    """Return the rows of the cases, one a round."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    runs = {case: [] for case in cases}
+    rounds = {case: [] for case in cases}
     for _ in tqdm(range(settings.rounds), desc="rounds"):
         for case in cases:
-            runs[case].append(run_child(context, in_child, settings, case))
-    return {case: median_of(found) for case, found in runs.items()}
+            rounds[case].append(run_child(context, in_child, settings, case))
+    return rounds
 
 
 def find_cases(settings: Settings) -> list[Case]:
@@ -291,18 +291,17 @@ def find_cases(settings: Settings) -> list[Case]:
 
 
 # ---- Figures
-def compare(rows: dict[Case, dict], settings: Settings) -> dict[str, float]:
-    """Return ratios of the seconds of whole steps."""
-    ratio = {}
+def compare(rounds: dict[Case, list[dict]], settings: Settings) -> dict[str, list[float]]:
+    """Return ratios of the seconds of whole steps, one a round."""
+    ratios = {}
     for n_parts in settings.mini_batches:
-        seconds = {}
-        for variant in (NONE, FLOW, THREE_PASSES):
-            case = Case(variant, n_parts, settings.episodes, settings.response_tokens)
-            seconds[variant] = rows[case]["seconds"]
-        ratio[f"{FLOW} / {NONE}, {n_parts} mini-batches"] = seconds[FLOW] / seconds[NONE]
-        name = f"{THREE_PASSES} / {FLOW}, {n_parts} mini-batches"
-        ratio[name] = seconds[THREE_PASSES] / seconds[FLOW]
-    return ratio
+        for variant, other in ((FLOW, NONE), (THREE_PASSES, FLOW)):
+            size = (n_parts, settings.episodes, settings.response_tokens)
+            pairs = zip(rounds[Case(variant, *size)], rounds[Case(other, *size)], strict=True)
+            ratios[f"{variant} / {other}, {n_parts} mini-batches"] = [
+                row["seconds"] / row_of_other["seconds"] for row, row_of_other in pairs
+            ]
+    return ratios
 
 
 def growing(settings: Settings, variant: str, by: str) -> list[Case]:
@@ -341,13 +340,15 @@ def print_rows(rows: dict[Case, dict]) -> None:
 def main(settings: Settings) -> dict:
     """Measure all cases, print the tables and write the JSON."""
     check(settings)
-    rows = measure(settings, find_cases(settings))
+    rounds = measure(settings, find_cases(settings))
+    rows = {case: median_of(found) for case, found in rounds.items()}
     print(f"one RL step\n{machine()}; {settings.threads} threads, {settings.clock} seconds")
     print_rows(rows)
 
-    ratio = compare(rows, settings)
-    for name, value in ratio.items():
-        print(f"{name:40}{value:.2f}")
+    ratios = compare(rounds, settings)
+    for name, values in ratios.items():
+        median = statistics.median(values)
+        print(f"{name:40}{median:.2f} ({min(values):.2f} to {max(values):.2f})")
     growth = {}
     for variant in (NONE, FLOW):
         for by in ("episodes", "response_tokens"):
@@ -369,7 +370,8 @@ def main(settings: Settings) -> dict:
         "machine": machine(),
         "settings": asdict(settings),
         "rows": [{**case._asdict(), **row} for case, row in rows.items()],
-        "ratio": ratio,
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_of_rounds": ratios,
         "growth": growth,
         "peak_mb_over_episodes": memory,
     }

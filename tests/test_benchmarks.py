@@ -326,6 +326,19 @@ def test_an_rl_step_and_its_growth(tmp_path, capsys):
     assert "largest deviation" in capsys.readouterr().out
 
 
+def test_ratios_of_steps_by_hand():
+    """Each round by itself: the others may have had another machine."""
+    settings = replace(SMALL_STEP, mini_batches=(1,), episodes=8, response_tokens=6)
+    seconds = {"none": [1.0, 2.0], "flow": [2.0, 3.0], "three passes": [3.0, 3.0]}
+    rounds = {}
+    for variant, of_rounds in seconds.items():
+        rounds[rl_step.Case(variant, 1, 8, 6)] = [{"seconds": found} for found in of_rounds]
+    assert rl_step.compare(rounds, settings) == {
+        "flow / none, 1 mini-batches": [2.0, 1.5],
+        "three passes / flow, 1 mini-batches": [1.5, 1.0],
+    }
+
+
 def test_the_line_of_growth_by_hand():
     """Through 1, 2, 4 s at 1, 2, 3 episodes: 7/3 + 3/2 * (n - 2), 5/6, 7/3, 23/6 s there."""
     cases = [rl_step.Case("none", 1, n, 5) for n in (1, 2, 3)]
