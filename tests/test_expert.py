@@ -235,7 +235,10 @@ def test_standardised_latents_have_mean_0_and_spread_1(offline, policy):
 
 
 def test_what_was_held_out_is_not_trained_on(offline, world, tmp_path):
-    """Other held-out solutions change the calibration, and nothing that was trained."""
+    """Other held-out solutions change the calibration, and what was trained only by rounding.
+
+    Latents of all solutions are computed together. A step of the flow changes a weight by up to 1e-4.
+    """
     lines = Path(world.path("expert.jsonl")).read_text().splitlines()
     data = tmp_path / "expert.jsonl"
     data.write_text("\n".join([*lines[:40], *lines[:8]]) + "\n")
@@ -243,7 +246,8 @@ def test_what_was_held_out_is_not_trained_on(offline, world, tmp_path):
     train_flow.main(config)
     one = load_file(Path(offline.folder) / "flow" / fl.FLOW_FILE)
     other = load_file(Path(config.folder) / "flow" / fl.FLOW_FILE)
-    changed = {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+    difference = {name: (tensor - other[name]).abs().max() for name, tensor in one.items()}
+    changed = {name for name, largest in difference.items() if largest > 1e-8}
     assert changed == {"expert_mean", "expert_spread"}
 
 
