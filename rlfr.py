@@ -51,8 +51,9 @@ Mismatch = Literal["none", "token", "sequence", "mask"]
 CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
 # Logits that a forward leaves to its backward, which has to make only the others again; 400 MB
 KEPT_LOGITS = 96 * 2**20
-# Rows at least this part as long as the longest of a strip are in it, see Packing. A CPU's attention
-# computes what is padding, too; a GPU's has less of it, and each strip launches kernels of its own
+# A row at least this part as long as the longest of a strip is in it, see Packing. On a CPU this saves
+# attention over padding. A GPU has all rows in one strip: each strip launches kernels of its own, and
+# a compiled forward is of one number of strips. What it would save there has not been measured
 LIKE_LENGTH = 0.0 if DEVICE.type == "cuda" else 0.75
 
 
@@ -98,7 +99,9 @@ class Batch:
         strips = []
         place_in_strips = torch.empty_like(source)
         n_before = 0  # positions of the strips before
-        for rows, width in like_lengths(self.attention_mask.sum(dim=1).tolist()):
+        lengths = self.attention_mask.sum(dim=1).tolist()
+        for rows in like_lengths(lengths):
+            width = lengths[rows[0]]
             strips.append(source[rows, :width])
             n_positions = len(rows) * width
             positions = torch.arange(n_positions, device=source.device) + n_before
@@ -150,18 +153,20 @@ class Packing(NamedTuple):
         return self.places % self.source.shape[1]
 
 
-def like_lengths(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Part rows into strips by their lengths; return the rows of each, and the longest length."""
-    strips: list[tuple[list[int], int]] = []
+def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Part rows into strips by their lengths; return the rows of each strip, the longest first."""
+    strips: list[list[int]] = []
+    shortest = math.inf  # that the last strip takes
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        if not strips or lengths[row] < LIKE_LENGTH * strips[-1][1]:
-            strips.append(([], lengths[row]))
-        strips[-1][0].append(row)
+        if lengths[row] < shortest:
+            strips.append([])
+            shortest = LIKE_LENGTH * lengths[row]
+        strips[-1].append(row)
     return strips
 
 
 def take(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Return tensor[indices], of indices of any shape: a faster way, above all in the backward."""
+    """Return tensor[indices] for indices of any shape, by index_select, which is faster."""
     return tensor.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 

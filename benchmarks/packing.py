@@ -78,7 +78,8 @@ def prepare(settings: Settings, variant: str):
     """Return a function that scores and updates once."""
     policy = make_policy(settings)
     rows = make_rows(settings)
-    rlfr.LIKE_LENGTH = 0.75 if variant == STRIPS else 0.0  # of 0, all rows are in one strip
+    if variant != STRIPS:
+        rlfr.LIKE_LENGTH = 0.0  # all rows are in one strip
     if variant not in (STRIPS, SHARED):
         rlfr.prompt_key = id  # no two rows have the same prompt
     policy.packs = variant != PADDED

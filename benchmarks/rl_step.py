@@ -21,8 +21,9 @@ the largest deviation from it as a fraction of the fit), and the largest residen
 
 Each row is a process of its own, a fork of one that has imported the libraries, and the rows take
 turns: medians of several rounds count, and a ratio is the median of the rounds' own ratios, as
-neighbours in time share what else the machine does. `--clock cpu` counts the seconds that the process had of the processor, which on a machine with other work say more than
-the clock (with one thread: several spin while they wait).
+neighbours in time share what else the machine does. `--clock cpu` counts the seconds that the
+process had of the processor, which on a machine with other work say more than the clock (with one
+thread: several spin while they wait).
 """
 
 import json
