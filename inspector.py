@@ -20,6 +20,7 @@ import rlfr
 import rollout
 import toy
 import train_rl
+from infra import errors
 from pages.rollouts import inspect_run
 from rewards import Grader
 from run import Run, change, launch
@@ -103,11 +104,9 @@ def write_step(
 
 def main() -> None:
     """Do what the command line asks for: a folder alone is a run, flags are a model's settings."""
-    if len(sys.argv) == 2 and not sys.argv[1].startswith("-"):
-        try:
-            print(f"open {inspect_run(sys.argv[1])}")
-        except ValueError as error:
-            sys.exit(f"inspector.py: {error}")
+    arguments = [argument for argument in sys.argv[1:] if argument != errors.FLAG]
+    if len(arguments) == 1 and not arguments[0].startswith("-"):
+        errors.run(lambda: print(f"open {inspect_run(arguments[0])}"))
     else:
         presets = {}
         for name, preset in toy.PRESETS["train_rl"].items():

@@ -458,5 +458,7 @@ if __name__ == "__main__":
     import tyro
 
     from grading import pairs
+    from infra import errors
 
-    pairs.main(tyro.cli(pairs.Settings, config=(tyro.conf.PositionalRequiredArgs,)))
+    required_first = (tyro.conf.PositionalRequiredArgs,)
+    errors.run(lambda: pairs.main(tyro.cli(pairs.Settings, config=required_first)))

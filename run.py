@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +40,7 @@ import lora
 import parallel
 import record
 from flow import as_tuple
+from infra import errors
 from parallel import is_first, on_first, start
 
 STOP_SIGNALS: list[int] = []  # received so far
@@ -52,12 +52,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
     """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
 
-    The first SIGTERM or SIGINT lets main finish its step; the second exits at once. The process
+    An error of input is one line, a bug a traceback, as is either with --traceback. The first SIGTERM or SIGINT lets main finish its step; the second exits at once. The process
     ends by os._exit, because threads left by libraries crashed one exit in eight, or waited for
     ranks that were gone.
     """
     recorder = get_error_handler()
     recorder.initialize()
+    in_full = errors.take_flag(sys.argv)
     try:
         config = parse_config(config_class, presets)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,7 +68,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
     except SystemExit:  # --help, or a flag that does not exist
         raise
     except BaseException as error:
-        report_error(error, recorder)
+        report_error(error, recorder, in_full)
         leave(1)
     leave(0)
 
@@ -82,17 +83,17 @@ def note_signal(number: int, _frame) -> None:
     print(message, file=sys.stderr)
 
 
-def report_error(error: BaseException, recorder) -> None:
-    """Print an error and record it for torchrun, which reports the first one recorded."""
+def report_error(error: BaseException, recorder, in_full: bool) -> None:
+    """Show an error and record it for torchrun, which reports the first one recorded."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
     if lost_a_peer:
         time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
     recorder.record_exception(error)
-    is_other_rank = dist.is_initialized() and dist.get_rank() > 0
+    is_other_rank = int(os.environ.get("RANK", 0)) > 0
     if is_other_rank and isinstance(error, ValueError):
         return  # invalid input fails on every rank, and the first one prints it
-    print("\n" + traceback.format_exc(), end="", file=sys.stderr)
+    errors.show(error, in_full)
 
 
 def leave(code: int) -> None:
@@ -780,4 +781,5 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"export": export_checkpoint, "report": report})
+    commands = {"export": export_checkpoint, "report": report}
+    errors.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

@@ -55,6 +55,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import rlfr
 import vision
+from infra import errors
 from parallel import DEVICE
 from run import locked
 
@@ -529,7 +530,7 @@ def make(world: World = World()) -> World:
     Raises:
         ValueError: if the folder holds something else.
     """
-    folder = Path(world.folder)
+    folder = Path(world.folder).resolve()  # `.` has no name to lock
     with locked(folder.with_name(f"{folder.name}.lock")):
         make_unless_there(world, folder)
     return world
@@ -622,6 +623,11 @@ def write_model(world: World, forbidden: set[str], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Make the world that the command line asks for."""
     made = make(tyro.cli(World))
     print(f"the embedded world is in {made.folder}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

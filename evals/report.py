@@ -22,6 +22,7 @@ from latex2mathml.commands import MATRICES
 from latex2mathml.converter import Converter
 
 from evals.figures import group_by, ks_to_show, percent, read_samples
+from infra import errors
 from pages.page import escape, fill, make_page, options, pack, write_page
 
 FOLDER = Path(__file__).parent
@@ -336,7 +337,12 @@ def make_report(samples: list[dict], summary: dict) -> str:
     return make_page(title, body, problems, FOLDER / "report.css", FOLDER / "report.js")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page of the evaluation that the command line names."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m evals.report FOLDER")
     print(write_report(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -12,6 +12,7 @@ import flow as fl
 import run as runs
 import train_flow
 import train_rl
+from infra import errors
 
 PAGES = (
     "README.md",
@@ -51,7 +52,7 @@ def test_functions_that_the_readme_links():
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names(page):
     text = (ROOT / page).read_text()
-    known = set(FOREIGN_FLAGS)
+    known = {errors.FLAG, *FOREIGN_FLAGS}
     for config in (train_rl.Config(), train_flow.Config(), evaluation.Config()):
         known |= {f"--{name.replace('_', '-')}" for name in runs.flatten(config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))

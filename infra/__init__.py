@@ -1,0 +1,1 @@
+"""What every run stands on, whatever the method: files, errors, settings, checkpoints."""
