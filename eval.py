@@ -38,6 +38,7 @@ from evals.compare import compare
 from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
+from infra.files import write_json, written_whole
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
@@ -47,8 +48,6 @@ from run import (
     flatten,
     launch,
     with_defaults,
-    write_json,
-    written_whole,
 )
 
 

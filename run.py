@@ -11,7 +11,6 @@ Any number of ranks can read it.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -20,9 +19,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +39,7 @@ import parallel
 import record
 from flow import as_tuple
 from infra import errors
+from infra.files import cannot_write, write_json, written_whole
 from parallel import is_first, on_first, start
 
 STOP_SIGNALS: list[int] = []  # received so far
@@ -220,87 +219,6 @@ def check_positive(settings, *names: str) -> None:
     for name in names:
         if flat[name] is not None and flat[name] <= 0:
             raise ValueError(f"{name}={flat[name]}: expected a positive value")
-
-
-# ---- Files
-@contextmanager
-def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder, which takes the place of `path` at the end.
-
-    Until then, and if the block fails, whatever stood at `path` stays. With must_be_new, a file
-    that another process has made in the meantime is a FileExistsError. OSError names the room left.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.writing")
-    if must_be_new:  # another process may be about to make the same file
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-    except BaseException as error:
-        remove(temporary)
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as the latter
-            raise cannot_write(path, error) from error
-        raise
-    if must_be_new:
-        try:
-            os.link(temporary, path)
-        finally:
-            temporary.unlink()
-    elif path.is_dir():
-        outdated = path.with_name(f"{path.name}.outdated")
-        remove(outdated)
-        path.rename(outdated)
-        temporary.rename(path)
-        remove(outdated)
-    else:
-        temporary.replace(path)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that one process of this machine has at a time; the others wait, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run works on {path.with_suffix('')}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or all files of a folder, are on the disk."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def cannot_write(path: Path, error: BaseException) -> OSError:
-    """Return the error for something that could not be written; it says how much room there is."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    folder = next(parent for parent in path.parents if parent.exists())
-    room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
-    hint = "what was saved before is whole; make room, then go on (a training: --resume)"
-    return OSError(f"could not write {path} ({room}): {reason}; {hint}")
-
-
-def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path, must_be_new) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
 
 
 # Settings that cannot change when a run is resumed, and why; all others act from there on

@@ -39,6 +39,7 @@ import rlfr
 import rollout
 import toy
 from evals import figures, sets
+from infra.files import locked
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings, Verdict
 from run import (
@@ -52,7 +53,6 @@ from run import (
     export_flow,
     export_policy,
     launch,
-    locked,
     with_defaults,
 )
 

@@ -40,8 +40,9 @@ import rollout  # noqa: E402
 import toy  # noqa: E402
 import train_flow  # noqa: E402
 import train_rl  # noqa: E402
+from infra.files import written_whole  # noqa: E402
 from rewards import Grader  # noqa: E402
-from run import launch, written_whole  # noqa: E402
+from run import launch  # noqa: E402
 
 
 # ---- Shuffled scores

@@ -41,7 +41,8 @@ import rollout  # noqa: E402
 import toy  # noqa: E402
 import train_flow  # noqa: E402
 import train_rl  # noqa: E402
-from run import change, written_whole  # noqa: E402
+from infra.files import written_whole  # noqa: E402
+from run import change  # noqa: E402
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score

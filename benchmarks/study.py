@@ -45,7 +45,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import toy  # noqa: E402
 import train_rl  # noqa: E402
-from run import check_positive, flatten, remove, write_json, written_whole  # noqa: E402
+from infra.files import remove, write_json, written_whole  # noqa: E402
+from run import check_positive, flatten  # noqa: E402
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from run import written_whole
+from infra.files import written_whole
 
 __all__ = ["escape", "fill", "make_page", "options", "pack", "write_page"]
 

@@ -36,6 +36,7 @@ import train_flow
 import train_rl
 from evals import sets
 from evals.figures import summarise
+from infra import files
 from rewards import Grader
 from run import change
 
@@ -870,7 +871,7 @@ def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )
-    with runs.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
+    with files.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
         process = subprocess.Popen([*command, *size.split()], stdout=subprocess.PIPE, text=True)
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()
