@@ -59,7 +59,7 @@ class Config:
     data: tuple[str, ...] | None = None  # Sets: a name such as math500, [NAME=]SOURCE[:SPLIT]
     samples: int = 1  # Responses a problem
     temperature: float = 0.0  # Sampling temperature; 0 is greedy
-    # Longest response; by default 8192, or what the prompts leave of the model's positions
+    # Longest response; by default 8192, or what its own prompt leaves of the model's positions
     max_tokens: int | None = None
     reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT; by default as in training
     judge_url: str | None = None  # OpenAI-compatible server that reads what the rules cannot
@@ -110,10 +110,7 @@ def main(config: Config) -> None:
     config, model = resolve(config)
     problems, questions = load_data(config, model)
     longest_prompt = find_longest_prompt(problems)
-    if config.max_tokens is None:
-        max_tokens = choose_max_tokens(model, longest_prompt)
-        config = replace(config, max_tokens=max_tokens)
-    check_positions(model, longest_prompt, config.max_tokens)
+    config, max_length = choose_limits(config, model, longest_prompt)
     check_judge(config, problems, questions)
     folder = on_first(lambda: open_folder(config, model))
     replies = folder / "judge.jsonl" if is_first() else None  # only the first rank asks
@@ -126,8 +123,12 @@ def main(config: Config) -> None:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: deleting vLLM's destroys the process group.
-            engine = make_engine(config, model, longest_prompt)
-            is_complete = sample_chunks(engine, chunks, n_done, grader, config, folder)
+            engine = make_engine(config, model, min(max_length, longest_prompt + config.max_tokens))
+            sampling = Sampling(
+                config.samples, config.temperature, config.max_tokens, config.top_p, max_length
+            )
+            remaining = chunks[n_done:]
+            is_complete = sample_chunks(engine, remaining, sampling, grader, config, folder)
             if not is_complete:
                 if is_first():
                     print(f"stopped; the same command goes on with {folder}")
@@ -165,36 +166,38 @@ def find_longest_prompt(problems: dict[str, list[Problem]]) -> int:
     return longest
 
 
-def choose_max_tokens(model: Model, longest_prompt: int) -> int:
-    """Return the official length of a response, as far as the model's positions allow.
+def choose_limits(config: Config, model: Model, longest_prompt: int) -> tuple[Config, int]:
+    """Return the settings with `max_tokens`, and the longest prompt and response together.
 
     OFFICIAL_LENGTH is that of the response alone, for vision-language models that of prompt and
-    response together. One line says so where the response gets less.
+    response together. A prompt that leaves less shortens its own responses alone: the score of a
+    set does not depend on the sets beside it.
 
     Raises:
-        ValueError: the longest prompt leaves no room for a response.
+        ValueError: the longest prompt leaves no room for a response, or less than --max-tokens.
     """
     positions = model.text_config.max_position_embeddings
-    limit = positions
+    if config.max_tokens is not None:
+        check_positions(positions, longest_prompt, config.max_tokens)
+        return config, positions
+    max_length = positions
     if model.processor is not None:
-        limit = min(OFFICIAL_LENGTH, positions)
-    max_tokens = min(OFFICIAL_LENGTH, limit - longest_prompt)
-    if max_tokens < 1:
+        max_length = min(OFFICIAL_LENGTH, positions)
+    if longest_prompt >= max_length:
         raise ValueError(
-            f"the longest prompt has {longest_prompt} tokens, which leaves no room in {limit} for "
-            "a response; leave it out, or give --max-tokens"
+            f"the longest prompt has {longest_prompt} tokens, which leaves no room in {max_length} "
+            "for a response; leave it out, or give --max-tokens"
         )
-    if max_tokens < OFFICIAL_LENGTH and is_first():
+    if longest_prompt + OFFICIAL_LENGTH > max_length and is_first():
         print(
-            f"responses may have {max_tokens} tokens: {limit} for prompt and response, "
-            f"less the longest prompt ({longest_prompt})"
+            f"prompt and response may have {max_length} tokens together: a response has at most "
+            f"{OFFICIAL_LENGTH}, or what its own prompt leaves (the longest has {longest_prompt})"
         )
-    return max_tokens
+    return replace(config, max_tokens=min(OFFICIAL_LENGTH, max_length)), max_length
 
 
-def check_positions(model: Model, longest_prompt: int, max_tokens: int) -> None:
+def check_positions(positions: int, longest_prompt: int, max_tokens: int) -> None:
     """Raise ValueError if prompt and response together may have more positions than the model."""
-    positions = model.text_config.max_position_embeddings
     if longest_prompt + max_tokens > positions:
         raise ValueError(
             f"the longest prompt and max_tokens, {longest_prompt} + {max_tokens}, are more than "
@@ -202,12 +205,12 @@ def check_positions(model: Model, longest_prompt: int, max_tokens: int) -> None:
         )
 
 
-def make_engine(config: Config, model: Model, longest_prompt: int) -> rollout.Engine:
+def make_engine(config: Config, model: Model, max_length: int) -> rollout.Engine:
     """Start the engine that samples, with the model's weights."""
     return rollout.make_engine(
         model,
         config.engine,
-        max_length=longest_prompt + config.max_tokens,
+        max_length=max_length,
         max_images=config.problems.max_images,
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),
@@ -370,26 +373,19 @@ def identify(record: dict) -> tuple:
 def sample_chunks(
     engine: rollout.Engine,
     chunks: Sequence[Chunk],
-    n_done: int,
+    sampling: Sampling,
     grader: Grader,
     config: Config,
     folder: Path,
 ) -> bool:
-    """Sample and grade all chunks but the first n_done, and append them to samples.jsonl.
+    """Sample and grade chunks, and append them to samples.jsonl.
 
     Returns:
         Whether all are done; a signal may have asked to stop.
     """
-    sampling = Sampling(config.samples, config.temperature, config.max_tokens, config.top_p)
-    n_problems = [len(chunk.problems) for chunk in chunks]
-    with tqdm(
-        total=sum(n_problems),
-        initial=sum(n_problems[:n_done]),
-        desc="eval",
-        unit="problem",
-        disable=not is_first(),
-    ) as bar:
-        for chunk in chunks[n_done:]:
+    n_problems = sum(len(chunk.problems) for chunk in chunks)
+    with tqdm(total=n_problems, desc="eval", unit="problem", disable=not is_first()) as bar:
+        for chunk in chunks:
             if asked_to_stop():
                 return False
             records = sets.sample(engine, chunk.name, chunk.problems, grader, sampling, config.seed)

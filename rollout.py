@@ -479,6 +479,14 @@ class Sampling:
     temperature: float = 1.0  # 0 is greedy
     max_tokens: int = 1024  # response tokens, EOS included
     top_p: float = 1.0
+    # prompt and response tokens together: a long prompt shortens its own responses, no others
+    max_length: int | None = None
+
+    def room(self, request: Request) -> int:
+        """Return how many tokens a response to a request may have."""
+        if self.max_length is None:
+            return self.max_tokens
+        return min(self.max_tokens, self.max_length - len(request.prompt_ids))
 
 
 @dataclass
@@ -741,7 +749,7 @@ class VllmEngine:
             self.llm.wake_up(tags=["kv_cache"])
             self.state = "awake"
         prompts = [self.to_vllm_prompt(request) for request in requests]
-        parameters = [self.sampling_parameters(sampling, request.seed) for request in requests]
+        parameters = [self.sampling_parameters(sampling, request) for request in requests]
         # the bar shows tokens a second
         bar = partial(tqdm, leave=False, delay=3) if is_first() else False
         outputs = self.llm.generate(prompts, parameters, use_tqdm=bar)
@@ -751,15 +759,15 @@ class VllmEngine:
                 episodes.append(self.to_episode(request, child))
         return episodes
 
-    def sampling_parameters(self, sampling: Sampling, seed: int):
+    def sampling_parameters(self, sampling: Sampling, request: Request):
         """Return vLLM's parameters of one request."""
         return self.SamplingParams(
             n=sampling.n,
-            seed=seed,
+            seed=request.seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=0,
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.room(request),
             stop_token_ids=self.end_tokens,
             logprobs=0,  # only that of the sampled token
             detokenize=False,
@@ -927,8 +935,10 @@ class TorchEngine:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         """Sample one batch: one prefill a prompt; rows leave the cache when they have finished."""
         n_rows = len(requests) * sampling.n
-        limit = sampling.max_tokens
-        uniform = self.draw_uniform(requests, sampling)  # (rows, limit)
+        limits = torch.tensor([sampling.room(request) for request in requests], device=self.device)
+        limits = limits.repeat_interleave(sampling.n)  # (rows,)
+        longest = int(limits.max())
+        uniform = self.draw_uniform(requests, sampling.n, longest)  # (rows, longest)
         cache = DynamicCache(config=self.model.config)
         logits, mask, position = self.prefill(requests, cache)
         cache.batch_repeat_interleave(sampling.n)
@@ -936,17 +946,18 @@ class TorchEngine:
         mask = mask.repeat_interleave(sampling.n, dim=0)  # (rows, S)
         position = position.repeat_interleave(sampling.n, dim=0)  # (rows, 1)
 
-        tokens = torch.zeros(n_rows, limit, dtype=torch.long, device=self.device)
-        logp = torch.zeros(n_rows, limit, device=self.device)
+        tokens = torch.zeros(n_rows, longest, dtype=torch.long, device=self.device)
+        logp = torch.zeros(n_rows, longest, device=self.device)
         stopped = torch.zeros(n_rows, dtype=torch.bool, device=self.device)
         rows = torch.arange(n_rows, device=self.device)  # those that are still in the cache
-        for k in range(limit):
+        for k in range(longest):
             token, token_logp = choose(logits.float(), uniform[rows, k], sampling)
             tokens[rows, k] = token
             logp[rows, k] = token_logp
-            stopped[rows] |= torch.isin(token, self.end_tokens)
-            running = (~stopped[rows]).nonzero().squeeze(1)
-            if k + 1 == limit or not len(running):
+            has_room = k < limits[rows]  # a row without room may still be in the cache
+            stopped[rows] |= torch.isin(token, self.end_tokens) & has_room
+            running = (~stopped[rows] & (k + 1 < limits[rows])).nonzero().squeeze(1)
+            if not len(running):
                 break
             # each token copies the cache, as it grows: a tenth fewer rows are worth one copy more
             if len(running) <= 0.9 * len(rows):
@@ -961,16 +972,17 @@ class TorchEngine:
                 token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
             )
             logits = output.logits[:, -1]
-        return self.to_episodes(requests, sampling.n, tokens, logp, stopped)
+        first_end = torch.isin(tokens, self.end_tokens).int().argmax(dim=1)
+        lengths = torch.where(stopped, first_end + 1, limits).tolist()
+        return self.to_episodes(requests, tokens, logp, stopped, lengths)
 
-    def draw_uniform(self, requests: Sequence[Request], sampling: Sampling) -> Tensor:
-        """Return one uniform number for each row and token, from the row's own seed."""
+    def draw_uniform(self, requests: Sequence[Request], n: int, n_tokens: int) -> Tensor:
+        """Return a uniform number for each of n rows a request and token, from the row's seed."""
         rows = []
         for request in requests:
-            for i in range(sampling.n):
+            for i in range(n):
                 generator = torch.Generator().manual_seed((request.seed + i) % 2**63)
-                row = torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
-                rows.append(row)
+                rows.append(torch.rand(n_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(rows).to(self.device)
 
     def prefill(
@@ -1010,11 +1022,15 @@ class TorchEngine:
         return output.logits[:, -1], mask, position[:, -1:]
 
     def to_episodes(
-        self, requests: Sequence[Request], n: int, tokens: Tensor, logp: Tensor, stopped: Tensor
+        self,
+        requests: Sequence[Request],
+        tokens: Tensor,
+        logp: Tensor,
+        stopped: Tensor,
+        lengths: Sequence[int],
     ) -> list[Episode]:
-        """Cut the sampled rows after their first end token, and make episodes of them."""
-        first_end = torch.isin(tokens, self.end_tokens).int().argmax(dim=1)
-        lengths = torch.where(stopped, first_end + 1, tokens.shape[1]).tolist()
+        """Cut the sampled rows to their lengths, and make episodes of them."""
+        n = len(tokens) // len(requests)
         responses = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         token_logp = logp.tolist()

@@ -182,7 +182,7 @@ def make_problems_of(*lengths: int) -> list[Problem]:
 
 
 def model_with(positions: int, processor=None) -> SimpleNamespace:
-    """What choose_max_tokens looks at in a model."""
+    """What choose_limits looks at in a model."""
     text_config = SimpleNamespace(max_position_embeddings=positions)
     return SimpleNamespace(text_config=text_config, processor=processor)
 
@@ -190,29 +190,32 @@ def model_with(positions: int, processor=None) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("positions", "processor", "expected"),
     [
-        (32768, None, 8192),
-        (4096, None, 4096 - 300),
-        (8300, None, 8000),
-        (128000, "images", 8192 - 300),
-        (4096, "images", 4096 - 300),
+        (32768, None, {100: 8192, 300: 8192}),
+        (4096, None, {100: 3996, 300: 3796}),
+        (8300, None, {100: 8192, 300: 8000}),
+        (128000, "images", {100: 8092, 300: 7892}),
+        (4096, "images", {100: 3996, 300: 3796}),
     ],
 )
 def test_responses_are_as_long_as_in_the_official_evaluation(
     positions, processor, expected, capsys
 ):
+    """Each response by its own prompt: the longest prompt of all sets shortens no others."""
     problems = {"a": make_problems_of(100, 300), "b": make_problems_of(200)}
     longest_prompt = evaluation.find_longest_prompt(problems)
     assert longest_prompt == 300
     model = model_with(positions, processor)
-    assert evaluation.choose_max_tokens(model, longest_prompt) == expected
+    config, max_length = evaluation.choose_limits(evaluation.Config(), model, longest_prompt)
+    sampling = rollout.Sampling(max_tokens=config.max_tokens, max_length=max_length)
+    for length, room in expected.items():
+        assert sampling.room(rollout.Request([0] * length, seed=0)) == room
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == int(expected < 8192)
-    assert f"responses may have {expected} tokens" in printed or expected == 8192
+    assert len(printed.splitlines()) == int(expected[300] < 8192)
 
 
 def test_a_prompt_that_leaves_no_room():
     with pytest.raises(ValueError, match="has 512 tokens, which leaves no room in 512"):
-        evaluation.choose_max_tokens(model_with(512), 512)
+        evaluation.choose_limits(evaluation.Config(), model_with(512), 512)
 
 
 def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeypatch, capsys):
@@ -227,13 +230,40 @@ def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeyp
     with pytest.raises(Stop) as stopped:
         evaluation.main(runs.change(config, max_tokens=None))
     assert stopped.value.args == (positions,)
-    longest_prompt = max(len(problem.prompt_ids) for problem in load_problems(config.data[0]))
-    assert f"responses may have {positions - longest_prompt} tokens" in capsys.readouterr().out
+    assert f"may have {positions} tokens together" in capsys.readouterr().out
     stored = json.loads(Path(config.out, "config.json").read_text())["config"]
-    assert stored["max_tokens"] == positions - longest_prompt
+    assert stored["max_tokens"] == positions
+    longest_prompt = max(len(problem.prompt_ids) for problem in load_problems(config.data[0]))
     with pytest.raises(Stop) as stopped:
         evaluation.main(runs.change(config, out=f"{config.out}-16"))
     assert stopped.value.args == (longest_prompt + 16,)
+
+
+def test_a_set_is_scored_alike_whatever_sets_are_beside_it(config, tmp_path):
+    """Regression: the longest prompt of all sets bounded the responses of every set."""
+    model = tmp_path / "model"  # of few positions, so that prompts leave little
+    shutil.copytree(config.model, model)
+    values = json.loads((model / "config.json").read_text())
+    values["max_position_embeddings"] = 60
+    (model / "config.json").write_text(json.dumps(values))
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"problem": "7 " + "+5 " * 17 + ">", "answer": "1"}) + "\n")
+    responses = {}
+    for name, beside in {"alone": (), "beside": (str(long),)}.items():
+        out = tmp_path / name
+        data = (*config.data, *beside)
+        settings = {"model": str(model), "data": data, "max_tokens": None, "out": str(out)}
+        evaluation.main(runs.change(config, **settings))
+        records = read_lines(out / "samples.jsonl")
+        responses[name] = {}
+        for record in records:
+            key = (record["set"], record["problem"], record["sample"])
+            responses[name][key] = (record["response"], record["tokens"])
+    assert max(n_tokens for _, n_tokens in responses["alone"].values()) > 10
+    of_the_long = [n for (name, *_), (_, n) in responses["beside"].items() if name == "long"]
+    assert max(of_the_long) == 60 - 54, "what its own prompt leaves"
+    for key, response in responses["alone"].items():
+        assert responses["beside"][key] == response
 
 
 # ---- Responses that ran out of room

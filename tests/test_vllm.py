@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,17 @@ def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
             requests(prompts, range(0, 100 * len(prompts), 100)), sampling
         )
     ]
+
+
+def test_a_long_prompt_shortens_its_own_responses_alone(engine, folder, prompts):
+    """The last prompt leaves room for 8 tokens; both engines leave the others as they are."""
+    chosen = [*prompts[:3], prompts[0] + prompts[1][: LENGTH - 8 - len(prompts[0])]]
+    bounded = replace(GREEDY, max_length=LENGTH)
+    free = tokens(engine, prompts[:3])
+    for each in (engine, torch_engine(folder)):
+        got = tokens(each, chosen, bounded)
+        assert got[:3] == free
+        assert len(got[3]) <= 8
 
 
 # ---- A. Weights in
