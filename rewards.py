@@ -151,13 +151,16 @@ def obeys_official_rules(response: str, n_boxes: int) -> bool:
 def is_degenerate(response: str) -> bool:
     """Return whether a response is garbage by the official rules.
 
-    It repeats a pattern five times in a row, or is mostly odd characters.
+    It repeats a pattern five times in a row, or more than three tenths of it are odd characters:
+    all but ASCII, white space and mathematical operators. Greek letters, arrows, dashes, curly
+    quotes, × and ÷ are odd.
     """
+    response = response.strip()
     n_odd = 0
     for character in response:
-        is_greek = "\u0370" <= character <= "\u03ff"
-        is_symbol = "\u2000" <= character <= "\u2bff"
-        n_odd += not (character.isascii() or is_greek or is_symbol)
+        is_ascii = character.isascii() and character.isprintable()
+        is_operator = "\u2200" <= character <= "\u22ff"
+        n_odd += not (is_ascii or is_operator or character.isspace())
     repeats = re.search(r"(.{5,200}?)\1{4}", response) is not None
     return repeats or n_odd > 0.3 * len(response)
 

@@ -61,7 +61,11 @@ def test_garbage_by_the_official_rules():
     assert is_degenerate("so " + "abcde" * 5)
     assert not is_degenerate("so " + "abcde" * 4)
     assert is_degenerate("字符字x") and not is_degenerate("字xyz")
-    assert not is_degenerate("α ∈ ℝ → β"), "Greek and mathematical signs are not odd"
+    assert not is_degenerate("∀x∃y∈∅"), "mathematical operators are not odd"
+    assert not is_degenerate("α" * 3 + "x" * 7), "three tenths may be odd"
+    assert is_degenerate("α" * 4 + "x" * 8 + " " * 5), "white space at the ends does not count"
+    for odd in "αΩ→⇒–—“”‘’×÷π°\x00":
+        assert is_degenerate(f"{odd}{odd}xyz"), f"{odd!r} is odd"
 
 
 def test_several_golds_and_none(grader):
