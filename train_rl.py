@@ -101,8 +101,8 @@ class FlowRewardSettings:
 
     flow_after: int = 0  # Steps before the flow reward counts; until then the flow only learns
     flow_coef: float = 0.01  # Scale of the flow reward
-    # Where it acts: on the tokens' returns (paper), or on the response, whose mean then joins the
-    # outcome before the group's baseline
+    # Where it acts: on the tokens' returns (paper), or on the response, whose mean, less the
+    # group's, then joins the outcome advantage; nothing divides it by its spread
     flow_on: Literal["token", "response"] = "token"
     # T_r, times at which the deviation is taken, in (0, 1)
     reward_times: tuple[float, ...] = (0.8,)
@@ -834,7 +834,10 @@ def shape_advantage(
         metrics["flow/tokens"] = (flow_reward != 0).sum(dim=1).float().mean().item()
         metrics["flow/share"] = ((flow_reward != 0).sum() / n_scored).item()
         if config.flow_reward.flow_on == "response":
-            reward = reward + of_response
+            # grpo only centres it: divided by its own spread, no coefficient would be left of it
+            centring = "dr_grpo" if settings.baseline == "grpo" else settings.baseline
+            centred = rlfr.outcome_advantage(of_response, group_size, centring)
+            flow_return = centred[:, None] * mask
         else:
             flow_return = rlfr.token_returns(flow_reward, mask, gamma)
     outcome = rlfr.outcome_advantage(reward, group_size, settings.baseline)

@@ -126,9 +126,45 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
     advantage, _, metrics = train_rl.shape_advantage(
         scores_with(excess, mask), torch.ones(2), config, 0
     )
-    # rewards 1 - 0.5 * 0.2 and 1 - 0.5 * 0.4, less their mean
+    # -0.5 * 0.2 and -0.5 * 0.4, less their mean
     torch.testing.assert_close(advantage, torch.tensor([[0.05, 0.05, 0.05], [-0.05, 0.0, 0.0]]))
     assert metrics["flow/reward"] == pytest.approx(-0.15), "of a response, not of its tokens"
+
+
+def advantages(excess: list[float], reward: list[float], coef: float) -> torch.Tensor:
+    """The advantages of responses of a token each, with `--flow-on response` and grpo."""
+    scores = scores_with(torch.tensor(excess)[:, None], torch.ones(len(excess), 1).bool())
+    config = change(
+        train_rl.Config(),
+        flow_scope="expert",
+        flow_on="response",
+        flow_coef=coef,
+        flow_cap=2.0,
+        group_size=len(excess),
+    )
+    advantage, _, _ = train_rl.shape_advantage(scores, torch.tensor(reward), config, 0)
+    return advantage.squeeze(1)
+
+
+@pytest.mark.parametrize("coef", [1.0, 0.01, 1e-4])
+def test_the_coefficient_counts_in_a_group_of_equal_outcomes(coef):
+    """Regression: grpo divided by the spread of the flow's rewards, whatever their coefficient."""
+    # rewards -coef * (0.1, 0.3, 0.8, 0), less their mean
+    expected = coef * torch.tensor([0.2, 0.0, -0.5, 0.3])
+    for outcome in (0.0, 1.0):
+        got = advantages([0.2, 0.6, 1.6, 0.0], [outcome] * 4, coef)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("coef", [0.3, 0.01])
+def test_a_right_response_stays_above_a_wrong_one(coef):
+    """The outcome advantage is what it is without a flow; the flow orders equals."""
+    got = advantages([1.6, 0.2, 0.6, 0.0], [1.0, 1.0, 0.0, 0.0], coef)
+    # outcomes ±1/2 over 1/sqrt(3); rewards -coef * (0.8, 0.1, 0.3, 0), less their mean
+    outcome = 0.75**0.5 * torch.tensor([1.0, 1.0, -1.0, -1.0])
+    torch.testing.assert_close(got, outcome + coef * torch.tensor([-0.5, 0.2, 0.0, 0.3]))
+    assert got[:2].min() > got[2:].max()
+    assert got[1] > got[0]
 
 
 def test_nothing_is_penalised_in_what_looks_like_an_experts():
