@@ -17,6 +17,10 @@ vision-language benchmarks and the judge. The folder of an evaluation holds
 The same command goes on with an evaluation that was interrupted.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import hashlib
 import json
 import os

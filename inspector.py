@@ -9,6 +9,10 @@ learns nothing. It takes the settings of train_rl.py, of which those of the upda
 and makes a run's folder: in runs/, unless --folder names one.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path

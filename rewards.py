@@ -25,6 +25,10 @@ pairs, columns gold (or a list of them), pred, expected and group:
     python rewards.py PAIRS.jsonl
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import importlib.util
 import inspect
 import math

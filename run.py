@@ -10,6 +10,10 @@ A checkpoint is whole or absent: it is written in the background under another n
 Any number of ranks can read it.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import math

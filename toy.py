@@ -25,6 +25,10 @@ learns to tell digits apart, as the tower of a published model has learnt to see
 The training scripts make the world that `--model` names by themselves.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import base64
 import io
 import json

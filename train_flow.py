@@ -16,6 +16,10 @@ that were held out go into its file, for `train_rl.py --flow-scope expert`. This
 paper's, as is `--standardise`. Latents of a small policy are computed once and kept.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

@@ -13,6 +13,10 @@ number of ranks. What is shared out is the work: sampling, grading, and the forw
 passes of micro-batches.
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 import json
 import os
 import re

@@ -17,10 +17,12 @@ late is the last third.
                drift apart
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +31,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import code, number, table  # noqa: E402
-from evidence import BLUE, ORANGE, STYLE, plt, save  # noqa: E402
-from flow_signal import auc, resampling_weights  # noqa: E402
-
-import record  # noqa: E402
+import record
+from common import code, number, table
+from evidence import BLUE, ORANGE, STYLE, plt, save
+from flow_signal import auc, resampling_weights
 
 SIDES = (("right", True, BLUE), ("not right", False, ORANGE))
 N_TOKENS = 8  # of a table, at either end

@@ -21,6 +21,9 @@ calibrated on: sft does not learn from them, logprob is calibrated on them as fl
 samples wrong responses of a model, as many as FILE has solutions, to fit a flow to.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import sys
@@ -32,17 +35,16 @@ import torch
 import tyro
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_flow  # noqa: E402
-import train_rl  # noqa: E402
-from infra.files import written_whole  # noqa: E402
-from rewards import Grader  # noqa: E402
-from run import launch  # noqa: E402
+import flow as fl
+import parallel
+import rlfr
+import rollout
+import toy
+import train_flow
+import train_rl
+from infra.files import written_whole
+from rewards import Grader
+from run import launch
 
 
 # ---- Shuffled scores

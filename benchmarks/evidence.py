@@ -26,6 +26,9 @@ And of an arm, over its seeds:
                     bootstrap interval                                   captured
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import io
 import math
 import sys
@@ -40,12 +43,11 @@ import tyro
 from PIL import Image
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-sys.path.append(str(Path(__file__).parent))
-import flow_signal  # noqa: E402
-from common import put_tables, table  # noqa: E402
-from study import ARMS, ROOT, merge, read_study, to_flags  # noqa: E402
+import flow_signal
+from common import put_tables, table
+from study import ARMS, ROOT, merge, read_study, to_flags
 
 BASELINE = "rlvr"
 CEILING = "process"

@@ -20,8 +20,10 @@ Responses and flows are kept in a folder: a command that was stopped goes on whe
 benchmarks/text_signal.py asks the same of a real language model.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,18 +33,16 @@ import numpy as np
 import torch
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
-
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_flow  # noqa: E402
-import train_rl  # noqa: E402
-from infra.files import written_whole  # noqa: E402
-from run import change  # noqa: E402
+import flow as fl
+import parallel
+import rlfr
+import rollout
+import toy
+import train_flow
+import train_rl
+from common import machine
+from infra.files import written_whole
+from run import change
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score

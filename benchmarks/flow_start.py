@@ -9,21 +9,20 @@ solutions, each pass costs what the first does. The official way runs the whole 
 and the flow learns from every position. A pass is one batch, and one step of the flow.
 """
 
-import sys
+import repository  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import compare  # noqa: E402
-
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import train_flow  # noqa: E402
+import flow as fl
+import parallel
+import rlfr
+import train_flow
+from common import compare
 
 OURS = "early exit, responses (ours)"
 OFFICIAL = "full forward, all positions"

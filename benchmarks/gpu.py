@@ -21,6 +21,9 @@ forward 2F and training 6F a tap, F = (5*blocks + 7) * D^2. Utilisation is again
 large bfloat16 matrix product, measured in the same process.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import copy
 import json
 import statistics
@@ -41,17 +44,15 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
-
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from rewards import Verdict  # noqa: E402
-from run import change, leave  # noqa: E402
+import flow as fl
+import parallel
+import rlfr
+import rollout
+import toy
+import train_rl
+from common import machine
+from rewards import Verdict
+from run import change, leave
 
 
 class Shape(NamedTuple):

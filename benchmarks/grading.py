@@ -5,16 +5,16 @@
 The pairs are labelled, as `python rewards.py` reads them.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
-from common import compare
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import compare
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,18 @@ The backward makes those logits again that the forward did not keep. In bfloat16
 the softmax, as they do in chunks.
 """
 
-import sys
+import repository  # noqa: F401
+
+# isort: split
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import compare  # noqa: E402
-
-from parallel import DEVICE  # noqa: E402
-from rlfr import TokenLogProbs  # noqa: E402
+from common import compare
+from parallel import DEVICE
+from rlfr import TokenLogProbs
 
 CHUNKS = "chunks (ours)"
 FULL = "full logits"

@@ -8,20 +8,19 @@ length, prompts that are computed once, and no padding but in attention.
 The policy has random weights and, by default, the size of the embedded world's.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import compare  # noqa: E402
-
-import rlfr  # noqa: E402
-from parallel import DEVICE  # noqa: E402
+import rlfr
+from common import compare
+from parallel import DEVICE
 
 STRIPS = "packed, prompts shared, strips (ours)"
 SHARED = "packed, prompts shared"

@@ -5,18 +5,18 @@
 A line has `time/step`, `reward` and `length`, as in metrics.jsonl, and `cpu/step`, as in peer_trl.py.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from steps import noted_steps  # noqa: E402
-
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from run import launch  # noqa: E402
+import toy
+import train_rl
+from run import launch
+from steps import noted_steps
 
 
 def train(figures: Path, config: train_rl.Config) -> None:

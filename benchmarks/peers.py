@@ -22,6 +22,9 @@ threads together (ours grades in another one, which is not counted): on a machin
 say more than the clock (with one thread; several spin while they wait).
 """
 
+from repository import ROOT
+
+# isort: split
 import json
 import os
 import statistics
@@ -37,15 +40,13 @@ from typing import NamedTuple
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
-
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_rl  # noqa: E402
+import parallel
+import rlfr
+import rollout
+import toy
+import train_rl
+from common import machine
+from infra import waiting
 
 TRL = "TRL"
 OURS = "ours"
@@ -239,8 +240,10 @@ def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: P
 
 def measure(command: Sequence[str], figures: Path, settings: Settings) -> StepFigures:
     """Run a trainer that writes a line a step to `figures`; RuntimeError if it fails."""
+    # the waiting that was chosen for ours is not TRL's; ours chooses it again
+    given = {name: value for name, value in os.environ.items() if name not in waiting.CHOSEN}
     environment = {
-        **os.environ,
+        **given,
         "OMP_NUM_THREADS": str(settings.threads),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -8,22 +8,22 @@ figures must be the same. Time is CPU seconds of this process from step to step,
 step: on a machine with other work, seconds of the clock say more about that work.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import statistics
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
-from steps import noted_steps  # noqa: E402
-
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from run import change  # noqa: E402
+import toy
+import train_rl
+from common import machine
+from run import change
+from steps import noted_steps
 
 
 @dataclass(frozen=True)

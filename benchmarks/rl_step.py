@@ -26,6 +26,9 @@ process had of the processor, which on a machine with other work say more than t
 thread: several spin while they wait).
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import multiprocessing
 import random
@@ -36,24 +39,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from sys import path
 from typing import Literal, NamedTuple
 
 import torch
 import tyro
 from tqdm import tqdm
 
-path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine, median_of, run_child  # noqa: E402
-
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from rewards import Verdict  # noqa: E402
-from run import change  # noqa: E402
+import flow as fl
+import parallel
+import rlfr
+import rollout
+import toy
+import train_rl
+from common import machine, median_of, run_child
+from rewards import Verdict
+from run import change
 
 NONE = "none"
 FLOW = "flow"

@@ -1,14 +1,14 @@
 """The steps of a run of train_rl.py in this process, noted as they are logged: figures and CPU time."""
 
-import sys
+import repository  # noqa: F401
+
+# isort: split
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
-from run import Run  # noqa: E402
+from run import Run
 
 
 class NotedStep(NamedTuple):

@@ -19,6 +19,9 @@ A run that is finished is skipped, one that was interrupted goes on where it was
 tried again. The JSON file is written after each run; what it holds of other runs stays.
 """
 
+from repository import ROOT
+
+# isort: split
 import fcntl
 import hashlib
 import json
@@ -41,12 +44,10 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from infra.files import remove, write_json, written_whole  # noqa: E402
-from run import check_positive, flatten  # noqa: E402
+import toy
+import train_rl
+from infra.files import remove, write_json, written_whole
+from run import check_positive, flatten
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")

@@ -17,11 +17,13 @@ and standardised, after more and less training; beside them log-prob and entropy
 a pair get the same noise.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import math
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +32,12 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import machine  # noqa: E402
-from flow_signal import (  # noqa: E402
+import parallel
+import rlfr
+import rollout
+import train_flow
+from common import machine
+from flow_signal import (
     TIMES,
     Scored,
     auc,
@@ -46,12 +51,7 @@ from flow_signal import (  # noqa: E402
     tables,
     write_untrained,
 )
-
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import train_flow  # noqa: E402
-from run import change  # noqa: E402
+from run import change
 
 ANNOTATION = re.compile(r"<<.*?>>")  # of GSM8K: 48/2 = <<48/2=24>>24
 RESULT = re.compile(r"= ?\$?(\d+)(?![\d,.]*\d)")  # a whole number after an equals sign

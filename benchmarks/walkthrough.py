@@ -7,6 +7,9 @@ It makes the embedded world and its flow as `python train_rl.py` does, or takes 
 in runs/, and does by itself what the first step of training does with its first problem.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass
@@ -15,18 +18,16 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from common import code, number, put_tables, table  # noqa: E402
-
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import record  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-from rewards import Grader  # noqa: E402
-from run import change  # noqa: E402
+import flow as fl
+import parallel
+import record
+import rlfr
+import rollout
+import toy
+import train_rl
+from common import code, number, put_tables, table
+from rewards import Grader
+from run import change
 
 DOCS = Path(__file__).parents[1] / "docs"
 N_SHOWN = 3  # dimensions of a vector that the page shows

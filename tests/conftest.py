@@ -16,15 +16,16 @@ os.environ |= {
     "HF_DATASETS_OFFLINE": "1",
 }  # read when the libraries are imported
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models there
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import infra.waiting  # noqa: E402, F401
 
+# isort: split
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 from browser import Browser, read_port  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
 import flow as fl  # noqa: E402

@@ -15,10 +15,9 @@ FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))
 import boxed_reward  # noqa: E402
 import gpu  # noqa: E402
+import parallel  # noqa: E402
 import peers  # noqa: E402
 import rl_step  # noqa: E402
-
-import parallel  # noqa: E402
 import rollout  # noqa: E402
 
 SMALL = {

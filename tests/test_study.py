@@ -17,10 +17,9 @@ from conftest import ROOT, find_model, read_lines, small_run
 sys.path.append(str(ROOT / "benchmarks"))
 import controls
 import evidence
-import study
-
 import rlfr
 import run as runs
+import study
 import train_flow
 import train_rl
 from rewards import Grader
