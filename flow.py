@@ -95,6 +95,7 @@ class FlowConfig:
     dim: int  # D, hidden size of the policy
     n_blocks: int = 4
     width: int | None = None  # of the network; None: dim
+    norm_eps: float = 1e-6  # of the network's RMS norms; that of the policy's
     contexts: tuple[str, ...] = ("previous",)
     shift: int = 1  # distance of the neighbour, in positions
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the policy's depth: where it is tapped
@@ -173,9 +174,9 @@ class ScalarEmbedding(nn.Module):
 class Block(nn.Module):
     """Residual block `h + gate * MLP(rms(h) * (1 + scale) + shift)`, modulated by y."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, eps: float):
         super().__init__()
-        self.in_ln = nn.RMSNorm(width, eps=1e-6)
+        self.in_ln = nn.RMSNorm(width, eps=eps)
         self.mlp = two_layers(width, width)
         self.adaLN_modulation = modulation(width, 3)
 
@@ -188,9 +189,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Adaptive RMS-norm, modulated by y, and the linear map to a velocity."""
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, width: int, dim: int, eps: float):
         super().__init__()
-        self.norm_final = nn.RMSNorm(width, eps=1e-6)
+        self.norm_final = nn.RMSNorm(width, eps=eps)
         self.linear = nn.Linear(width, dim)
         self.adaLN_modulation = modulation(width, 2)
 
@@ -208,14 +209,14 @@ class VelocityNet(nn.Module):
     layers: depth tells it which one a row comes from.
     """
 
-    def __init__(self, dim: int, context_dim: int, width: int, n_blocks: int):
+    def __init__(self, dim: int, context_dim: int, width: int, n_blocks: int, eps: float = 1e-6):
         super().__init__()
         self.input_proj = nn.Linear(dim, width)
         self.cond_embed = nn.Linear(context_dim, width)
         self.time_embed = ScalarEmbedding(width)
         self.layer_embed = ScalarEmbedding(width)
-        self.res_blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
-        self.final_layer = FinalLayer(width, dim)
+        self.res_blocks = nn.ModuleList(Block(width, eps) for _ in range(n_blocks))
+        self.final_layer = FinalLayer(width, dim, eps)
         self.initialise()
 
     def initialise(self) -> None:
@@ -224,9 +225,6 @@ class VelocityNet(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for embedding in (self.time_embed, self.layer_embed):
-            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
         for module in (*self.res_blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -258,7 +256,8 @@ class Flow(nn.Module):
         super().__init__()
         self.config = config
         width = config.width or config.dim
-        self.model = VelocityNet(config.dim, config.dim, width, config.n_blocks)
+        sizes = (config.dim, config.dim, width, config.n_blocks)
+        self.model = VelocityNet(*sizes, config.norm_eps)
         n_taps = len(config.percentiles)
         if config.standardised:
             self.add_statistics("latent", n_taps, config.dim)
@@ -589,11 +588,15 @@ def save_flow(config: FlowConfig, state: dict[str, Tensor], folder: str | Path) 
     save_file(state, Path(folder) / FLOW_FILE, metadata=metadata)
 
 
-def load_flow(path: str | Path, dim: int, **expected) -> Flow:
+def load_flow(
+    path: str | Path, dim: int, norm_eps: float = 1e-6, other_contexts: bool = False, **expected
+) -> Flow:
     """Load a flow, native or official, and check that it fits.
 
     path: the file, or the folder that it is in
     dim: hidden size of the policy
+    norm_eps: eps of the policy's RMS norms, for an official file, which does not say its own
+    other_contexts: give a flow the expected contexts, whatever it was fitted with
     expected: fields of FlowConfig with the values that they must have; None: any. An official file
         does not say its contexts, which must be given, nor its percentiles and shift.
     Raises ValueError if there is no flow, or none that fits.
@@ -605,8 +608,11 @@ def load_flow(path: str | Path, dim: int, **expected) -> Flow:
             required[name] = as_tuple(value)
     if file.suffix == ".bin":
         state, config = read_official(file, required)
+        config = replace(config, norm_eps=norm_eps)
     else:
         state, config = read_native(file)
+        if other_contexts:
+            config = replace(config, contexts=required["contexts"])
     for name, value in required.items():
         if getattr(config, name) != value:
             shape = tuple(state["model.input_proj.weight"].shape)

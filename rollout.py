@@ -136,6 +136,11 @@ class Model(NamedTuple):
         """The configuration of the text decoder."""
         return self.config.get_text_config()
 
+    @property
+    def norm_eps(self) -> float:
+        """Eps of the decoder's RMS norms; a flow's norms have the same, as in the official code."""
+        return getattr(self.text_config, "rms_norm_eps", 1e-6)
+
 
 def full_name(name: str) -> str:
     """Return a folder or hub id as it is, and the hub id of a short name such as Qwen2.5-7B."""

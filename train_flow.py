@@ -359,6 +359,7 @@ def main(config: Config) -> None:
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
         n_blocks=config.flow.flow_blocks,
+        norm_eps=model.norm_eps,
         contexts=config.contexts,
         shift=config.flow.shift,
         percentiles=config.percentiles,

@@ -122,6 +122,8 @@ class FlowRewardSettings:
     gamma: float = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
     # Context modes that the flow must have, or gets if it is new; an official file needs them
     contexts: tuple[str, ...] | None = None
+    # Score with `contexts` whatever the flow was fitted with; officially next, then previous
+    other_contexts: bool = False
     percentiles: tuple[float, ...] | None = None  # Taps, likewise
 
 
@@ -295,8 +297,21 @@ def check(config: Config) -> None:
     fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
+    if config.flow_reward.other_contexts:
+        check_other_contexts(config.flow_reward)
     if config.flow_reward.percentiles is not None:
         fl.check_percentiles(config.flow_reward.percentiles)
+
+
+def check_other_contexts(settings: FlowRewardSettings) -> None:
+    """Raise ValueError where a flow cannot score with other contexts than its own."""
+    if settings.contexts is None:
+        raise ValueError("other_contexts without contexts: name those to score with in --contexts")
+    if settings.flow_scope == "expert":
+        raise ValueError(
+            "other_contexts with flow_scope='expert': the flow was calibrated with its own "
+            "contexts; leave --other-contexts out, or choose another --flow-scope"
+        )
 
 
 def check_adapters(config: Config) -> None:
@@ -433,7 +448,9 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
     contexts = config.flow_reward.contexts
     percentiles = config.flow_reward.percentiles
     if config.flow != "new":
-        flow = fl.load_flow(config.flow, dim, contexts=contexts, percentiles=percentiles)
+        expected = {"contexts": contexts, "percentiles": percentiles}
+        other_contexts = config.flow_reward.other_contexts
+        flow = fl.load_flow(config.flow, dim, model.norm_eps, other_contexts, **expected)
         if config.flow_reward.flow_scope == "expert":
             flow.expert_scale(config.flow_reward.reward_times)  # is it there?
         return flow
@@ -442,7 +459,8 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
             "flow_scope=expert needs a flow that train_flow.py has calibrated on expert solutions; "
             "expected --flow FOLDER, got new"
         )
-    flow_config = fl.FlowConfig(dim, rollout.published_settings(model)["flow_blocks"])
+    n_blocks = rollout.published_settings(model)["flow_blocks"]
+    flow_config = fl.FlowConfig(dim, n_blocks, norm_eps=model.norm_eps)
     if contexts:
         flow_config = replace(flow_config, contexts=contexts)
     if percentiles:

@@ -1,5 +1,8 @@
 """The flow: analytic fields, context modes, weights of several times, keyed noise, files."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -210,6 +213,34 @@ def test_noise_depends_on_the_key_alone():
 def test_a_new_network_predicts_no_velocity():
     flow = fl.Flow(fl.FlowConfig(dim=8))
     assert flow(torch.randn(3, 8), torch.rand(3), torch.randn(3, 8), torch.rand(3)).abs().max() == 0
+
+
+def test_all_layers_but_modulations_and_output_start_as_xaviers():
+    """As officially; the embeddings of time and depth, too."""
+    torch.manual_seed(0)
+    flow = fl.Flow(fl.FlowConfig(dim=48, n_blocks=1))
+    bounds = {}
+    for name, parameter in flow.named_parameters():
+        if parameter.ndim == 2 and parameter.any():
+            bounds[name] = parameter.abs().max().item() / (6 / sum(parameter.shape)) ** 0.5
+    assert sum("embed.mlp" in name for name in bounds) == 4
+    for name, bound in bounds.items():
+        assert 0.97 < bound <= 1, name
+
+
+def test_norms_have_the_policys_eps(tmp_path):
+    config = fl.FlowConfig(dim=8, n_blocks=2, norm_eps=1e-5)
+    flow = random_flow(config)
+    norms = [module for module in flow.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [1e-5] * 3
+    fl.save_flow(config, flow.state_dict(), tmp_path)
+    assert fl.load_flow(tmp_path, 8).config.norm_eps == 1e-5
+    values = {name: value for name, value in asdict(config).items() if name != "norm_eps"}
+    save_file(flow.state_dict(), tmp_path / "flow.safetensors", {"config": json.dumps(values)})
+    assert fl.load_flow(tmp_path, 8, 1e-5).config.norm_eps == 1e-6, "as when it was written"
+    (tmp_path / "flow.safetensors").unlink()
+    torch.save(flow.state_dict(), tmp_path / "flow_model.bin")
+    assert fl.load_flow(tmp_path, 8, 1e-5, contexts=("next",)).config.norm_eps == 1e-5
 
 
 def test_saved_flow_comes_back(tmp_path):

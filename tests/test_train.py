@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,23 @@ def test_several_contexts_and_taps_of_the_flow(config, tmp_path):
     save_flow(flow, tmp_path / "other")
     train_rl.main(change(config, flow=str(tmp_path / "other"), contexts=("next", "self"), steps=1))
     assert figures(config.folder)[0]["flow/score"] > 0
+
+
+def test_the_official_pair_of_contexts(config, tmp_path):
+    """Fitted with the next token, scored with the previous one: on request alone."""
+    flow = fl.Flow(fl.FlowConfig(dim=32, n_blocks=1, contexts=("next",)))
+    torch.nn.init.normal_(flow.model.final_layer.linear.weight)
+    for name, contexts in {"next": ("next",), "previous": ("previous",)}.items():
+        fl_config = replace(flow.config, contexts=contexts)
+        (tmp_path / name).mkdir()
+        fl.save_flow(fl_config, flow.state_dict(), tmp_path / name)
+    settings = {"contexts": ("previous",), "steps": 1}
+    official = change(config, flow=str(tmp_path / "next"), other_contexts=True, **settings)
+    train_rl.main(change(official, folder=str(tmp_path / "a")))
+    train_rl.main(change(config, flow=str(tmp_path / "previous"), folder=str(tmp_path / "b")))
+    first, second = (figures(tmp_path / name)[0] for name in "ab")
+    assert first["flow/score"] == second["flow/score"]
+    assert fl.load_flow(tmp_path / "a" / "flow", 32).config.contexts == ("previous",)
 
 
 def test_the_official_flow_optimiser_takes_a_step_with_every_mini_batch(
@@ -721,6 +739,11 @@ def test_wandb(config):
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
         ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
         ({"contexts": ("next",)}, r"contexts=\('previous',\).*expected contexts=\('next',\)"),
+        ({"other_contexts": True}, "other_contexts without contexts: name those to score with"),
+        (
+            {"other_contexts": True, "contexts": ("self",), "flow_scope": "expert"},
+            "calibrated with its own contexts; leave --other-contexts out",
+        ),
         ({"percentiles": (0.5,)}, r"percentiles=\(0.25, 0.5, 0.75\).*expected percentiles=\(0.5,\)"),
         ({"answer_column": "gold"}, "no column 'gold'"),
         ({"max_prompt_tokens": 3}, "64 of 64 prompts are longer than 3 tokens"),
