@@ -49,7 +49,9 @@ KLKind = Literal["k1", "k2", "k3"]
 Mismatch = Literal["none", "token", "sequence", "mask"]
 # Logits held at a time: large products keep a GPU busy, small chunks stay in the caches of a CPU
 CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
-# Logits that a forward leaves to its backward, which has to make only the others again; 400 MB
+# A forward keeps the first chunks of logits for its backward, up to so many logits (400 MB); the
+# backward makes the rest again. That is for a CPU, whose chunks are small: on a GPU the first chunk
+# is larger than this, unless a micro-batch has but a few hundred response tokens, and none is kept
 KEPT_LOGITS = 96 * 2**20
 # A row at least this part as long as the longest of a strip is in it, see Packing. On a CPU this saves
 # attention over padding. A GPU has all rows in one strip: each strip launches kernels of its own, and
@@ -232,15 +234,22 @@ def micro_batches(
 
 
 def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
-    """Return indices of rows by prompt; each row alone where groups cannot be dealt out equally."""
+    """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
+
+    For several ranks all groups are of one size, the largest that allows it: prompts with more rows,
+    such as that of a problem that occurs twice in a step, are cut into several groups.
+    """
     by_prompt: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         by_prompt.setdefault(prompt_key(row), []).append(index)
     groups = list(by_prompt.values())
-    sizes = {len(group) for group in groups}
-    if n_ranks > 1 and (len(sizes) > 1 or len(groups) % n_ranks):
-        return [[index] for index in range(len(rows))]
-    return groups
+    if n_ranks == 1:
+        return groups
+    size = math.gcd(*(len(group) for group in groups), len(rows) // n_ranks)
+    parts = []
+    for group in groups:
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts
 
 
 def plan_batches(

@@ -161,16 +161,34 @@ def test_a_prompt_of_several_rows_is_computed_once(family):
 
 
 def test_rows_of_a_prompt_go_to_one_rank():
-    """Four groups of two rows, dealt 0 1 1 0; groups that do not go round are dealt row by row."""
+    """Four groups of two rows, dealt 0 1 1 0."""
     rows = [rlfr.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
     plans = []
     for rank in range(2):
         plans.append([indices for indices, _ in rlfr.micro_batches(rows, 100, rank, n_ranks=2)])
     assert plans == [[[3, 7, 0, 4]], [[2, 6, 1, 5]]]
     assert rlfr.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    assert rlfr.prompt_groups(rows, 3) == [[n] for n in range(8)]
-    assert rlfr.prompt_groups(rows[:6], 1) == [[0, 4], [1, 5], [2], [3]]
-    assert rlfr.prompt_groups(rows[:6], 2) == [[n] for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n_ranks", "groups"),
+    [
+        ("aabbc", 1, [[0, 1], [2, 3], [4]]),  # a single rank takes groups of any size
+        ("aabbcd", 2, [[0], [1], [2], [3], [4], [5]]),  # no size above 1 goes into all groups
+        # a problem that occurs twice in a step, side by side and apart
+        ("aaaabbccdd", 5, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]),
+        ("aabbccaa", 2, [[0, 1], [6, 7], [2, 3], [4, 5]]),
+        # three groups for two ranks: each rank gets one and a half
+        ("aaaabbbbcccc", 2, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]),
+    ],
+)
+def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, groups):
+    rows = [rlfr.Row([ord(prompt)], [2]) for prompt in prompts]
+    assert rlfr.prompt_groups(rows, n_ranks) == groups
+    plans = rlfr.plan_batches(groups, [2] * len(rows), 100, n_ranks)
+    by_rank = [sorted(sum(plan, [])) for plan in plans]
+    assert sorted(sum(by_rank, [])) == list(range(len(rows)))
+    assert len({len(indices) for indices in by_rank}) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
