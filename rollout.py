@@ -10,7 +10,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -32,7 +32,6 @@ from transformers import (
 )
 
 import vision
-from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
 from parallel import gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
 
@@ -80,9 +79,9 @@ class LoadingSettings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
     # Smaller images are enlarged to this size; by default the processor's
-    min_pixels: PositiveInt | None = None
+    min_pixels: int | None = None
     # Larger images are reduced to this size; by default the processor's
-    max_pixels: PositiveInt | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,11 @@ class DataSettings:
     problem_column: str | None = None
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
     media_dir: str | None = None  # Folder that image paths start from; by default that of the data
-    max_images: NonNegativeInt = 4  # Most images a problem may have
+    max_images: int = 4  # Most images a problem may have
     # auto, qwen, qwen_tag, llama, chat, bare, none, or a file with {problem} in it
     template: str = "auto"
     # Longest prompt accepted; by default 3000
-    max_prompt_tokens: PositiveInt | None = None
+    max_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,10 @@ class EngineSettings:
 
     # auto: vLLM on a GPU where it is installed, else torch
     engine: Literal["auto", "vllm", "torch"] = "auto"
-    max_sequences: BatchSize = 256  # Responses sampled at a time by an engine; bounds its KV cache
+    max_sequences: int = 256  # Responses sampled at a time by an engine; bounds its KV cache
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
-    cache_share: OpenFraction = 0.5
-    tensor_parallel: PositiveInt = 1  # Ranks that share a vLLM engine
+    cache_share: float = 0.5
+    tensor_parallel: int = 1  # Ranks that share a vLLM engine
 
 
 # ---- Models
@@ -253,7 +252,9 @@ class Problem(NamedTuple):
     images: tuple[vision.Image, ...] = ()  # in the order of their placeholders in prompt_ids
 
 
-def load_rows(source: str, columns: Sequence[str], split: str, subset: str | None) -> list[dict]:
+def load_rows(
+    source: str, columns: Sequence[str], split: str, subset: str | None
+) -> Sequence[Mapping[str, object]]:
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
     if source.endswith(".jsonl") and Path(source).is_file():
         rows = read_jsonl(source)  # by ourselves: values of a column may differ in type
@@ -270,7 +271,7 @@ def load_rows(source: str, columns: Sequence[str], split: str, subset: str | Non
     return rows
 
 
-def check_columns(rows: Sequence[dict], source: str, columns: Sequence[str]) -> None:
+def check_columns(rows: Sequence[Mapping], source: str, columns: Sequence[str]) -> None:
     """Raise ValueError if a column is missing or has empty values."""
     for column in columns:
         if column not in rows[0]:
@@ -302,8 +303,31 @@ def read_jsonl(path: str) -> list[dict]:
     return rows
 
 
-def read_with_datasets(source: str, split: str, subset: str | None) -> list[dict]:
-    """Read a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
+class StoredRow(Mapping):
+    """A row of an Arrow table: a value becomes a Python object only when it is asked for.
+
+    A data set may have columns that nobody reads, of many kilobytes a row.
+    """
+
+    def __init__(self, columns: Mapping[str, "pyarrow.ChunkedArray"], index: int):  # noqa: F821
+        self.columns = columns
+        self.index = index
+
+    def __getitem__(self, name: str) -> object:
+        return self.columns[name][self.index].as_py()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+def read_with_datasets(source: str, split: str, subset: str | None) -> list[StoredRow]:
+    """Open a Parquet or JSON file, a folder or a hub id with the `datasets` library."""
     import datasets
 
     path = Path(source)
@@ -322,7 +346,9 @@ def read_with_datasets(source: str, split: str, subset: str | None) -> list[dict
             f"no data at {source!r} ({reason}); "
             f"expected a JSONL or Parquet file, a folder or a hub id"
         ) from error
-    return data.with_format("arrow")[:].to_pylist()  # as stored: images stay encoded
+    table = data.with_format("arrow")[:]  # as stored: images stay encoded
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    return [StoredRow(columns, index) for index in range(len(table))]
 
 
 def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
@@ -333,7 +359,7 @@ def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[
 
 
 def make_problems(
-    rows: Sequence[dict], source: str, settings: ProblemSettings, model: Model
+    rows: Sequence[Mapping], source: str, settings: ProblemSettings, model: Model
 ) -> list[Problem]:
     """Build problems from rows; image paths are relative to the folder of `source`."""
     texts = [row[settings.problem_column] for row in rows]
@@ -357,7 +383,7 @@ def final_answer(answer) -> str:
 
 
 def read_images(
-    rows: Sequence[dict], source: str, settings: DataSettings, processor
+    rows: Sequence[Mapping], source: str, settings: DataSettings, processor
 ) -> list[tuple[vision.Image, ...]]:
     """Return each row's images, all ranks together; ValueError names the row of a bad one."""
     folder = vision.media_folder(settings.media_dir, source)
@@ -432,7 +458,7 @@ def solution_end(model: Model, template: str) -> list[int]:
     return tokenizer(end, add_special_tokens=False)["input_ids"]
 
 
-def read_exchange(row: dict, number: int) -> tuple[str, str]:
+def read_exchange(row: Mapping, number: int) -> tuple[str, str]:
     """Return the first problem and solution of a chat row.
 
     Rows have `messages` of role and content, or `conversations` of from and value. ValueError names
@@ -537,6 +563,8 @@ def check_engine(settings: EngineSettings, n_ranks: int) -> None:
         raise ValueError(
             f"tensor_parallel={shared}: expected a divisor of {n_ranks} ranks, and vLLM"
         )
+    if not 0 < settings.cache_share < 1:
+        raise ValueError(f"cache_share={settings.cache_share} is outside (0, 1)")
 
 
 def make_engine(

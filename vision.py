@@ -13,7 +13,7 @@ vision tower makes of it. (vLLM expects a single <|image_pad|> an image: see `co
 import base64
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,7 +227,7 @@ def fit_grid(processor, width: int, height: int) -> Grid:
 
 
 def load_images(
-    rows: Sequence[dict], column: str, processor, media_dir: str, limit: int
+    rows: Sequence[Mapping], column: str, processor, media_dir: str, limit: int
 ) -> list[tuple[Image, ...]]:
     """Return the images of each row, after decoding each of them once.
 
@@ -257,7 +257,7 @@ def load_images(
     return images
 
 
-def check_column(rows: Sequence[dict], column: str) -> None:
+def check_column(rows: Sequence[Mapping], column: str) -> None:
     """Raise ValueError if the images seem to be in another column than the named one.
 
     The default column, `images`, may be missing: then the data are text only, unless there is a

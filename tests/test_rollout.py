@@ -4,6 +4,9 @@ import json
 import math
 
 import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import find_model, load_problems, requests, torch_engine
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer
 
 import eval as evaluation
 import rollout
+import train_flow
 from rollout import Sampling
 from run import change
 
@@ -53,6 +57,34 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
         rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split, None)
         == ROWS[:1]
     ), "evaluation reads the test split"
+
+
+def unreadable(n: int) -> pyarrow.Array:
+    """A column of texts that cannot become Python's: they are not UTF-8."""
+    offsets = pyarrow.py_buffer(np.arange(n + 1, dtype=np.int32))
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), n, [None, offsets, pyarrow.py_buffer(b"\xff" * n)]
+    )
+
+
+def test_columns_that_nobody_needs_do_not_become_python_objects(tmp_path, world):
+    """Regression: each rank made objects of all columns, for some published data gigabytes."""
+    rows = [{"id": "a", "problem": "1+1>", "answer": "2", "solution": "It is 2"}] * 3
+    table = pyarrow.Table.from_pylist(rows)
+    for name in ("messages", "generations", "image"):
+        table = table.append_column(name, unreadable(len(rows)))
+    file = str(tmp_path / "data.parquet")
+    pyarrow.parquet.write_table(table, file)
+    model = find_model(world.path("model"))
+    common = {"template": "none", "problem_column": "problem", "max_prompt_tokens": 64}
+    problems = rollout.load_problems(file, rollout.ProblemSettings(**common), model)
+    assert [(problem.id, problem.answer) for problem in problems] == [("a", "2")] * 3
+    settings = train_flow.SolutionSettings(**common, cutoff=100)
+    solutions = train_flow.load_solutions(file, settings, model)
+    decoded = model.tokenizer.decode(solutions[2].response_ids, skip_special_tokens=True)
+    assert decoded == "It is 2"
+    with pytest.raises(UnicodeDecodeError):  # such a column cannot be read at all
+        rollout.load_rows(file, ("generations",), "train", None)
 
 
 def test_an_answer_may_be_a_list_or_a_number(tmp_path, world):
