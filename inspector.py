@@ -79,7 +79,7 @@ def write_step(
     if flow:
         parallel.shard(flow, (), dtype, config.compute.cpu_offload)
     lengths = torch.zeros(len(problems))
-    with Grader(config.reward, config.grading, max_tokens, parallel.cores_per_rank()) as grader:
+    with Grader(config.reward, config.grading, max_tokens) as grader:
         sampler = train_rl.Sampler(engine, grader, problems, lengths, config.sampling, config.seed)
         engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
         episodes, verdicts, _ = train_rl.roll_out(sampler, 0)

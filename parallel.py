@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -41,12 +42,34 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from infra.cores import cores_of_rank
+
 
 def find_device() -> torch.device:
     """Return the device of this rank: its own GPU, or the CPU where there are none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_device() -> None:
+    """Raise ValueError if there is a GPU for this rank that torch cannot use."""
+    asks_for_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    has_driver = Path("/dev/nvidiactl").exists()
+    if torch.version.cuda and has_driver and not asks_for_cpu and not torch.cuda.is_available():
+        version = Path("/sys/module/nvidia/version")
+        version = version.read_text().strip() if version.exists() else "of unknown version"
+        raise ValueError(
+            f"this torch, built for CUDA {torch.version.cuda}, cannot use the NVIDIA driver "
+            f"{version} of this machine: install a newer driver (CUDA 13 needs 580) or a torch for "
+            "an older CUDA, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    n_visible = torch.cuda.device_count()
+    if DEVICE.type == "cuda" and DEVICE.index >= n_visible:
+        raise ValueError(
+            f"LOCAL_RANK is {DEVICE.index}, but this process sees {n_visible} GPUs: let all ranks "
+            "of a node see all of its GPUs, e.g. by one torchrun a node"
+        )
 
 
 DEVICE = find_device()
@@ -60,10 +83,14 @@ patient_group: dist.ProcessGroup | None = None
 
 
 def start() -> None:
-    """Start the process group: join the ranks that torchrun started, or become the only one."""
+    """Start the process group: join the ranks that torchrun started, or become the only one.
+
+    ValueError if torch cannot use the GPU that this rank should have.
+    """
     global patient_group
     if dist.is_initialized():
         return
+    check_device()
     group = {}  # torchrun describes it in the environment
     if "RANK" not in os.environ:
         group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
@@ -74,7 +101,7 @@ def start() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), **group)
     patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     # torchrun leaves one thread to a rank: too few for an optimiser in host memory
-    torch.set_num_threads(cores_per_rank())
+    torch.set_num_threads(cores_of_rank())
 
 
 def fork_rng():
@@ -104,11 +131,6 @@ def on_first(work: Callable):
     if error is not None:
         raise error
     return result
-
-
-def cores_per_rank() -> int:
-    """Return how many worker processes a rank may start: its share of this node's cores."""
-    return max(1, (os.cpu_count() or 1) // dist.get_world_size())
 
 
 def gather_objects(value) -> list:

@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
 
 from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
-from infra.ranges import PositiveFloat, PositiveInt
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
 
@@ -63,9 +62,9 @@ class RewardSettings:
     """How responses are graded."""
 
     # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
-    overlong_buffer: PositiveInt | None = None
+    overlong_buffer: int | None = None
     grade_truncated: bool = False  # Let a response that ran out of room score
-    grader_deadline: PositiveFloat = DEADLINE  # Seconds for grading one answer
+    grader_deadline: float = DEADLINE  # Seconds for grading one answer
 
 
 # ---- Parts
@@ -317,7 +316,7 @@ class Grader(AbstractContextManager):
         Args:
             reward: Parts, NAME or NAME=WEIGHT.
             max_tokens: The longest response; only the part overlong needs it.
-            n_workers: Number of grading processes, by default the number of cores, at most 8.
+            n_workers: Number of grading processes; see Pool.
 
         Raises:
             ValueError: A part or a setting is not possible.

@@ -27,6 +27,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from typing import Literal
 
 from grading.answers import MAX_LENGTH, Gold
+from infra.cores import cores_of_rank
 
 ROOT = Path(__file__).parents[1]  # the repository: where a worker can import grading
 START_LIMIT = 120  # seconds for a worker to start, or to import math-verify
@@ -120,12 +121,12 @@ class Pool(AbstractContextManager):
         """Make a pool whose processes start when an answer first needs them.
 
         Args:
-            n_workers: Number of processes, by default the number of cores, at most 8.
+            n_workers: Number of processes, by default this rank's share of the cores, at most 8.
             deadline: Seconds that one comparison may take.
         """
         if deadline <= 0:
             raise ValueError(f"deadline={deadline}: expected a positive number of seconds")
-        n_workers = n_workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        n_workers = n_workers or min(MAX_WORKERS, cores_of_rank())
         self.deadline = deadline
         self.workers = [Worker() for _ in range(n_workers)]
         self.idle_workers = queue.SimpleQueue()

@@ -174,6 +174,9 @@ N_PARAMETERS = {  # without an untied head
         ("Qwen/Qwen2.5-Math-1.5B", {"cpu_offload": True}, 1, H100, False),  # 52 GB
         ("Qwen/Qwen2.5-Math-1.5B", {}, 8, H100, False),  # 55 GB
         ("Qwen/Qwen2.5-Math-1.5B", {}, 1, H200, False),  # 78 of 120 GB
+        # a row of 35,768 tokens, over the budget of a micro-batch: 111 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {"max_tokens": 32_768}, 8, H100, True),
+        ("Qwen/Qwen2.5-Math-1.5B", {"max_prompt_tokens": 32_768}, 8, H100, True),
         ("Qwen/Qwen2.5-Math-1.5B", {"lora_rank": 8}, 8, H100, True),  # no arithmetic for it
         ("Qwen/Qwen2.5-Math-1.5B", {}, 8, 0, True),  # no GPU
         ("Qwen/Qwen2.5-Math-7B", {}, 8, H100, True),  # 126 GB
@@ -183,7 +186,8 @@ N_PARAMETERS = {  # without an untied head
 def test_which_models_recompute_activations(monkeypatch, name, options, n_ranks, room, recompute):
     monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
     model = rollout.Model("", CONFIGS[name], N_PARAMETERS[name], None)
-    config = change(train_rl.Config(), **{"tokens_per_gpu": 16_384, **options})
+    settings = {"tokens_per_gpu": 16_384, "max_prompt_tokens": 3000, "max_tokens": 1024, **options}
+    config = change(train_rl.Config(), **settings)
     assert train_rl.recomputes_activations(config, model, n_ranks, room) == recompute
 
 
@@ -217,7 +221,7 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"tensor_parallel": 2}, "tensor_parallel=2: expected a divisor of 1 ranks, and vLLM"),
-        ({"cache_share": 1.5}, "--cache-share=1.5: expected a number between 0 and 1"),
+        ({"cache_share": 1.5}, r"cache_share=1.5 is outside \(0, 1\)"),
         ({"offload": True, "cpu_offload": True}, "offload and cpu_offload exclude each other"),
     ],
 )
