@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -43,12 +43,12 @@ from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
 from infra.files import write_json, written_whole
+from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_numbers
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
 from run import (
     asked_to_stop,
-    check_positive,
     flatten,
     launch,
     with_defaults,
@@ -61,18 +61,18 @@ class Config:
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     data: tuple[str, ...] | None = None  # Sets: a name such as math500, [NAME=]SOURCE[:SPLIT]
-    samples: int = 1  # Responses a problem
-    temperature: float = 0.0  # Sampling temperature; 0 is greedy
+    samples: BatchSize = 1  # Responses a problem
+    temperature: Annotated[float, Range(0, 100)] = 0.0  # Sampling temperature; 0 is greedy
     # Longest response; by default 8192, or what its own prompt leaves of the model's positions
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     reward: tuple[str, ...] | None = None  # Parts NAME or NAME=WEIGHT; by default as in training
     judge_url: str | None = None  # OpenAI-compatible server that reads what the rules cannot
     judge_model: str | None = None  # The model that it serves
     out: str | None = None  # Folder for the results; by default runs/eval-RUN or runs/eval-MODEL
     compare: tuple[str, str] | None = None  # Two folders to compare instead of evaluating
-    top_p: float = 1.0  # Nucleus of the sampling
-    chunk: int = 2048  # Responses between writes: what an interruption loses at most
-    seed: int = 0  # Seed of the sampling
+    top_p: PositiveFraction = 1.0  # Nucleus of the sampling
+    chunk: BatchSize = 2048  # Responses between writes: what an interruption loses at most
+    seed: Seed = 0  # Seed of the sampling
     problems: ProblemSettings = ProblemSettings(split="test")
     # As in the official evaluation, where a response need not have ended by itself
     grading: RewardSettings = RewardSettings(grade_truncated=True)
@@ -81,25 +81,22 @@ class Config:
 
 
 OFFICIAL_LENGTH = 8192  # tokens of a response; of a VL model's prompt and response together
-MUST_BE_POSITIVE = """
-    samples max_tokens top_p chunk max_prompt_tokens grader_deadline overlong_buffer
-    max_sequences tensor_parallel
-"""
 
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    check_positive(config, *MUST_BE_POSITIVE.split())
+    check_numbers(config)
     rollout.check_engine(config.engine, dist.get_world_size())
     if config.samples > 1 and config.temperature == 0:
         raise ValueError(
             f"samples={config.samples} at temperature 0 are copies; "
             "raise --temperature, or take one sample"
         )
-    if config.temperature < 0:
-        raise ValueError(f"temperature={config.temperature}: expected at least 0")
-    if config.top_p > 1:
-        raise ValueError(f"top_p={config.top_p}: expected at most 1")
+    if 0 < config.temperature < 0.01:
+        raise ValueError(
+            f"--temperature={config.temperature}: expected 0, which is greedy, or at least 0.01: "
+            "vLLM samples lower ones at that"
+        )
 
 
 def main(config: Config) -> None:

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
 
 from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
+from infra.ranges import PositiveFloat, PositiveInt
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
 
@@ -62,9 +63,9 @@ class RewardSettings:
     """How responses are graded."""
 
     # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
-    overlong_buffer: int | None = None
+    overlong_buffer: PositiveInt | None = None
     grade_truncated: bool = False  # Let a response that ran out of room score
-    grader_deadline: float = DEADLINE  # Seconds for grading one answer
+    grader_deadline: PositiveFloat = DEADLINE  # Seconds for grading one answer
 
 
 # ---- Parts

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import vision
+from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
 from parallel import gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
 
@@ -79,9 +80,9 @@ class LoadingSettings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
     # Smaller images are enlarged to this size; by default the processor's
-    min_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
     # Larger images are reduced to this size; by default the processor's
-    max_pixels: int | None = None
+    max_pixels: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class DataSettings:
     problem_column: str | None = None
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
     media_dir: str | None = None  # Folder that image paths start from; by default that of the data
-    max_images: int = 4  # Most images a problem may have
+    max_images: NonNegativeInt = 4  # Most images a problem may have
     # auto, qwen, qwen_tag, llama, chat, bare, none, or a file with {problem} in it
     template: str = "auto"
     # Longest prompt accepted; by default 3000
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class EngineSettings:
 
     # auto: vLLM on a GPU where it is installed, else torch
     engine: Literal["auto", "vllm", "torch"] = "auto"
-    max_sequences: int = 256  # Responses sampled at a time by an engine; bounds its KV cache
+    max_sequences: BatchSize = 256  # Responses sampled at a time by an engine; bounds its KV cache
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
-    cache_share: float = 0.5
-    tensor_parallel: int = 1  # Ranks that share a vLLM engine
+    cache_share: OpenFraction = 0.5
+    tensor_parallel: PositiveInt = 1  # Ranks that share a vLLM engine
 
 
 # ---- Models
@@ -563,8 +564,6 @@ def check_engine(settings: EngineSettings, n_ranks: int) -> None:
         raise ValueError(
             f"tensor_parallel={shared}: expected a divisor of {n_ranks} ranks, and vLLM"
         )
-    if not 0 < settings.cache_share < 1:
-        raise ValueError(f"cache_share={settings.cache_share} is outside (0, 1)")
 
 
 def make_engine(

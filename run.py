@@ -44,6 +44,7 @@ import record
 from flow import as_tuple
 from infra import errors
 from infra.files import cannot_write, write_json, written_whole
+from infra.ranges import NonNegativeInt, PositiveInt
 from parallel import is_first, on_first, start
 
 STOP_SIGNALS: list[int] = []  # received so far
@@ -119,7 +120,7 @@ class ComputeSettings:
     """How the work is cut to fit the memory, and what is compiled."""
 
     # Tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
-    tokens_per_gpu: int = 16384 if parallel.DEVICE.type == "cuda" else 4096
+    tokens_per_gpu: PositiveInt = 16384 if parallel.DEVICE.type == "cuda" else 4096
     cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
     compile: Literal["auto", "on", "off"] = "auto"  # Compile policy and flow; auto: on a GPU
 
@@ -128,9 +129,11 @@ class ComputeSettings:
 class RunSettings:
     """How a run is saved and followed."""
 
-    save_every: int = 20  # Steps between checkpoints; 0: none, unless a signal stops the run
-    keep: int = 2  # Checkpoints kept
-    export_every: int = 0  # Steps between exports to exports/step-N, for other programs; 0: none
+    # Steps between checkpoints; 0: none, unless a signal stops the run
+    save_every: NonNegativeInt = 20
+    keep: PositiveInt = 2  # Checkpoints kept
+    # Steps between exports to exports/step-N, for other programs; 0: none
+    export_every: NonNegativeInt = 0
     track: Literal["none", "tensorboard", "wandb"] = "none"  # Where else figures go
 
 
@@ -215,14 +218,6 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
             f"groups of settings: resume with the version that began the run, or start a new one"
         )
     return flat
-
-
-def check_positive(settings, *names: str) -> None:
-    """Raise ValueError for a setting that is zero or negative; None is not checked."""
-    flat = flatten(settings)
-    for name in names:
-        if flat[name] is not None and flat[name] <= 0:
-            raise ValueError(f"{name}={flat[name]}: expected a positive value")
 
 
 # Settings that cannot change when a run is resumed, and why; all others act from there on

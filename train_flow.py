@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,18 @@ import parallel
 import rlfr
 import rollout
 import toy
+from infra.ranges import (
+    BatchSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    check_numbers,
+)
 from parallel import is_first, on_first, start
 from run import (
     ComputeSettings,
@@ -43,7 +56,6 @@ from run import (
     RunSettings,
     Stopwatch,
     asked_to_stop,
-    check_positive,
     export_flow,
     launch,
     with_defaults,
@@ -61,33 +73,34 @@ class SolutionSettings(rollout.DataSettings):
 
     solution_column: str = "solution"  # Column with the solution's text
     # Longest prompt + solution in tokens, longer ones are cut; by default 8192, for VL models 16384
-    cutoff: int | None = None
+    cutoff: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
 class FlowSettings:
     """What the flow is, and how often and at which times a token is drawn."""
 
-    flow_blocks: int | None = None  # Residual blocks; by default 4 below 5B parameters, 6 above
+    # Residual blocks; by default 4 below 5B parameters, 6 above
+    flow_blocks: Annotated[int, Range(1, 100)] | None = None
     # Draws of (t, x_0) a token; by default 2 for text above 5B, else 4
-    noise_repeats: int | None = None
+    noise_repeats: PositiveInt | None = None
     # How t is drawn: random is the sigmoid of a normal, as official
     flow_times: fl.Times = "random"
-    shift: int = 1  # Distance of the context's neighbour, in positions
+    shift: PositiveInt = 1  # Distance of the context's neighbour, in positions
     standardise: bool = False  # Standardise latents for each tap and dimension
     # Times at which the error on held-out solutions is measured, for --flow-scope expert
-    calibrate_at: tuple[float, ...] = (0.2, 0.5, 0.8)
+    calibrate_at: tuple[OpenFraction, ...] = (0.2, 0.5, 0.8)
     # Solutions that are kept from training, for that; by default 64, but at most an eighth of them
-    held_out: int | None = None
+    held_out: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True)
 class OptimisationSettings:
     """The flow's optimiser."""
 
-    warmup: float = 0.1  # Fraction of the steps over which the rate rises
-    weight_decay: float = 0.01  # AdamW weight decay
-    clip_norm: float = 1.0  # Largest gradient norm
+    warmup: Fraction = 0.1  # Fraction of the steps over which the rate rises
+    weight_decay: NonNegativeFloat = 0.01  # AdamW weight decay
+    clip_norm: PositiveFloat = 1.0  # Largest gradient norm
 
 
 @dataclass(frozen=True)
@@ -97,13 +110,14 @@ class Config:
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     data: str | None = None  # Solutions: JSONL or Parquet file, save_to_disk folder or hub id
     contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
-    percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # Tapped layers, as fractions of the depth
-    epochs: int = 2  # Passes over the data
-    batch_size: int = 128  # Sequences a step, over all ranks
-    lr: float = 1e-4  # Peak learning rate
+    # Tapped layers, as fractions of the depth
+    percentiles: tuple[Fraction, ...] = (0.25, 0.5, 0.75)
+    epochs: PositiveInt = 2  # Passes over the data
+    batch_size: BatchSize = 128  # Sequences a step, over all ranks
+    lr: PositiveFloat = 1e-4  # Peak learning rate
     folder: str | None = None  # Run folder; by default one in runs/, named after the model
     resume: str | None = None  # Run folder to go on with
-    seed: int = 0  # Seed of initialisation, order and noise
+    seed: Seed = 0  # Seed of initialisation, order and noise
     solutions: SolutionSettings = SolutionSettings()
     flow: FlowSettings = FlowSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
@@ -114,12 +128,8 @@ class Config:
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
-    check_positive(config, "epochs", "batch_size", "lr", "noise_repeats", "flow_blocks")
-    check_positive(config, "clip_norm", "tokens_per_gpu", "keep")
-    fl.check_times(config.flow.calibrate_at)
-    held_out = config.flow.held_out
-    if held_out is not None and held_out < 0:
-        raise ValueError(f"held_out={held_out}: expected a number of solutions, or 0 for none")
+    check_numbers(config)
+    fl.check_contexts(config.contexts)
     n_ranks = dist.get_world_size()
     if config.batch_size % n_ranks:
         raise ValueError(

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,20 @@ import rollout
 import toy
 from evals import figures, sets
 from infra.files import locked
+from infra.ranges import (
+    BatchSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    SignedFloat,
+    Temperature,
+    check_numbers,
+)
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings, Verdict
 from run import (
@@ -52,7 +66,6 @@ from run import (
     RunSettings,
     Stopwatch,
     asked_to_stop,
-    check_positive,
     export_adapter,
     export_flow,
     export_policy,
@@ -81,13 +94,13 @@ RANK_VARIABLES = (
 class SamplingSettings:
     """How many episodes a step has, and how they are sampled."""
 
-    prompts: int = 128  # N, prompts a step
-    group_size: int = 8  # G, samples a prompt
-    max_tokens: int | None = None  # Longest response; by default 1024, for VL-7B 3072
-    temperature: float = 1.0  # Sampling temperature
+    prompts: BatchSize = 128  # N, prompts a step
+    group_size: BatchSize = 8  # G, samples a prompt
+    max_tokens: PositiveInt | None = None  # Longest response; by default 1024, for VL-7B 3072
+    temperature: Temperature = 1.0  # Sampling temperature
     dynamic_sampling: bool = False  # Drop groups of equal reward and sample others in their place
     # Rounds of dynamic sampling a step; dropped groups fill what is then missing
-    max_rounds: int = 4
+    max_rounds: PositiveInt = 4
 
 
 @dataclass(frozen=True)
@@ -95,36 +108,38 @@ class AdvantageSettings:
     """How the outcome becomes an advantage; the baseline that rewards entropy."""
 
     baseline: rlfr.Baseline = "grpo"  # How the outcome reward becomes an advantage
-    entropy_alpha: float = 0.4  # Scale of the entropy advantage
-    entropy_kappa: float = 2.0  # The entropy advantage stays below |A| / kappa
+    entropy_alpha: NonNegativeFloat = 0.4  # Scale of the entropy advantage
+    entropy_kappa: PositiveFloat = 2.0  # The entropy advantage stays below |A| / kappa
 
 
 @dataclass(frozen=True)
 class FlowRewardSettings:
     """How velocity deviations become rewards of tokens."""
 
-    flow_after: int = 0  # Steps before the flow reward counts; until then the flow only learns
-    flow_coef: float = 0.01  # Scale of the flow reward
+    # Steps before the flow reward counts; until then the flow only learns
+    flow_after: NonNegativeInt = 0
+    flow_coef: SignedFloat = 0.01  # Scale of the flow reward
     # Where it acts: on the tokens' returns (paper), or on the response, whose mean, less the
     # group's, then joins the outcome advantage; nothing divides it by its spread
     flow_on: Literal["token", "response"] = "token"
     # T_r, times at which the deviation is taken, in (0, 1)
-    reward_times: tuple[float, ...] = (0.8,)
-    flow_threshold: float = 0.6  # Only normalised scores above it are kept, in [0, 1]
-    flow_top_k: int | None = 15  # Tokens of a response that get a flow reward; None: no limit
+    reward_times: tuple[OpenFraction, ...] = (0.8,)
+    flow_threshold: Fraction = 0.6  # Only normalised scores above it are kept, in [0, 1]
+    # Tokens of a response that get a flow reward; None: no limit
+    flow_top_k: PositiveInt | None = 15
     # What scores are compared with: those of the response (paper) or of the group, by a min-max;
     # expert: the flow's own on expert tokens, and threshold, top-k, bilateral and power do not count
     flow_scope: Literal["response", "group", "expert"] = "response"
-    flow_cap: float = 10.0  # Largest excess over expert tokens, in their spreads
+    flow_cap: PositiveFloat = 10.0  # Largest excess over expert tokens, in their spreads
     flow_centre: bool = False  # Subtract the group's mean from the tokens' flow rewards
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
-    flow_power: float = 1.0  # Exponent applied to normalised scores
-    gamma: float = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
+    flow_power: PositiveFloat = 1.0  # Exponent applied to normalised scores
+    gamma: Fraction = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
     # Context modes that the flow must have, or gets if it is new; an official file needs them
     contexts: tuple[str, ...] | None = None
     # Score with `contexts` whatever the flow was fitted with; officially next, then previous
     other_contexts: bool = False
-    percentiles: tuple[float, ...] | None = None  # Taps, likewise
+    percentiles: tuple[Fraction, ...] | None = None  # Taps, likewise
 
 
 @dataclass(frozen=True)
@@ -132,11 +147,11 @@ class FlowUpdateSettings:
     """How the flow goes on learning from the policy's own episodes."""
 
     freeze_flow: bool = False  # No online flow update
-    flow_lr: float = 1e-4  # Learning rate of the online flow update
+    flow_lr: PositiveFloat = 1e-4  # Learning rate of the online flow update
     flow_accept: Literal["correct", "all"] = "correct"  # Rejection sampling: episodes to learn from
-    flow_soft: float = 0.0  # Weight of episodes and tokens that are not accepted
+    flow_soft: Fraction = 0.0  # Weight of episodes and tokens that are not accepted
     # Learn only from tokens at or above this quantile of entropy
-    flow_entropy_quantile: float | None = None
+    flow_entropy_quantile: Fraction | None = None
     # Times to learn at: those of the reward, or drawn, as a sigmoid of a normal or uniformly
     flow_times: Literal["reward", "random", "uniform"] = "reward"
     # rollout: a step of AdamW a rollout; official: with every mini-batch, as the policy's optimiser
@@ -147,36 +162,37 @@ class FlowUpdateSettings:
 class OptimisationSettings:
     """The policy's loss and optimiser."""
 
-    train_batch: int = 128  # Episodes an optimiser step; divides prompts * group_size
-    epochs: int = 5  # Passes over the problems, unless `steps` is given
-    warmup: float = 0.03  # Fraction of the steps over which the rate rises
-    lr_floor: float = 0.1  # Rate at the end of the cosine, as a fraction of the peak
-    weight_decay: float = 0.0  # AdamW weight decay of the policy
-    clip_norm: float = 1.0  # Largest gradient norm
+    train_batch: BatchSize = 128  # Episodes an optimiser step; divides prompts * group_size
+    epochs: PositiveInt = 5  # Passes over the problems, unless `steps` is given
+    warmup: Fraction = 0.03  # Fraction of the steps over which the rate rises
+    lr_floor: Fraction = 0.1  # Rate at the end of the cosine, as a fraction of the peak
+    weight_decay: NonNegativeFloat = 0.0  # AdamW weight decay of the policy
+    clip_norm: PositiveFloat = 1.0  # Largest gradient norm
     # sequence: mean over episodes of token means; token: over all tokens; constant: Dr. GRPO
     normalisation: rlfr.Normalisation = "sequence"
-    clip_low: float = 0.2  # PPO clip below 1
-    clip_high: float = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
-    ratio_cap: float = 3.0  # Largest probability ratio
-    kl_coef: float = 0.0  # Scale of the KL to the initial policy
+    clip_low: Fraction = 0.2  # PPO clip below 1
+    clip_high: NonNegativeFloat = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
+    ratio_cap: PositiveFloat = 3.0  # Largest probability ratio
+    kl_coef: NonNegativeFloat = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
     # Weight by the trainer-sampler ratio of the token or sequence, cut at the cap; mask: 0 above it
     mismatch: rlfr.Mismatch = "token"
-    mismatch_cap: float = 2.0  # Where importance weights are truncated or masked
+    mismatch_cap: PositiveFloat = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
     freeze: rlfr.Freeze | None = None
     # Rank of the adapters that learn in place of the decoder's weights (LoRA); 0: all weights learn
-    lora_rank: int = 0
-    lora_alpha: float | None = None  # Adapters count alpha / rank; by default twice the rank
+    lora_rank: Annotated[int, Range(0, 65_536)] = 0
+    # Adapters count alpha / rank; by default twice the rank
+    lora_alpha: PositiveFloat | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """How the policy is evaluated on the sets of --eval-data."""
 
-    eval_every: int = 0  # Steps between evaluations; 0: only before and after
-    eval_samples: int = 4  # Responses a held-out problem in sampled evaluation
+    eval_every: NonNegativeInt = 0  # Steps between evaluations; 0: only before and after
+    eval_samples: BatchSize = 4  # Responses a held-out problem in sampled evaluation
     eval_split: str = "test"  # Split of hub data for evaluation
 
 
@@ -184,8 +200,8 @@ class EvaluationSettings:
 class RecordSettings:
     """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see record.py."""
 
-    log_rollouts: int = 10  # Steps between those whose rollouts are written; 0: none
-    log_groups: int = 4  # Groups of such a step that are written, each as a whole
+    log_rollouts: NonNegativeInt = 10  # Steps between those whose rollouts are written; 0: none
+    log_groups: PositiveInt = 4  # Groups of such a step that are written, each as a whole
 
 
 @dataclass(frozen=True)
@@ -212,11 +228,11 @@ class Config:
     shaping: Literal["flow", "entropy", "none"] = "flow"
     # Flow of the offline start: folder or file, new for an untrained one; by default the newest
     flow: str | None = None
-    steps: int | None = None  # RL steps; by default as `epochs` says
-    lr: float = 1e-6  # Peak learning rate of the policy
+    steps: PositiveInt | None = None  # RL steps; by default as `epochs` says
+    lr: PositiveFloat = 1e-6  # Peak learning rate of the policy
     folder: str | None = None  # Run folder; by default one in runs/, named after the model
     resume: str | None = None  # Run folder to go on with
-    seed: int = 0  # Seed of initialisation, order, sampling and noise
+    seed: Seed = 0  # Seed of initialisation, order, sampling and noise
     sampling: SamplingSettings = SamplingSettings()
     problems: rollout.ProblemSettings = rollout.ProblemSettings()
     grading: RewardSettings = RewardSettings()
@@ -230,14 +246,6 @@ class Config:
     compute: TrainingComputeSettings = TrainingComputeSettings()
     loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=501_760)
     run: RunSettings = RunSettings()
-
-
-MUST_BE_POSITIVE = """
-    prompts group_size max_tokens temperature max_rounds steps epochs train_batch lr flow_lr
-    clip_norm ratio_cap mismatch_cap flow_top_k flow_power entropy_kappa max_prompt_tokens
-    grader_deadline overlong_buffer eval_samples log_groups max_sequences tensor_parallel
-    tokens_per_gpu keep flow_cap lora_alpha
-"""
 
 
 class FlowRecipe(NamedTuple):
@@ -255,7 +263,7 @@ FLOW_RECIPES = {
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    check_positive(config, *MUST_BE_POSITIVE.split())
+    check_numbers(config)
     n_ranks = dist.get_world_size()
     rollout.check_engine(config.engine, n_ranks)
     if config.compute.offload and config.compute.cpu_offload:
@@ -280,27 +288,11 @@ def check(config: Config) -> None:
         raise ValueError(
             f"train_batch={train_batch} is not a multiple of the {n_ranks} ranks; choose one"
         )
-    fractions = {
-        "flow_threshold": config.flow_reward.flow_threshold,
-        "gamma": config.flow_reward.gamma,
-        "flow_soft": config.flow_update.flow_soft,
-        "flow_entropy_quantile": config.flow_update.flow_entropy_quantile,
-    }
-    for name, value in fractions.items():
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is outside [0, 1]")
-    if config.record.log_rollouts < 0:
-        raise ValueError(
-            f"log_rollouts={config.record.log_rollouts}: expected a number of steps, or 0 for none"
-        )
     check_adapters(config)
-    fl.check_times(config.flow_reward.reward_times)
     if config.flow_reward.contexts is not None:
         fl.check_contexts(config.flow_reward.contexts)
     if config.flow_reward.other_contexts:
         check_other_contexts(config.flow_reward)
-    if config.flow_reward.percentiles is not None:
-        fl.check_percentiles(config.flow_reward.percentiles)
 
 
 def check_other_contexts(settings: FlowRewardSettings) -> None:
@@ -318,8 +310,6 @@ def check_adapters(config: Config) -> None:
     """Raise ValueError for settings of adapters that cannot work."""
     rank = config.optimisation.lora_rank
     alpha = config.optimisation.lora_alpha
-    if rank < 0:
-        raise ValueError(f"lora_rank={rank}: expected a rank, or 0 to train all weights")
     if rank > 0:
         lora.check_installed()
     elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see run.py
@@ -1182,7 +1172,7 @@ def what_to_lower(config: Config) -> str:
         f"a lower --max-prompt-tokens (now {config.problems.max_prompt_tokens})",
     ]
     if not config.compute.gradient_checkpointing:
-        ways.append("--gradient-checkpointing")
+        ways.append("--gradient-checkpointing True")
     if config.optimisation.lora_rank:
         ways.append(f"a lower --lora-rank (now {config.optimisation.lora_rank})")
     else:

@@ -47,7 +47,8 @@ from tqdm import tqdm
 import toy
 import train_rl
 from infra.files import remove, write_json, written_whole
-from run import check_positive, flatten
+from infra.ranges import NonNegativeInt, PositiveInt, check_numbers
+from run import flatten
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
@@ -219,14 +220,15 @@ class Study:
 
     world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
     arms: tuple[str, ...] = tuple(ARMS)  # NAME, or NAME:SETTING=VALUE,SETTING=VALUE
-    seeds: int = 8  # Runs of each arm
-    first_seed: int = 0  # Seed of the first one
-    steps: int = 100  # RL steps of each run
-    jobs: int = 2  # Runs side by side, each on one core
+    seeds: PositiveInt = 8  # Runs of each arm
+    first_seed: NonNegativeInt = 0  # Seed of the first one
+    steps: PositiveInt = 100  # RL steps of each run
+    jobs: PositiveInt = 2  # Runs side by side, each on one core
     folder: str = "runs/study"  # Where runs are
     json: str | None = None  # File for the figures; by default FOLDER/study.json
-    eval_problems: int = 64  # Held-out problems for the evaluation before and after each run
-    held_out: int = 64  # Expert solutions for calibration, on which nothing is fitted
+    # Held-out problems for the evaluation before and after each run
+    eval_problems: PositiveInt = 64
+    held_out: PositiveInt = 64  # Expert solutions for calibration, on which nothing is fitted
     collect: bool = False  # Run nothing: collect the figures of the runs in the folder
     merge: tuple[str, ...] = ()  # Run nothing: add the figures of these files, of other machines
 
@@ -735,7 +737,7 @@ def report(statuses: dict[str, str], study: Study) -> int:
 
 def main(study: Study) -> int:
     """Run a study, or do what it asks in place of that; return the exit code."""
-    check_positive(study, "seeds", "steps", "jobs", "eval_problems", "held_out")
+    check_numbers(study)
     if study.merge:
         files = [study.json_file] if study.json_file.exists() else []
         write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))

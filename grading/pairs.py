@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from grading.pool import DEADLINE, Pool
+from infra.ranges import PositiveFloat, Range, check_numbers
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Settings:
     """Settings of a count of errors."""
 
     file: str  # JSONL with gold, pred, expected, and group where there are several
-    workers: int | None = None  # Grading processes; by default one a core, at most 8
-    deadline: float = DEADLINE  # Seconds for one pair
+    # Grading processes; by default one a core, at most 8
+    workers: Annotated[int, Range(1, 1024)] | None = None
+    deadline: PositiveFloat = DEADLINE  # Seconds for one pair
     json: str | None = None  # Where figures go as well
 
 
@@ -129,6 +131,7 @@ def table(counts: dict[str, Count]) -> str:
 
 def main(settings: Settings) -> None:
     """Print the counts as a table, and write them as JSON where asked to."""
+    check_numbers(settings)
     counts = count_errors_by_group(settings)
     print(table(counts))
     if settings.json:

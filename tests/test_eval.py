@@ -157,9 +157,9 @@ def test_ids_must_be_unique(config, tmp_path):
     ("changes", "message"),
     [
         ({"temperature": 0.0}, "samples=4 at temperature 0 are copies"),
-        ({"temperature": -1.0}, "temperature=-1.0: expected at least 0"),
-        ({"top_p": 1.5}, "top_p=1.5: expected at most 1"),
-        ({"samples": 0}, "samples=0: expected a positive"),
+        ({"temperature": -1.0}, "--temperature=-1.0: expected a number from 0 to 100"),
+        ({"top_p": 1.5}, "--top-p=1.5: expected a number above 0, at most 1"),
+        ({"samples": 0}, "--samples=0: expected a whole number from 1"),
         ({"max_tokens": 8192}, r"\d+ \+ 8192, are more than the model's 8192 positions"),
         ({"data": None}, "no data given"),
         ({"judge_model": "m"}, "a judge is given, and no set of .'test'. asks one"),

@@ -221,7 +221,7 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"tensor_parallel": 2}, "tensor_parallel=2: expected a divisor of 1 ranks, and vLLM"),
-        ({"cache_share": 1.5}, r"cache_share=1.5 is outside \(0, 1\)"),
+        ({"cache_share": 1.5}, "--cache-share=1.5: expected a number between 0 and 1"),
         ({"offload": True, "cpu_offload": True}, "offload and cpu_offload exclude each other"),
     ],
 )

@@ -119,7 +119,7 @@ def test_the_size_that_is_said_holds(config, capsys):
 
 
 def test_a_negative_interval_is_refused(config):
-    with pytest.raises(ValueError, match="log_rollouts=-1: expected a number of steps, or 0"):
+    with pytest.raises(ValueError, match="--log-rollouts=-1: expected a whole number from 0"):
         train_rl.main(change(config, log_rollouts=-1))
 
 
