@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import vision
+from infra import hub
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
 from parallel import gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
@@ -68,6 +69,7 @@ SOLUTION_ENDS = {
 }
 # Tokens that end a response, whatever the model's own EOS
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
@@ -94,7 +96,8 @@ class DataSettings:
     # Column with the text; by default problem, for VL models prompt
     problem_column: str | None = None
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
-    media_dir: str | None = None  # Folder that image paths start from; by default that of the data
+    # Folder that image paths start from; by default that of the data, or its repository on the hub
+    media_dir: str | None = None
     max_images: NonNegativeInt = 4  # Most images a problem may have
     # auto, qwen, qwen_tag, llama, chat, bare, none, or a file with {problem} in it
     template: str = "auto"
@@ -257,15 +260,16 @@ def load_rows(
     source: str, columns: Sequence[str], split: str, subset: str | None
 ) -> Sequence[Mapping[str, object]]:
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
-    if source.endswith(".jsonl") and Path(source).is_file():
-        rows = read_jsonl(source)  # by ourselves: values of a column may differ in type
+    path = hub.find_data(source)
+    if path.endswith(".jsonl") and Path(path).is_file():
+        rows = read_jsonl(path)  # by ourselves: values of a column may differ in type
     elif source.endswith(".tsv"):
         raise ValueError(
             f"{source}: a TSV file is a vision-language benchmark for eval.py, e.g. --data "
             f"WeMath=FILE.tsv; expected a JSONL or Parquet file, a folder or a hub id"
         )
     else:
-        rows = read_with_datasets(source, split, subset)
+        rows = read_with_datasets(path, split, subset)
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one problem")
     check_columns(rows, source, columns)
@@ -284,7 +288,7 @@ def check_columns(rows: Sequence[Mapping], source: str, columns: Sequence[str]) 
         if empty:
             raise ValueError(
                 f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, "
-                f"first in row {empty[0]}; fill or drop them"
+                f"first in row {empty[0]}; fill or drop them (train_flow.py: --drop-empty)"
             )
 
 
@@ -343,13 +347,21 @@ def read_with_datasets(source: str, split: str, subset: str | None) -> list[Stor
             data = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # `datasets` passes on whatever its readers raise
         reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(
-            f"no data at {source!r} ({reason}); "
-            f"expected a JSONL or Parquet file, a folder or a hub id"
-        ) from error
+        raise ValueError(f"no data at {source!r} ({reason}); {what_to_name(path)}") from error
     table = data.with_format("arrow")[:]  # as stored: images stay encoded
     columns = dict(zip(table.column_names, table.columns, strict=True))
     return [StoredRow(columns, index) for index in range(len(table))]
+
+
+def what_to_name(path: Path) -> str:
+    """Return what to name as --data where something at a path, or on the hub, cannot be read."""
+    files = sorted(file.name for file in path.glob("*") if file.suffix in DATA_FILES)
+    if len(files) > 1:
+        return f"it holds {', '.join(files)}: name one of them, as in --data {path / files[0]}"
+    return (
+        "expected a JSONL or Parquet file, a folder or a hub id, perhaps with a file or folder of "
+        "that repository: ORG/NAME/PATH"
+    )
 
 
 def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
@@ -387,7 +399,8 @@ def read_images(
     rows: Sequence[Mapping], source: str, settings: DataSettings, processor
 ) -> list[tuple[vision.Image, ...]]:
     """Return each row's images, all ranks together; ValueError names the row of a bad one."""
-    folder = vision.media_folder(settings.media_dir, source)
+    names_files = vision.hold_paths(rows, settings.images_column, processor)
+    folder = settings.media_dir or hub.media_folder(source, names_files)
     return vision.load_images(rows, settings.images_column, processor, folder, settings.max_images)
 
 
@@ -460,10 +473,20 @@ def solution_end(model: Model, template: str) -> list[int]:
 
 
 def read_exchange(row: Mapping, number: int) -> tuple[str, str]:
-    """Return the first problem and solution of a chat row.
+    """Return find_exchange() of a row; ValueError names the row where there is none."""
+    exchange = find_exchange(row)
+    if exchange is None:
+        raise ValueError(
+            f"row {number} has no user turn followed by an assistant's; expected messages such as "
+            f'{{"role": "user", "content": …}}, {{"role": "assistant", "content": …}}'
+        )
+    return exchange
 
-    Rows have `messages` of role and content, or `conversations` of from and value. ValueError names
-    the row in which no user turn is followed by an assistant's.
+
+def find_exchange(row: Mapping) -> tuple[str, str] | None:
+    """Return the first problem and solution of a chat row, or None.
+
+    Rows have `messages` of role and content, or `conversations` of from and value.
     """
     problem = None
     for turn in row.get("messages") or row.get("conversations") or []:
@@ -473,10 +496,7 @@ def read_exchange(row: Mapping, number: int) -> tuple[str, str]:
             problem = content
         elif role in ("assistant", "gpt") and problem and content:
             return problem, content
-    raise ValueError(
-        f"row {number} has no user turn followed by an assistant's; expected messages such as "
-        f'{{"role": "user", "content": …}}, {{"role": "assistant", "content": …}}'
-    )
+    return None
 
 
 def check_lengths(

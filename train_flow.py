@@ -21,7 +21,7 @@ import infra.waiting  # noqa: F401
 
 # isort: split
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,8 +61,12 @@ from run import (
     with_defaults,
 )
 
-# Expert solutions of the published language runs: columns problem and solution, 94k rows
-PUBLISHED_DATA = "open-r1/OpenR1-Math-220k"
+# Expert solutions of the published runs, by the names that their repositories give them
+PUBLISHED_DATA = {
+    "text": "JingHaoZ/RLFR-Dataset-LM/openr1_math_default",
+    "images": "JingHaoZ/RLFR-Dataset-VLM/MMPRv1.1_Math",
+}
+CHAT_COLUMNS = ("messages", "conversations")
 KEPT_BYTES = 2**30  # latents of all solutions are kept if they need no more
 N_MEASURED = 256  # solutions on whose tokens mean and spread of latents are measured
 
@@ -71,7 +75,9 @@ N_MEASURED = 256  # solutions on whose tokens mean and spread of latents are mea
 class SolutionSettings(rollout.DataSettings):
     """Where expert solutions stand, and how problems become prompts."""
 
-    solution_column: str = "solution"  # Column with the solution's text
+    # Column with the solution's text; messages or conversations: the first answer of a chat
+    solution_column: str = "solution"
+    drop_empty: bool = False  # Leave out rows without a problem or a solution, and say how many
     # Longest prompt + solution in tokens, longer ones are cut; by default 8192, for VL models 16384
     cutoff: PositiveInt | None = None
 
@@ -108,7 +114,8 @@ class Config:
     """Fit a flow to the latents of expert solutions."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: str | None = None  # Solutions: JSONL or Parquet file, save_to_disk folder or hub id
+    # Solutions: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one
+    data: str | None = None
     contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
     # Tapped layers, as fractions of the depth
     percentiles: tuple[Fraction, ...] = (0.25, 0.5, 0.75)
@@ -142,14 +149,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         config = with_defaults(config, data=world.path("expert.jsonl"))
     model = rollout.find_model(name, config.loading)
     if config.data is None:
-        if model.processor is not None:
-            raise ValueError(
-                "no data given; expected --data with expert solutions (columns prompt, solution, "
-                "images): those of the published vision-language runs are not one data set"
-            )
-        config = with_defaults(config, data=PUBLISHED_DATA)
+        data = PUBLISHED_DATA["text" if model.processor is None else "images"]
+        config = with_defaults(config, data=data)
         if is_first():
-            print(f"no --data given: taking the published expert solutions, {PUBLISHED_DATA}")
+            print(f"no --data given: taking the published expert solutions, {data}")
     config = rollout.fill_in(config, model)
     cutoff = config.solutions.cutoff
     max_prompt_tokens = config.solutions.max_prompt_tokens
@@ -164,8 +167,10 @@ def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model
     """Load expert solutions as tokens; a whole one ends as a turn does, a cut one does not."""
     rows = rollout.load_rows(source, (), settings.split, settings.subset)
     columns = (settings.problem_column, settings.solution_column)
-    is_chat = "messages" in rows[0] or "conversations" in rows[0]
-    if is_chat and settings.solution_column not in rows[0]:
+    is_chat = takes_chats(rows[0], settings.solution_column)
+    if settings.drop_empty:
+        rows = drop_empty(rows, source, None if is_chat else columns)
+    if is_chat:
         exchanges = [rollout.read_exchange(row, i) for i, row in enumerate(rows)]
         texts = [problem for problem, _ in exchanges]
         solutions = [solution for _, solution in exchanges]
@@ -183,6 +188,39 @@ def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model
         room = settings.cutoff - len(prompt)
         episodes.append(rlfr.Row(prompt, solution[:room], images[i]))
     return episodes
+
+
+def takes_chats(row: Mapping, column: str) -> bool:
+    """Return whether solutions are answers of chats; say so if the rows have both."""
+    chats = [name for name in CHAT_COLUMNS if name in row]
+    if chats and column in row and column not in chats and is_first():
+        print(
+            f"solutions come from the column {column!r}, not from the chats in {chats[0]!r}, "
+            f"which --solution-column {chats[0]} would take"
+        )
+    return column in CHAT_COLUMNS or (bool(chats) and column not in row)
+
+
+def drop_empty(
+    rows: Sequence[Mapping], source: str, columns: Sequence[str] | None
+) -> list[Mapping]:
+    """Return the rows with something in all columns, or with a whole exchange; say how many."""
+    kept = []
+    for row in rows:
+        if columns is None:
+            is_whole = rollout.find_exchange(row) is not None
+        else:
+            is_whole = all(row.get(column, "") not in (None, "", []) for column in columns)
+        if is_whole:
+            kept.append(row)
+    if not kept:
+        raise ValueError(
+            f"none of the {len(rows)} rows of {source} has a problem and a solution; name their "
+            "columns with --problem-column and --solution-column"
+        )
+    if is_first():
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows of {source} are left out: empty")
+    return kept
 
 
 def count_held_out(wanted: int | None, n_solutions: int, n_ranks: int) -> int:

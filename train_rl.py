@@ -75,8 +75,8 @@ from run import (
 
 # Problems of the published runs: columns problem and answer; prompt, answer and images
 PUBLISHED_DATA = {
-    "text": "JingHaoZ/RLFR-Dataset-LM",
-    "images": "JingHaoZ/RLFR-Dataset-VLM",
+    "text": "JingHaoZ/RLFR-Dataset-LM/math-lvl3to5-8k",
+    "images": "JingHaoZ/RLFR-Dataset-VLM/mmeureka_prompt.jsonl",
 }
 # What torchrun tells a rank
 RANK_VARIABLES = (
@@ -219,7 +219,8 @@ class Config:
     """Train a policy with GRPO and the flow reward."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    data: str | None = None  # Problems: JSONL or Parquet file, save_to_disk folder or hub id
+    # Problems: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one
+    data: str | None = None
     # Sets for evaluation before and after, as --data of eval.py
     eval_data: tuple[str, ...] | None = None
     # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary

@@ -15,7 +15,6 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import PIL.Image
 import torch
@@ -257,6 +256,22 @@ def load_images(
     return images
 
 
+def hold_paths(rows: Sequence[Mapping], column: str, processor) -> bool:
+    """Return whether a data set names files of images, as far as its first image tells."""
+    if processor is None:
+        return False
+    first = next((value for row in rows for value in as_list(row.get(column))), None)
+    if isinstance(first, dict):
+        first = first.get("bytes") or first.get("path")
+    if not isinstance(first, str):
+        return False
+    try:
+        decode_base64(first)
+    except ValueError:
+        return True
+    return False
+
+
 def check_column(rows: Sequence[Mapping], column: str) -> None:
     """Raise ValueError if the images seem to be in another column than the named one.
 
@@ -412,12 +427,3 @@ def collapse(ids: Sequence[int], pad: int) -> list[int]:
             collapsed.append(token)
         previous = token
     return collapsed
-
-
-def media_folder(media_dir: str | None, data: str) -> str:
-    """Return the folder that paths of images are relative to: the given one, or the data's."""
-    if media_dir:
-        return media_dir
-    if Path(data).is_dir():
-        return data
-    return str(Path(data).parent)

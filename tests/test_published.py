@@ -299,17 +299,26 @@ def test_chats_are_expert_solutions(world, tmp_path):
             train_flow.load_solutions(str(data), settings, model)
 
 
-def test_without_data_the_published_sets_are_taken(world, monkeypatch, capsys):
-    name = "Qwen/Qwen2.5-Math-1.5B"
+@pytest.mark.parametrize(
+    ("name", "offline", "rl"),
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", "LM/openr1_math_default", "LM/math-lvl3to5-8k"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "VLM/MMPRv1.1_Math", "VLM/mmeureka_prompt.jsonl"),
+    ],
+)
+def test_without_data_the_published_sets_are_taken(world, capsys, name, offline, rl):
     CONFIGS[name].save_pretrained(snapshot(name))
     save_tokenizer(world, snapshot(name), llama=False)
-    config, _ = train_flow.resolve(train_flow.Config(model="Qwen2.5-Math-1.5B"))
-    assert config.data == "open-r1/OpenR1-Math-220k"
-    config, _ = train_rl.resolve(train_rl.Config(model="Qwen2.5-Math-1.5B"))
-    assert config.data == "JingHaoZ/RLFR-Dataset-LM"
+    if "VL" in name:
+        toy.make_processor().save_pretrained(snapshot(name))
+    sets = [f"JingHaoZ/RLFR-Dataset-{each}" for each in (offline, rl)]
+    config, _ = train_flow.resolve(train_flow.Config(model=name))
+    assert config.data == sets[0]
+    config, _ = train_rl.resolve(train_rl.Config(model=name))
+    assert config.data == sets[1]
     said = capsys.readouterr().out
-    assert "taking the published expert solutions, open-r1/OpenR1-Math-220k" in said
-    assert "taking the published problems, JingHaoZ/RLFR-Dataset-LM" in said
+    assert f"taking the published expert solutions, {sets[0]}" in said
+    assert f"taking the published problems, {sets[1]}" in said
 
 
 def test_subsets_of_a_hub_data_set(tmp_path):

@@ -734,7 +734,7 @@ def test_wandb(config):
         ({"steps": 0}, "--steps=0: expected a whole number from 1"),
         ({"steps": None, "epochs": 1, "prompts": 100}, "64 problems in 1 epochs do not fill a step of 100; lower --prompts"),
         ({"max_tokens": 9000}, "9000 is more than the model's 8192 positions; lower one of them"),
-        ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM'"),
+        ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM/math-lvl3to5-8k'"),
         ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
         ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
@@ -771,7 +771,7 @@ def test_flow_of_another_width(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data": None}, "no data at 'open-r1/OpenR1-Math-220k'"),
+        ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM/openr1_math_default'"),
         ({"cutoff": 64}, "cutoff 64 leaves no room"),
         ({"percentiles": (1.2,)}, "--percentiles=1.2: expected a number from 0 to 1"),
         ({"contexts": ("before",)}, "contexts=.*expected one or more of"),

@@ -1,0 +1,88 @@
+"""Data on the hub: a repository may hold several sets, of which ORG/NAME/PATH names one.
+
+PATH is a file or a folder of the repository, or a name that its `dataset_info.json` gives to one
+(LLaMA-Factory's way). Images are relative to the repository, wherever in it the set stands.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+
+REGISTRY = "dataset_info.json"
+# ORG/NAME, and what follows it
+PLACE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(/[^/].*)?")
+
+
+class Place(NamedTuple):
+    """A file or folder of a repository, or with an empty path all of it."""
+
+    repository: str
+    path: str
+
+
+def parse(source: str) -> Place | None:
+    """Read ORG/NAME or ORG/NAME/PATH; None if it is something else, as a path that is there."""
+    match = PLACE.fullmatch(source)
+    if match is None or Path(source).exists():
+        return None
+    return Place(match[1], (match[2] or "").strip("/"))
+
+
+def find_data(source: str) -> str:
+    """Return the local path of ORG/NAME/PATH, downloaded unless it is there; others as they are.
+
+    Raises:
+        ValueError: the repository cannot be read, or holds nothing of that name.
+    """
+    place = parse(source)
+    if place is None or not place.path:
+        return source
+    repository, path = place
+    root = download(source, repository, (REGISTRY, path, f"{path}/*"))
+    if not (root / path).exists():
+        path = read_registry(root / REGISTRY).get(path, path)
+        root = download(source, repository, (path, f"{path}/*"))
+    if not (root / path).exists():
+        raise ValueError(
+            f"no data at {source!r}: of {repository} there is {sorted(os.listdir(root))[:9]}, and "
+            f"no {path}; expected a file or folder of that repository, or a name in its {REGISTRY}"
+        )
+    return str(root / path)
+
+
+def media_folder(source: str, names_files: bool) -> str:
+    """Return the folder that images of a data set are relative to: the data's, or the repository.
+
+    A repository of the hub is downloaded whole if the data set names files of images: nothing says
+    where in it they are.
+    """
+    place = parse(source)
+    if place is not None:
+        return str(download(source, place.repository, None)) if names_files else "."
+    path = Path(source)
+    return str(path if path.is_dir() else path.parent)
+
+
+def read_registry(file: Path) -> dict[str, str]:
+    """Return what stands under each name of a `dataset_info.json`; nothing if there is none."""
+    if not file.is_file():
+        return {}
+    sets = json.loads(file.read_text(encoding="utf-8"))
+    return {name: entry["file_name"] for name, entry in sets.items() if "file_name" in entry}
+
+
+def download(source: str, repository: str, patterns: Sequence[str] | None) -> Path:
+    """Return the local copy of a repository with the files that match, or with all of them."""
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # whatever the transport raises
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(
+            f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a "
+            "hub id, perhaps with a file or folder of that repository: ORG/NAME/PATH"
+        ) from error
