@@ -42,6 +42,7 @@ from evals.compare import compare
 from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
+from infra import folders
 from infra.files import write_json, written_whole
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_numbers
 from parallel import is_first, on_first, start
@@ -108,6 +109,7 @@ def main(config: Config) -> None:
 
     # ---- What there is: the model, problems, the folder, perhaps a judge and samples
     check(config)
+    on_first(lambda: check_place(Path(config.out or default_folder(config.model))))
     config, model = resolve(config)
     problems, questions = load_data(config, model)
     longest_prompt = find_longest_prompt(problems)
@@ -138,6 +140,7 @@ def main(config: Config) -> None:
         if is_first():
             benchmarks = score_benchmarks(folder, questions, grader.pool, judge)
             finish(config, folder, questions, benchmarks)
+    folders.release(folder)
 
 
 def resolve(config: Config) -> tuple[Config, Model]:
@@ -412,6 +415,8 @@ def open_folder(config: Config, model: Model) -> Path:
         ValueError: the folder holds something else.
     """
     folder = Path(config.out or default_folder(config.model))
+    folders.claim(folder)
+    check_place(folder)
     settings = flatten(config)
     for name in MAY_CHANGE:
         del settings[name]
@@ -423,11 +428,21 @@ def open_folder(config: Config, model: Model) -> Path:
         check_settings(folder, stored["config"], settings)
         check_weights(folder, stored, weights)
         return folder
-    if folder.exists() and any(path.suffix != ".writing" for path in folder.iterdir()):
-        raise ValueError(f"{folder} exists and holds no evaluation; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(file, {"config": settings, "weights": weights, "versions": versions()})
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Raise ValueError if a folder holds something other than an evaluation."""
+    folders.check_unused(folder)
+    if folders.is_free(folder):
+        return
+    file = folder / "config.json"
+    if not file.exists() or "versions" not in json.loads(file.read_text()):
+        raise ValueError(
+            f"{folder} holds something other than an evaluation, and stays as it is; name another "
+            "--out"
+        )
 
 
 def default_folder(model: str) -> str:
@@ -584,9 +599,7 @@ def write_comparison(config: Config) -> None:
     text = compare(*config.compare)
     print(text)
     if config.out:
-        folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "comparison.md") as file:
+        with written_whole(Path(config.out, "comparison.md")) as file:
             file.write_text(text, encoding="utf-8")
 
 

@@ -40,6 +40,11 @@ class Config(train_rl.Config):
 def sample_and_inspect(config: Config) -> None:
     """Sample and score rollouts of a model, and write their page."""
     parallel.start()
+    if config.resume:
+        raise ValueError(
+            f"--resume {config.resume}: inspector.py samples into a folder of its own; give "
+            f"--model {config.resume}/policy, or the run alone to see the rollouts that it has"
+        )
     prompts = config.sampling.prompts
     n_episodes = prompts * config.sampling.group_size
     config = change(config, freeze_flow=True, train_batch=n_episodes, log_groups=prompts)

@@ -42,8 +42,8 @@ import lora
 import parallel
 import record
 from flow import as_tuple
-from infra import errors
-from infra.files import cannot_write, write_json, written_whole
+from infra import errors, files, folders
+from infra.files import cannot_write, check_free, folder_written_whole, write_json, written_whole
 from infra.ranges import NonNegativeInt, PositiveInt
 from parallel import is_first, on_first, start
 
@@ -254,11 +254,68 @@ FIXED_AT_START = {
 }
 
 
+RESULTS = ("policy", "adapter", "flow")  # folders that a run writes at its end
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Return a run's whole checkpoints, oldest first."""
-    folders = (folder / "checkpoints").glob("step-*")
-    whole = [path for path in folders if path.name.removeprefix("step-").isdigit()]
+    found = (folder / "checkpoints").glob("step-*")
+    whole = [path for path in found if path.name.removeprefix("step-").isdigit()]
     return sorted(whole, key=step_of)
+
+
+def check_folder(config) -> None:
+    """Raise ValueError if a run cannot begin in --folder, or go on in --resume; change nothing."""
+    if config.resume:
+        folders.check_unused(Path(config.resume))
+        check_beginning(Path(config.resume))
+    elif config.folder:
+        folders.check_unused(Path(config.folder))
+        check_new(Path(config.folder))
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError if a new run cannot begin in a folder, because something is there."""
+    if folders.is_free(folder):
+        return
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a run; go on with --resume {folder}, or name another --folder"
+        )
+    raise ValueError(
+        f"--folder {folder} is a file or has files in it, which stay as they are; name a folder "
+        "that is new or empty"
+    )
+
+
+def check_beginning(folder: Path) -> None:
+    """Raise ValueError if resuming a run would begin anew and replace what it has.
+
+    A run that was killed before its first checkpoint was whole can begin anew.
+    """
+    n_steps = len(whole_lines(folder / "metrics.jsonl"))
+    rollouts = record.find_files(folder)
+    n_done = max(n_steps, max(rollouts, default=1) - 1)  # rollouts are written before figures
+    first = stored_settings(folder).get("save_every", 0)  # step of the first checkpoint; 0: none
+    unfinished = folder / "checkpoints" / f"step-{first}{files.UNFINISHED}"
+    results = [name for name in RESULTS if (folder / name).exists()]
+    is_early = n_done == 0 or (first and (n_done <= first or unfinished.exists()))
+    if whole_checkpoints(folder) or (is_early and not results):
+        return
+    present = [f"{n_steps} steps in metrics.jsonl", f"rollouts of {len(rollouts)} steps"]
+    present += [f"{name}/" for name in results]
+    raise ValueError(
+        f"--resume {folder}: no checkpoint to go on from, and a beginning anew would replace "
+        f"{', '.join(present)}; put a checkpoint back, or start a new run: the first command with "
+        "another --folder"
+    )
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that were written to their end, none if there is no file."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -274,7 +331,8 @@ class Run:
 
     def __init__(self, config, default_name: str):
         self.config = config
-        self.folder = on_first(lambda: self.choose_folder(default_name))
+        self.default_name = default_name
+        on_first(self.check)
         self.saving: Future | None = None
         self.saved_step: int | None = None  # of the last checkpoint, begun or found
         self.saver = ThreadPoolExecutor(1)
@@ -286,26 +344,24 @@ class Run:
         }
 
     # ---- The folder
-    def choose_folder(self, default_name: str) -> Path:
-        """Return the run's folder; ValueError if these settings cannot begin or resume it."""
-        config = self.config
-        track = config.run.track
+    def check(self) -> None:
+        """Raise ValueError if a run cannot begin, or be resumed, with these settings."""
+        track = self.config.run.track
         if track != "none" and find_spec(track) is None:
             raise ValueError(
                 f"track={track!r} is not installed; run `pip install {track}`, or leave --track out"
             )
-        if config.resume:
+        if self.config.resume:
             self.check_resume()
-            return Path(config.resume)
-        folder = Path(config.folder or f"runs/{default_name}")
-        if config.folder and (folder / "config.json").exists():
-            raise ValueError(
-                f"{folder} holds a run; go on with --resume {folder}, or name another --folder"
-            )
-        number = 1
-        while (folder / "config.json").exists():
-            number += 1
-            folder = Path(f"runs/{default_name}-{number}")
+        check_folder(self.config)
+
+    def claim_folder(self) -> Path:
+        """Claim the run's folder, and return it: what others did since check() is seen here."""
+        if not self.config.folder and not self.config.resume:
+            return folders.claim_free(Path(f"runs/{self.default_name}"))
+        folder = Path(self.config.resume or self.config.folder)
+        folders.claim(folder)
+        check_folder(self.config)
         return folder
 
     def changes(self) -> dict[str, tuple]:
@@ -337,6 +393,7 @@ class Run:
         state["progress"] is a dict with the `step`; the other values have state_dict() and
         load_state_dict(). metrics.jsonl is cut back to the step of the checkpoint.
         """
+        self.folder = on_first(self.claim_folder)
         newest = on_first(self.prepare_folder)
         if newest:
             dcp.load(state, checkpoint_id=newest, **self.checkpoint_options)
@@ -349,7 +406,7 @@ class Run:
         config_file = self.folder / "config.json"
         if not self.config.resume:
             write_json(config_file, asdict(self.config), must_be_new=True)
-        for unfinished in (self.folder / "checkpoints").glob("*.writing"):
+        for unfinished in (self.folder / "checkpoints").glob(f"*{files.UNFINISHED}"):
             shutil.rmtree(unfinished)
         checkpoints = whole_checkpoints(self.folder)
         newest = checkpoints[-1] if checkpoints else None
@@ -368,10 +425,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-                kept.append(line)
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= last_step]
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
 
@@ -395,7 +449,7 @@ class Run:
             return
         self.saved_step = step
         folder = self.folder / "checkpoints" / f"step-{step}"
-        writing = folder.with_name(f"{folder.name}.writing")
+        writing = folder.with_name(f"{folder.name}{files.UNFINISHED}")
         written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
         self.write_report()
@@ -407,7 +461,7 @@ class Run:
             if is_first():
                 writing.rename(folder)
                 for old in whole_checkpoints(self.folder)[: -self.config.run.keep]:
-                    outdated = old.rename(old.with_name(f"{old.name}.writing"))
+                    outdated = old.rename(old.with_name(f"{old.name}{files.UNFINISHED}"))
                     shutil.rmtree(outdated)  # a checkpoint is never half there under its name
         except BaseException as error:  # the checkpoint library's own error is no Exception
             shutil.rmtree(writing, ignore_errors=True)
@@ -432,7 +486,31 @@ class Run:
         if not is_complete and is_first():
             print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
         self.tracker.close()
+        if not is_complete:
+            folders.release(self.folder)
         return is_complete
+
+    # ---- Exports for other programs
+    def is_export_due(self, step: int) -> bool:
+        """Return whether --export-every asks for an export after a step."""
+        every = self.config.run.export_every
+        return bool(every) and step > 0 and step % every == 0
+
+    def lacks_export(self, step: int) -> bool:
+        """Return whether the export after a step is due and not there: a kill cut it off."""
+        return self.is_export_due(step) and not on_first(self.export_folder(step).exists)
+
+    def export_folder(self, step: int) -> Path:
+        """Return the folder for what is exported after a step."""
+        return self.folder / "exports" / f"step-{step}"
+
+    def export(self, step: int, write: Callable[[Path], None]) -> None:
+        """Make exports/step-N by write(folder), whole or not at all; all ranks together."""
+        folder = self.export_folder(step)
+        unfinished = folder.with_name(f"{folder.name}{files.UNFINISHED}")
+        on_first(lambda: files.remove(unfinished))  # what a kill left
+        write(unfinished)
+        on_first(lambda: files.put_in_place(unfinished, folder))
 
     # ---- Figures
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -467,6 +545,7 @@ class Run:
         if is_first() and record.find_files(self.folder):
             inspect_run(self.folder)
         self.write_report()
+        folders.release(self.folder)
         return self.folder / "report.html"
 
     def log_rollouts(self, step: int, records: list[dict]) -> None:
@@ -576,7 +655,7 @@ def export_policy(policy, dtype: torch.dtype, processors: Sequence, folder: Path
         stored = {name for name, _ in whole.named_parameters()}  # a tied weight has one name here
         stored.update(name for name, _ in whole.named_buffers())
         stored_weights = {name: weights[name] for name in weights if name in stored}
-        with written_whole(folder) as temporary:
+        with folder_written_whole(folder, overwrite=True) as temporary:
             whole.save_pretrained(temporary, state_dict=stored_weights)
             for processor in processors:
                 if processor is not None:
@@ -594,7 +673,7 @@ def export_adapter(policy, base: str, folder: Path) -> None:
     settings = replace(policy.model.peft_config[lora.ADAPTER], base_model_name_or_path=base)
 
     def write() -> None:
-        with written_whole(folder) as temporary:
+        with folder_written_whole(folder, overwrite=True) as temporary:
             settings.save_pretrained(temporary)
             save_file(weights, temporary / "adapter_model.safetensors")
 
@@ -606,7 +685,7 @@ def export_flow(flow: fl.Flow, folder: Path) -> None:
     weights = parallel.gather_weights(parallel.full_weights(flow, torch.float32))
 
     def write() -> None:
-        with written_whole(folder) as temporary:
+        with folder_written_whole(folder, overwrite=True) as temporary:
             temporary.mkdir()
             fl.save_flow(flow.config, weights, temporary)
 
@@ -615,7 +694,10 @@ def export_flow(flow: fl.Flow, folder: Path) -> None:
 
 # ---- python run.py export RUN
 def export_checkpoint(
-    run: tyro.conf.Positional[str], step: int | None = None, out: str | None = None
+    run: tyro.conf.Positional[str],
+    step: int | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write policy/ and flow/ of a checkpoint of any number of ranks, for other programs.
 
@@ -623,6 +705,7 @@ def export_checkpoint(
         run: Run folder
         step: Step of the checkpoint; by default the newest
         out: Folder for policy/ and flow/; by default RUN/exports/step-N
+        overwrite: Replace policy/, adapter/ and flow/ that are there
     """
     import rlfr
     import rollout
@@ -632,6 +715,9 @@ def export_checkpoint(
     folder = Path(run)
     stored = stored_settings(folder)
     checkpoint = find_checkpoint(folder, step)
+    target = Path(out or folder / "exports" / checkpoint.name)
+    for name in RESULTS:
+        check_free(target / name, overwrite)
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
@@ -657,7 +743,6 @@ def export_checkpoint(
         flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
         state["flow"] = {"module": flow.state_dict()}
     dcp.load(state, checkpoint_id=checkpoint)  # into the tensors of the modules
-    target = Path(out or folder / "exports" / checkpoint.name)
     if "policy" in state:
         export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
         if rank:
@@ -676,12 +761,15 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
         out: File for the page; by default report.html in the folder of one run, or beside several
     """
     from pages.curves import write_run_report
+    from pages.page import check_place
 
     if not runs:
         raise ValueError("no run; expected one run folder or several")
-    folders = [Path(run) for run in runs]
-    beside = folders[0] if len(folders) == 1 else folders[0].parent
-    print(f"open {write_run_report(folders, Path(out or beside / 'report.html'))}")
+    if out:
+        check_place(Path(out))
+    paths = [Path(run) for run in runs]
+    beside = paths[0] if len(paths) == 1 else paths[0].parent
+    print(f"open {write_run_report(paths, Path(out or beside / 'report.html'))}")
 
 
 def find_checkpoint(folder: Path, step: int | None) -> Path:

@@ -34,7 +34,6 @@ import io
 import json
 import random
 import re
-import shutil
 import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import rlfr
 import vision
 from infra import errors
-from infra.files import locked
+from infra.files import folder_written_whole, locked
 from parallel import DEVICE
 
 # number of operations in a problem -> chance that its demonstration is hasty
@@ -553,16 +552,15 @@ def make_unless_there(world: World, folder: Path) -> None:
         )
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
-    making = folder.with_name(f"{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)  # what a run left that was killed
-    making.mkdir(parents=True)
-    write_problems(world, train, making / "train.jsonl", rng)
-    write_problems(world, test, making / "test.jsonl", rng)
-    write_problems(world, expert, making / "expert.jsonl", rng)
-    write_model(world, forbidden=set(test), folder=making / "model")
-    (making / "world.json").write_text(json.dumps(settings))
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
+    parts = make_base(world, forbidden=set(test))
+    with folder_written_whole(folder, overwrite=True) as making:
+        making.mkdir()
+        write_problems(world, train, making / "train.jsonl", rng)
+        write_problems(world, test, making / "test.jsonl", rng)
+        write_problems(world, expert, making / "expert.jsonl", rng)
+        for part in parts:
+            part.save_pretrained(making / "model")
+        (making / "world.json").write_text(json.dumps(settings))
 
 
 def settings_of(world: World) -> dict:
@@ -612,8 +610,9 @@ def write_problems(world: World, problems: list[str], file: Path, rng: random.Ra
             lines.write(json.dumps(row) + "\n")
 
 
-def write_model(world: World, forbidden: set[str], folder: Path) -> None:
-    """Make and train the base model; write it with its tokenizer and image processor, if any."""
+def make_base(world: World, forbidden: set[str]) -> list:
+    """Make and train the base model; return it, its tokenizer and its image processor, if any."""
+    parts = []
     with torch.random.fork_rng(devices=[]):  # random numbers are those of the CPU
         torch.manual_seed(world.seed)
         tokenizer = make_tokenizer(world.images)
@@ -621,10 +620,9 @@ def write_model(world: World, forbidden: set[str], folder: Path) -> None:
         if world.images:
             train_tower(world, model, tokenizer)
             model.model.visual.requires_grad_(False)
-            make_processor().save_pretrained(folder)
+            parts.append(make_processor())
         train_base(world, model, tokenizer, forbidden)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return [*parts, model, tokenizer]
 
 
 def main() -> None:

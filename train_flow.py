@@ -56,6 +56,7 @@ from run import (
     RunSettings,
     Stopwatch,
     asked_to_stop,
+    check_folder,
     export_flow,
     launch,
     with_defaults,
@@ -142,6 +143,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
         raise ValueError(
             f"batch_size={config.batch_size} is not a multiple of the {n_ranks} ranks; choose one"
         )
+    on_first(lambda: check_folder(config))
     name = config.model
     world = on_first(lambda: toy.find_world(config.model))
     if world:
@@ -444,8 +446,10 @@ def main(config: Config) -> None:
             calibrate(flow, latents, range(n_training, len(solutions)), config.seed)
             if is_first():
                 tqdm.write("\n".join(calibration_lines(flow)))
-        export_flow(flow, folder)
+        export_flow(flow, folder / "flow")
 
+    if run.lacks_export(progress["step"]):
+        run.export(progress["step"], export)
     bar = tqdm(
         initial=progress["step"],
         total=total_steps,
@@ -502,13 +506,13 @@ def main(config: Config) -> None:
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
-        if config.run.export_every and (step + 1) % config.run.export_every == 0:
-            export(run.folder / "exports" / f"step-{step + 1}" / "flow")
+        if run.is_export_due(step + 1):
+            run.export(step + 1, export)
 
     # ---- Write the flow
     if not run.end(state, total_steps):
         return
-    export(run.folder / "flow")
+    export(run.folder)
     report = run.finish_report()
     if is_first():
         print(f"the flow is in {run.folder / 'flow'}, its loss over training in {report}")

@@ -66,6 +66,7 @@ from run import (
     RunSettings,
     Stopwatch,
     asked_to_stop,
+    check_folder,
     export_adapter,
     export_flow,
     export_policy,
@@ -322,6 +323,7 @@ def check_adapters(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
     check(config)
+    on_first(lambda: check_folder(config))
     name = config.model
     flow_folder = f"runs/flow-{Path(config.model).name}"
     world = on_first(lambda: toy.find_world(config.model))
@@ -1442,6 +1444,8 @@ def main(config: Config) -> None:
             summary["before"] = evaluate(engine, grader, held_out, config)
         run.write_json("summary.json", summary)
 
+    if run.lacks_export(progress["step"]):
+        run.export(progress["step"], export)
     bar = tqdm(
         initial=progress["step"], total=total_steps, desc="rl", unit="step", disable=not is_first()
     )
@@ -1535,8 +1539,8 @@ def main(config: Config) -> None:
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
-        if config.run.export_every and (step + 1) % config.run.export_every == 0:
-            export(run.folder / "exports" / f"step-{step + 1}")
+        if run.is_export_due(step + 1):
+            run.export(step + 1, export)
 
     # ---- Write the results
     if run.end(state, total_steps):

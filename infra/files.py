@@ -1,72 +1,134 @@
-"""Files and folders that are whole or absent, and locks: what all that writes to the disk stands on.
+"""Files and folders that are whole or absent, and a lock on a file.
 
-Until something is written whole, what stood in its place stays.
+A file takes the place of a file alone. A folder takes the place of another only if its writer asks
+for that, and is kept if it has more than the new one.
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+UNFINISHED = ".writing"  # ends the name of what is not whole yet
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# ---- Whole or absent
+@contextmanager
+def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path for a file, which takes the place of the file at `path` at the end.
+
+    Until then, and if the block fails, whatever stood at `path` stays. OSError says why the file
+    could not be written.
+
+    Args:
+        path: File; ValueError if it is a folder.
+        must_be_new: Raise FileExistsError if another process has made the file in the meantime.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, which stays as it is; name a file")
+    suffix = f".{os.getpid()}{UNFINISHED}" if must_be_new else UNFINISHED
+    with made_beside(path, suffix) as temporary:
+        yield temporary
+    if not must_be_new:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
 
 
 @contextmanager
-def written_whole(path: Path, must_be_new: bool = False) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder, which takes the place of `path` at the end.
+def folder_written_whole(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path for a folder, which takes the place of `path` at the end.
 
-    Until then, and if the block fails, whatever stood at `path` stays. With must_be_new, a file
-    that another process has made in the meantime is a FileExistsError. OSError names the room left.
+    Until then, and if the block fails, whatever stood at `path` stays. OSError says why the folder
+    could not be written.
+
+    Args:
+        path: Folder; ValueError if it is a file, or if it has files and may not be replaced.
+        overwrite: Replace a folder. One that has files which the new one lacks is kept under
+            another name.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.writing")
-    if must_be_new:  # another process may be about to make the same file
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
+    check_free(path, overwrite)
+    with made_beside(path, UNFINISHED) as temporary:
+        yield temporary
+    put_in_place(temporary, path)
+
+
+def check_free(path: Path, overwrite: bool = False) -> None:
+    """Raise ValueError if no folder can be written at a path."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{path} is a file, which stays as it is; name another folder")
+    if not overwrite and os.path.isdir(path) and os.listdir(path):
+        raise ValueError(
+            f"{path} has files in it, which stay as they are; name another folder, or replace "
+            "this one with --overwrite"
+        )
+
+
+@contextmanager
+def made_beside(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield the path with a suffix, under which something is made; remove it if the block fails."""
+    temporary = path.with_name(f"{path.name}{suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)  # what a process left that was killed
         yield temporary
         flush_to_disk(temporary)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as the latter
+        if is_of_writing(error):
             raise cannot_write(path, error) from error
         raise
-    if must_be_new:
-        try:
-            os.link(temporary, path)
-        finally:
-            temporary.unlink()
-    elif path.is_dir():
-        outdated = path.with_name(f"{path.name}.outdated")
-        remove(outdated)
-        path.rename(outdated)
-        temporary.rename(path)
-        remove(outdated)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give a new folder its name; one that has it goes, unless it has files that the new one lacks."""
+    if not os.path.isdir(path):
+        new.rename(path)
+        return
+    old = free_name(path.with_name(f"{path.name}.before"))
+    path.rename(old)
+    new.rename(path)
+    lost = sorted(names_below(old) - names_below(path))
+    if lost:
+        print(f"the folder that {path} replaces has {lost[0]}, too; it is kept as {old}")
     else:
-        temporary.replace(path)
+        remove(old)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that one process of this machine has at a time; the others wait, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run works on {path.with_suffix('')}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def free_name(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3 … under which nothing stands."""
+    candidate = path
+    number = 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def names_below(folder: Path) -> set[str]:
+    """Return the paths of all files in a folder, relative to it."""
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
+    """Remove a file or a folder, if it is there; of a link, the link."""
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -77,16 +139,58 @@ def flush_to_disk(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written_whole(path, must_be_new) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
+
+
+# ---- What could not be written
+def error_number(error: BaseException) -> int | None:
+    """Return the system's number of an error, which libraries give in the text alone; or None."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\[Errno (\d+)\]|os error (\d+)", str(error))  # Python's, and Rust's
+    return int(found[1] or found[2]) if found else None
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Return whether an error may be one of the disk; torch reports those as RuntimeError."""
+    is_of_system = isinstance(error, Exception) and error_number(error) is not None
+    return is_of_system or isinstance(error, (OSError, RuntimeError))
+
+
 def cannot_write(path: Path, error: BaseException) -> OSError:
-    """Return the error for something that could not be written; it says how much room there is."""
+    """Return the error for something that could not be written: it says why, and what to do."""
+    number = error_number(error)
+    if number in NO_PERMISSION:
+        return OSError(
+            f"could not write {path}: no permission ({os.strerror(number)}); change whose the "
+            "folder is or what it allows, or name another"
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    folder = next(parent for parent in path.parents if parent.exists())
+    if number is not None and number not in NO_ROOM:
+        return OSError(
+            f"could not write {path}: {os.strerror(number)}; name another file or folder"
+        )
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
     hint = "what was saved before is whole; make room, then go on (a training: --resume)"
     return OSError(f"could not write {path} ({room}): {reason}; {hint}")
 
 
-def write_json(path: Path, value: dict, must_be_new: bool = False) -> None:
-    """Write a JSON file, whole or not at all."""
-    with written_whole(path, must_be_new) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+# ---- A lock
+@contextmanager
+def locked(path: Path) -> Iterator[IO]:
+    """Hold a lock that one process of this machine has at a time; the others wait, and say so.
+
+    Processes that inherit the file which this yields hold the lock as well.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run works on {path.with_suffix('')}; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

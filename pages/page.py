@@ -15,9 +15,10 @@ from string import Template
 
 from infra.files import written_whole
 
-__all__ = ["escape", "fill", "make_page", "options", "pack", "write_page"]
+__all__ = ["check_place", "escape", "fill", "make_page", "options", "pack", "write_page"]
 
 FOLDER = Path(__file__).parent
+DATA = '<script type="application/json" id="data">'  # in every page, see page.html
 
 
 def make_page(title: str, body: str, data, style: Path, script: Path) -> str:
@@ -46,6 +47,17 @@ def make_page(title: str, body: str, data, style: Path, script: Path) -> str:
 def fill(template: Path, **parts: str) -> str:
     """Return a file of HTML with `$name` replaced by the part of that name."""
     return Template(read(template)).substitute(parts)
+
+
+def check_place(path: Path) -> None:
+    """Raise ValueError if something other than a page of this project stands where one shall go."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, which stays as it is; name a file for the page")
+    if path.exists() and DATA.encode() not in path.read_bytes():
+        raise ValueError(
+            f"{path} holds something other than a page of curves or rollouts, and stays as it is; "
+            "name another file"
+        )
 
 
 def write_page(path: Path, page: str) -> Path:

@@ -171,7 +171,7 @@ def test_bad_settings(config, changes, message):
 
 
 def test_a_folder_of_something_else_is_left_alone(config, world):
-    with pytest.raises(ValueError, match="holds no evaluation; name another --out"):
+    with pytest.raises(ValueError, match="something other than an evaluation"):
         evaluation.main(runs.change(config, out=world.folder))
 
 

@@ -900,7 +900,7 @@ def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
         assert not folder.exists()
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and f"the embedded world is in {folder}" in output
-    assert (folder / "world.json").exists() and not list(tmp_path.glob("*.making*"))
+    assert (folder / "world.json").exists() and not list(tmp_path.glob("*.writing*"))
 
 
 @pytest.mark.slow
