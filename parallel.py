@@ -405,7 +405,8 @@ class Learner:
     def __init__(self, module: nn.Module, betas: tuple[float, float], weight_decay: float):
         self.module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        # biases and the weights of norms do not decay, as with Hugging Face's trainer
+        # biases and the weights of norms do not decay; officially a flow's norms do, as Hugging
+        # Face's trainer does not know them as norms
         matrices = [p for p in self.parameters if p.ndim > 1]
         vectors = [p for p in self.parameters if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}]

@@ -67,7 +67,8 @@ SOLUTION_ENDS = {
     "qwen_tag": "<|im_end|>\n",
     "llama": "<|eot_id|>",
 }
-# Tokens that end a response, whatever the model's own EOS
+# Tokens that end a response besides the model's own EOS, see --stop-tokens
+StopTokens = Literal["turn-ends", "eos"]
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
@@ -81,9 +82,9 @@ class LoadingSettings:
     # Compute dtype of forward and backward; auto: bfloat16 on a GPU
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
-    # Smaller images are enlarged to this size; by default the processor's
+    # Smaller images are enlarged to this size; None: the processor's
     min_pixels: PositiveInt | None = None
-    # Larger images are reduced to this size; by default the processor's
+    # Larger images are reduced to this size; None: the processor's
     max_pixels: PositiveInt | None = None
 
 
@@ -122,6 +123,8 @@ class EngineSettings:
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
     cache_share: OpenFraction = 0.5
     tensor_parallel: PositiveInt = 1  # Ranks that share a vLLM engine
+    # What ends a response: also the ends of turns of known templates, or the model's EOS alone
+    stop_tokens: StopTokens = "turn-ends"
 
 
 # ---- Models
@@ -603,7 +606,8 @@ def make_engine(
     kind, reason = choose_engine(settings.engine, device)
     began = time.perf_counter()
     if kind == "torch":
-        engine = TorchEngine(model, settings.max_sequences, device, dtype)
+        sizes = (settings.max_sequences, device, dtype)
+        engine = TorchEngine(model, *sizes, settings.stop_tokens)
     else:
         engine = VllmEngine(model, settings, max_length, max_images, device, dtype, can_sleep)
     if is_first():
@@ -695,15 +699,16 @@ def grade_on_all_ranks(
     return verdicts
 
 
-def end_tokens(model: Model) -> list[int]:
-    """Return the tokens that end a response: the model's, the tokenizer's and ends of turns."""
+def end_tokens(model: Model, stop_tokens: StopTokens = "turn-ends") -> list[int]:
+    """Return the tokens that end a response: the model's, the tokenizer's, perhaps ends of turns."""
     try:
         ends = GenerationConfig.from_pretrained(model.path).eos_token_id
     except OSError:  # the model has no generation configuration
         ends = model.text_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     vocabulary = model.tokenizer.get_vocab()
-    ends.update(vocabulary[token] for token in TURN_ENDS if token in vocabulary)
+    if stop_tokens == "turn-ends":
+        ends.update(vocabulary[token] for token in TURN_ENDS if token in vocabulary)
     ends.add(model.tokenizer.eos_token_id)
     ends.discard(None)
     return sorted(ends)
@@ -737,7 +742,7 @@ class VllmEngine:
             keep_weights_unpacked(vllm)
         self.tokenizer = model.tokenizer
         self.n_ranks = settings.tensor_parallel
-        self.end_tokens = end_tokens(model)
+        self.end_tokens = end_tokens(model, settings.stop_tokens)
         self.SamplingParams = vllm.SamplingParams
         self.state: Literal["awake", "no cache", "asleep"] = "awake"
         options = device_options(device, can_sleep)
@@ -930,13 +935,20 @@ class TorchEngine:
     n_ranks = 1
     held_memory = 0
 
-    def __init__(self, model: Model, max_sequences: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Model,
+        max_sequences: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        stop_tokens: StopTokens = "turn-ends",
+    ):
         self.model = vision.load_model(model.path, dtype, model.trust_remote_code).eval()
         self.model.to(device)
         self.device = device
         self.tokenizer = model.tokenizer
         self.max_sequences = max_sequences
-        self.end_tokens = torch.tensor(end_tokens(model), device=device)
+        self.end_tokens = torch.tensor(end_tokens(model, stop_tokens), device=device)
 
     def sleep(self) -> None:
         self.model.to("cpu")

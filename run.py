@@ -197,7 +197,21 @@ def parse_config(config_class: type, presets: dict[str, dict]):
     else:
         values = presets.get(known.model, {})
     defaults = change(defaults, **{name: as_tuple(value) for name, value in values.items()})
-    return tyro.cli(config_class, default=defaults, config=(tyro.conf.OmitArgPrefixes,))
+    description = f"{config_class.__doc__} {whose_defaults(known, presets)}"
+    options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+    return tyro.cli(config_class, default=defaults, **options)
+
+
+def whose_defaults(known: argparse.Namespace, presets: dict[str, dict]) -> str:
+    """Return a sentence for the help: what the defaults that it shows are those of."""
+    if known.resume:
+        return f"The defaults shown are the settings of the run {known.resume}."
+    if known.model in presets:
+        return (
+            f"The defaults shown are those of the embedded world --model {known.model}; "
+            "--help with --model NAME shows those of a real model."
+        )
+    return f"The defaults shown are those of --model {known.model}; None: see the text beside it."
 
 
 def stored_settings(folder: str | Path) -> dict[str, object]:

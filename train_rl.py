@@ -224,7 +224,7 @@ class Config:
     data: str | None = None
     # Sets for evaluation before and after, as --data of eval.py
     eval_data: tuple[str, ...] | None = None
-    # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary
+    # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary, for VL models vlm tags=0.5
     reward: tuple[str, ...] | None = None
     # Dense part of the advantage; none: plain RLVR
     shaping: Literal["flow", "entropy", "none"] = "flow"

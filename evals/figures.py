@@ -34,7 +34,6 @@ GROUPS = {  # sets that the paper averages over
         "math500",
         "minerva",
         "olympiad_bench",
-        "gsm8k",
         "MathVista_MINI",
         "MathVision_MINI",
         "MathVerse_MINI",

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import ROOT, figures, small_run
 import eval as evaluation
 import flow as fl
 import run as runs
+import toy
 import train_flow
 import train_rl
 from infra import errors
@@ -101,6 +103,23 @@ def test_sizes_of_flows_in_the_table_of_memory(dim, n_blocks):
         flow = fl.Flow(fl.FlowConfig(dim, n_blocks))
     millions = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
     assert f"| {millions:.0f} M parameters |" in (ROOT / "docs" / "running.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "The defaults shown are those of the embedded world --model toy; --help with"),
+        (["--model", "Qwen2.5-Math-7B"], "The defaults shown are those of --model Qwen2.5-Math-7B"),
+    ],
+)
+def test_the_help_says_whose_defaults_it_shows(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments, "--help"])
+    with pytest.raises(SystemExit):
+        runs.parse_config(train_rl.Config, toy.PRESETS["train_rl"])
+    shown = " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert words in shown
+    assert "Larger images are reduced to this size; None: the processor's" in shown
+    assert "by default binary, for VL models vlm tags=0.5" in shown
 
 
 def test_the_departures_name_flags_that_exist():

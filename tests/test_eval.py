@@ -317,7 +317,7 @@ def test_the_folder_of_an_evaluation(config, tmp_path):
 
 
 def test_averages_of_an_evaluation(config, world, tmp_path, capsys):
-    data = (f"math500={world.path('test.jsonl')}", f"gsm8k={world.path('train.jsonl')}")
+    data = (f"math500={world.path('test.jsonl')}", f"minerva={world.path('train.jsonl')}")
     evaluation.main(runs.change(config, data=(*data, world.path("test.jsonl"))))
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -325,7 +325,7 @@ def test_averages_of_an_evaluation(config, world, tmp_path, capsys):
     averages = summary["averages"]
     assert list(averages) == ["all", "maths"]
     assert averages["all"]["mean"] == pytest.approx(sum(means.values()) / 3)
-    assert averages["maths"]["mean"] == pytest.approx((means["math500"] + means["gsm8k"]) / 2)
+    assert averages["maths"]["mean"] == pytest.approx((means["math500"] + means["minerva"]) / 2)
     mean = f"{averages['maths']['mean']:.1%}"
     row = f"| maths             | {mean:>5} |"
     assert row in (out / "summary.md").read_text()

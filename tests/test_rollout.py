@@ -201,6 +201,20 @@ def test_templates(world, tokenizer, tmp_path):
 # ---- Engine
 
 
+def test_the_models_eos_alone_can_end_a_response(world):
+    """As officially; by default the ends of turns do, too."""
+    model = find_model(world.path("model"))
+    vocabulary = model.tokenizer.get_vocab()
+    eos = vocabulary["<|im_end|>"]
+    assert rollout.end_tokens(model) == sorted({eos, vocabulary["<|endoftext|>"]})
+    assert rollout.end_tokens(model, "eos") == [eos]
+    settings = rollout.EngineSettings(engine="torch", stop_tokens="eos")
+    engine = rollout.make_engine(
+        model, settings, 64, 0, torch.device("cpu"), torch.float32, can_sleep=False
+    )
+    assert engine.end_tokens.tolist() == [eos]
+
+
 def test_greedy_is_what_hugging_face_generates(engine, prompts, tokenizer):
     episodes = engine.generate(requests(prompts), Sampling(temperature=0, max_tokens=24))
     for prompt, episode in zip(prompts, episodes, strict=True):
