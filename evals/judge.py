@@ -57,7 +57,7 @@ class Judge(Protocol):
 class Cache:
     """Replies in a file, one JSON object a line, by model and prompt; only in memory without one.
 
-    A line that is torn, because the run that wrote it was killed, counts as missing.
+    A line that is torn, because the run that wrote it was killed, or is no reply counts as missing.
     """
 
     def __init__(self, file: Path | None, model: str):
@@ -77,9 +77,11 @@ class Cache:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+                key, reply = entry["key"], entry["reply"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
+            if isinstance(key, str) and isinstance(reply, str):
+                self.replies[key] = reply
 
     def key(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest()
@@ -117,7 +119,7 @@ class RequestError(Exception):
 class ServerJudge:
     """A model behind an OpenAI-compatible endpoint; OPENAI_API_KEY is sent along where it is set.
 
-    Timeouts, broken connections, malformed or empty replies and the statuses 408, 429 and 5xx are
+    Redirects are not followed: the key, and the verdict, would be another host's. Timeouts, broken connections, malformed or empty replies and the statuses 408, 429 and 5xx are
     tried again after `wait`, 2 `wait`, 4 `wait` … seconds, or later where Retry-After says so.
 
     Args:
@@ -131,7 +133,7 @@ class ServerJudge:
         give_up: Prompts in a row that may fail before the rest is not asked.
 
     Raises:
-        ValueError: For a URL that is none, or without a model.
+        ValueError: For a URL that is none, without a model, or for a key that cannot be sent.
     """
 
     def __init__(
@@ -157,6 +159,8 @@ class ServerJudge:
         if not self.url.endswith("/chat/completions"):
             self.url += "/chat/completions"
         self.model = model
+        self.key = read_key()
+        self.opener = urllib.request.build_opener(NoRedirects)
         self.cache = Cache(cache, model)
         self.concurrency = concurrency
         self.attempts = attempts
@@ -212,7 +216,7 @@ class ServerJudge:
             RequestError: If there is no reply, or none that may be used.
         """
         try:
-            with urllib.request.urlopen(self.pack(prompt), timeout=self.timeout) as response:
+            with self.opener.open(self.pack(prompt), timeout=self.timeout) as response:
                 body = self.read(response)
         except urllib.error.HTTPError as error:
             raise describe_http_error(error) from error
@@ -230,9 +234,8 @@ class ServerJudge:
             "max_tokens": MAX_REPLY,
         }
         headers = {"Content-Type": "application/json"}
-        key = os.environ.get("OPENAI_API_KEY")
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         return urllib.request.Request(self.url, json.dumps(content).encode(), headers)
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
@@ -255,6 +258,24 @@ class ServerJudge:
         return body
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an HTTPError like any other status that is no reply."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def read_key() -> str:
+    """Return OPENAI_API_KEY, empty if it is not set; ValueError if no header can hold it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            "OPENAI_API_KEY holds a line break or a character that is not ASCII; "
+            "expected a key as it is sent in a header"
+        )
+    return key
+
+
 def is_http_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
@@ -264,7 +285,11 @@ def is_http_url(url: str) -> bool:
 
 
 def describe_http_error(error: urllib.error.HTTPError) -> RequestError:
-    """Return what a status of 400 or more means for the request."""
+    """Return what a redirect, or a status of 400 or more, means for the request."""
+    if 300 <= error.code < 400:
+        target = error.headers.get("Location", "")
+        reason = f"HTTP {error.code}, a redirect to {target!r}, which is not followed"
+        return RequestError(f"{reason}; give the judge's own URL", may_retry=False)
     retry_after = error.headers.get("Retry-After", "")
     wait = 0.0
     if retry_after.isdigit():  # it may also be a date

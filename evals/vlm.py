@@ -42,6 +42,7 @@ from grading.options import (
     option_letter,
     option_letters,
     stated,
+    tagged,
     value,
 )
 
@@ -444,9 +445,8 @@ def add_options(row: Row, options: Mapping[str, str]) -> str:
 
 
 # ---- Answers
-ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 LIST_START = re.compile(r"^[\s$\\\[({]+")
-LIST_END = re.compile(r"[\s$\\\])}]+$")
+LIST_END = re.compile(r"(?<![\s$\\\])}])[\s$\\\])}]++$")  # a run is tried from its beginning alone
 
 
 class Reading(NamedTuple):
@@ -469,7 +469,7 @@ def extract(question: Question, response: str, equal: Equal) -> Reading:
         cannot read that answer, it is for the judge.
     """
     filled = [box for box in boxes(response) if box.strip()]
-    tags = ANSWER_TAG.findall(response)
+    tags = list(tagged(response))
     if filled:
         how = "boxed"
         answer = read_boxes(question, response, filled, equal)

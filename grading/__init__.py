@@ -13,6 +13,7 @@ from grading.options import (
     option_letters,
     stated,
     tag_format,
+    tagged,
     value,
 )
 from grading.pool import DEADLINE, Pool
@@ -32,5 +33,6 @@ __all__ = [
     "option_letters",
     "stated",
     "tag_format",
+    "tagged",
     "value",
 ]

@@ -71,7 +71,9 @@ class TooLargeError(UnreadableError):
 
 # ---- Boxes
 
-BOX_OR_BRACE = re.compile(r"\\+boxed\s*\{|\\[{}\\]|[{}]")
+# Backslashes with the box or the brace after them, or a brace alone. A run of backslashes matches
+# as a whole, whatever follows it, so that no text is read twice.
+BOX_OR_BRACE = re.compile(r"(\\+)(boxed\s*\{|[{}])?|[{}]")
 
 
 def boxes(text: str) -> list[str]:
@@ -79,8 +81,10 @@ def boxes(text: str) -> list[str]:
     spans = []  # start and end of the contents of each closed box
     open_braces = []  # for each open brace: where the contents of its box start, None if not a box
     for match in BOX_OR_BRACE.finditer(text):
-        mark = match[0]
-        if mark in (r"\{", r"\}", r"\\"):
+        backslashes, after = match.groups()
+        mark = after if backslashes else match[0]
+        is_escaped = mark in ("{", "}") and len(backslashes or "") % 2 == 1  # a pair is a line break
+        if mark is None or is_escaped:
             continue
         if mark == "{":
             open_braces.append(None)
@@ -89,7 +93,7 @@ def boxes(text: str) -> list[str]:
         elif open_braces:
             start = open_braces.pop()
             if start is not None:
-                spans.append((start, match.start()))
+                spans.append((start, match.end() - 1))
     return [text[start : min(end, start + LONGEST_BOX)] for start, end in sorted(spans)]
 
 

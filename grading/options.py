@@ -7,7 +7,7 @@ one option. The official code looks for the letter anywhere in the answer: there
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from grading.answers import Gold
 from grading.latex import boxes
@@ -16,17 +16,19 @@ LETTERS = "ABCDEFGH"
 LONGEST = 500  # characters of an answer; a longer text names no option
 
 # ---- Patterns, from parts to wholes
+# Responses are hostile text: a run of marks or spaces is possessive (`*+`, `++`), and no two runs
+# that take the same characters follow each other, so that no text is read over and over.
 # What may stand around a letter: spaces, quotes, brackets, Markdown, LaTeX
 DRESS = r"\\(?:text|textbf|mathrm|mathbf|mathsf|boxed)\s*\{"
-OPEN = rf"(?:[\s$*_`\"'“‘(\[{{<]|\\[(\[]|{DRESS})*"
-CLOSE = r"(?:[\s$*_`\"'”’)\]}>]|\\[)\]])*"
+OPEN = rf"(?:[\s$*_`\"'“‘(\[{{<]|\\[(\[]|{DRESS})*+"
+CLOSE = r"(?:[\s$*_`\"'”’)\]}>]|\\[)\]])*+"
 
 # What may introduce it: `the answer is option`, `so the correct choice:`
 NAMES = (
-    r"(?:(?:correct|right|best|final)\s+)*(?:options?|choices?|answers?)\b"
-    r"\s*(?:(?:is|are)\b)?\s*[:=]?\s*"
+    r"(?:(?:correct|right|best|final)\s++)*+(?:options?|choices?|answers?)\b"
+    r"\s*+(?:(?:is|are)\b\s*+)?(?:[:=]\s*+)?"
 )
-LEAD = rf"(?i:(?:(?:so|thus|hence|therefore)\b,?\s*)?(?:the\s+)?{NAMES}(?:{NAMES})?)"
+LEAD = rf"(?i:(?:(?:so|thus|hence|therefore)\b,?\s*+)?(?:the\s++)?{NAMES}(?:{NAMES})?)"
 
 # A letter and nothing else; a lower-case one, without an introduction: `the answer is a` goes on
 BARE = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}]){CLOSE}[.:,;!]*{CLOSE}")
@@ -43,7 +45,9 @@ SEVERAL = re.compile(
 LEADING = re.compile(rf"{OPEN}(?:{LEAD})?{OPEN}([{LETTERS}])(?![\w'’]){CLOSE}")
 
 # What may follow a letter: a second one; an explanation; a change of mind
-ANOTHER = re.compile(rf"\s*[,/&;]?\s*(?:(?:or|and)\b)?\s*(?:option\s+)?{OPEN}[{LETTERS}](?![\w'’])")
+ANOTHER = re.compile(
+    rf"\s*+(?:[,/&;]\s*+)?(?:(?:or|and)\b\s*+)?(?:option\s++)?{OPEN}[{LETTERS}](?![\w'’])"
+)
 REASON = re.compile(r"\s*(?:[,;]|\.\s|\.$|because\b|since\b|as\b)")
 WITHDRAWN = re.compile(r"\b(?:or|wait|no|not|alternatively|possibly|maybe)\b", re.IGNORECASE)
 
@@ -59,7 +63,7 @@ VERDICT = re.compile(
 )
 
 # Several answers beside each other: `\boxed{A} or \boxed{B}`, `$1$ or $2$`
-JOINED_BOXES = re.compile(r"\}\s*\$?\s*(?:,|;|/|&|\bor\b|\band\b)[\s$]{0,4}\\+boxed")
+JOINED_BOXES = re.compile(r"\}\s*+(?:\$\s*+)?(?:,|;|/|&|\bor\b|\band\b)[\s$]{0,4}\\+boxed")
 HEDGED = re.compile(r"(?:\$|\})\s*(?:,|;|/|\bor\b|\band\b)[\s]{0,4}(?:\$|\\+boxed)")
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -221,24 +225,43 @@ def tag_format(response: str) -> bool:
     """Return whether a response is one thought and then one answer, each in its tags, not empty."""
     if any(response.count(tag) != 1 for tag in TAGS):
         return False
-    form = re.search(r"<think>.+?</think>\s*<answer>.+?</answer>", response, re.DOTALL)
-    return form is not None
+    _, _, after = response.partition("<think>")
+    thought, _, after = after.partition("</think>")
+    between, _, after = after.partition("<answer>")
+    answer, ending, _ = after.partition("</answer>")
+    return bool(thought and not between.strip() and answer and ending)
 
 
-def tagged(response: str) -> str | None:
-    """Return what stands in the first answer tag, or None."""
-    match = re.search(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return match[1].strip() if match else None
+def tagged(response: str) -> Iterator[str]:
+    """Yield what stands in each answer tag that is closed."""
+    end = 0
+    while (start := response.find("<answer>", end)) >= 0:
+        start += len("<answer>")
+        end = response.find("</answer>", start)
+        if end < 0:
+            return
+        yield response[start:end]
 
 
 def is_undecided(text: str) -> bool:
     """Return whether an answer leaves open which of several it means."""
+    if HEDGED.search(text[-150:]):
+        return True
     box_contents = {box.strip() for box in boxes(text)}
-    statements = {
-        text[match.end() :].split("\n")[0].strip(" .,") for match in STATED.finditer(text)
-    }
-    is_hedged = HEDGED.search(text[-150:]) is not None
-    return len(box_contents) > 1 or len(statements) > 1 or is_hedged
+    return len(box_contents) > 1 or states_several(text)
+
+
+def states_several(text: str) -> bool:
+    """Return whether `the answer is` is said of two answers; each lasts to the end of its line."""
+    first = None
+    for match in STATED.finditer(text):
+        end = text.find("\n", match.end())
+        statement = text[match.end() : end if end >= 0 else None].strip(" .,")
+        if first is None:
+            first = statement
+        elif statement != first:
+            return True
+    return False
 
 
 def candidate(text: str) -> str:
@@ -264,10 +287,10 @@ def answer_part(response: str) -> str:
 
     It is what the first answer tag holds, or without one what follows an opening tag, or else all.
     """
-    answer = tagged(response)
+    answer = next(tagged(response), None)
     if answer is None:
-        answer = response.rpartition("<answer>")[2].strip()
-    return answer
+        answer = response.rpartition("<answer>")[2]
+    return answer.strip()
 
 
 def extract(response: str) -> str | None:

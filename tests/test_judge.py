@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []  # what it was told to do
+        self.keys: list[str | None] = []  # the key that came with each request
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -57,16 +58,24 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_GET(self):  # what a redirected POST may become
+        self.server.keys.append(self.headers["Authorization"])
+        self.send(200, completion("B"))
+
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["messages"][0]["content"]
         command = prompt.rpartition("DO ")[2].partition("\n")[0]
         action, _, text = command.partition(" ")
         self.server.asked.append(action)
+        self.server.keys.append(self.headers["Authorization"])
         if action == "429" and self.server.asked.count("429") == 1:
             self.send(429, b"slow down", Retry_After="0")
         elif action in ("answer", "429"):
             self.send(200, completion(text))
+        elif action == "redirect":
+            status, target = text.split()
+            self.send(int(status), b"over there", Location=target)
         elif action == "cut":
             self.send(200, completion(text, finish_reason="length"))
         elif action in ("500", "400"):
@@ -176,6 +185,57 @@ def test_a_failing_judge_is_reported(tmp_path, pool, server, action, reason, n_r
     assert (figures["score"], figures["low"], figures["high"]) == (1.0, 2 / 3, 1.0)
     assert figures["unjudged"] == 1
     assert len((tmp_path / "cache").read_text().splitlines()) == 1, "a failure is not kept"
+
+
+@pytest.fixture
+def other_server():
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("key", ["secret", None])
+def test_a_redirect_is_not_followed(server, other_server, monkeypatch, status, key):
+    """The other host got the key, and its reply was the verdict."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    target = f"{other_server.url}/chat/completions"
+    prompts = [f"DO redirect {status} {target}", "DO answer A"]
+    redirected, answered = impatient(server).ask(prompts, keep)
+    assert redirected.text is None
+    assert f"HTTP {status}, a redirect to {target!r}, which is not followed" in redirected.error
+    assert answered == Reply("A")
+    assert other_server.keys == []
+    assert server.asked.count("redirect") == 1, "another try would bring the same"
+    assert set(server.keys) == {key and f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "schlüssel", "a\x00b"])
+def test_a_key_that_no_header_can_hold_is_refused_unnamed(server, monkeypatch, key):
+    monkeypatch.setattr("os.environ", {**os.environ, "OPENAI_API_KEY": key})
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds a line break or") as caught:
+        impatient(server)
+    assert key not in str(caught.value)
+
+
+def test_a_line_break_after_the_key_does_no_harm(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    assert impatient(server).ask(["DO answer A"], keep) == [Reply("A")]
+    assert server.keys == ["Bearer secret"]
+
+
+@pytest.mark.parametrize("reply", ["null", "5", '["A"]', "[" * 5000])
+def test_a_line_of_the_cache_that_is_no_reply_counts_as_missing(tmp_path, server, reply):
+    cache = tmp_path / "replies.jsonl"
+    key = judges.Cache(None, "judge").key("DO answer A")
+    cache.write_text(f'{{"key": "{key}", "reply": {reply}}}\n')
+    understood = []
+    judge = impatient(server, cache=cache)
+    replies = judge.ask(["DO answer A"], lambda _, reply: not understood.append(reply.strip()))
+    assert (replies, understood) == ([Reply("A")], ["A"])
 
 
 def test_a_dead_judge_is_given_up(tmp_path, pool):

@@ -1,0 +1,145 @@
+"""Responses that would take a pattern with backtracking for ever are read in linear time.
+
+A test allows CPU seconds, not seconds: what is linear needs a hundredth of them, and what is
+quadratic a hundred times as many.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from evals import vlm
+from grading import boxes, judge_response, tag_format
+from grading.options import letter_in_response
+from rewards import is_degenerate
+
+LENGTH = 100_000  # characters
+CPU_LIMIT = 10  # seconds
+CHOICES = {"A": "12 cm", "B": "5", "C": ""}
+
+
+@contextmanager
+def cpu_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError when this process has computed so long in the block."""
+
+    def stop(*_):
+        raise TimeoutError(f"not done after {seconds} s of computing")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def judge_by_vlm_rules(text: str) -> None:
+    judge_response(text, ["B", "5"], lambda gold, answer: "wrong")
+    tag_format(text)
+
+
+def score_benchmark(text: str) -> None:
+    """Read and compare a response by the rules of each type of question."""
+    for kind, gold in (("choice", "B"), ("letters", "AB"), ("list", "[1, 2]"), ("free", "5")):
+        question = vlm.Question("0", "", (), gold, CHOICES, kind, {})
+        reading = vlm.extract(question, text, lambda gold, answer: False)
+        if reading.answer:
+            vlm.is_right(question, reading.answer, lambda gold, answer: False)
+
+
+# What stands before, what is repeated, what stands behind
+HOSTILE = [
+    ("", "<answer>", ""),
+    ("", "<think><answer>", "</think>"),
+    ("", "\\", ""),
+    ("", "\\", "boxed"),
+    ("\\boxed", " ", "x"),
+    ("\\\\\\\\boxed", " ", "x"),
+    ("", "answer: ", ""),
+    ("", "the answer is\n", ""),
+    ("", "correct ", "x"),
+    ("<answer>", "(", "x</answer>"),
+    ("<answer>(B", ")", "x</answer>"),
+    ("<answer>B.", " )", "x</answer>"),
+    ("The answer is B,", " ", "x"),
+    ("The answer is B. option", " ", "x"),
+    ("\\boxed{A} \\boxed{B} }", " ", "x"),
+    ("\\boxed{A} \\boxed{B} } $", " ", "x"),
+    ("<answer>", "]", "x</answer>"),
+    ("<answer>", "$", "x</answer>"),
+    ("", "\\text{", ""),
+    ("", "{", ""),
+]
+
+
+@pytest.mark.parametrize("read", [boxes, judge_by_vlm_rules, score_benchmark, letter_in_response])
+@pytest.mark.parametrize("parts", HOSTILE, ids=repr)
+def test_hostile_responses_are_read_in_linear_time(read, parts):
+    """60,000 opening tags or backslashes took a quarter of a minute, spaces after a letter hours."""
+    before, repeated, after = parts
+    text = before + repeated * (LENGTH // len(repeated)) + after
+    with cpu_limit(CPU_LIMIT):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("(" * 165, ")" * 330 + "x"), ("answer" + " " * 400, "x"), ("$" * 240, "B" + "$" * 240 + "x")],
+)
+def test_short_answers_of_marks_alone_are_read_at_once(before, after):
+    """Up to 500 characters are looked at closely: with the fourth power, that took minutes."""
+    with cpu_limit(CPU_LIMIT):
+        for _ in range(200):
+            judge_by_vlm_rules(f"{before}{after}")
+            letter_in_response(f"The answer is {before}{after}")
+
+
+def test_garbage_is_found_in_linear_time():
+    nearly_five_times = ("".join(map(chr, range(200, 400))) * 4 + "x") * (LENGTH // 801)
+    with cpu_limit(CPU_LIMIT):
+        assert not is_degenerate("ab" * 2 + "abcd" * 4 + "x" + "y" * 4 + "".join(map(chr, range(99))))
+        is_degenerate(nearly_five_times)
+
+
+# ---- What is read stays what it was
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{1}", ["1"]),
+        (r"\\boxed{1}", ["1"]),
+        (r"\\\boxed{1}", ["1"]),
+        (r"\boxed  {1}", ["1"]),
+        (r"\boxed{a\}b}", [r"a\}b"]),
+        (r"\boxed{a\\}b}", [r"a\\"]),
+        (r"\boxed{a\\\}b}", [r"a\\\}b"]),
+        (r"\boxed{1", []),
+        (r"\boxed{\boxed{2}}", [r"\boxed{2}", "2"]),
+        (r"\boxed x{1}", []),
+        (r"{\boxed{1}", ["1"]),
+        (r"\{\boxed{1}\}", ["1"]),
+    ],
+)
+def test_boxes_with_backslashes(text, expected):
+    assert boxes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "is_form"),
+    [
+        ("<think>x</think><answer>5</answer>", True),
+        ("so <think> x\n</think> \n <answer> 5 </answer> so", True),
+        ("<think></think><answer>5</answer>", False),
+        ("<think>x</think><answer></answer>", False),
+        ("<think>x</think> so <answer>5</answer>", False),
+        ("<answer>5</answer><think>x</think>", False),
+        ("</think><think>x<answer>5</answer>", False),
+        ("<think>x<answer>5</answer></think>", False),
+        ("<think>x</think><answer>5</answer></answer>", False),
+        ("<think>x</think><answer>5", False),
+    ],
+)
+def test_the_form_of_tags(text, is_form):
+    assert tag_format(text) == is_form
