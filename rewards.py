@@ -32,7 +32,6 @@ import infra.waiting  # noqa: F401
 import importlib.util
 import inspect
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +39,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
+
+import numpy as np
 
 from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
 from infra.ranges import PositiveFloat, PositiveInt
@@ -166,8 +167,23 @@ def is_degenerate(response: str) -> bool:
         is_ascii = character.isascii() and character.isprintable()
         is_operator = "\u2200" <= character <= "\u22ff"
         n_odd += not (is_ascii or is_operator or character.isspace())
-    repeats = re.search(r"(.{5,200}?)\1{4}", response) is not None
-    return repeats or n_odd > 0.3 * len(response)
+    return n_odd > 0.3 * len(response) or repeats_a_pattern(response)
+
+
+def repeats_a_pattern(text: str) -> bool:
+    r"""Return whether `(.{5,200})\1{4}` is found in a text, in a time that grows as the text does.
+
+    Five times in a row is a run of characters, four times as long as the pattern, each equal to the
+    character that stands the pattern's length after it.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    is_line_end = codes == ord("\n")
+    for length in range(5, min(200, len(codes) // 5) + 1):
+        differs = (codes[length:] != codes[:-length]) | is_line_end[:-length]
+        breaks = np.flatnonzero(np.concatenate([[True], differs, [True]]))
+        if np.diff(breaks).max() > 4 * length:
+            return True
+    return False
 
 
 # ---- Reading --reward

@@ -83,7 +83,9 @@ def boxes(text: str) -> list[str]:
     for match in BOX_OR_BRACE.finditer(text):
         backslashes, after = match.groups()
         mark = after if backslashes else match[0]
-        is_escaped = mark in ("{", "}") and len(backslashes or "") % 2 == 1  # a pair is a line break
+        is_escaped = (
+            mark in ("{", "}") and len(backslashes or "") % 2 == 1
+        )  # a pair is a line break
         if mark is None or is_escaped:
             continue
         if mark == "{":

@@ -78,7 +78,7 @@ HOSTILE = [
 @pytest.mark.parametrize("read", [boxes, judge_by_vlm_rules, score_benchmark, letter_in_response])
 @pytest.mark.parametrize("parts", HOSTILE, ids=repr)
 def test_hostile_responses_are_read_in_linear_time(read, parts):
-    """60,000 opening tags or backslashes took a quarter of a minute, spaces after a letter hours."""
+    """60,000 opening tags or backslashes took a quarter of a minute, spaces after a letter for ever."""
     before, repeated, after = parts
     text = before + repeated * (LENGTH // len(repeated)) + after
     with cpu_limit(CPU_LIMIT):
@@ -97,11 +97,20 @@ def test_short_answers_of_marks_alone_are_read_at_once(before, after):
             letter_in_response(f"The answer is {before}{after}")
 
 
+@pytest.mark.parametrize("length", [4, 5, 6, 199, 200, 201])
+@pytest.mark.parametrize("repeats", [4, 5])
+def test_a_pattern_of_5_to_200_characters_five_times_in_a_row_is_garbage(length, repeats):
+    pattern = "".join(map(chr, range(0x2200, 0x2200 + length)))  # operators, all different
+    whole = f"so {pattern * repeats}!"
+    assert is_degenerate(whole) == (repeats == 5 and 5 <= length <= 200)
+    assert not is_degenerate(whole.replace(pattern[-1] + "!", "!")), "the last one is not whole"
+    assert not is_degenerate(whole.replace(pattern[0], "\n")), "a pattern is within a line"
+
+
 def test_garbage_is_found_in_linear_time():
-    nearly_five_times = ("".join(map(chr, range(200, 400))) * 4 + "x") * (LENGTH // 801)
+    nearly_five_times = "".join(map(chr, range(0x2200, 0x22C8))) * 4 + "x"
     with cpu_limit(CPU_LIMIT):
-        assert not is_degenerate("ab" * 2 + "abcd" * 4 + "x" + "y" * 4 + "".join(map(chr, range(99))))
-        is_degenerate(nearly_five_times)
+        assert not is_degenerate(nearly_five_times * (LENGTH // len(nearly_five_times)))
 
 
 # ---- What is read stays what it was
