@@ -669,7 +669,8 @@ def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowCo
     if "contexts" not in required:
         raise ValueError(
             f"{path} does not say which context it was trained with; name it with --contexts "
-            "(the official offline training conditions on the next token: --contexts next)"
+            "(officially fitted with the next token and used in training with the previous one: "
+            "--contexts previous)"
         )
     width, dim = state["model.input_proj.weight"].shape
     blocks = {name.split(".")[2] for name in state if name.startswith("model.res_blocks.")}

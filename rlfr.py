@@ -18,8 +18,9 @@ Equations, each with its function:
     rejection sampling for the online flow update                        online_flow_weights
 
 Departures from the official code: the minimum is taken over the response (there it is the second
-smallest value, and constant rows give NaN); equal rewards have advantage 0 (there -0.83 from
-rounding); an optimiser step has one denominator (there it is a mean of micro-batch means).
+smallest value, and constant rows give NaN); equal rewards have advantage 0 (there a group of 0.7
+gets 0.92 from rounding); the flow's losses have one denominator, as the policy's (there they are
+means of micro-batch means).
 """
 
 import math

@@ -4,6 +4,8 @@ The tables below were read from the official scripts and yaml files, not from th
 """
 
 import json
+import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -145,18 +147,39 @@ def test_a_recipe_says_what_the_official_run_did(path):
     assert recipe["train_rl"] == RL | (RL_IMAGES if has_images else RL_TEXT) | rl
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_settings_of_a_recipe_are_accepted(world, path):
-    recipe = read(path)
-    name = recipe["model"]
+def save_model(world, name: str) -> None:
+    """Put all of a published model but its weights into the local hub cache."""
     CONFIGS[name].save_pretrained(snapshot(name))
     save_tokenizer(world, snapshot(name), llama="Llama" in name)
     if "VL" in name:
         toy.make_processor().save_pretrained(snapshot(name))
         set_chat_template(snapshot(name))
+
+
+def commands_of_the_page(model: str) -> dict[str, list[str]]:
+    """The flags of docs/departures.md for a model, by script."""
+    page = (ROOT / "docs" / "departures.md").read_text()
+    commands = {}
+    for script, flags in re.findall(r"^torchrun .* (train_\w+).py (.*)$", page, re.MULTILINE):
+        flags = flags.replace("Qwen2.5-Math-7B", model)
+        if "VL" in model:
+            flags = flags.replace("--clip-norm 0.0625", "--clip-norm 0.125")
+            flags = flags.replace("--reward official", "--min-pixels 3136")
+        commands[script] = flags.split()
+    return commands
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_accepted_and_is_what_the_flags_of_the_page_say(world, monkeypatch, path):
+    recipe = read(path)
+    save_model(world, recipe["model"])
+    commands = commands_of_the_page(recipe["model"])
     for script, module in {"train_flow": train_flow, "train_rl": train_rl}.items():
-        config = runs.change(module.Config(), model=name, **recipe[script])
+        config = runs.change(module.Config(), model=recipe["model"], **recipe[script])
         check_numbers(config)
         resolved, _ = module.resolve(config)
         values = runs.flatten(resolved)
         assert {key: values[key] for key in recipe[script]} == recipe[script]
+        monkeypatch.setattr(sys, "argv", [script, *commands[script]])
+        flags = runs.parse_config(module.Config, toy.PRESETS[script])
+        assert module.resolve(flags)[0] == resolved
