@@ -41,7 +41,8 @@ from transformers.masking_utils import sdpa_mask
 import lora
 import vision
 from flow import keyed_seed
-from parallel import DEVICE
+from infra import families
+from parallel import DEVICE, is_first
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Freeze = Literal["none", "vision"]
@@ -536,15 +537,18 @@ class LastTap(Exception):  # noqa: N818 (a signal, not an error)
 class Policy(nn.Module):
     """A Hugging Face decoder that returns log-probs, entropies and tapped latents of episodes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, attention: str | None = None):
+        """Take a model, and the name of the attention that it gets, by default what its family needs.
+
+        Raises ValueError if its log-probs would not be those of its own forward.
+        """
         super().__init__()
         check_head(model)
+        if attention is None:
+            attention = find_attention(model)
         self.model = model
-        decoder = model.get_decoder()
-        # that of a text model with code of its own may have attention that cannot be exchanged
-        self.packs = decoder._can_set_attn_implementation()
-        if self.packs:
-            decoder.set_attn_implementation(PACKED)
+        self.packs = attention == PACKED
+        families.set_attention(model.get_decoder(), attention)
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -609,15 +613,20 @@ class Policy(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-        hidden = states + tower_term
-        weight = self.model.get_output_embeddings().weight
-        tokens = batch.input_ids[batch.targets]  # (M,)
-        logp, entropy = TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
+        logp, entropy = self.score_tokens(states + tower_term, batch, temperature)
         return PolicyOutput(
             logp=batch.unflatten(logp),
             entropy=batch.unflatten(entropy),
             latents=[latents[index] for index in taps],
         )
+
+    def score_tokens(
+        self, hidden: Tensor, batch: Batch, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-prob and entropy (M,) of response tokens from the states (M, D) before them."""
+        weight = self.model.get_output_embeddings().weight
+        tokens = batch.input_ids[batch.targets]  # (M,)
+        return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
 
     def add_taps(
         self, batch: Batch, taps: set[int], last_tap: int | None, latents: dict[int, Tensor]
@@ -642,11 +651,12 @@ class Policy(nn.Module):
     def run_decoder(self, batch: Batch, wanted: Tensor) -> Tensor:
         """Return the last hidden states (M, D) at the M positions that are wanted, (B, S) bool.
 
-        The tokens of all rows are packed into one, so that padding costs nothing but in attention.
-        No attention mask is passed: no token attends to the padding behind it, and without a mask
+        The tokens of all rows are packed into one, so that padding costs nothing but in attention,
+        where the family allows it, see find_attention; else the rows are padded on the right.
+        No attention mask is passed: no token sees the padding behind it, and without a mask
         attention runs in its fast causal kernel.
         """
-        body = self.model.base_model
+        body = self.model.get_decoder() if self.tower is None else self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
         if not self.packs:
             return body(input_ids=batch.input_ids, **inputs).last_hidden_state[wanted]
@@ -752,9 +762,60 @@ def check_head(model: nn.Module) -> None:
         additions.append("a bias")
     if additions:
         raise ValueError(
-            f"{type(model).__name__}: {', '.join(additions)} on its logits; "
+            f"{families.model_name(model)}: {', '.join(additions)} on its logits; "
             "expected a plain linear head"
         )
+
+
+LOGP_TOLERANCE = 1e-3  # what rounding in float32 may change of log-probs
+
+
+def find_attention(model: nn.Module) -> str:
+    """Return the attention with which a policy gives the log-probs of the model's own forward.
+
+    That is PACKED, where nothing but plain attention passes between tokens, or else the model's own
+    in padded rows. A few tokens through the first layers, one of every kind, show it.
+
+    Raises ValueError if neither gives them.
+    """
+    name = families.model_name(model)
+    if not hasattr(model.get_decoder(), "layers"):
+        raise ValueError(f"{name}: its decoder has no list `layers` to tap; take another family")
+    small = families.in_small(model, DEVICE)
+    faithful = families.faithful_attention(model, DEVICE)
+    families.set_attention(small.get_decoder(), faithful)
+    own = families.own_scores(small, DEVICE)
+    candidates = [faithful]
+    if vision.takes_images(model.config):
+        candidates = [PACKED]  # padded rows have no place for images
+    elif families.can_pack(model):
+        candidates.insert(0, PACKED)
+    for attention in candidates:
+        difference = find_difference(Policy(small, attention), own)
+        if difference is None:
+            return attention
+    raise ValueError(f"{name}: a policy would not score as Hugging Face does: {difference}")
+
+
+@torch.no_grad()
+def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
+    """Return in which way a policy differs from the model's own forward; None if it does not."""
+    batch = collate([Row(*row) for row in families.example_rows(policy.model)])
+    try:
+        states = policy.run_decoder(batch, batch.attention_mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a family's code may raise anything where it gets what it never got
+        return f"its code ends in {type(error).__name__}, {error}"
+    change = families.change_of_states(states, own.states)
+    if not change <= families.TOLERANCE:  # also if it is NaN
+        return f"its last hidden states differ by {change:.2g} of the largest"
+    is_before = batch.targets.roll(-1, dims=1)[batch.attention_mask]  # (n,) what predicts a word
+    logp, _ = policy.score_tokens(states[is_before], batch, temperature=1.0)
+    change = (logp - own.logp).abs().max().item()
+    if not change <= LOGP_TOLERANCE:
+        return f"its log-probs differ by {change:.2g}; expected a plain linear head"
+    return None
 
 
 def load_policy(
@@ -764,7 +825,8 @@ def load_policy(
 
     checkpointing: recompute activations in the backward
     freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
-    Raises ValueError if the model has dropout, under which log-probs do not repeat.
+    Raises ValueError if the model has dropout, under which log-probs do not repeat, or is of a
+    family that a policy does not score as Hugging Face does.
     """
     model = vision.load_model(path, "auto", trust_remote_code)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
@@ -776,6 +838,8 @@ def load_policy(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train())
+    if not policy.packs and is_first():
+        print(f"{path}: rows are padded, as its layers would differ if they were packed")
     if freeze == "vision" and policy.tower is not None:
         policy.tower.requires_grad_(False)
         policy.takes_features = True
@@ -958,10 +1022,11 @@ def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float, kappa: f
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
     """Return advantages (B, T) with mean 0 and standard deviation 1 over all response tokens.
 
-    For REINFORCE++-baseline.
+    For REINFORCE++-baseline. A single token gets 0.
     """
     values = advantage[mask]
-    whitened = (advantage - values.mean()) / (values.std() + 1e-8)
+    spread = values.std() if len(values) > 1 else 0.0  # a single token's is not defined
+    whitened = (advantage - values.mean()) / (spread + 1e-8)
     return torch.where(mask, whitened, 0.0)
 
 

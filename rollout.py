@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import vision
-from infra import hub
+from infra import families, hub
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
 from parallel import gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
@@ -945,10 +945,25 @@ class TorchEngine:
     ):
         self.model = vision.load_model(model.path, dtype, model.trust_remote_code).eval()
         self.model.to(device)
+        attention = families.faithful_attention(self.model, device)
+        families.set_attention(self.model.get_decoder(), attention)
         self.device = device
         self.tokenizer = model.tokenizer
         self.max_sequences = max_sequences
         self.end_tokens = torch.tensor(end_tokens(model, stop_tokens), device=device)
+        self.check_cache(model.path)
+
+    @torch.inference_mode()
+    def check_cache(self, path: str) -> None:
+        """Raise ValueError if the model keeps what it has read elsewhere than in the cache it is given."""
+        cache = DynamicCache(config=self.model.config)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        output = self.model(token, past_key_values=cache)
+        if getattr(output, "past_key_values", None) is not cache:
+            raise ValueError(
+                f"{path}: --engine torch cannot sample from {type(self.model).__name__}, "
+                "which keeps its state elsewhere than in a KV cache; take --engine vllm"
+            )
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -1004,7 +1019,8 @@ class TorchEngine:
         uniform = self.draw_uniform(requests, sampling.n, longest)  # (rows, longest)
         cache = DynamicCache(config=self.model.config)
         logits, mask, position = self.prefill(requests, cache)
-        cache.batch_repeat_interleave(sampling.n)
+        prompts = torch.arange(len(requests), device=self.device)
+        cache.reorder_cache(prompts.repeat_interleave(sampling.n))
         logits = logits.repeat_interleave(sampling.n, dim=0)  # (rows, V)
         mask = mask.repeat_interleave(sampling.n, dim=0)  # (rows, S)
         position = position.repeat_interleave(sampling.n, dim=0)  # (rows, 1)
@@ -1024,7 +1040,7 @@ class TorchEngine:
                 break
             # each token copies the cache, as it grows: a tenth fewer rows are worth one copy more
             if len(running) <= 0.9 * len(rows):
-                cache.batch_select_indices(running)
+                cache.reorder_cache(running)
                 rows = rows[running]
                 token = token[running]
                 mask = mask[running]

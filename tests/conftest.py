@@ -1,5 +1,6 @@
 """Fixtures: a tiny embedded world, and tiny random models of several families."""
 
+import copy
 import gc
 import json
 import os
@@ -187,6 +188,72 @@ def browser(tmp_path_factory):
             browser.call("", None, "DELETE")
         finally:
             driver.terminate()
+
+
+# Decoders of several families, with weights so large that a mistake shows
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LINEAR = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16}
+PLAIN_FAMILIES = {  # nothing but plain attention passes between tokens
+    "qwen2": transformers.Qwen2Config(**TINY),
+    "qwen3": transformers.Qwen3Config(**TINY, head_dim=8),
+    "llama": transformers.LlamaConfig(**TINY, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**TINY, sliding_window=None),
+    "mistral with a window": transformers.MistralConfig(**TINY, sliding_window=3),
+    "gemma": transformers.GemmaConfig(**TINY, head_dim=8),
+    "gemma2": transformers.Gemma2Config(
+        **TINY, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **{**TINY, "num_hidden_layers": 7}, head_dim=8, sliding_window=3
+    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**TINY, **EXPERTS, head_dim=8),
+}
+OTHER_FAMILIES = {  # softcaps, sinks, recurrent states, convolutions
+    "gemma2 with a softcap": transformers.Gemma2Config(
+        **TINY, head_dim=8, attn_logit_softcapping=1.0
+    ),
+    "gpt_oss": transformers.GptOssConfig(
+        **TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=3
+    ),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**TINY, **LINEAR),
+    "qwen3_next": transformers.Qwen3NextConfig(
+        **TINY, **LINEAR, **EXPERTS, shared_expert_intermediate_size=16
+    ),
+    "lfm2": transformers.Lfm2Config(**TINY, full_attn_idxs=[2], block_multiple_of=8),
+    "falcon_h1": transformers.FalconH1Config(**TINY, **MAMBA),
+}
+FAMILIES = PLAIN_FAMILIES | OTHER_FAMILIES
+
+
+def tiny_model(family: str, **changes) -> transformers.PreTrainedModel:
+    """A random model of a family; its configuration is its own, whatever a policy writes there."""
+    config = copy.deepcopy(FAMILIES[family])
+    config.update(changes)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+def plain_model(family: str, **changes) -> transformers.PreTrainedModel:
+    """The same model with Hugging Face's eager attention, which says what is right."""
+    model = tiny_model(family, **changes)
+    model.set_attn_implementation("eager")
+    return model
 
 
 def tiny_vlm(family: str):

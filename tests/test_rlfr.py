@@ -6,29 +6,13 @@ import math
 import pytest
 import torch
 import transformers as hf
+from conftest import FAMILIES, OTHER_FAMILIES, PLAIN_FAMILIES, TINY, plain_model, tiny_model
 
 import flow as fl
 import parallel
 import rlfr
+from infra import families
 
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-FAMILIES = {
-    "qwen2": hf.Qwen2Config(**TINY),
-    "qwen3": hf.Qwen3Config(**TINY, head_dim=8),
-    "llama": hf.LlamaConfig(**TINY, tie_word_embeddings=True),
-    "mistral": hf.MistralConfig(**TINY, sliding_window=None),
-    "mistral with a window": hf.MistralConfig(**TINY, sliding_window=3),
-    "gemma": hf.GemmaConfig(**TINY, head_dim=8),
-    "gemma2": hf.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=2.0),
-    "gemma3": hf.Gemma3TextConfig(**TINY, head_dim=8),
-}
 EPISODES = [
     rlfr.Row([5, 6, 7], [8, 9]),
     rlfr.Row([10], [11, 12, 13, 14, 15]),
@@ -37,21 +21,18 @@ EPISODES = [
 ]
 
 
-def tiny_model(family: str) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(FAMILIES[family]).train()
-
-
 def tiny_policy(family: str) -> rlfr.Policy:
     return rlfr.Policy(tiny_model(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_forward_gives_what_hugging_face_gives(family):
-    """Each episode alone, without padding, from full logits."""
+    """Each episode alone, without padding, from full logits; pytest -rP prints the largest error."""
     policy = tiny_policy(family)
-    plain = tiny_model(family)
+    assert policy.packs == (family in PLAIN_FAMILIES)
+    plain = plain_model(family)
     taps = [1, 2, 3]
+    error = 0.0
     scored = policy(rlfr.collate(EPISODES), temperature=0.7, taps=taps)
     for row, (prompt, response, _) in enumerate(EPISODES):
         n = len(response)
@@ -61,14 +42,16 @@ def test_one_forward_gives_what_hugging_face_gives(family):
         log_p = (logits / 0.7).log_softmax(dim=-1)
         logp = log_p.gather(1, torch.tensor(response)[:, None]).squeeze(1)
         entropy = -(log_p.exp() * log_p).sum(dim=1)
+        error = max(error, (scored.logp[row, :n] - logp).abs().max().item())
         torch.testing.assert_close(scored.logp[row, :n], logp, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(scored.entropy[row, :n], entropy, rtol=1e-4, atol=1e-5)
         assert (scored.logp[row, n:] == 0).all()
         for tap, latent in zip(taps, scored.latents, strict=True):
-            if tap + 1 < 4:  # Hugging Face norms the last entry of hidden_states
+            if tap + 1 < policy.n_layers:  # Hugging Face norms the last entry of hidden_states
                 got = latent[row, : ids.shape[1]]
                 expected = output.hidden_states[tap + 1][0]
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    print(f"{family:24} {'packed' if policy.packs else 'padded'} {error:.0e} latents equal")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +61,7 @@ def test_padding_needs_no_mask(family):
     batch = rlfr.collate(EPISODES)
     is_token = batch.attention_mask
     states = policy.run_decoder(batch, is_token)
-    masked = tiny_model(family).base_model(batch.input_ids, attention_mask=is_token)
+    masked = plain_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
 
@@ -87,7 +70,7 @@ def test_padding_needs_no_mask(family):
 def test_packed_rows_have_the_gradients_of_padded_ones(family):
     """Of a random combination of all tokens' states, for all parameters of the body."""
     policy = tiny_policy(family)
-    plain = tiny_model(family)
+    plain = plain_model(family)
     batch = rlfr.collate(EPISODES)
     is_token = batch.attention_mask
     states = policy.run_decoder(batch, is_token)
@@ -115,7 +98,7 @@ def test_rows_of_like_length_form_a_strip():
     assert torch.equal(batch.packing.pack(padded), packed)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_strips_change_no_figure(family, monkeypatch):
     """All rows in one strip, as on a GPU, a strip for each length, and what a CPU does."""
     outputs = []
@@ -139,13 +122,14 @@ PROMPTS_SHARED = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_of_several_rows_is_computed_once(family):
-    """Figures, latents and gradients are those of the rows one by one, for fewer tokens."""
+    """Figures, latents and gradients are those of the rows one by one; packed, for fewer tokens."""
     policy = tiny_policy(family)
     alone = tiny_policy(family)
     seen = []
-    policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
+    policy.layers[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[:2]))
     shared = policy(rlfr.collate(PROMPTS_SHARED), 0.7, taps=[1, 2])
-    assert seen == [(1, 3 + 1 + 2 + 2 + 3 + 4 + 3 + 1 + 1)]
+    n_packed = 3 + 1 + 2 + 2 + 3 + 4 + 3 + 1 + 1
+    assert seen == [(1, n_packed) if policy.packs else (6, 7)]
     (shared.logp.sum() + shared.entropy.square().sum()).backward()
     for i, row in enumerate(PROMPTS_SHARED):
         one = alone(rlfr.collate([row]), 0.7, taps=[1, 2])
@@ -157,7 +141,7 @@ def test_a_prompt_of_several_rows_is_computed_once(family):
             got = latent[i, : expected.shape[1]]
             assert (got - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
     for got, expected in zip(policy.parameters(), alone.parameters(), strict=True):
-        assert (got.grad - expected.grad).abs().max() <= 1e-5 * expected.grad.abs().max()
+        assert (got.grad - expected.grad).abs().max() <= 1e-4 * expected.grad.abs().max()
 
 
 def test_rows_of_a_prompt_go_to_one_rank():
@@ -195,13 +179,105 @@ def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, 
 def test_a_policys_model_still_does_what_others_expect_of_it(family):
     """Rows that are not packed, with and without a mask of padding on the left."""
     model = tiny_policy(family).model
-    plain = tiny_model(family)
+    plain = plain_model(family)
     ids = torch.arange(1, 13).view(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
     got = model(ids, attention_mask=mask).logits[mask.bool()]
     expected = plain(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- What a family needs is seen, not known
+class LooksBack(torch.nn.Module):
+    """A feed-forward that also gets the token before, which no configuration tells of."""
+
+    def __init__(self, inner: torch.nn.Module, strength: float):
+        super().__init__()
+        self.inner = inner
+        self.strength = torch.nn.Parameter(torch.tensor(strength))
+
+    def forward(self, states):
+        before = torch.nn.functional.pad(states, (0, 0, 1, -1))
+        return self.inner(states + self.strength * before)
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-2])
+def test_a_layer_that_mixes_tokens_is_found_and_not_packed(strength):
+    """One layer of four, and weights as small as those of a new model."""
+    models = [tiny_model("llama", initializer_range=0.02) for _ in range(2)]
+    for model in models:
+        layer = model.model.layers[2]
+        layer.mlp = LooksBack(layer.mlp, strength)
+    policy = rlfr.Policy(models[0])
+    assert not policy.packs
+    logp = policy(rlfr.collate(EPISODES)).logp
+    for row, (prompt, response, _) in enumerate(EPISODES):
+        logits = models[1](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(logp[row, : len(response)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_families_are_told_apart_by_small_weights_too(family):
+    if family.startswith("gemma2"):
+        pytest.skip("of scores near 0 a softcap takes nothing")
+    assert not rlfr.Policy(tiny_model(family, initializer_range=0.02)).packs
+
+
+def test_a_window_that_rows_of_a_check_would_not_fill_is_checked(monkeypatch):
+    """A packed attention that forgets the window, for a family whose window is 4,096 tokens."""
+    model = tiny_model("mistral")
+    model.config.sliding_window = 4096
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 4096
+    assert rlfr.find_attention(model) == "packed"
+    attend = rlfr.attend
+    monkeypatch.setattr(
+        rlfr,
+        "attend",
+        lambda *inputs, **settings: attend(*inputs[:5], None, **settings),
+    )
+    assert rlfr.find_attention(model) == "sdpa"
+    assert model.config.sliding_window == 4096, "the model itself stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("family", "n_layers"), [("llama", 1), ("gpt_oss", 2), ("lfm2", 3), ("gemma3", 6)]
+)
+def test_the_check_runs_the_first_layers_until_all_kinds_have_come(family, n_layers):
+    model = tiny_model(family)
+    n_before = len(model.model.layers)
+    small = families.in_small(model, torch.device("cpu"))
+    assert len(small.model.layers) == n_layers
+    assert len(model.model.layers) == n_before
+
+
+def test_a_large_model_costs_the_check_one_layer_and_few_words():
+    model = tiny_model("llama", vocab_size=128_000).bfloat16()
+    small = families.in_small(model, torch.device("cpu"))
+    weights = list(small.parameters())
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert sum(weight.numel() for weight in weights) < 4096 * 32 + 10_000
+    assert rlfr.Policy(model).packs
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_family_that_is_scored_otherwise_is_refused_when_it_is_loaded(tmp_path):
+    """Falcon-H1 multiplies its logits by a number that is in its configuration alone."""
+    tiny_model("falcon_h1", lm_head_multiplier=0.3).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="its log-probs differ by .*; expected a plain linear"
+    ) as e:
+        rlfr.load_policy(str(tmp_path))
+    assert str(tmp_path) in str(e.value)
+
+
+def test_layers_that_cannot_be_tapped_are_refused(tmp_path):
+    config = hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: its decoder has no list `layers`"):
+        rlfr.Policy(hf.AutoModelForCausalLM.from_config(config))
 
 
 def test_padding_costs_the_decoder_nothing():
@@ -229,7 +305,7 @@ def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
     assert short.logp is None
     torch.testing.assert_close(short.latents, full, rtol=0, atol=0)
     n_hooks = [len(layer._forward_hooks) for layer in policy.layers]
-    assert n_hooks == [0, 0, 0, 1], "the taps' hooks are gone"
+    assert n_hooks[:4] == [0, 0, 0, 1] and not any(n_hooks[4:]), "the taps' hooks are gone"
 
 
 def test_compiled_parts_of_layers_give_the_same():
@@ -532,6 +608,13 @@ def test_whiten():
     mask = torch.tensor([[1, 1], [1, 0]]).bool()
     got = rlfr.whiten(torch.tensor([[1.0, 2.0], [3.0, 99.0]]), mask)
     torch.testing.assert_close(got, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1])
+def test_whiten_of_a_single_token_is_0(n_tokens):
+    """Regression: one value has no standard deviation, and the advantage was NaN."""
+    mask = torch.tensor([[True, False]]) & (n_tokens == 1)
+    assert rlfr.whiten(torch.tensor([[3.0, 99.0]]), mask).tolist() == [[0, 0]]
 
 
 # ---- Losses

@@ -9,8 +9,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import find_model, load_problems, requests, torch_engine
-from transformers import AutoTokenizer
+from conftest import (
+    FAMILIES,
+    find_model,
+    load_problems,
+    plain_model,
+    requests,
+    tiny_model,
+    torch_engine,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 import eval as evaluation
 import rollout
@@ -261,6 +269,36 @@ def test_log_probs_are_those_of_the_trainer(engine, prompts, policy, temperature
             rtol=1e-4,
             atol=2e-5,
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_samples_from_its_own_distribution(family, tokenizer, tmp_path):
+    """Prompts of several lengths, padded on the left; rows leave at different times."""
+    changes = {"vocab_size": len(tokenizer), "pad_token_id": None, "eos_token_id": None}
+    tiny_model(family, **changes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = torch_engine(tmp_path)
+    engine.end_tokens = torch.arange(40)
+    prompts = [[65, 66, 67, 68, 69, 70, 71], [72], [73, 74, 75]]
+    episodes = engine.generate(requests(prompts, [3, 33, 333]), Sampling(n=3, max_tokens=12))
+    assert len({len(episode.response_ids) for episode in episodes}) > 2
+    plain = plain_model(family, **changes)
+    for episode in episodes:
+        ids = torch.tensor([episode.prompt_ids + episode.response_ids])
+        with torch.no_grad():
+            logits = plain(ids).logits[0, len(episode.prompt_ids) - 1 : -1]
+        words = torch.tensor(episode.response_ids)[:, None]
+        expected = logits.log_softmax(dim=-1).gather(1, words).squeeze(1)
+        torch.testing.assert_close(torch.tensor(episode.logp), expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_ignores_the_cache_is_refused(tokenizer, tmp_path):
+    """Regression: each token was sampled as if the prompt had never been."""
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot sample from MambaForCausalLM.*take --engine vllm"):
+        torch_engine(tmp_path)
 
 
 def test_sampling_follows_the_distribution():
