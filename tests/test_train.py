@@ -23,6 +23,7 @@ from conftest import (
     read_lines,
     save_flow,
     small_run,
+    tiny_model,
     torch_engine,
 )
 from transformers import AutoTokenizer
@@ -142,6 +143,24 @@ def test_a_frozen_flow_stays(config, flow_folder):
     assert (
         "flow/loss" not in figures(config.folder)[0] and "flow/score" in figures(config.folder)[0]
     )
+
+
+def test_a_family_whose_rows_cannot_be_packed_is_trained(config, world, tmp_path, capsys):
+    """Convolutions: trainer and sampler agree to rounding, in float32, also after an update."""
+    changes = {"vocab_size": 300, "pad_token_id": None, "eos_token_id": None}
+    model = tiny_model("lfm2", **changes)
+    model.save_pretrained(tmp_path / "lfm2")
+    AutoTokenizer.from_pretrained(world.path("model")).save_pretrained(tmp_path / "lfm2")
+    train_rl.main(change(config, model=str(tmp_path / "lfm2"), steps=2, **BY_LENGTH))
+    assert "lfm2: rows are padded" in capsys.readouterr().out
+    lines = figures(config.folder)
+    assert [line["mismatch/ratio_max"] for line in lines] == [pytest.approx(1, abs=1e-3)] * 2
+    trained = rlfr.load_policy(f"{config.folder}/policy").model
+    change_of = [
+        (new - old).abs().max().item()
+        for new, old in zip(trained.parameters(), model.parameters(), strict=True)
+    ]
+    assert min(change_of) > 0, "a weight has learnt nothing"
 
 
 def test_gradient_checkpointing_changes_nothing(config, train_once):
