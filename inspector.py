@@ -87,6 +87,8 @@ def write_step(
     with Grader(config.reward, config.grading, max_tokens) as grader:
         sampler = train_rl.Sampler(engine, grader, problems, lengths, config.sampling, config.seed)
         engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
+        probes = rollout.sample_probes(engine, config.problems.max_prompt_tokens, max_tokens)
+        train_rl.check_probes(policy, probes, model.path)
         episodes, verdicts, _ = train_rl.roll_out(sampler, 0)
         engine.sleep()
         scores, _ = train_rl.score(

@@ -34,7 +34,7 @@ from transformers import (
 import vision
 from infra import families, hub
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
-from parallel import gather_objects, is_first, tensor_memory
+from parallel import fork_rng, gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -604,6 +604,8 @@ def make_engine(
     of a process that run on vLLM only one can sleep.
     """
     kind, reason = choose_engine(settings.engine, device)
+    if kind == "vllm" and device.type == "cuda" and is_first():
+        print("vLLM starts, which takes one to four minutes", flush=True)
     began = time.perf_counter()
     if kind == "torch":
         sizes = (settings.max_sequences, device, dtype)
@@ -625,6 +627,42 @@ def choose_engine(engine: str, device: torch.device) -> tuple[str, str]:
     if find_spec("vllm") is None:
         return "torch", "vLLM is not installed"
     return "vllm", "installed"
+
+
+PROBES = ("1 + 1 =", "Let x be", "Find all n.")  # short texts that any model continues
+LARGEST_DIFFERENCE = 0.1  # of log-probs; in bfloat16 the mean is about 0.01
+
+
+def sample_probes(engine: Engine, max_prompt_tokens: int, max_tokens: int) -> list[Episode]:
+    """Sample a few short texts greedily, for check_log_probs; all ranks together."""
+    requests = []
+    for text in PROBES:
+        ids = engine.tokenizer(text)["input_ids"][:max_prompt_tokens]
+        requests.append(Request(ids, seed=0))
+    with fork_rng():  # an engine may draw from the global generator
+        return engine.generate(requests, Sampling(temperature=0.0, max_tokens=min(16, max_tokens)))
+
+
+def check_log_probs(probes: Sequence[Episode], logp: Tensor, model: str) -> None:
+    """Raise ValueError if an engine's log-probs are not those of the trainer; all ranks together.
+
+    Both have the same weights. They differ where the two do not compute the same model, where a
+    weight did not arrive, or where the engine lost a part of its state while it slept.
+
+    Args:
+        probes: what sample_probes() returned.
+        logp: the trainer's log-probs of the responses' tokens, one after the other, (M,).
+        model: its name.
+    """
+    sampled = torch.tensor([value for episode in probes for value in episode.logp])
+    difference = (sampled - logp.cpu()).abs().mean().item()
+    largest = torch.tensor(gather_objects(difference)).max().item()
+    if not largest <= LARGEST_DIFFERENCE:  # or it is not a number
+        raise ValueError(
+            f"{model}: the engine's log-probs differ from the trainer's by {largest:.2f} in the "
+            f"mean, more than {LARGEST_DIFFERENCE}: with the same weights it samples from another "
+            "model than is trained; take another --engine, or another version of vLLM"
+        )
 
 
 def generate_on_all_ranks(
@@ -718,7 +756,8 @@ class VllmEngine:
     """vLLM in this process: an engine a rank, or one that neighbouring ranks call together.
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it
-    samples. On a CPU sleeping frees nothing.
+    samples. One that can sleep does so from the start: it has not read the model's weights. On a CPU
+    sleeping frees nothing.
     """
 
     def __init__(
@@ -738,14 +777,19 @@ class VllmEngine:
         warnings.filterwarnings("ignore", module="vllm")
         import vllm
 
+        from infra import vllm_setup
+
         if device.type == "cpu":
-            keep_weights_unpacked(vllm)
+            vllm_setup.keep_weights_unpacked()
         self.tokenizer = model.tokenizer
         self.n_ranks = settings.tensor_parallel
         self.end_tokens = end_tokens(model, settings.stop_tokens)
         self.SamplingParams = vllm.SamplingParams
         self.state: Literal["awake", "no cache", "asleep"] = "awake"
         options = device_options(device, can_sleep)
+        if can_sleep:
+            vllm_setup.zero_woken_memory()
+            options["load_format"] = vllm_setup.UNREAD
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         if model.processor is not None:
@@ -763,7 +807,7 @@ class VllmEngine:
             kv_cache_memory_bytes=cache_bytes(
                 model, settings, max_length, dtype, free_memory(device)
             ),
-            gpu_memory_utilization=0.1,  # checked at the start, no more: the size is given
+            gpu_memory_utilization=0.01,  # checked at the start, no more: the size is given
             max_num_batched_tokens=max(8192, max_length),
             logprobs_mode="processed_logprobs",  # at the temperature, which raw ones are not
             disable_log_stats=True,
@@ -774,19 +818,31 @@ class VllmEngine:
         # vLLM leaves one thread to torch: too few for an optimiser in host memory
         torch.set_num_threads(n_threads)
         self.held_memory = tensor_memory() - memory_before
+        if can_sleep:
+            self.sleep()  # it has no weights yet
 
     def sleep(self) -> None:
         if self.state == "no cache":  # vLLM may ignore a sleep when it is only partly awake
-            self.llm.wake_up(tags=["kv_cache"])
+            self.wake_up("kv_cache")
         if self.state != "asleep":
             self.llm.sleep(level=2)
         self.state = "asleep"
 
+    def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Let vLLM take the memory of a part again: first that of the weights, then the cache's."""
+        torch.cuda.empty_cache()
+        self.llm.wake_up(tags=[part])
+        engine = self.llm.llm_engine
+        sleeps = part in engine.model_executor.sleeping_tags
+        if part == "kv_cache":  # the last
+            sleeps = engine.is_sleeping()
+        if sleeps:  # vLLM only warns of a call that it ignores
+            raise RuntimeError(f"vLLM still sleeps after it was told to wake its {part}")
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         if self.state == "asleep":
             # only the weights: the trainer still needs the cache's memory to gather them
-            torch.cuda.empty_cache()
-            self.llm.wake_up(tags=["weights"])
+            self.wake_up("weights")
             self.state = "no cache"
 
         def load(model) -> None:
@@ -794,15 +850,19 @@ class VllmEngine:
             check_all_given(dict(model.named_parameters()).keys() - loaded)
 
         self.llm.apply_model(load)
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        # it holds keys and values of the old weights
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM cannot reset its prefix cache: it would sample with keys and values of the "
+                "old weights; requests must have ended before a sync"
+            )
         self.llm.llm_engine.reset_encoder_cache()  # it holds their image vectors
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         if self.state == "asleep":
             raise RuntimeError("the engine sleeps without weights; call load_weights first")
         if self.state == "no cache":  # without a cache vLLM would wait for ever
-            torch.cuda.empty_cache()
-            self.llm.wake_up(tags=["kv_cache"])
+            self.wake_up("kv_cache")
             self.state = "awake"
         prompts = [self.to_vllm_prompt(request) for request in requests]
         parameters = [self.sampling_parameters(sampling, request) for request in requests]
@@ -845,15 +905,6 @@ class VllmEngine:
         logp = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Episode(request.prompt_ids, ids, logp, output.finish_reason, text)
-
-
-def keep_weights_unpacked(vllm) -> None:
-    """Switch off vLLM's oneDNN kernels: they pack weights at the start and never see new ones."""
-    from vllm import _custom_ops
-
-    has_switch = hasattr(_custom_ops, "_supports_onednn")
-    assert has_switch, f"vLLM {vllm.__version__}: no switch for packed weights"
-    _custom_ops._supports_onednn = False
 
 
 def device_options(device: torch.device, can_sleep: bool) -> dict:

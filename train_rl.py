@@ -504,6 +504,13 @@ def make_reference(
 Verdicts = Callable[[], list[Verdict]]
 
 
+@torch.no_grad()
+def check_probes(policy: rlfr.Policy, probes: list[rollout.Episode], model: str) -> None:
+    """Raise ValueError if the policy's log-probs are not the engine's, see rollout.sample_probes."""
+    batch = rlfr.collate(probes)
+    rollout.check_log_probs(probes, policy(batch).logp[batch.response_mask], model)
+
+
 class Sampler(NamedTuple):
     """What samples groups of responses and grades them."""
 
@@ -1424,6 +1431,11 @@ def main(config: Config) -> None:
         engine.sleep()
         if host_copy:
             host_copy.restore()
+
+    # ---- Does the engine sample from the model that is trained?
+    with engine_awake():
+        probes = rollout.sample_probes(engine, config.problems.max_prompt_tokens, max_tokens)
+    check_probes(policy, probes, model.path)
 
     def export(folder: Path) -> None:
         """Write the policy and the flow for other programs."""

@@ -1,6 +1,8 @@
 """The vLLM engine in this process, against the torch engine and the trainer, with weights that change."""
 
+import ctypes
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +54,12 @@ def tokenizer(folder):
 
 
 @pytest.fixture(scope="module")
-def engine(folder, tokenizer):
-    return vllm_engine(folder, LENGTH)
+def engine(folder, tokenizer, tmp_path_factory):
+    """An engine that can sleep: it starts where there are no weights."""
+    without = tmp_path_factory.mktemp("without")
+    shutil.copytree(folder, without, dirs_exist_ok=True)
+    (without / "model.safetensors").unlink()
+    return vllm_engine(without, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +100,11 @@ def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
     ]
 
 
-def test_a_long_prompt_shortens_its_own_responses_alone(engine, folder, prompts):
+def test_a_long_prompt_shortens_its_own_responses_alone(engine, learner, folder, prompts):
     """The last prompt leaves room for 8 tokens; both engines leave the others as they are."""
     chosen = [*prompts[:3], prompts[0] + prompts[1][: LENGTH - 8 - len(prompts[0])]]
     bounded = replace(GREEDY, max_length=LENGTH)
+    sync(engine, learner)
     free = tokens(engine, prompts[:3])
     for each in (engine, torch_engine(folder)):
         got = tokens(each, chosen, bounded)
@@ -136,7 +143,7 @@ def test_without_the_cache_reset_old_keys_are_used(
     reference = torch_engine(folder)
     sync(reference, learner)
     with monkeypatch.context() as patched:
-        patched.setattr(engine.llm, "reset_prefix_cache", lambda: None)
+        patched.setattr(engine.llm, "reset_prefix_cache", lambda: True)
         sync(engine, learner)
         assert tokens(engine, prompts) != tokens(reference, prompts)
     sync(engine, learner)
@@ -214,6 +221,77 @@ def test_an_engine_asleep_needs_weights(engine, learner, prompts):
         and tokens(engine, prompts) == expected
         and engine.state == "awake"
     )
+
+
+def test_weights_that_are_not_read_leave_buffers_as_they_were_built(engine):
+    """vLLM's own format for this makes the buffers of a state dict random, too."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    layer = torch.nn.BatchNorm1d(3)
+    loader = get_model_loader(
+        LoadConfig(load_format=engine.llm.llm_engine.vllm_config.load_config.load_format)
+    )
+    loader.load_weights(layer, None)
+    assert layer.weight.abs().max() < 0.01 and layer.running_var.tolist() == [1, 1, 1]
+
+
+def test_what_vllm_ignores_is_an_error(engine, learner, monkeypatch):
+    """Regression: it only warns, unseen; old keys would be read, or generate() would hang."""
+    engine.sleep()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.llm, "wake_up", lambda tags: None)
+        with pytest.raises(
+            RuntimeError, match="still sleeps after it was told to wake its weights"
+        ):
+            sync(engine, learner)
+    sync(engine, learner)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.llm, "wake_up", lambda tags: None)
+        with pytest.raises(RuntimeError, match="still sleeps .* wake its kv_cache"):
+            engine.generate([], GREEDY)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(RuntimeError, match="cannot reset its prefix cache"):
+            sync(engine, learner)
+    sync(engine, learner)
+
+
+class HostMemory:
+    """What vLLM calls of CUDA, on host memory."""
+
+    cudaMemset = ctypes.memset
+    cudaMemcpy = ctypes.memmove
+    cudaDeviceSynchronize = int
+
+
+def test_memory_that_wakes_is_zero(monkeypatch):
+    """Regression: a tensor that is no buffer held what was in the memory that woke."""
+    from vllm.device_allocator import AllocationData, cumem
+
+    from infra import vllm_setup
+
+    monkeypatch.setattr(cumem, "libcudart", HostMemory)
+    monkeypatch.setattr(cumem, "create_and_map", lambda handle: None)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    vllm_setup.zero_woken_memory()
+    allocator = object.__new__(cumem.CuMemAllocator)
+    allocator.pointer_to_data = {}
+    memory = {}
+    for tag in ("weights", "runtime", "kv_cache"):
+        memory[tag] = torch.full((64,), 7, dtype=torch.uint8)
+        pointer = memory[tag].data_ptr()
+        allocator.pointer_to_data[pointer] = AllocationData((0, 64, pointer, 0), tag)
+        allocator.pointer_to_data[pointer].is_asleep = True
+        if tag == "runtime":  # kept while asleep
+            kept = torch.arange(64, dtype=torch.uint8)
+            allocator.pointer_to_data[pointer].cpu_backup_tensor = kept
+    allocator.wake_up(["weights"])
+    assert (memory["weights"] == 0).all()
+    assert memory["runtime"].equal(kept)
+    assert (memory["kv_cache"] == 7).all(), "still asleep"
+    allocator.wake_up(["kv_cache"])
+    assert (memory["kv_cache"] == 0).all()
 
 
 def test_every_loader_sees_the_same_ids(engine, world):
@@ -297,7 +375,7 @@ def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
     by_transformers, by_trl = (
         each.eval().generate(ids, **greedy)[:, 200:].tolist() for each in (model, trainer.model)
     )
-    by_vllm = tokens(vllm_engine(folder, LENGTH), ids.tolist())
+    by_vllm = tokens(vllm_engine(folder, LENGTH, can_sleep=False), ids.tolist())
     assert (
         by_trl == by_transformers
         and [row[: len(other)] for row, other in zip(by_transformers, by_vllm, strict=True)]
