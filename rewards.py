@@ -10,7 +10,7 @@ A reward is a weighted sum of parts, `--reward binary format=0.1 overlong=0.5`:
     tags        1 for `<think>…</think> <answer>…</answer>`, as the official rules want it of
                 vision-language models
     overlong    DAPO's soft penalty of length (eq. 13), from 0 to -1
-    FILE.py     a Python file with `reward(problem, response) -> float` or
+    FILE.py     a Python file, whatever its name, with `reward(problem, response) -> float` or
                 `reward(problem, response, answer) -> float`, where answer is the right one, a list
                 of right ones, or None. It may return {"reward": float, "text": str} instead: the
                 text is for logs, and may be left out
@@ -31,11 +31,12 @@ import infra.waiting  # noqa: F401
 # isort: split
 import importlib.util
 import inspect
-import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
@@ -44,6 +45,7 @@ import numpy as np
 
 from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
 from infra.ranges import PositiveFloat, PositiveInt
+from infra.watch import PATIENCE, Watch
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
 
@@ -74,6 +76,7 @@ class Response(NamedTuple):
     """A response as the parts of a reward see it, with the kind of its verdict beside it."""
 
     problem: str
+    problem_id: str  # in its data set, empty if not known
     answer: Gold | None  # the right one, or a list of them
     text: str
     finished: bool  # ended by itself, or may score although it ran out of room
@@ -83,6 +86,12 @@ class Response(NamedTuple):
     n_boxes: int
     obeys_official_rules: bool  # see obeys_official_rules; only the part official looks at it
     extracted: str | None  # as in Verdict
+
+    @property
+    def place(self) -> str:
+        """What a message calls the problem."""
+        name = f"problem {self.problem_id!r}, " if self.problem_id else "problem "
+        return name + repr(self.problem[:60])
 
     @property
     def has_box(self) -> bool:
@@ -187,21 +196,24 @@ def repeats_a_pattern(text: str) -> bool:
 
 
 # ---- Reading --reward
-def read_parts(reward: Sequence[str]) -> list[Part]:
-    """Read NAME or NAME=WEIGHT, where NAME is one of PARTS or a Python file.
+def read_parts(reward: Sequence[str], watch: Watch) -> list[Part]:
+    """Read NAME or NAME=WEIGHT, where NAME is one of PARTS, or a Python file, which ends in .py.
+
+    Args:
+        watch: Names a file that does not come to an end while it is loaded or called.
 
     Raises:
         ValueError: Something is neither, is given twice, or does not go with another part.
     """
     parts = []
     for text in reward:
-        part = read_part(text)
+        part = read_part(text, watch)
         if part.name in [other.name for other in parts]:
             raise ValueError(f"reward {text!r}: {part.name} is given twice")
         parts.append(part)
     if not parts:
         raise ValueError(f"no reward; expected {', '.join(PARTS)} or a Python file")
-    names = {part.name for part in parts}
+    names = built_in_names(parts)
     if "vlm" in names and names & {"binary", "official"}:
         raise ValueError(
             f"reward {' '.join(reward)}: vlm reads answers by other rules than binary and "
@@ -210,34 +222,53 @@ def read_parts(reward: Sequence[str]) -> list[Part]:
     return parts
 
 
-def read_part(text: str) -> Part:
-    name, _, weight_text = text.partition("=")
-    weight = read_weight(text, weight_text)
-    if name in PARTS:
-        return Part(name, weight, PARTS[name])
-    return Part(Path(name).stem, weight, load_reward(name), is_users=True)
+def built_in_names(parts: Sequence[Part]) -> set[str]:
+    """Return the names of those parts that are not of a user's file."""
+    return {part.name for part in parts if not part.is_users}
+
+
+def read_part(text: str, watch: Watch) -> Part:
+    source, equals, weight_text = text.rpartition("=")
+    weight = 1.0
+    if text.endswith(".py") or not equals:  # there may be a `=` in the name of a file
+        source = text
+    else:
+        weight = read_weight(text, weight_text)
+    if source in PARTS:
+        return Part(source, weight, PARTS[source])
+    file = Path(source)
+    name = file.name if file.stem in PARTS else file.stem  # binary.py is not the part binary
+    return Part(name, weight, load_reward(source, watch), is_users=True)
 
 
 def read_weight(part: str, text: str) -> float:
-    """Read the weight of a part, 1 if it has none."""
-    message = f"reward {part!r}: {text!r} is no weight; expected NAME=NUMBER"
+    """Read the weight of a part."""
+    message = f"reward {part!r}: {text!r} is no weight; expected NAME=NUMBER, within ±{LARGEST:g}"
     try:
-        weight = float(text or 1)
+        weight = float(text)
     except ValueError as error:
         raise ValueError(message) from error
-    if not math.isfinite(weight):
+    if not abs(weight) <= LARGEST:
         raise ValueError(message)
     return weight
 
 
 # ---- Users' functions
+LARGEST = 1e9  # of a value or a weight: single precision holds the squares of their products
 ARGUMENTS = ("problem", "response", "answer")  # of a user's function; the last may be left out
 EXPECTED_SIGNATURE = "reward(problem, response) or reward(problem, response, answer)"
-EXPECTED_RESULT = 'a finite number, or {"reward": a finite number, "text": a text for logs}'
+EXPECTED_RESULT = (
+    f'a finite number within ±{LARGEST:g}, or {{"reward": such a number, "text": a text for logs}}'
+)
+MAX_SHOWN = 500  # characters of an error or a result
 
 
-def load_reward(path: str) -> Callable[[Response, Kind], Score]:
-    """Make a part of the function `reward` of a user's Python file."""
+def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
+    """Make a part of the function `reward` of a user's Python file.
+
+    Raises:
+        ValueError: There is no such file, it defines no such function, or it fails, with its line.
+    """
     if not path.endswith(".py") or not Path(path).is_file():
         raise ValueError(
             f"reward {path!r}: neither {', '.join(PARTS)} nor a Python file that defines "
@@ -247,12 +278,43 @@ def load_reward(path: str) -> Callable[[Response, Kind], Score]:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with blamed_on(path, "at its import"), watch.over(f"{path}, at its import"):
+        spec.loader.exec_module(module)
     function = getattr(module, "reward", None)
     if not inspect.isfunction(function):
         raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
     n_arguments = count_arguments(path, function)
-    return score_by(path, function, takes_answer=n_arguments == len(ARGUMENTS))
+    if n_arguments == len(ARGUMENTS):
+        return score_by(path, function, watch)
+    return score_by(path, lambda problem, response, _: function(problem, response), watch)
+
+
+@contextmanager
+def blamed_on(path: str, occasion: str) -> Iterator[None]:
+    """Make whatever a user's file raises a ValueError that names the file and its line.
+
+    So is sys.exit(), which would end the run as if it were complete.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        line = line_in(path, error)
+        place = f"{path}, line {line}" if line else path
+        message = " ".join(str(error).split())[:MAX_SHOWN]
+        raise ValueError(f"{place}: {type(error).__name__}: {message} ({occasion})") from error
+
+
+def line_in(path: str, error: BaseException) -> int | None:
+    """Return the line of a file where an error came from, None if it came from elsewhere."""
+    if isinstance(error, SyntaxError) and error.filename and is_same(path, error.filename):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if is_same(path, frame.filename)]
+    return lines[-1] if lines else None
+
+
+def is_same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def count_arguments(path: str, function: Callable) -> int:
@@ -274,45 +336,55 @@ def count_arguments(path: str, function: Callable) -> int:
     return len(parameters)
 
 
-def score_by(
-    path: str, function: Callable, takes_answer: bool
-) -> Callable[[Response, Kind], Score]:
-    """Make a part of a user's function; a response that ran out of room is no answer."""
+def score_by(path: str, function: Callable, watch: Watch) -> Callable[[Response, Kind], Score]:
+    """Make a part of a user's function; a response that ran out of room is no answer.
+
+    Args:
+        function: Of a problem, a response and the right answer.
+    """
 
     def score(response: Response, kind: Kind) -> Score:
         if not response.finished:
             return Score(0.0)
-        if takes_answer:
+        with blamed_on(path, f"on {response.place}"), watch.over(f"{path}, on {response.place}"):
             result = function(response.problem, response.text, response.answer)
-        else:
-            result = function(response.problem, response.text)
-        return read_score(path, result)
+            value, text = read_result(result)
+            shown = repr(result) if value is None else ""
+        if value is None:
+            raise ValueError(
+                f"{path}: reward returned {shown[:MAX_SHOWN]}; expected {EXPECTED_RESULT} "
+                f"(on {response.place})"
+            )
+        return Score(value, text)
 
     return score
 
 
-def read_score(path: str, result: object) -> Score:
-    """Read what a user's function returned; ValueError names the file and what it is."""
-    message = f"{path}: reward returned {result!r}; expected {EXPECTED_RESULT}"
+def read_result(result: object) -> tuple[float | None, str]:
+    """Return the value and the text that a user's function returned; no value if it is none."""
     value = result
     text = ""
     if isinstance(result, dict):
         if "reward" not in result or not set(result) <= {"reward", "text"}:
-            raise ValueError(message)
+            return None, ""
         value = result["reward"]
         text = result.get("text", "")
     if not isinstance(value, SupportsFloat) or not isinstance(text, str):
-        raise ValueError(message)
+        return None, ""
     try:
         value = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # e.g. of an array
-        raise ValueError(message) from error
-    if not math.isfinite(value):
-        raise ValueError(message)
-    return Score(value, text)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # e.g. of an array
+        return None, ""
+    return (value, text) if abs(value) <= LARGEST else (None, "")
 
 
 # ---- Grading
+def has_gold(answer: Gold | None) -> bool:
+    """Return whether there is anything that a response could meet."""
+    golds = [answer] if isinstance(answer, str) else answer or []
+    return any(gold.strip() for gold in golds)
+
+
 class Grader(AbstractContextManager):
     """Grade episodes: a context manager, or call close().
 
@@ -327,6 +399,7 @@ class Grader(AbstractContextManager):
         settings: RewardSettings = RewardSettings(),
         max_tokens: int = 0,
         n_workers: int | None = None,
+        patience: float = PATIENCE,
     ):
         """Read the parts of the reward.
 
@@ -334,12 +407,14 @@ class Grader(AbstractContextManager):
             reward: Parts, NAME or NAME=WEIGHT.
             max_tokens: The longest response; only the part overlong needs it.
             n_workers: Number of grading processes; see Pool.
+            patience: Seconds until a user's file that does not come to an end is named.
 
         Raises:
             ValueError: A part or a setting is not possible.
         """
-        self.parts = read_parts(reward)
-        self.names = {part.name for part in self.parts}
+        self.watch = Watch(patience)
+        self.parts = read_parts(reward, self.watch)
+        self.names = built_in_names(self.parts)
         self.settings = settings
         self.max_tokens = max_tokens
         self.overlong_buffer = settings.overlong_buffer
@@ -367,6 +442,7 @@ class Grader(AbstractContextManager):
         """Finish what was submitted, and end the worker processes."""
         self.background.shutdown()
         self.pool.close()
+        self.watch.close()
 
     def grade(
         self,
@@ -375,6 +451,7 @@ class Grader(AbstractContextManager):
         response: str,
         finished: bool,
         n_tokens: int = 0,
+        problem_id: str = "",
     ) -> Verdict:
         """Grade one response.
 
@@ -384,8 +461,9 @@ class Grader(AbstractContextManager):
             response: Text of the response.
             finished: Whether it ended by itself.
             n_tokens: Its length; only the part overlong looks at it.
+            problem_id: What messages call the problem, beside its text.
         """
-        seen = self.examine(problem, answer, response, finished, n_tokens)
+        seen = self.examine(problem, problem_id, answer, response, finished, n_tokens)
         kind = self.judge(seen)
         scores = {}
         texts = []
@@ -401,13 +479,19 @@ class Grader(AbstractContextManager):
         return Verdict(reward, kind == "right", scores, seen.extracted, kind, text)
 
     def examine(
-        self, problem: str, answer: Gold | None, text: str, finished: bool, n_tokens: int
+        self,
+        problem: str,
+        problem_id: str,
+        answer: Gold | None,
+        text: str,
+        finished: bool,
+        n_tokens: int,
     ) -> Response:
         """Find out about a response what can be told without comparing answers."""
         finished = finished or self.settings.grade_truncated
         box_contents = boxes(text)
         obeys_rules = False
-        if "official" in self.names and finished and answer:
+        if "official" in self.names and finished and has_gold(answer):
             obeys_rules = obeys_official_rules(text, len(box_contents))
         if "vlm" in self.names:
             extracted = extract(text)
@@ -415,6 +499,7 @@ class Grader(AbstractContextManager):
             extracted = box_contents[-1] if box_contents else None
         return Response(
             problem=problem,
+            problem_id=problem_id,
             answer=answer,
             text=text,
             finished=finished,
@@ -434,14 +519,14 @@ class Grader(AbstractContextManager):
             return self.judge_by_vlm_rules(response)
         if not response.has_box:
             return "no answer"
-        if not response.answer:
+        if not has_gold(response.answer):
             return "wrong"
         return self.pool.judge(response.answer, response.extracted)
 
     def judge_by_vlm_rules(self, response: Response) -> Kind:
         if response.extracted is None:
             return "no answer"
-        if not response.answer:
+        if not has_gold(response.answer):
             return "wrong"
         return judge_response(response.text, response.answer, self.pool.judge)
 
@@ -464,7 +549,8 @@ class Grader(AbstractContextManager):
     def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
         """Grade episodes in the background, in order.
 
-        Problems have `text` and `answer`; each has the same number of consecutive episodes.
+        Problems have `text` and `answer`, perhaps an `id`; each has the same number of consecutive
+        episodes.
         """
         n_each = len(episodes) // max(1, len(problems))
         problem_of_episode = [problem for problem in problems for _ in range(n_each)]
@@ -475,7 +561,10 @@ class Grader(AbstractContextManager):
     def grade_episode(self, problem, episode) -> Verdict:
         finished = episode.finish_reason == "stop"
         n_tokens = len(episode.response_ids)
-        return self.grade(problem.text, problem.answer, episode.text, finished, n_tokens)
+        problem_id = getattr(problem, "id", "")
+        return self.grade(
+            problem.text, problem.answer, episode.text, finished, n_tokens, problem_id
+        )
 
 
 if __name__ == "__main__":
