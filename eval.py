@@ -42,14 +42,14 @@ from evals.compare import compare
 from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
-from infra import folders
+from infra import folders, stopping
 from infra.files import write_json, written_whole
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_numbers
+from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
 from run import (
-    asked_to_stop,
     flatten,
     launch,
     with_defaults,
@@ -116,6 +116,7 @@ def main(config: Config) -> None:
     config, max_length = choose_limits(config, model, longest_prompt)
     check_judge(config, problems, questions)
     folder = on_first(lambda: open_folder(config, model))
+    stopping.how_to_go_on = f"the same command goes on with {folder}"
     replies = folder / "judge.jsonl" if is_first() else None  # only the first rank asks
     judge = make_judge(config.judge_url, config.judge_model, replies)
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
@@ -133,8 +134,9 @@ def main(config: Config) -> None:
             is_complete = sample_chunks(engine, remaining, sampling, grader, config, folder)
             if not is_complete:
                 if is_first():
-                    print(f"stopped; the same command goes on with {folder}")
+                    print(f"stopped; {stopping.how_to_go_on}")
                 return
+            stopping.end_work()
 
         # ---- What came of it
         if is_first():
@@ -389,14 +391,14 @@ def sample_chunks(
     n_problems = sum(len(chunk.problems) for chunk in chunks)
     with tqdm(total=n_problems, desc="eval", unit="problem", disable=not is_first()) as bar:
         for chunk in chunks:
-            if asked_to_stop():
+            if asked_to_stop("chunk of problems"):
                 return False
             records = sets.sample(engine, chunk.name, chunk.problems, grader, sampling, config.seed)
             bar.update(len(chunk.problems))
             if is_first():
                 with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
                     file.write(to_lines(records))
-    return True
+    return not asked_to_stop("chunk of problems")
 
 
 def to_lines(records: Sequence[dict]) -> str:

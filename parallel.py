@@ -42,7 +42,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from infra import ranks
 from infra.cores import cores_of_rank
+from infra.processes import end_with_parent
 
 
 def find_device() -> torch.device:
@@ -91,17 +93,26 @@ def start() -> None:
     if dist.is_initialized():
         return
     check_device()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
+        end_with_parent()
     group = {}  # torchrun describes it in the environment
     if "RANK" not in os.environ:
         group = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     if DEVICE.type == "cpu":
         dist.init_process_group("gloo", timeout=PATIENCE, **group)
+        ranks.start_watch(find_groups)
         return
     torch.cuda.set_device(DEVICE)
     dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=30), **group)
     patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    ranks.start_watch(find_groups)
     # torchrun leaves one thread to a rank: too few for an optimiser in host memory
     torch.set_num_threads(cores_of_rank())
+
+
+def find_groups() -> list[dist.ProcessGroup | None]:
+    """Return the groups of all ranks."""
+    return [dist.group.WORLD, patient_group]
 
 
 def fork_rng():

@@ -42,12 +42,12 @@ import lora
 import parallel
 import record
 from flow import as_tuple
-from infra import errors, files, folders
+from infra import errors, files, folders, ranks, stopping
 from infra.files import cannot_write, check_free, folder_written_whole, write_json, written_whole
 from infra.ranges import NonNegativeInt, PositiveInt
+from infra.stopping import Stop, asked_to_stop
 from parallel import is_first, on_first, start
 
-STOP_SIGNALS: list[int] = []  # received so far
 # said of checkpoints of a single process, which are meant to be so
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -56,41 +56,35 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
     """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
 
-    An error of input is one line, a bug a traceback, as is either with --traceback. The first SIGTERM or SIGINT lets main finish its step; the second exits at once. The process
-    ends by os._exit, because threads left by libraries crashed one exit in eight, or waited for
-    ranks that were gone.
+    An error of input is one line, a bug a traceback, as is either with --traceback. What signals do
+    says infra/stopping.py. The process ends by os._exit, because threads left by libraries crashed
+    one exit in eight, or waited for ranks that were gone.
     """
     recorder = get_error_handler()
     recorder.initialize()
     in_full = errors.take_flag(sys.argv)
     try:
-        config = parse_config(config_class, presets)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note_signal)
-        main(config)
-        dist.destroy_process_group()
-    except SystemExit:  # --help, or a flag that does not exist
-        raise
-    except BaseException as error:
-        report_error(error, recorder, in_full)
-        leave(1)
+        try:
+            config = parse_config(config_class, presets)
+            stopping.listen()
+            main(config)
+            dist.destroy_process_group()
+        except (SystemExit, Stop):  # --help, a flag that does not exist; a signal
+            raise
+        except BaseException as error:
+            report_error(error, recorder, in_full)
+            leave(1)
+    except Stop:  # perhaps amid an error: the signal has ended another rank, too
+        stopping.leave()
     leave(0)
-
-
-def note_signal(number: int, _frame) -> None:
-    """Note the first signal, for asked_to_stop; exit at the second."""
-    if STOP_SIGNALS:
-        os._exit(128 + number)
-    STOP_SIGNALS.append(number)
-    name = signal.Signals(number).name
-    message = f"\n{name}: finishing this step, then saving; a second signal exits at once"
-    print(message, file=sys.stderr)
 
 
 def report_error(error: BaseException, recorder, in_full: bool) -> None:
     """Show an error and record it for torchrun, which reports the first one recorded."""
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if lost_a_peer and ranks.is_any_stopping():
+        stopping.leave()  # nothing is wrong: a signal has ended that rank
     if lost_a_peer:
         time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
     recorder.record_exception(error)
@@ -105,13 +99,6 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def asked_to_stop() -> bool:
-    """Return whether any rank has had SIGTERM or SIGINT; all ranks must ask together."""
-    asked = torch.tensor(float(bool(STOP_SIGNALS)))
-    dist.all_reduce(asked)
-    return bool(asked)
 
 
 # ---- Settings: nested dataclasses, whose flags have no prefix; a flag's name is unique
@@ -411,6 +398,7 @@ class Run:
         """
         self.folder = on_first(self.claim_folder)
         newest = on_first(self.prepare_folder)
+        stopping.how_to_go_on = f"go on with --resume {self.folder}"
         if newest:
             dcp.load(state, checkpoint_id=newest, **self.checkpoint_options)
             self.saved_step = step_of(newest)
@@ -492,10 +480,10 @@ class Run:
         """Wait for the last checkpoint; return whether the run is complete.
 
         The last step is saved if save_every is set. It is saved in any case if a signal stopped the
-        run, which is then not complete.
+        run, which is then not complete. Once it is saved, a signal need not wait for what follows.
         """
         step = state["progress"]["step"]
-        is_complete = step >= total_steps
+        is_complete = step >= total_steps and not asked_to_stop()
         if self.config.run.save_every or not is_complete:
             self.save(state)
         self.wait_for_save()
@@ -504,6 +492,8 @@ class Run:
         self.tracker.close()
         if not is_complete:
             folders.release(self.folder)
+        elif self.saved_step == step:
+            stopping.end_work()
         return is_complete
 
     # ---- Exports for other programs

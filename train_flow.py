@@ -49,13 +49,13 @@ from infra.ranges import (
     Seed,
     check_numbers,
 )
+from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from run import (
     ComputeSettings,
     Run,
     RunSettings,
     Stopwatch,
-    asked_to_stop,
     check_folder,
     export_flow,
     launch,

@@ -58,6 +58,7 @@ from infra.ranges import (
     Temperature,
     check_numbers,
 )
+from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings, Verdict
 from run import (
@@ -65,7 +66,6 @@ from run import (
     Run,
     RunSettings,
     Stopwatch,
-    asked_to_stop,
     check_folder,
     export_adapter,
     export_flow,

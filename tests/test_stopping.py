@@ -1,0 +1,230 @@
+"""The first signal outside of a step ends a command at once and well, and what was whole goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import BY_LENGTH, ROOT, figures, flags, small_run
+from test_distributed import check_exit, start
+
+import eval as evaluation
+import toy
+import train_flow
+import train_rl
+from infra import stopping
+from infra.stopping import Stop
+from run import change
+
+# A reward whose first call sends a signal to the process that grades; threads call it
+SIGNALS_ITSELF = """
+import os, signal
+
+def reward(problem, response):
+    try:
+        open({mark!r}, "x").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+    except FileExistsError:
+        pass
+    return float(len(response) % 3)
+"""
+
+
+@pytest.fixture
+def heeding(monkeypatch):
+    """Signals do in this process what they do after stopping.listen()."""
+    monkeypatch.setattr(stopping, "received", [])
+    monkeypatch.setattr(stopping, "unit", None)
+    before = signal.signal(signal.SIGTERM, stopping.heed)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def signalling(tmp_path) -> tuple[str]:
+    """Settings of a run whose first graded response brings a signal."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(SIGNALS_ITSELF.format(mark=str(tmp_path / "mark")))
+    return (str(reward),)
+
+
+def send_when(condition) -> threading.Thread:
+    """Send SIGTERM to this process as soon as a condition holds."""
+
+    def wait():
+        while not condition():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_world_that_is_being_made(tmp_path, heeding, capfd):
+    """It went on for minutes, and said that it finished a step."""
+    world = toy.World(str(tmp_path / "toy"), steps=10**6, batch_size=8, hidden_size=32, n_layers=1)
+    made = tmp_path / "toy.making" / "train.jsonl"
+    send_when(made.exists)
+    with pytest.raises(Stop):
+        toy.make(world)
+    assert "SIGTERM: stopping here, no step is in progress" in capfd.readouterr().err
+    assert not Path(world.folder).exists()
+    toy.make(change(world, steps=2))
+    assert (Path(world.folder) / "world.json").exists()
+
+
+def test_the_evaluation_before_step_1(world, flow_folder, tmp_path, signalling):
+    """In a process of its own: exit 0 and what to do next; that goes on as if nothing had been."""
+    settings = {"eval_data": (world.path("test.jsonl"),), "reward": signalling, "steps": 1}
+    config = small_run(world, flow_folder, tmp_path / "run", grade_truncated=True, **settings)
+    output = check_exit(start("train_rl.py", flags(config), 1))
+    assert "stopping here, no step is in progress" in output
+    assert f"stopped; go on with --resume {config.folder}" in output
+    assert "metrics.jsonl" not in output and "Traceback" not in output
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train_rl.main(change(config, resume=config.folder))
+    train_rl.main(change(config, folder=str(tmp_path / "undisturbed")))
+    assert figures(config.folder) == figures(tmp_path / "undisturbed")
+
+
+def test_a_signal_after_the_last_step_is_saved(world, flow_folder, tmp_path, heeding, monkeypatch):
+    """The evaluation at the end is not waited for; a resumed run makes it up."""
+    settings = {"eval_data": (world.path("test.jsonl"),), "save_every": 1, "steps": 1}
+    config = small_run(world, flow_folder, tmp_path / "run", **settings, **BY_LENGTH)
+    evaluate = train_rl.evaluate
+
+    def evaluate_amid_signals(*arguments):
+        if (tmp_path / "run" / "policy").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_rl, "evaluate", evaluate_amid_signals)
+    with pytest.raises(Stop):
+        train_rl.main(config)
+    monkeypatch.setattr(train_rl, "evaluate", evaluate)
+    monkeypatch.setattr(stopping, "received", [])
+    train_rl.main(change(config, resume=config.folder))
+    assert "after" in (tmp_path / "run" / "summary.json").read_text()
+
+
+def test_a_signal_in_the_last_step_saves_it(world, flow_folder, tmp_path, heeding, signalling):
+    """Also where a run keeps no checkpoints: what follows the step may take long."""
+    settings = {"reward": signalling, "grade_truncated": True, "steps": 1, "save_every": 0}
+    config = small_run(world, flow_folder, tmp_path / "run", **settings)
+    train_rl.main(config)
+    assert len(figures(config.folder)) == 1 and not (tmp_path / "run" / "policy").exists()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_before_the_first_step_of_the_flow(world, tmp_path, heeding, monkeypatch):
+    config = change(
+        train_flow.Config(), model=world.path("model"), data=world.path("expert.jsonl"),
+        template="none", batch_size=10, epochs=1, flow_blocks=1, max_prompt_tokens=64,
+        folder=str(tmp_path / "flow"),
+    )  # fmt: skip
+    measure = train_flow.Latents.keep
+
+    def keep_amid_signals(latents):
+        os.kill(os.getpid(), signal.SIGTERM)
+        measure(latents)
+
+    monkeypatch.setattr(train_flow.Latents, "keep", keep_amid_signals)
+    with pytest.raises(Stop):
+        train_flow.main(config)
+
+
+def test_an_evaluation_finishes_its_chunk(world, tmp_path, heeding, signalling, capfd):
+    config = change(
+        evaluation.Config(), model=world.path("model"), data=(world.path("test.jsonl"),),
+        template="none", max_tokens=8, chunk=4, reward=signalling, out=str(tmp_path / "eval"),
+    )  # fmt: skip
+    evaluation.main(config)
+    printed = capfd.readouterr()
+    assert "finishing this chunk of problems, then saving" in printed.err
+    assert f"stopped; the same command goes on with {config.out}" in printed.out
+    samples = tmp_path / "eval" / "samples.jsonl"
+    assert len(samples.read_text().splitlines()) == 4
+    stopping.received.clear()
+    evaluation.main(config)
+    assert len(samples.read_text().splitlines()) == 16
+
+
+# ---- Where Python heeds no signals
+IN_C = """
+import ctypes, os, signal, sys, threading, time
+from infra import stopping
+
+stopping.GRACE = 0.1
+
+
+def wait_in_c():
+    c = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    c.pthread_mutex_lock(mutex)
+    c.pthread_mutex_lock(mutex)  # for ever, whatever signals come, as in a collective
+
+
+WAITS = wait_in_c.__code__.co_firstlineno + 4
+
+
+def send_amid_wait(n_signals):
+    main = threading.main_thread().ident
+    while sys._current_frames()[main].f_lineno != WAITS:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while n_signals == 2:  # those that come together are one
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def outside_of_work():
+    stopping.listen()
+    threading.Thread(target=send_amid_wait, args=(1,)).start()
+    wait_in_c()
+
+
+def twice_amid_work():
+    stopping.listen()
+    stopping.unit = "step"
+    threading.Thread(target=send_amid_wait, args=(2,)).start()
+    wait_in_c()
+
+
+def of_a_child():
+    stopping.listen()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"ready")
+        wait_in_c()
+    os.read(reader, 5)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    time.sleep(3 * stopping.GRACE)  # the parent is not ended
+    os._exit(100 + os.WTERMSIG(status))
+
+
+for case in (outside_of_work, twice_amid_work, of_a_child):
+    process = os.fork()
+    if process == 0:
+        case()
+    _, status = os.waitpid(process, 0)
+    print(case.__name__, os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_signals_where_the_main_thread_waits():
+    done = subprocess.run(
+        [sys.executable, "-c", IN_C], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.splitlines() == [
+        "outside_of_work 0",
+        f"twice_amid_work {128 + signal.SIGTERM}",
+        f"of_a_child {100 + signal.SIGTERM}",
+    ]
+    assert "stopped; the same command starts again" in done.stderr
