@@ -206,7 +206,10 @@ def fill_in(config, model: Model):
 
 
 def published_settings(model: Model) -> dict[str, object]:
-    """Return the settings of the official runs that differ among models (paper, official scripts)."""
+    """Return the settings of the official runs that differ among models (official scripts).
+
+    The reward of language models is that of the paper's page.
+    """
     is_large = model.n_parameters > 5e9
     settings = {
         "flow_blocks": 6 if is_large else 4,

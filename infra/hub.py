@@ -26,9 +26,10 @@ class Place(NamedTuple):
 
 
 def parse(source: str) -> Place | None:
-    """Read ORG/NAME or ORG/NAME/PATH; None if it is something else, as a path that is there."""
+    """Read ORG/NAME or ORG/NAME/PATH; None if it is something else, as a path in a folder here."""
     match = PLACE.fullmatch(source)
-    if match is None or Path(source).exists():
+    is_here = Path(source).exists() or (match and match[2] and Path(source).parent.is_dir())
+    if match is None or is_here:
         return None
     return Place(match[1], (match[2] or "").strip("/"))
 
@@ -36,13 +37,19 @@ def parse(source: str) -> Place | None:
 def find_data(source: str) -> str:
     """Return the local path of ORG/NAME/PATH, downloaded unless it is there; others as they are.
 
+    A name in the `dataset_info.json` of a folder is found as in a repository: FOLDER/NAME.
+
     Raises:
         ValueError: the repository cannot be read, or holds nothing of that name.
     """
     place = parse(source)
-    if place is None or not place.path:
-        return source
+    if place is None:
+        folder, name = Path(source).parent, Path(source).name
+        named = None if Path(source).exists() else read_registry(folder / REGISTRY).get(name)
+        return str(folder / named) if named else source
     repository, path = place
+    if not path:
+        return source
     root = download(source, repository, (REGISTRY, path, f"{path}/*"))
     if not (root / path).exists():
         path = read_registry(root / REGISTRY).get(path, path)
@@ -72,8 +79,13 @@ def read_registry(file: Path) -> dict[str, str]:
     """Return what stands under each name of a `dataset_info.json`; nothing if there is none."""
     if not file.is_file():
         return {}
-    sets = json.loads(file.read_text(encoding="utf-8"))
-    return {name: entry["file_name"] for name, entry in sets.items() if "file_name" in entry}
+    try:
+        sets = json.loads(file.read_text(encoding="utf-8"))
+        return {name: entry["file_name"] for name, entry in sets.items() if "file_name" in entry}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); expected names of sets, each with its file_name"
+        ) from error
 
 
 def download(source: str, repository: str, patterns: Sequence[str] | None) -> Path:

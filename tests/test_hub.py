@@ -125,6 +125,20 @@ def test_names_of_places():
         assert hub.find_data(source) == source
 
 
+def test_a_copy_of_a_repository_is_read_by_the_same_names(image_world, tmp_path, with_images):
+    copy = tmp_path / "RLFR-Dataset-VLM"
+    shutil.copytree(with_images, copy)
+    (copy / "MMPRv1.1_Math").rename(copy / "texts")
+    registry = copy / "dataset_info.json"
+    registry.write_text(json.dumps({"MMPRv1.1_Math": {"file_name": "texts/part.jsonl"}}))
+    (solution,) = solutions_of(str(copy / "MMPRv1.1_Math"), image_world.path("model"))
+    assert Path(solution.images[0].source) == copy / "images" / "a.png"
+    for content in ("[1]", "not json", '{"MMPRv1.1_Math": 3}'):
+        registry.write_text(content)
+        with pytest.raises(ValueError, match="dataset_info.json cannot be read"):
+            rollout.load_rows(str(copy / "MMPRv1.1_Math"), (), "train", None)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
