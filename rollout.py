@@ -784,6 +784,7 @@ class VllmEngine:
 
         if device.type == "cpu":
             vllm_setup.keep_weights_unpacked()
+        self.path = model.path
         self.tokenizer = model.tokenizer
         self.n_ranks = settings.tensor_parallel
         self.end_tokens = end_tokens(model, settings.stop_tokens)
@@ -874,8 +875,10 @@ class VllmEngine:
         outputs = self.llm.generate(prompts, parameters, use_tqdm=bar)
         episodes = []
         for request, output in zip(requests, outputs, strict=True):
-            for child in output.outputs:
-                episodes.append(self.to_episode(request, child))
+            sampled = [self.to_episode(request, child) for child in output.outputs]
+            if all(math.isnan(logp) for episode in sampled for logp in episode.logp):
+                raise not_finite(self.path)  # vLLM's own slips are of single tokens
+            episodes += sampled
         return episodes
 
     def sampling_parameters(self, sampling: Sampling, request: Request):
@@ -997,6 +1000,7 @@ class TorchEngine:
         dtype: torch.dtype,
         stop_tokens: StopTokens = "turn-ends",
     ):
+        self.path = model.path
         self.model = vision.load_model(model.path, dtype, model.trust_remote_code).eval()
         self.model.to(device)
         attention = families.faithful_attention(self.model, device)
@@ -1085,6 +1089,8 @@ class TorchEngine:
         rows = torch.arange(n_rows, device=self.device)  # those that are still in the cache
         for k in range(longest):
             token, token_logp = choose(logits.float(), uniform[rows, k], sampling)
+            if token_logp.isnan().any():
+                raise not_finite(self.path)
             tokens[rows, k] = token
             logp[rows, k] = token_logp
             has_room = k < limits[rows]  # a row without room may still be in the cache
@@ -1178,6 +1184,14 @@ class TorchEngine:
             )
             episodes.append(episode)
         return episodes
+
+
+def not_finite(path: str) -> FloatingPointError:
+    """Return the error for a model that gives every token the probability NaN."""
+    return FloatingPointError(
+        f"the model {path} gives tokens the probability NaN: its weights, or those that training "
+        "gave it, are not finite or too large; look at them, or take an earlier export or checkpoint"
+    )
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

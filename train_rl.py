@@ -20,6 +20,7 @@ import infra.waiting  # noqa: F401
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,6 @@ import rlfr
 import rollout
 import toy
 from evals import figures, sets
-from infra import children
 from infra.files import locked
 from infra.ranges import (
     BatchSize,
@@ -414,16 +414,13 @@ def newest_flow(folder: str) -> str:
 
 def make_toy_flow(model: str, folder: str) -> None:
     """Run the offline start of an embedded world, in one process, unless it has been run."""
-    with locked(Path(f"{folder}.lock")) as lock:
+    with locked(Path(f"{folder}.lock")):
         if not Path(folder, "flow", fl.FLOW_FILE).exists():
-            run_offline_start(model, folder, lock)
+            run_offline_start(model, folder)
 
 
-def run_offline_start(model: str, folder: str, lock: IO) -> None:
-    """Run train_flow.py in a process of its own, or go on with it if it was interrupted.
-
-    That process shares `lock`: no other start comes beside it, even if this process is killed.
-    """
+def run_offline_start(model: str, folder: str) -> None:
+    """Run train_flow.py in a process of its own, or go on with it if it was interrupted."""
     has_begun = Path(folder, "config.json").exists()
     script = str(Path(__file__).with_name("train_flow.py"))
     command = [sys.executable, script, "--resume" if has_begun else "--folder", folder]
@@ -431,12 +428,7 @@ def run_offline_start(model: str, folder: str, lock: IO) -> None:
     for variable, value in os.environ.items():
         if variable not in RANK_VARIABLES and "TORCHELASTIC" not in variable:
             environment[variable] = value
-    code = children.call([*command, "--model", model], environment, lock)
-    if code:
-        raise RuntimeError(
-            f"the offline start in {folder} ended with exit code {code}, see its error above; "
-            "the same command goes on with it"
-        )
+    subprocess.run([*command, "--model", model], check=True, env=environment)
     if not Path(folder, "flow", fl.FLOW_FILE).exists():
         raise ValueError(
             f"the offline start in {folder} was stopped before its end; "
@@ -1331,11 +1323,14 @@ def evaluate(
 
 
 def print_summary(summary: dict, names: Sequence[str]) -> None:
-    """Print the accuracy before and after training, a row for each set and kind of sampling."""
+    """Print the accuracy before and after training, a row for each set and kind of sampling.
+
+    A set that came with --resume has none before.
+    """
     rows = {}
     for name in names:
         for when in ("before", "after"):
-            for kind, row in summary[when][name].items():
+            for kind, row in summary[when].get(name, {}).items():
                 rows[f"{name} {when}, {kind}"] = row
     print(figures.table(rows))
 
@@ -1565,15 +1560,18 @@ def main(config: Config) -> None:
     # ---- Write the results
     if run.end(state, total_steps):
         export(run.folder)
-        if held_out:
-            with engine_awake():
-                summary["after"] = evaluate(engine, grader, held_out, config)
-            run.write_json("summary.json", summary)
-        report = run.finish_report()
+        if is_first():
+            print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
+        try:
+            if held_out:
+                with engine_awake():
+                    summary["after"] = evaluate(engine, grader, held_out, config)
+                run.write_json("summary.json", summary)
+        finally:  # what an evaluation meets shall not cost the page of the training
+            report = run.finish_report()
         if is_first():
             if held_out:
                 print_summary(summary, list(held_out))
-            print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")
             print(f"open {report} to see what happened")
     grader.close()
 

@@ -6,6 +6,7 @@
 To add a set of the Hugging Face hub, add an entry to HUB_SETS.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -80,15 +81,29 @@ def name_sets(specifications: Sequence[str]) -> dict[str, str]:
     named = {}
     for specification in specifications:
         name = parse_specification(specification).name
+        check_name(name, specification)
         if name in named:
             raise ValueError(f"two sets are named {name!r}; name them apart with NAME=SOURCE")
         named[name] = specification
     return named
 
 
+LONGEST_NAME = 100  # characters
+
+
+def check_name(name: str, specification: str) -> None:
+    """Raise ValueError for the name of a set that tables, metrics and files cannot take."""
+    is_short = 0 < len(name) <= LONGEST_NAME
+    if not (is_short and name.strip(".") and name.isprintable() and "/" not in name):
+        raise ValueError(
+            f"the set {specification[:80]!r} is called {name[:80]!r}; expected a name of 1 to "
+            f"{LONGEST_NAME} printable characters, without / and not of dots alone: give NAME=SOURCE"
+        )
+
+
 def parse_specification(text: str) -> Specification:
     """Read NAME, NAME=SOURCE or SOURCE, perhaps with :SPLIT after it."""
-    if Path(text).exists():  # there may be a `=` or a `:` in the name of a file
+    if os.path.exists(text):  # there may be a `=` or a `:` in the name of a file
         return Specification(Path(text).stem, text)
     name, _, source = text.partition("=")
     if name and source:
@@ -106,7 +121,7 @@ SPLIT = re.compile(r"(.+):(\w[^/:\[\]]*(?:\[[^/\]]*\])?)")
 def cut_split(source: str) -> tuple[str, str | None]:
     """Return a source without its split, and the split or None."""
     match = SPLIT.fullmatch(source)
-    if match is None or Path(source).exists():
+    if match is None or os.path.exists(source):
         return source, None
     return match[1], match[2]
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from conftest import ROOT, find_model, flags, load_problems, read_lines, run_with_vllm
+from safetensors.torch import load_file, save_file
 from test_distributed import output_of, ranks_of, start
 
 import eval as evaluation
@@ -85,6 +87,26 @@ def test_names_of_sets(tmp_path):
     assert list(sets.name_sets(specifications)) == ["math500", "mine", "train", "set", "a=b"]
     with pytest.raises(ValueError, match="two sets are named 'test'"):
         sets.name_sets(("a/test.jsonl", "b/test.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "specification",
+    ["x" * 101 + "=test.jsonl", "x" * 300 + "=test.jsonl", "x" * 300, "a/b=test.jsonl", "../a=x.jsonl",
+     "..=test.jsonl", "..", "a\nb=test.jsonl", ""],
+)  # fmt: skip
+def test_a_name_that_no_file_or_table_can_take_is_refused(specification):
+    with pytest.raises(ValueError, match="is called .* expected a name of 1 to 100 printable"):
+        sets.name_sets([specification])
+
+
+@pytest.mark.parametrize(
+    "twice", [["a.jsonl", "a.jsonl"], ["a=x.jsonl", "a=y.jsonl"], ["math500"] * 2]
+)
+def test_a_set_that_is_named_twice_is_refused(twice):
+    with pytest.raises(
+        ValueError, match="two sets are named '.*'; name them apart with NAME=SOURC"
+    ):
+        sets.name_sets(twice)
 
 
 @pytest.mark.parametrize(
@@ -566,3 +588,30 @@ def test_the_switch_for_cut_responses_reaches_the_grader(config, tmp_path):
         evaluation.main(runs.change(config, max_tokens=1, grade_truncated=graded, out=str(out)))
         cut = [r for r in read_lines(out / "samples.jsonl") if r["finish_reason"] == "length"]
         assert cut and all((r["verdict"] == "cut") != graded for r in cut)
+
+
+# ---- Models that compute nothing
+def damage(model: str, folder: Path) -> str:
+    """Copy a model and make one of its weights NaN."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "temperature"),
+    [("torch", 0.0), ("torch", 1.0), pytest.param("vllm", 0.0, marks=pytest.mark.vllm)],
+)
+def test_a_model_of_nan_is_an_error(config, tmp_path, engine, temperature):
+    """It was 0 % of the problems, with exit code 0."""
+    samples = {"samples": 1 if temperature == 0 else 2, "temperature": temperature}
+    model = damage(config.model, tmp_path / "broken")
+    broken = runs.change(config, model=model, engine=engine, **samples)
+    with pytest.raises(
+        FloatingPointError, match="the model .*broken gives tokens the probability NaN"
+    ):
+        run_with_vllm(evaluation.main, broken)
+    assert not (tmp_path / "out" / "summary.json").exists()

@@ -15,7 +15,7 @@ from grading import boxes, judge_response, tag_format
 from grading.options import letter_in_response
 from rewards import is_degenerate
 
-LENGTH = 100_000  # characters
+LENGTH = 300_000  # characters
 CPU_LIMIT = 10  # seconds
 CHOICES = {"A": "12 cm", "B": "5", "C": ""}
 
@@ -75,12 +75,20 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("read", [boxes, judge_by_vlm_rules, score_benchmark, letter_in_response])
+@pytest.mark.parametrize(
+    ("read", "length"),
+    [
+        (boxes, LENGTH),
+        (judge_by_vlm_rules, LENGTH),
+        (letter_in_response, LENGTH),
+        (score_benchmark, LENGTH // 4),  # reads it four times
+    ],
+)
 @pytest.mark.parametrize("parts", HOSTILE, ids=repr)
-def test_hostile_responses_are_read_in_linear_time(read, parts):
+def test_hostile_responses_are_read_in_linear_time(read, length, parts):
     """60,000 opening tags or backslashes took a quarter of a minute, spaces after a letter for ever."""
     before, repeated, after = parts
-    text = before + repeated * (LENGTH // len(repeated)) + after
+    text = before + repeated * (length // len(repeated)) + after
     with cpu_limit(CPU_LIMIT):
         read(text)
 

@@ -948,3 +948,34 @@ def test_a_training_takes_the_newest_flow(config, tmp_path, monkeypatch, capsys)
         "taking the newest one, runs/flow-model-2/flow, written 2001-09-10"
         in capsys.readouterr().out
     )
+
+
+# ---- The evaluation after the training
+@pytest.mark.parametrize("failure", ["__import__('sys').exit()", "1 / 0"])
+def test_an_evaluation_that_fails_after_training_loses_nothing(world, config, tmp_path, failure):
+    """The reward ends the process once the policy is there: in the last evaluation."""
+    file = tmp_path / "ends.py"
+    policy = Path(config.folder) / "policy" / "config.json"
+    body = f"{failure} if os.path.exists({str(policy)!r}) else len(response) % 3"
+    file.write_text(f"import os\ndef reward(problem, response):\n    return {body}\n")
+    settings = {"reward": (str(file),), "eval_data": (world.path("test.jsonl"),), "steps": 2}
+    settings["save_every"] = 2
+    with pytest.raises(ValueError, match="ends.py, line 3: .*on problem "):
+        train_rl.main(change(config, **settings))
+    folder = Path(config.folder)
+    assert policy.exists() and (folder / "report.html").exists()
+    assert list(json.loads((folder / "summary.json").read_text())) == ["before"]
+    assert len(read_lines(folder / "metrics.jsonl")) == 2
+
+    file.write_text("def reward(problem, response):\n    return len(response) % 3\n")
+    train_rl.main(change(config, resume=str(folder), **settings))
+    assert list(json.loads((folder / "summary.json").read_text())) == ["before", "after"]
+    assert len(read_lines(folder / "metrics.jsonl")) == 2
+
+
+def test_a_set_that_comes_with_resume_has_no_figures_before(world, config, tmp_path, capsys):
+    """Training went to its end, and then failed in the table."""
+    train_rl.main(change(config, eval_data=(world.path("test.jsonl"),), save_every=1, steps=1))
+    other = f"other={world.path('test.jsonl')}"
+    train_rl.main(change(config, eval_data=(other,), save_every=1, steps=2, resume=config.folder))
+    assert "other after, greedy" in capsys.readouterr().out
