@@ -776,7 +776,7 @@ def find_attention(model: nn.Module) -> str:
     That is PACKED, where nothing but plain attention passes between tokens, or else the model's own
     in padded rows. A few tokens through the first layers, one of every kind, show it.
 
-    Raises ValueError if neither gives them.
+    Raises ValueError if neither gives them, or the weights are not finite.
     """
     name = families.model_name(model)
     if not hasattr(model.get_decoder(), "layers"):
@@ -785,6 +785,10 @@ def find_attention(model: nn.Module) -> str:
     faithful = families.faithful_attention(model, DEVICE)
     families.set_attention(small.get_decoder(), faithful)
     own = families.own_scores(small, DEVICE)
+    if not own.states.isfinite().all():
+        raise ValueError(
+            f"{name}: its hidden states are not finite; expected a model with sound weights"
+        )
     candidates = [faithful]
     if vision.takes_images(model.config):
         candidates = [PACKED]  # padded rows have no place for images

@@ -116,7 +116,8 @@ def own_scores(model: nn.Module, device: torch.device) -> OwnScores:
 
 def change_of_states(states: Tensor, expected: Tensor) -> float:
     """Return the largest difference of hidden states, as a part of the largest of them."""
-    return ((states - expected).abs().max() / expected.abs().max()).item()
+    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return ((states - expected).abs().max() / largest).item()
 
 
 # ---- Attention
