@@ -42,7 +42,7 @@ import lora
 import parallel
 import record
 from flow import as_tuple
-from infra import errors, files, folders, ranks, stopping
+from infra import children, errors, files, folders, ranks, stopping
 from infra.files import cannot_write, check_free, folder_written_whole, write_json, written_whole
 from infra.ranges import NonNegativeInt, PositiveInt
 from infra.stopping import Stop, asked_to_stop
@@ -67,6 +67,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
         try:
             config = parse_config(config_class, presets)
             stopping.listen()
+            children.follow_parent(stopping.received)
             main(config)
             dist.destroy_process_group()
         except (SystemExit, Stop):  # --help, a flag that does not exist; a signal

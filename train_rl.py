@@ -20,7 +20,6 @@ import infra.waiting  # noqa: F401
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import IO, Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +42,7 @@ import rlfr
 import rollout
 import toy
 from evals import figures, sets
+from infra import children
 from infra.files import locked
 from infra.ranges import (
     BatchSize,
@@ -414,13 +414,16 @@ def newest_flow(folder: str) -> str:
 
 def make_toy_flow(model: str, folder: str) -> None:
     """Run the offline start of an embedded world, in one process, unless it has been run."""
-    with locked(Path(f"{folder}.lock")):
+    with locked(Path(f"{folder}.lock")) as lock:
         if not Path(folder, "flow", fl.FLOW_FILE).exists():
-            run_offline_start(model, folder)
+            run_offline_start(model, folder, lock)
 
 
-def run_offline_start(model: str, folder: str) -> None:
-    """Run train_flow.py in a process of its own, or go on with it if it was interrupted."""
+def run_offline_start(model: str, folder: str, lock: IO) -> None:
+    """Run train_flow.py in a process of its own, or go on with it if it was interrupted.
+
+    That process shares `lock`: no other start comes beside it, even if this process is killed.
+    """
     has_begun = Path(folder, "config.json").exists()
     script = str(Path(__file__).with_name("train_flow.py"))
     command = [sys.executable, script, "--resume" if has_begun else "--folder", folder]
@@ -428,7 +431,12 @@ def run_offline_start(model: str, folder: str) -> None:
     for variable, value in os.environ.items():
         if variable not in RANK_VARIABLES and "TORCHELASTIC" not in variable:
             environment[variable] = value
-    subprocess.run([*command, "--model", model], check=True, env=environment)
+    code = children.call([*command, "--model", model], environment, lock)
+    if code:
+        raise RuntimeError(
+            f"the offline start in {folder} ended with exit code {code}, see its error above; "
+            "the same command goes on with it"
+        )
     if not Path(folder, "flow", fl.FLOW_FILE).exists():
         raise ValueError(
             f"the offline start in {folder} was stopped before its end; "

@@ -105,9 +105,16 @@ def release(folder: Path) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether something new may begin in a folder: it is not there, or nothing is in it."""
-    if not os.path.lexists(folder):
+    """Return whether something new may begin in a folder: it is not there, or nothing is in it.
+
+    OSError says why a folder can neither be there nor be made, e.g. because its name is too long.
+    """
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
         return True
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     return os.path.isdir(folder) and not contents(folder)
 
 

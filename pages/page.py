@@ -8,6 +8,7 @@ through `escape`, or as JSON in `data`, which a script puts into the page as tex
 import base64
 import hashlib
 import json
+import os
 import zlib
 from html import escape
 from pathlib import Path
@@ -51,9 +52,9 @@ def fill(template: Path, **parts: str) -> str:
 
 def check_place(path: Path) -> None:
     """Raise ValueError if something other than a page of this project stands where one shall go."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, which stays as it is; name a file for the page")
-    if path.exists() and DATA.encode() not in path.read_bytes():
+    if os.path.exists(path) and DATA.encode() not in path.read_bytes():
         raise ValueError(
             f"{path} holds something other than a page of curves or rollouts, and stays as it is; "
             "name another file"

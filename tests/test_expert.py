@@ -226,7 +226,7 @@ def offline(world, tmp_path_factory) -> train_flow.Config:
 
 def latents_of(config: train_flow.Config, flow: fl.Flow, policy: rlfr.Policy) -> train_flow.Latents:
     parallel.start()
-    resolved, model = train_flow.resolve(config)
+    resolved, model = train_flow.resolve(change(config, folder=None))
     solutions = train_flow.load_solutions(config.data, resolved.solutions, model)
     return train_flow.Latents(policy, flow.config, solutions, 4096)
 
@@ -305,9 +305,9 @@ def test_the_flow_file_says_what_was_done(offline):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"held_out": -1}, "held_out=-1"),
+        ({"held_out": -1}, "--held-out=-1: expected a whole number from 0"),
         ({"held_out": 30}, "held_out=30 of 48"),
-        ({"calibrate_at": (1.0,)}, "expected one or more in"),
+        ({"calibrate_at": (1.0,)}, "--calibrate-at=1.0: expected a number between 0 and 1"),
     ],
 )
 def test_bad_settings(offline, tmp_path, options, words):

@@ -68,8 +68,8 @@ def send_when(condition) -> threading.Thread:
 def test_a_world_that_is_being_made(tmp_path, heeding, capfd):
     """It went on for minutes, and said that it finished a step."""
     world = toy.World(str(tmp_path / "toy"), steps=10**6, batch_size=8, hidden_size=32, n_layers=1)
-    made = tmp_path / "toy.making" / "train.jsonl"
-    send_when(made.exists)
+    begun = tmp_path / "toy.lock"
+    send_when(begun.exists)
     with pytest.raises(Stop):
         toy.make(world)
     assert "SIGTERM: stopping here, no step is in progress" in capfd.readouterr().err

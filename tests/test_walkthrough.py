@@ -83,7 +83,7 @@ def test_the_walk_is_a_step_of_training(config, seen):
     config = change(config, prompts=1, group_size=4, train_batch=4, steps=1)
     train_rl.main(config)
     episodes, verdicts, scores, advantage, flow_reward = seen[0][5:10]
-    walked = walkthrough.walk(config)
+    walked = walkthrough.walk(change(config, folder=None))
     row = walked["chosen"]
     tokens = walked["tokens"]
     n = len(tokens["ids"])
