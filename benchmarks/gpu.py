@@ -706,16 +706,22 @@ def run_steps(settings: Settings, shape: Shape, folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def medians(lines: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure over the steps that have it.
+
+    A step without wrong responses, say, has no figure of them.
+    """
+    names = {name: None for line in lines for name in line}  # in their order
+    return {name: statistics.median(line[name] for line in lines if name in line) for name in names}
+
+
 def measure_steps(settings: Settings, shape: Shape) -> dict:
     """Measure whole steps: seconds, tokens a second and utilisation of each phase."""
     rate = matrix_rate()
     with tempfile.TemporaryDirectory() as name:
         write_inputs(Path(name), settings, shape)
         lines = run_steps(settings, shape, Path(name))
-    figures = {}
-    for name in lines[-1]:
-        # a step without wrong responses, say, has no figure of them
-        figures[name] = statistics.median(line[name] for line in lines[1:] if name in line)
+    figures = medians(lines[1:])
     n_episodes = settings.prompts * settings.group_size
     n_response = n_episodes * figures["length"]
     n_tokens = n_response + n_episodes * settings.prompt_tokens

@@ -100,6 +100,12 @@ def test_whole_steps(small_gpu):
     assert len(figures["lines"]) == 2
 
 
+def test_a_figure_that_some_steps_lack():
+    """Regression: a figure of the last step that another step lacked ended the benchmark."""
+    lines = [{"time": 3.0}, {"time": 1.0, "flow/score_right": 0.5}]
+    assert gpu.medians(lines) == {"time": 2.0, "flow/score_right": 0.5}
+
+
 def test_variants_of_learning_agree(small_gpu):
     figures = gpu.main(replace(small_gpu, part="learn"))
     assert json.loads(Path(small_gpu.json).read_text()) == figures
