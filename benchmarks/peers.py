@@ -241,7 +241,8 @@ def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: P
 def measure(command: Sequence[str], figures: Path, settings: Settings) -> StepFigures:
     """Run a trainer that writes a line a step to `figures`; RuntimeError if it fails."""
     # the waiting that was chosen for ours is not TRL's; ours chooses it again
-    given = {name: value for name, value in os.environ.items() if name not in waiting.CHOSEN}
+    chosen = waiting.CHOSEN.items()
+    given = {name: value for name, value in os.environ.items() if (name, value) not in chosen}
     environment = {
         **given,
         "OMP_NUM_THREADS": str(settings.threads),

@@ -34,7 +34,7 @@ class Browser:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)["value"]
 
     def open(self, path, ready: str = "document.querySelector('article h2')") -> None:
@@ -49,7 +49,7 @@ class Browser:
         return self.call("/execute/sync", {"script": f"return {expression}", "args": []})
 
     def wait(self, expression: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while not self.js(f"!!({expression})"):
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)

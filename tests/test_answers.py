@@ -276,9 +276,9 @@ def test_a_sign_in_a_text_is_no_relation():
 )
 def test_prose_behind_a_number_is_read_in_no_time(prose):
     """It took twenty seconds for a hundred characters."""
-    began = time.perf_counter()
+    began = time.thread_time()
     split_unit(prose + "!")
-    assert time.perf_counter() - began < 0.5
+    assert time.thread_time() - began < 2, "seconds of the processor"
 
 
 HOSTILE = [
@@ -295,10 +295,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_read_quickly_or_not_at_all(answer):
-    began = time.perf_counter()
+    began = time.thread_time()
     assert equal("2\\sqrt{2}", answer) is not True
     assert equal(answer, "2\\sqrt{2}") is not True
-    assert time.perf_counter() - began < 3
+    assert time.thread_time() - began < 6, "seconds of the processor"
 
 
 def test_boxes():
@@ -310,7 +310,7 @@ def test_boxes():
 
 
 def test_extraction_of_a_megabyte_is_quick():
-    began = time.perf_counter()
+    began = time.thread_time()
     assert boxes(r"\boxed{" * 150_000) == []
     assert len(boxes("{" * 100_000 + r"\boxed{1}" * 50_000)) == 50_000
-    assert time.perf_counter() - began < 5
+    assert time.thread_time() - began < 10, "seconds of the processor"
