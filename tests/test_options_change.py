@@ -44,6 +44,7 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_cap": 20.0}),
     ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_on": "response"}),
     ({"flow_coef": 1.0}, {"flow_centre": True}),
+    ({"flow_coef": 1.0}, {"contexts": ("next",), "other_contexts": True}),
     ({}, {"lora_rank": 4}),
     ({"lora_rank": 4}, {"lora_alpha": 2.0}),
 ]
