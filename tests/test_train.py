@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -874,6 +875,32 @@ def test_weights_of_a_checkpoint_are_exported(config, tmp_path):
         runs.export_checkpoint(config.folder, 7)
     with pytest.raises(ValueError, match="no config.json there"):
         runs.export_checkpoint("nowhere")
+    whole = at_the_end.read_bytes()
+    with pytest.raises(ValueError, match="policy has files in it, which stay .*--overwrite"):
+        runs.export_checkpoint(config.folder, 1, config.folder)
+    assert at_the_end.read_bytes() == whole
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limit[1]))  # ends a write as a full disk does
+    try:
+        with pytest.raises(OSError, match="could not write .*policy .*MB free there"):
+            runs.export_checkpoint(config.folder, 1, config.folder, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert at_the_end.read_bytes() == whole and not list(folder.glob("*.writing"))
+    runs.export_checkpoint(config.folder, 1, config.folder, overwrite=True)
+    assert at_the_end.read_bytes() == (outs[1] / "policy" / "model.safetensors").read_bytes()
+
+
+def test_an_export_that_a_kill_cut_off_is_made_up(config):
+    config = change(config, steps=1, shaping="none", export_every=1)
+    train_rl.main(config)
+    exports = Path(config.folder, "exports")
+    (exports / "step-1").rename(exports / "step-1.writing")
+    (exports / "step-1.writing" / "policy" / "config.json").unlink()
+    train_rl.main(change(config, resume=config.folder))
+    assert [path.name for path in exports.iterdir()] == ["step-1"]
+    for file in Path(config.folder, "policy").iterdir():
+        assert (exports / "step-1" / "policy" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
