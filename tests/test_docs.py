@@ -28,6 +28,7 @@ PAGES = (
 # Flags of torchrun, hf, rewards.py and benchmarks/
 FOREIGN_FLAGS = {
     "--out",
+    "--overwrite",
     "--name",
     "--check",
     "--nnodes",
