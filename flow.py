@@ -33,15 +33,18 @@ repeat and do not depend on how episodes are batched.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from infra.kinds import check_kinds
 
 FLOW_FILE = "flow.safetensors"
 OFFICIAL_FILE = "flow_model.bin"
@@ -101,16 +104,20 @@ class FlowConfig:
     percentiles: tuple[float, ...] = (0.25, 0.5, 0.75)  # of the policy's depth: where it is tapped
     standardised: bool = False  # whether latents are standardised, see Flow.standardise
     calibrated_at: tuple[float, ...] = ()  # times with a scale of experts, see Flow.expert_scale
+    fitted_to: str | None = None  # fingerprint of the policy that the latents are of, if known
 
     def __post_init__(self):
+        check_kinds(self)
         check_contexts(self.contexts)
         check_percentiles(self.percentiles)
         if self.calibrated_at:
             check_times(self.calibrated_at)
-        if self.n_blocks < 1 or self.shift < 1:
-            raise ValueError(
-                f"n_blocks={self.n_blocks}, shift={self.shift}: both must be at least 1"
-            )
+        sizes = {"dim": self.dim, "n_blocks": self.n_blocks, "shift": self.shift}
+        for name, size in {**sizes, "width": self.width or self.dim}.items():
+            if not 1 <= size < 2**31:
+                raise ValueError(f"{name}={size}: must be at least 1, and below {2**31}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps={self.norm_eps}: expected a number from 0")
 
 
 def check_contexts(contexts: Sequence[str]) -> None:
@@ -622,11 +629,25 @@ def load_flow(
                 f"expected {name}={value}: train one that fits with train_flow.py"
             )
     flow = Flow(config)
+    flow.load_state_dict(state)
+    return flow
+
+
+def check_tensors(file: Path, config: FlowConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError unless the tensors of a file are those of a flow; nothing is allocated."""
+    blocks = {name.split(".")[2] for name in shapes if name.startswith("model.res_blocks.")}
+    if len(blocks) != config.n_blocks:
+        raise ValueError(
+            f"the flow {file} is cut, or of another network: it says n_blocks={config.n_blocks} "
+            f"and holds {len(blocks)}"
+        )
+    with torch.device("meta"):
+        skeleton = Flow(config)
+        tensors = {name: torch.empty(*shape) for name, shape in shapes.items()}
     try:
-        flow.load_state_dict(state)
+        skeleton.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # it names missing and extra keys, and shapes that differ
         raise ValueError(f"the flow {file} is cut, or of another network: {error}") from error
-    return flow
 
 
 def find_flow(path: Path) -> Path:
@@ -645,22 +666,36 @@ def find_flow(path: Path) -> Path:
 
 def read_native(path: Path) -> tuple[dict[str, Tensor], FlowConfig]:
     """Read the tensors and the configuration of a `flow.safetensors`."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise ValueError(
-                f"the flow {path} holds no configuration; expected a file written by train_flow.py"
-            )
-        names = file.keys()
-        state = {name: file.get_tensor(name) for name in names}
-    settings = json.loads(metadata["config"])
-    config = FlowConfig(**{name: as_tuple(value) for name, value in settings.items()})
+    try:
+        with safe_open(path, "pt") as file:
+            config = read_config(path, (file.metadata() or {}).get("config"))
+            names = list(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            check_tensors(path, config, shapes)
+            state = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"the flow {path} is cut or damaged: {error}") from error
     return state, config
+
+
+def read_config(path: Path, text: str | None) -> FlowConfig:
+    """Read the configuration inside a flow's file; ValueError if it is missing or absurd."""
+    if text is None:
+        raise ValueError(
+            f"the flow {path} holds no configuration; expected a file written by train_flow.py"
+        )
+    try:
+        settings = json.loads(text)
+        known = {name: as_tuple(value) for name, value in settings.items()}
+        return FlowConfig(**known)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # no JSON, a field that is unknown, missing or absurd, or no object at all
+        raise ValueError(f"the flow {path} has a configuration that is none: {error}") from error
 
 
 def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowConfig]:
     """Read the tensors of a `flow_model.bin`, and the configuration that their shapes tell."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_official(path)
     if "model.input_proj.weight" not in state:
         raise ValueError(
             f"{path} is no official flow: it has no 'model.input_proj.weight', "
@@ -672,12 +707,28 @@ def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowCo
             "(officially fitted with the next token and used in training with the previous one: "
             "--contexts previous)"
         )
-    width, dim = state["model.input_proj.weight"].shape
+    shape = state["model.input_proj.weight"].shape
+    if len(shape) != 2:
+        raise ValueError(f"{path} is no official flow: 'model.input_proj.weight' is no matrix")
+    width, dim = shape
     blocks = {name.split(".")[2] for name in state if name.startswith("model.res_blocks.")}
     unknown = ("contexts", "percentiles", "shift")  # what no shape tells
     given = {name: required[name] for name in unknown if name in required}
     config = FlowConfig(dim=dim, n_blocks=len(blocks), width=width, **given)
+    check_tensors(path, config, {name: tensor.shape for name, tensor in state.items()})
     return state, config
+
+
+def load_official(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a `flow_model.bin`; ValueError if it is torn or holds something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[:1]
+        raise ValueError(f"{path} is no official flow, or damaged: {' '.join(reason)}") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(part) for part in state.values()):
+        raise ValueError(f"{path} is no official flow: expected tensors by name")
+    return state
 
 
 def as_tuple(value):

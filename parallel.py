@@ -404,6 +404,16 @@ def gather_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return gathered
 
 
+def not_finite(module: nn.Module) -> list[str]:
+    """Return the names of weights, sharded or not, that are not finite; all ranks together."""
+    broken = []
+    for name, tensor in module.state_dict().items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not local.isfinite().all():
+            broken.append(name)
+    return sorted({name for names in gather_objects(broken) for name in names})
+
+
 def gather(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be sharded; all ranks call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -472,7 +482,9 @@ class Learner:
         return {"module": without_frozen(module, self.module), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what state_dict() returned."""
+        """Take over what state_dict() returned, but for AdamW's settings, which stay as they are."""
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in group if name != "params"} for group in groups]
         set_state_dict(
             self.module,
             self.optimizer,
@@ -480,6 +492,8 @@ class Learner:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(strict=False),  # frozen weights stay as they are
         )
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
 
 def without_frozen(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

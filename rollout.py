@@ -67,6 +67,8 @@ SOLUTION_ENDS = {
     "qwen_tag": "<|im_end|>\n",
     "llama": "<|eot_id|>",
 }
+# Folders of that name are in every run, and say nothing of a model
+OF_EVERY_RUN = re.compile(r"policy|exports|step-\d+")
 # Tokens that end a response besides the model's own EOS, see --stop-tokens
 StopTokens = Literal["turn-ends", "eos"]
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
@@ -147,6 +149,21 @@ class Model(NamedTuple):
     def norm_eps(self) -> float:
         """Eps of the decoder's RMS norms; a flow's norms have the same, as in the official code."""
         return getattr(self.text_config, "rms_norm_eps", 1e-6)
+
+
+def short_name(name: str) -> str:
+    """Return a name for runs of a model: the last part of its path or hub id.
+
+    Folders that every run has, such as RUN/policy and RUN/exports/step-20/policy, take that of the
+    run before them.
+    """
+    parts = Path(name).parts
+    taken = [parts[-1]] if parts else ["model"]
+    for part in reversed(parts[:-1]):
+        if not OF_EVERY_RUN.fullmatch(taken[0]):
+            break
+        taken.insert(0, part)
+    return "-".join(part.strip("/") for part in taken if part != "exports")
 
 
 def full_name(name: str) -> str:

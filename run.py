@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
@@ -42,12 +42,13 @@ import lora
 import parallel
 import record
 from flow import as_tuple
-from infra import children, errors, files, folders, ranks, stopping
+from infra import checkpoints, children, errors, files, folders, ranks, stopping
 from infra.files import cannot_write, check_free, folder_written_whole, write_json, written_whole
 from infra.ranges import NonNegativeInt, PositiveInt
 from infra.stopping import Stop, asked_to_stop
 from parallel import is_first, on_first, start
 
+DATA_FILE = "data.json"  # fingerprints of the data that a run began with
 # said of checkpoints of a single process, which are meant to be so
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -174,6 +175,8 @@ def parse_config(config_class: type, presets: dict[str, dict]):
     peek.add_argument("--resume")
     known, _ = peek.parse_known_args()
     defaults = config_class()
+    if known.resume == "":
+        raise ValueError("--resume is empty; expected the folder of a run, such as runs/NAME")
     if known.resume:
         values = stored_settings(known.resume)
         foreign = sorted(values.keys() - flatten(defaults).keys())
@@ -182,12 +185,42 @@ def parse_config(config_class: type, presets: dict[str, dict]):
                 f"--resume {known.resume}: that run has {foreign}, settings of another script or "
                 f"version; resume with the one that began it"
             )
+        asks_again = {name: values.pop(name) for name in runs_code(values)}
     else:
         values = presets.get(known.model, {})
+        asks_again = {}
     defaults = change(defaults, **{name: as_tuple(value) for name, value in values.items()})
     description = f"{config_class.__doc__} {whose_defaults(known, presets)}"
     options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
-    return tyro.cli(config_class, default=defaults, **options)
+    config = tyro.cli(config_class, default=defaults, **options)
+    check_asked_again(config, asks_again)
+    return config
+
+
+def runs_code(stored: dict[str, object]) -> list[str]:
+    """Return the names of a run's settings by which it runs code that came with it."""
+    names = []
+    if any(".py" in part for part in stored.get("reward") or ()):
+        names.append("reward")
+    if stored.get("trust_remote_code"):
+        names.append("trust_remote_code")
+    return names
+
+
+def check_asked_again(config, stored: dict[str, object]) -> None:
+    """Raise ValueError unless settings by which a resumed run runs code are given anew.
+
+    Whoever resumes a run that somebody sent would else run that person's code unawares.
+    """
+    asked = flatten(config)
+    for name, value in stored.items():
+        if not asked[name]:
+            flag = f"--{name.replace('_', '-')}"
+            given = flag if value is True else " ".join([flag, *value])
+            raise ValueError(
+                f"--resume {config.resume}: that run has {name}={value!r}, which runs code that "
+                f"you may not have written; give {given} again if you trust it"
+            )
 
 
 def whose_defaults(known: argparse.Namespace, presets: dict[str, dict]) -> str:
@@ -225,9 +258,11 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
 # Settings that cannot change when a run is resumed, and why; all others act from there on
 OF_THE_MODEL = "the checkpoint holds the weights of that model"
 OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
+OF_THE_SOLUTIONS = "the flow has learnt from those that it would be tested on"
 OF_THE_PROMPTS = "the policy has learnt from other prompts"
 OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
 OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
+WHERE = ("folder", "resume")  # say where a run is, not what it does
 FIXED_AT_START = {
     "model": OF_THE_MODEL,
     "trust_remote_code": OF_THE_MODEL,
@@ -240,6 +275,8 @@ FIXED_AT_START = {
     "drop_empty": OF_THE_DATA,
     "images_column": OF_THE_DATA,
     "batch_size": OF_THE_DATA,
+    "held_out": OF_THE_SOLUTIONS,
+    "cutoff": "the flow has learnt from solutions that were cut there",
     "template": OF_THE_PROMPTS,
     "min_pixels": OF_THE_PROMPTS,
     "max_pixels": OF_THE_PROMPTS,
@@ -254,7 +291,29 @@ FIXED_AT_START = {
     "percentiles": OF_THE_WEIGHTS,
     "shift": OF_THE_WEIGHTS,
     "flow_blocks": OF_THE_WEIGHTS,
+    "standardise": OF_THE_WEIGHTS,
+    "calibrate_at": OF_THE_WEIGHTS,
     "seed": OF_THE_RANDOMNESS,
+}
+
+
+# Settings that act from where a run is resumed
+MAY_CHANGE = {
+    *("steps", "epochs", "lr", "warmup", "lr_floor", "weight_decay", "clip_norm", "train_batch"),
+    *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling", "max_rounds"),
+    *("media_dir", "max_images", "max_prompt_tokens"),  # data whose place or limits may change
+    *("reward", "overlong_buffer", "grade_truncated", "grader_deadline"),
+    *("baseline", "entropy_alpha", "entropy_kappa", "normalisation"),
+    *("clip_low", "clip_high", "ratio_cap", "mismatch", "mismatch_cap"),
+    *("kl_coef", "kl_in", "kl_kind"),
+    *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
+    *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "flow_power", "gamma"),
+    *("flow_lr", "flow_accept", "flow_soft", "flow_entropy_quantile", "flow_times"),
+    *("flow_optimiser", "noise_repeats"),
+    *("eval_data", "eval_every", "eval_samples", "eval_split", "log_rollouts", "log_groups"),
+    *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
+    *("tokens_per_gpu", "cpu_offload", "compile", "gradient_checkpointing", "offload", "rehearse"),
+    *("dtype", "save_every", "keep", "export_every", "track"),
 }
 
 
@@ -322,6 +381,31 @@ def whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def advise(folder: Path, error: checkpoints.DamagedError, damaged: Path) -> ValueError:
+    """Return the error for a damaged checkpoint of a run: it names the newest older one."""
+    for older in reversed(whole_checkpoints(folder)):
+        if step_of(older) < step_of(damaged) and checkpoints.is_whole(older):
+            return ValueError(
+                f"{error}; the older {older.name} is whole: move the damaged folder away "
+                f"(mv {damaged} {damaged}.damaged), then the same command goes on from step "
+                f"{step_of(older)}"
+            )
+    return ValueError(f"{error}; no older one is whole: put a copy back, or start a new run")
+
+
+def check_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Raise ValueError unless a checkpoint of a run holds what was written; all ranks together."""
+    said = None
+    try:
+        checkpoints.check_sizes(checkpoint)
+        checkpoints.check_contents(checkpoint, dist.get_rank(), dist.get_world_size())
+    except checkpoints.DamagedError as error:
+        said = str(error)
+    found = [text for text in parallel.gather_objects(said) if text]
+    if found:
+        raise advise(folder, checkpoints.DamagedError(found[0]), checkpoint)
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -336,6 +420,7 @@ class Run:
     def __init__(self, config, default_name: str):
         self.config = config
         self.default_name = default_name
+        self.data: dict = {}  # fingerprints, see check_data
         on_first(self.check)
         self.saving: Future | None = None
         self.saved_step: int | None = None  # of the last checkpoint, begun or found
@@ -377,12 +462,18 @@ class Run:
         changed = {}
         for name, new in asked.items():
             old = stored.get(name, defaults[name])
-            if name not in ("folder", "resume") and old != new:
+            if name not in WHERE and old != new:
                 changed[name] = (old, new)
         return changed
 
     def check_resume(self) -> None:
         """Say what a resumed run changes; ValueError for settings that a checkpoint fixes."""
+        newest = whole_checkpoints(Path(self.config.resume))[-1:]
+        for checkpoint in newest:
+            try:
+                checkpoints.check_sizes(checkpoint)
+            except checkpoints.DamagedError as error:
+                raise advise(Path(self.config.resume), error, checkpoint) from error
         for name, (old, new) in self.changes().items():
             if name in FIXED_AT_START:
                 raise ValueError(
@@ -391,6 +482,31 @@ class Run:
                 )
             print(f"resumed with {name}={new!r}, which was {old!r} until here")
 
+    def check_data(self, **data) -> dict:
+        """Note fingerprints of the data, and return those that the run began with.
+
+        Raises ValueError if the data that the run trains on are not those that it began with. A run
+        of an earlier version has no fingerprints, and any data are taken for its own.
+
+        Args:
+            data: by name; `training` is that of the data that the run trains on.
+        """
+        self.data = on_first(self.stored_data) or data
+        if self.data["training"] != data["training"]:
+            raise ValueError(
+                f"--resume {self.config.resume}: {self.config.data} has other rows than when the "
+                f"run began, or the same in another order; {OF_THE_DATA}: put them back, or start "
+                "a new run"
+            )
+        return self.data
+
+    def stored_data(self) -> dict | None:
+        """Return the fingerprints that a resumed run began with, if it has any."""
+        path = Path(self.config.resume or "", DATA_FILE)
+        if not self.config.resume or not path.exists():
+            return None
+        return json.loads(path.read_text())
+
     def begin(self, state: dict) -> None:
         """Make the folder, or go on in it: load the newest checkpoint into `state`.
 
@@ -398,24 +514,33 @@ class Run:
         load_state_dict(). metrics.jsonl is cut back to the step of the checkpoint.
         """
         self.folder = on_first(self.claim_folder)
-        newest = on_first(self.prepare_folder)
+        newest = on_first(self.newest_checkpoint)
         stopping.how_to_go_on = f"go on with --resume {self.folder}"
         if newest:
-            dcp.load(state, checkpoint_id=newest, **self.checkpoint_options)
+            check_checkpoint(self.folder, newest)
+        on_first(lambda: self.prepare_folder(newest))
+        if newest:
+            checkpoints.load(state, newest, **self.checkpoint_options)
             self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"
         self.tracker = Tracker(kind, self.folder, asdict(self.config))
 
-    def prepare_folder(self) -> Path | None:
-        """Make the folder, or clear it of what a dead run left; return its newest checkpoint."""
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint of the folder; None if there is none."""
+        found = whole_checkpoints(self.folder)
+        return found[-1] if found else None
+
+    def prepare_folder(self, newest: Path | None) -> None:
+        """Make the folder, or clear it of what a dead run left after its newest checkpoint."""
         config_file = self.folder / "config.json"
         if not self.config.resume:
             write_json(config_file, asdict(self.config), must_be_new=True)
         for unfinished in (self.folder / "checkpoints").glob(f"*{files.UNFINISHED}"):
             shutil.rmtree(unfinished)
-        checkpoints = whole_checkpoints(self.folder)
-        newest = checkpoints[-1] if checkpoints else None
         step = step_of(newest) if newest else 0
+        data_file = self.folder / DATA_FILE
+        if self.data and not newest and not data_file.exists():
+            write_json(data_file, self.data)
         self.cut_metrics(step)
         self.cut_rollouts(step)
         if self.config.resume and self.changes():
@@ -423,7 +548,6 @@ class Run:
             if not until_here.exists():
                 shutil.copy(config_file, until_here)
             write_json(config_file, asdict(self.config))
-        return newest
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop the lines of metrics.jsonl after a step, and an incomplete last line."""
@@ -452,12 +576,33 @@ class Run:
         step = state["progress"]["step"]
         if step == self.saved_step:
             return
+        self.check_weights(
+            step, [part.module for part in state.values() if hasattr(part, "module")]
+        )
         self.saved_step = step
         folder = self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}{files.UNFINISHED}")
         written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
         self.write_report()
+
+    def check_weights(self, step: int, modules: Iterable[torch.nn.Module]) -> None:
+        """Raise FloatingPointError if a weight is not finite; all ranks together."""
+        broken = [name for module in modules for name in parallel.not_finite(module)]
+        if broken:
+            self.wait_for_save()
+            raise FloatingPointError(
+                f"the weights after step {step} are not finite ({broken[0]}, {len(broken)} tensors) "
+                f"and are not written; {self.last_checkpoint()}"
+            )
+
+    def last_checkpoint(self) -> str:
+        """Return a text that names the last checkpoint, for an error of the figures or weights."""
+        found = whole_checkpoints(self.folder) or ["none"]
+        return (
+            f"Last checkpoint: {found[-1]}; look at the data, or start anew with a lower learning "
+            "rate"
+        )
 
     def publish(self, written: Future, writing: Path, folder: Path) -> None:
         """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
@@ -527,11 +672,9 @@ class Run:
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             self.wait_for_save()
-            checkpoints = whole_checkpoints(self.folder) or ["none"]
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
-                f"Last checkpoint: {checkpoints[-1]}; look at the data, "
-                f"or start anew with a lower learning rate"
+                f"{self.last_checkpoint()}"
             )
         if is_first():
             with open(self.folder / "metrics.jsonl", "a") as file:
@@ -705,6 +848,7 @@ def export_checkpoint(
     step: int | None = None,
     out: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write policy/ and flow/ of a checkpoint of any number of ranks, for other programs.
 
@@ -713,6 +857,7 @@ def export_checkpoint(
         step: Step of the checkpoint; by default the newest
         out: Folder for policy/ and flow/; by default RUN/exports/step-N
         overwrite: Replace policy/, adapter/ and flow/ that are there
+        trust_remote_code: Run code that comes with the model
     """
     import rlfr
     import rollout
@@ -722,6 +867,12 @@ def export_checkpoint(
     folder = Path(run)
     stored = stored_settings(folder)
     checkpoint = find_checkpoint(folder, step)
+    if stored.get("trust_remote_code") and not trust_remote_code:
+        raise ValueError(
+            f"{run}: its model runs code that came with it, which you may not have written; give "
+            "--trust-remote-code if you trust it"
+        )
+    check_checkpoint(folder, checkpoint)
     target = Path(out or folder / "exports" / checkpoint.name)
     for name in RESULTS:
         check_free(target / name, overwrite)
@@ -731,8 +882,9 @@ def export_checkpoint(
         name = stored["model"]
         if name in toy.WORLDS:
             name = toy.WORLDS[name].path("model")
-        fields_of_loading = ("dtype", "trust_remote_code", "min_pixels", "max_pixels")
-        loading = rollout.LoadingSettings(**{field: stored[field] for field in fields_of_loading})
+        fields_of_loading = ("dtype", "min_pixels", "max_pixels")
+        values = {field: stored[field] for field in fields_of_loading}
+        loading = rollout.LoadingSettings(**values, trust_remote_code=trust_remote_code)
         model = rollout.find_model(name, loading)
         dtype = parallel.compute_dtype(loading.dtype)
         freeze = stored.get("freeze", "none")
@@ -749,7 +901,9 @@ def export_checkpoint(
         values = json.loads(flow_config.read_text())
         flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
         state["flow"] = {"module": flow.state_dict()}
-    dcp.load(state, checkpoint_id=checkpoint)  # into the tensors of the modules
+    checkpoints.load(state, checkpoint)  # into the tensors of the modules
+    for part in state.values():
+        check_finite(part["module"], checkpoint)
     if "policy" in state:
         export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
         if rank:
@@ -779,17 +933,27 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
     print(f"open {write_run_report(paths, Path(out or beside / 'report.html'))}")
 
 
+def check_finite(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Raise FloatingPointError if a weight of a checkpoint is not finite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"the weights {name} of {checkpoint} are not finite and are not exported; choose an "
+                "older checkpoint with --step"
+            )
+
+
 def find_checkpoint(folder: Path, step: int | None) -> Path:
     """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
-    checkpoints = whole_checkpoints(folder)
-    steps = [step_of(checkpoint) for checkpoint in checkpoints]
-    if not checkpoints:
+    found = whole_checkpoints(folder)
+    steps = [step_of(checkpoint) for checkpoint in found]
+    if not found:
         raise ValueError(f"{folder} has no checkpoint; expected the folder of a run with one")
     if step is None:
-        return checkpoints[-1]
+        return found[-1]
     if step not in steps:
         raise ValueError(f"{folder} has no checkpoint of step {step}, only of {steps}")
-    return checkpoints[steps.index(step)]
+    return found[steps.index(step)]
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import parallel
 import rlfr
 import rollout
 import toy
+from infra import fingerprints
 from infra.ranges import (
     BatchSize,
     Fraction,
@@ -167,6 +168,13 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
 
 def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model) -> list[rlfr.Row]:
     """Load expert solutions as tokens; a whole one ends as a turn does, a cut one does not."""
+    return tokenise(*read_solutions(source, settings, model), settings, model)
+
+
+def read_solutions(
+    source: str, settings: SolutionSettings, model: rollout.Model
+) -> tuple[list[str], list[str], list]:
+    """Read problems, their solutions and their images, in the order of the rows."""
     rows = rollout.load_rows(source, (), settings.split, settings.subset)
     columns = (settings.problem_column, settings.solution_column)
     is_chat = takes_chats(rows[0], settings.solution_column)
@@ -180,7 +188,17 @@ def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model
         rollout.check_columns(rows, source, columns)
         texts = [row[settings.problem_column] for row in rows]
         solutions = [row[settings.solution_column] for row in rows]
-    images = rollout.read_images(rows, source, settings, model.processor)
+    return texts, solutions, rollout.read_images(rows, source, settings, model.processor)
+
+
+def tokenise(
+    texts: Sequence[str],
+    solutions: Sequence[str],
+    images: Sequence,
+    settings: SolutionSettings,
+    model: rollout.Model,
+) -> list[rlfr.Row]:
+    """Return solutions as tokens, after their prompts."""
     prompts = rollout.make_prompts(texts, images, model, settings)
     ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
     end = rollout.solution_end(model, settings.template)
@@ -399,12 +417,23 @@ def main(config: Config) -> None:
     # ---- Solutions, policy, flow
     start()
     config, model = resolve(config)
-    run = Run(config, f"flow-{Path(config.model).name}")
-    solutions = load_solutions(config.data, config.solutions, model)
-    n_held_out = count_held_out(config.flow.held_out, len(solutions), dist.get_world_size())
-    n_training = len(solutions) - n_held_out
+    run = Run(config, f"flow-{rollout.short_name(config.model)}")
+    texts, answers, images = read_solutions(config.data, config.solutions, model)
+    n_ranks = dist.get_world_size()
+    n_held_out = count_held_out(config.flow.held_out, len(texts), n_ranks)
+    training = fingerprints.of_texts(zip(texts, answers, strict=True))
+    n_held_out = run.check_data(training=training, held_out=n_held_out)["held_out"]
+    n_training = len(texts) - n_held_out
+    n_calibrating = n_held_out // n_ranks * n_ranks
+    if n_held_out and not n_calibrating:
+        raise ValueError(
+            f"--resume {config.resume}: that run holds out {n_held_out} solutions, too few for "
+            f"{n_ranks} ranks; resume it on fewer"
+        )
+    solutions = tokenise(texts, answers, images, config.solutions, model)
     dtype = parallel.compute_dtype(config.loading.dtype)
     policy = rlfr.load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
+    fitted_to = fingerprints.of_weights(policy.model)
     parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
@@ -415,6 +444,7 @@ def main(config: Config) -> None:
         percentiles=config.percentiles,
         standardised=config.flow.standardise,
         calibrated_at=config.flow.calibrate_at if n_held_out else (),
+        fitted_to=fitted_to,
     )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
@@ -423,7 +453,6 @@ def main(config: Config) -> None:
     learner = parallel.Learner(flow, (0.9, 0.999), config.optimisation.weight_decay)
     latents = Latents(policy, flow_config, solutions, config.compute.tokens_per_gpu)
     if config.flow.standardise:
-        n_ranks = dist.get_world_size()
         n_measured = min(N_MEASURED, n_training) // n_ranks * n_ranks
         measure_latents(flow, latents, range(n_measured))
 
@@ -443,9 +472,10 @@ def main(config: Config) -> None:
     def export(folder: Path) -> None:
         """Calibrate the flow and write it for training."""
         if n_held_out:
-            calibrate(flow, latents, range(n_training, len(solutions)), config.seed)
+            calibrate(flow, latents, range(n_training, n_training + n_calibrating), config.seed)
             if is_first():
                 tqdm.write("\n".join(calibration_lines(flow)))
+        run.check_weights(progress["step"], [flow])
         export_flow(flow, folder / "flow")
 
     if run.lacks_export(progress["step"]):

@@ -42,7 +42,7 @@ import rlfr
 import rollout
 import toy
 from evals import figures, sets
-from infra import children
+from infra import children, fingerprints
 from infra.files import locked
 from infra.ranges import (
     BatchSize,
@@ -62,6 +62,7 @@ from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings, Verdict
 from run import (
+    DATA_FILE,
     ComputeSettings,
     Run,
     RunSettings,
@@ -325,7 +326,7 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     check(config)
     on_first(lambda: check_folder(config))
     name = config.model
-    flow_folder = f"runs/flow-{Path(config.model).name}"
+    flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
     world = on_first(lambda: toy.find_world(config.model))
     if world:
         name = world.path("model")
@@ -471,6 +472,20 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
     return fl.Flow(flow_config)
 
 
+def check_fitted(flow: fl.Flow, policy: rlfr.Policy, path: str, is_named: bool) -> None:
+    """Say that a flow was fitted to another policy; ValueError if nobody has named it."""
+    if flow.config.fitted_to in (None, policy.fingerprint):
+        return
+    found = f"the flow {path} was fitted to the latents of other weights than this model's"
+    if not is_named:
+        raise ValueError(
+            f"{found}; fit one to these with train_flow.py, or name this one with --flow {path} "
+            "if you mean it"
+        )
+    if is_first():
+        print(f"{found}, as --flow asks")
+
+
 # ---- Policy, reference
 def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
     """Load the policy, compiled and sharded, with adapters if it has them."""
@@ -481,6 +496,7 @@ def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
         config.compute.gradient_checkpointing,
         settings.freeze,
     )
+    policy.fingerprint = fingerprints.of_weights(policy.model)
     if settings.lora_rank:
         sizes = (settings.lora_rank, settings.lora_alpha)
         lora.add_adapters(policy.model, policy.layers, *sizes, config.seed)
@@ -1330,16 +1346,47 @@ def evaluate(
     return results
 
 
-def print_summary(summary: dict, names: Sequence[str]) -> None:
-    """Print the accuracy before and after training, a row for each set and kind of sampling.
+def fingerprint(problems: Sequence[rollout.Problem]) -> str:
+    """Return a fingerprint of problems and their answers, in their order."""
+    return fingerprints.of_texts((problem.text, problem.answer) for problem in problems)
 
-    A set that came with --resume has none before.
+
+def sets_without_figures(summary: dict, held_out: dict[str, list], data: dict) -> dict[str, list]:
+    """Return the sets that have no figures before training, or had other problems then."""
+    known = data.get("sets", {})
+    new_sets = {}
+    for name, problems in held_out.items():
+        is_other = name in known and known[name]["fingerprint"] != fingerprint(problems)
+        if is_other or name not in summary.get("before", {}):
+            new_sets[name] = problems
+    return new_sets
+
+
+def add_figures_before(
+    summary: dict, results: dict, new_sets: dict[str, list], run: Run, step: int
+) -> None:
+    """Put the figures of sets into the summary; note what problems and what step they are of.
+
+    A resumed run that gets a new set has no figures of it before the first step.
     """
+    if step and is_first():
+        print(f"the figures of {', '.join(new_sets)} before training are those after step {step}")
+    summary.setdefault("before", {}).update(results)
+    noted = run.data.setdefault("sets", {})
+    for name, problems in new_sets.items():
+        noted[name] = {"fingerprint": fingerprint(problems), "step": step}
+    run.write_json(DATA_FILE, run.data)
+
+
+def print_summary(summary: dict, names: Sequence[str], data: dict) -> None:
+    """Print the accuracy before and after training, a row for each set and kind of sampling."""
     rows = {}
     for name in names:
-        for when in ("before", "after"):
-            for kind, row in summary[when].get(name, {}).items():
-                rows[f"{name} {when}, {kind}"] = row
+        step = data.get("sets", {}).get(name, {}).get("step", 0)
+        begun = f"after step {step}" if step else "before"
+        for label, when in ((begun, "before"), ("after", "after")):
+            for kind, row in summary[when][name].items():
+                rows[f"{name} {label}, {kind}"] = row
     print(figures.table(rows))
 
 
@@ -1357,8 +1404,9 @@ def main(config: Config) -> None:
     """Train a policy."""
     # ---- Problems and grader
     start()
+    is_flow_named = config.flow is not None
     config, model = resolve(config)
-    run = Run(config, f"rl-{Path(config.model).name}-{config.shaping}")
+    run = Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
     problems = rollout.load_problems(config.data, config.problems, model)
     prompts = config.sampling.prompts
     total_steps = config.steps or config.optimisation.epochs * len(problems) // prompts
@@ -1369,6 +1417,7 @@ def main(config: Config) -> None:
         )
     evaluation_problems = replace(config.problems, split=config.evaluation.eval_split)
     held_out = sets.load_sets(config.eval_data or (), evaluation_problems, model)
+    run.check_data(training=fingerprint(problems))
     max_tokens = config.sampling.max_tokens
     grader = Grader(config.reward, config.grading, max_tokens)
 
@@ -1378,6 +1427,8 @@ def main(config: Config) -> None:
     if config.shaping == "flow":
         flow = make_flow(config, model)
     policy = make_policy(config, model)
+    if flow:
+        check_fitted(flow, policy, config.flow, is_flow_named)
     weight_decay = config.optimisation.weight_decay
     learners = {"policy": parallel.Learner(policy, (0.9, 0.95), weight_decay)}
     reference = None
@@ -1451,6 +1502,7 @@ def main(config: Config) -> None:
     def export(folder: Path) -> None:
         """Write the policy and the flow for other programs."""
         run.wait_for_save()  # its collectives shall not run beside those that gather weights
+        run.check_weights(progress["step"], [policy, flow] if flow else [policy])
         processors = [model.tokenizer, model.processor]
         export_policy(policy, dtype, processors, folder / "policy")
         if config.optimisation.lora_rank:
@@ -1462,9 +1514,11 @@ def main(config: Config) -> None:
     summary = {}
     if progress["step"] and summary_file.exists():
         summary = json.loads(summary_file.read_text())
-    if held_out and "before" not in summary:
+    new_sets = sets_without_figures(summary, held_out, run.data)
+    if new_sets:
         with engine_awake():
-            summary["before"] = evaluate(engine, grader, held_out, config)
+            results = evaluate(engine, grader, new_sets, config)
+        add_figures_before(summary, results, new_sets, run, progress["step"])
         run.write_json("summary.json", summary)
 
     if run.lacks_export(progress["step"]):
@@ -1579,7 +1633,7 @@ def main(config: Config) -> None:
             report = run.finish_report()
         if is_first():
             if held_out:
-                print_summary(summary, list(held_out))
+                print_summary(summary, list(held_out), run.data)
             print(f"open {report} to see what happened")
     grader.close()
 

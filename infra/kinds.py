@@ -1,0 +1,42 @@
+"""Whether values that were read from a file are of the kinds that a dataclass declares."""
+
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
+
+
+def check_kinds(values) -> None:
+    """Raise ValueError if a field of a dataclass does not hold what its annotation says."""
+    hints = get_type_hints(type(values))
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if not is_of_kind(value, hints[field.name]):
+            raise ValueError(f"{field.name}={value!r}: expected {describe(hints[field.name])}")
+
+
+def is_of_kind(value, hint) -> bool:
+    """Return whether a value is of a kind: a class, a union of kinds, or tuple[KIND, ...]."""
+    if isinstance(hint, UnionType):
+        return any(is_of_kind(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        return isinstance(value, tuple) and all(is_of_kind(part, kind) for part in value)
+    if hint in (int, float):  # a bool is no number, a whole number may stand for any
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def describe(hint) -> str:
+    """Return a kind in words."""
+    if isinstance(hint, UnionType):
+        return " or ".join(describe(kind) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each {describe(get_args(hint)[0])}"
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        NoneType: "null",
+    }
+    return words.get(hint, hint.__name__)
