@@ -1000,7 +1000,7 @@ def test_an_evaluation_that_fails_after_training_loses_nothing(world, config, tm
     assert len(read_lines(folder / "metrics.jsonl")) == 2
 
 
-def test_a_set_that_comes_with_resume_has_no_figures_before(world, config, tmp_path, capsys):
+def test_a_set_that_comes_with_resume_is_in_the_table(world, config, tmp_path, capsys):
     """Training went to its end, and then failed in the table."""
     train_rl.main(change(config, eval_data=(world.path("test.jsonl"),), save_every=1, steps=1))
     other = f"other={world.path('test.jsonl')}"
