@@ -115,6 +115,8 @@ def main(config: Config) -> None:
     longest_prompt = find_longest_prompt(problems)
     config, max_length = choose_limits(config, model, longest_prompt)
     check_judge(config, problems, questions)
+    # before the folder is claimed: a reward that is refused shall leave nothing behind
+    grader = Grader(config.reward, config.grading, config.max_tokens)
     folder = on_first(lambda: open_folder(config, model))
     stopping.how_to_go_on = f"the same command goes on with {folder}"
     replies = folder / "judge.jsonl" if is_first() else None  # only the first rank asks
@@ -122,7 +124,7 @@ def main(config: Config) -> None:
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
     n_done = on_first(lambda: keep_whole_chunks(folder, chunks, config.samples))
 
-    with Grader(config.reward, config.grading, config.max_tokens) as grader:
+    with grader:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: deleting vLLM's destroys the process group.

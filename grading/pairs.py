@@ -52,28 +52,31 @@ class Count:
 def read_pairs(file: str) -> dict[str, list[Pair]]:
     """Read labelled pairs by group; ValueError names the file and line of what is none."""
     groups = defaultdict(list)
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 pair = Pair(row["gold"], row["pred"], row["expected"])
                 group = row.get("group", "all")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 wanted = 'an object with "gold", "pred" and "expected"'
                 raise ValueError(f"{file}, line {number}: {error!r}; expected {wanted}") from error
-            check_types(pair, f"{file}, line {number}")
+            check_types(pair, group, f"{file}, line {number}")
             groups[group].append(pair)
     if not groups:
         raise ValueError(f"{file} is empty; expected a labelled pair a line")
     return groups
 
 
-def check_types(pair: Pair, place: str) -> None:
+def check_types(pair: Pair, group: object, place: str) -> None:
     """Raise ValueError, with the place, for fields of a pair that have the wrong type."""
-    if not isinstance(pair.gold, str | list):
+    golds = pair.gold if isinstance(pair.gold, list) else [pair.gold]
+    if not all(isinstance(gold, str) for gold in golds):
         raise ValueError(f"{place}: gold is {pair.gold!r}; expected a text or a list of texts")
     if not isinstance(pair.prediction, str):
         raise ValueError(f"{place}: pred is {pair.prediction!r}; expected a text")
+    if not isinstance(group, str):
+        raise ValueError(f"{place}: group is {group!r}; expected a text")
     if not isinstance(pair.expected, bool):
         raise ValueError(f"{place}: expected is {pair.expected!r}; expected true or false")
 

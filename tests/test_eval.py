@@ -590,6 +590,14 @@ def test_the_switch_for_cut_responses_reaches_the_grader(config, tmp_path):
         assert cut and all((r["verdict"] == "cut") != graded for r in cut)
 
 
+# ---- Rewards that are refused
+def test_a_reward_that_is_refused_claims_no_folder(config, tmp_path):
+    """The folder of a mistyped reward refused the right one."""
+    with pytest.raises(ValueError, match="reward 'binari': neither binary"):
+        evaluation.main(runs.change(config, reward=("binari",)))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- Models that compute nothing
 def damage(model: str, folder: Path) -> str:
     """Copy a model and make one of its weights NaN."""

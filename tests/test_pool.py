@@ -311,13 +311,18 @@ def test_the_grader_makes_no_error_on_the_pairs_of_the_tests(tmp_path):
         ("5", "pairs.jsonl, line 2: TypeError"),
         ("{", "pairs.jsonl, line 2: JSONDecodeError"),
         ('{"gold": 1, "pred": "1", "expected": true}', "line 2: gold is 1; expected a text or a"),
+        ('{"gold": [1], "pred": "1", "expected": true}', r"line 2: gold is \[1\]; expected a text"),
+        ('{"gold": "1", "pred": "1", "expected": true, "group": [1]}', r"line 2: group is \[1\];"),
+        ("[" * 20_000, "line 2: RecursionError"),
+        ("\udcff", "line 2: UnicodeDecodeError"),
         ('{"gold": "1", "pred": 1, "expected": true}', "line 2: pred is 1; expected a text"),
         ('{"gold": "1", "pred": "1", "expected": 1}', "line 2: expected is 1; expected true or"),
     ],
 )
 def test_bad_pairs_name_their_line(tmp_path, line, message):
     file = tmp_path / "pairs.jsonl"
-    file.write_text('{"gold": "1", "pred": "1", "expected": true}\n' + line)
+    whole = '{"gold": "1", "pred": "1", "expected": true}\n'
+    file.write_text(whole + line, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         read_pairs(str(file))
 
