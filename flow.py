@@ -641,12 +641,12 @@ def check_tensors(file: Path, config: FlowConfig, shapes: Mapping[str, Sequence[
             f"the flow {file} is cut, or of another network: it says n_blocks={config.n_blocks} "
             f"and holds {len(blocks)}"
         )
-    with torch.device("meta"):
-        skeleton = Flow(config)
-        tensors = {name: torch.empty(*shape) for name, shape in shapes.items()}
     try:
+        with torch.device("meta"):
+            skeleton = Flow(config)
+            tensors = {name: torch.empty(*shape) for name, shape in shapes.items()}
         skeleton.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # it names missing and extra keys, and shapes that differ
+    except RuntimeError as error:  # it names keys and shapes that differ, or a size that overflows
         raise ValueError(f"the flow {file} is cut, or of another network: {error}") from error
 
 
