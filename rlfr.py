@@ -239,7 +239,7 @@ def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
     """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
 
     For several ranks all groups are of one size, the largest that allows it: prompts with more rows,
-    such as that of a problem that occurs twice in a step, are cut into several groups.
+    such as that of a problem that occurs twice in a step, are cut into several, of like lengths.
     """
     by_prompt: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
@@ -250,7 +250,9 @@ def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
     size = math.gcd(*(len(group) for group in groups), len(rows) // n_ranks)
     parts = []
     for group in groups:
-        parts += [group[start : start + size] for start in range(0, len(group), size)]
+        n_parts = len(group) // size
+        group = sorted(group, key=lambda index: len(rows[index].response_ids), reverse=True)
+        parts += [group[part::n_parts] for part in range(n_parts)]
     return parts
 
 

@@ -160,10 +160,10 @@ def test_rows_of_a_prompt_go_to_one_rank():
         ("aabbc", 1, [[0, 1], [2, 3], [4]]),  # a single rank takes groups of any size
         ("aabbcd", 2, [[0], [1], [2], [3], [4], [5]]),  # no size above 1 goes into all groups
         # a problem that occurs twice in a step, side by side and apart
-        ("aaaabbccdd", 5, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]),
-        ("aabbccaa", 2, [[0, 1], [6, 7], [2, 3], [4, 5]]),
+        ("aaaabbccdd", 5, [[0, 2], [1, 3], [4, 5], [6, 7], [8, 9]]),
+        ("aabbccaa", 2, [[0, 6], [1, 7], [2, 3], [4, 5]]),
         # three groups for two ranks: each rank gets one and a half
-        ("aaaabbbbcccc", 2, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]),
+        ("aaaabbbbcccc", 2, [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]),
     ],
 )
 def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, groups):
@@ -173,6 +173,11 @@ def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, 
     by_rank = [sorted(sum(plan, [])) for plan in plans]
     assert sorted(sum(by_rank, [])) == list(range(len(rows)))
     assert len({len(indices) for indices in by_rank}) == 1
+
+
+def test_parts_of_a_prompts_rows_are_of_like_lengths():
+    rows = [rlfr.Row([1], [2] * n) for n in (1, 2, 9, 9)]
+    assert rlfr.prompt_groups(rows, 2) == [[2, 1], [3, 0]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -495,12 +500,12 @@ def test_micro_batches_keep_to_the_budget():
 
 def test_micro_batches_share_rows_out():
     """Rows are dealt 0 1 1 0, the longest first; a rank with fewer batches halves its largest."""
-    rows = [rlfr.Row([1], [2] * n) for n in (1, 2, 9, 9)]
+    rows = [rlfr.Row([prompt], [2] * n) for prompt, n in enumerate((1, 2, 9, 9))]
     plans = []
     for rank in range(2):
         plans.append([indices for indices, _ in rlfr.micro_batches(rows, 11, rank, n_ranks=2)])
     assert plans == [[[2], [0]], [[3], [1]]]
-    rows = [rlfr.Row([1], [2] * n) for n in (9, 2, 2, 2)]
+    rows = [rlfr.Row([prompt], [2] * n) for prompt, n in enumerate((9, 2, 2, 2))]
     plans = []
     for rank in range(2):
         plans.append([indices for indices, _ in rlfr.micro_batches(rows, 12, rank, n_ranks=2)])
