@@ -439,7 +439,7 @@ def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, 
             dcp_to_torch_save(Path(folder, "checkpoints", checkpoint), tmp_path / "readable.pt")
         alone = folder + "-alone"
         shutil.copytree(folder, alone)
-        resumed = start("train_rl.py", ["--resume", folder])
+        resumed = start("train_rl.py", ["--resume", folder, "--reward", *config.reward])
         train_rl.main(change(config, folder=folder, resume=alone))
         check_exit(resumed)
         told = f"killed {delay:.2f} s after step {step}, left {left}"
