@@ -44,7 +44,7 @@ from evals.report import write_report
 from grading import Pool
 from infra import folders, stopping
 from infra.files import write_json, written_whole
-from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_numbers
+from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_values
 from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
@@ -86,7 +86,8 @@ OFFICIAL_LENGTH = 8192  # tokens of a response; of a VL model's prompt and respo
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    check_numbers(config)
+    check_values(config)
+    rollout.template_pattern(config.problems.template)
     rollout.check_engine(config.engine, dist.get_world_size())
     if config.samples > 1 and config.temperature == 0:
         raise ValueError(

@@ -4,10 +4,11 @@ Tokens are never rewritten: a response that ran out of room keeps its last token
 (The official code writes EOS over that token, and the response can then score as finished.)
 """
 
-import json
+import glob
 import math
 import os
 import re
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,9 @@ from transformers import (
 
 import vision
 from infra import families, hub
+from infra.files import read_text
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
+from infra.rows import check_answers, check_texts, final_answer, read_rows
 from parallel import fork_rng, gather_objects, is_first, tensor_memory
 from run import change, flatten, unset_among
 
@@ -184,20 +187,36 @@ def find_model(name: str, loading: LoadingSettings) -> Model:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        check_vocabulary(path, tokenizer, config.get_text_config().vocab_size)
+        with torch.device("meta"):
+            body = AutoModel.from_config(config.get_text_config(), trust_remote_code=remote_code)
+    except Exception as error:  # transformers passes on whatever its readers raise
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise ValueError(
             f"model {name!r}: {path!r} cannot be loaded ({reason}); expected a folder, a hub id, "
             f"a short name such as Qwen2.5-7B, or toy"
         ) from error
-    with torch.device("meta"):
-        body = AutoModel.from_config(config.get_text_config(), trust_remote_code=remote_code)
     n_parameters = sum(parameter.numel() for parameter in body.parameters())
     processor = None
     if vision.takes_images(config):
         limits = (loading.min_pixels, loading.max_pixels)
         processor = vision.load_processor(path, *limits, remote_code)
     return Model(path, config, n_parameters, tokenizer, processor, remote_code)
+
+
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> None:
+    """Raise ValueError if a tokenizer knows no words, or more than the model has embeddings for.
+
+    Where a folder has no tokenizer, transformers makes one of special tokens alone.
+    """
+    ids = tokenizer("1+1=2", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise ValueError(f"its tokenizer knows no words: is tokenizer.json in {path}?")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= n_embeddings:
+        raise ValueError(
+            f"its tokenizer has tokens up to {largest}, and the model embeddings for {n_embeddings}"
+        )
 
 
 def fill_in(config, model: Model):
@@ -255,6 +274,11 @@ def choose_template(template: str, model: Model) -> str:
     Vision-language models get their chat template without an instruction of ours, as published:
     the prompts of the data set say how to answer.
     """
+    if template in ("chat", "bare") and not model.tokenizer.chat_template:
+        raise ValueError(
+            f"template {template!r}: the tokenizer of {model.path} has no chat template; "
+            f"expected one of {', '.join(TEMPLATES)}, or a file"
+        )
     if template != "auto":
         return template
     if vision.takes_images(model.config):
@@ -283,9 +307,11 @@ def load_rows(
     source: str, columns: Sequence[str], split: str, subset: str | None
 ) -> Sequence[Mapping[str, object]]:
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
+    if not source.strip():
+        raise ValueError(f"data {source!r} has no name; expected a file, a folder or a hub id")
     path = hub.find_data(source)
-    if path.endswith(".jsonl") and Path(path).is_file():
-        rows = read_jsonl(path)  # by ourselves: values of a column may differ in type
+    if path.endswith((".jsonl", ".json", ".csv")) and Path(path).is_file():
+        rows = read_rows(path)
     elif source.endswith(".tsv"):
         raise ValueError(
             f"{source}: a TSV file is a vision-language benchmark for eval.py, e.g. --data "
@@ -299,6 +325,11 @@ def load_rows(
     return rows
 
 
+def is_empty(value: object) -> bool:
+    """Return whether a row has nothing in a column."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
 def check_columns(rows: Sequence[Mapping], source: str, columns: Sequence[str]) -> None:
     """Raise ValueError if a column is missing or has empty values."""
     for column in columns:
@@ -307,28 +338,12 @@ def check_columns(rows: Sequence[Mapping], source: str, columns: Sequence[str]) 
                 f"{source} has no column {column!r}, only {sorted(rows[0])}; "
                 f"name it with a --…-column flag"
             )
-        empty = [i for i, row in enumerate(rows) if row.get(column) in (None, "", [])]
+        empty = [i for i, row in enumerate(rows) if is_empty(row.get(column))]
         if empty:
             raise ValueError(
                 f"column {column!r} of {source} is empty in {len(empty)} of {len(rows)} rows, "
                 f"first in row {empty[0]}; fill or drop them (train_flow.py: --drop-empty)"
             )
-
-
-def read_jsonl(path: str) -> list[dict]:
-    """Read a file of one JSON object a line."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}: {line[:60]!r} is not JSON ({error}); expected one object a line"
-                ) from error
-    return rows
 
 
 class StoredRow(Mapping):
@@ -365,11 +380,15 @@ def read_with_datasets(source: str, split: str, subset: str | None) -> list[Stor
             if isinstance(data, datasets.DatasetDict):
                 data = data[split]
         elif path.is_file():
-            data = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
+            # the library reads names as patterns
+            file = glob.escape(os.path.abspath(source))
+            data = datasets.load_dataset(path.suffix[1:], data_files=file, split="train")
+        elif path.is_dir() and glob.has_magic(os.path.abspath(source)):
+            raise ValueError("the library takes *, ? and [ in a path for a pattern: rename it")
         else:
             data = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # `datasets` passes on whatever its readers raise
-        reason = f"split {split!r}, {type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"split {split!r}, {first_cause(error)}"
         raise ValueError(f"no data at {source!r} ({reason}); {what_to_name(path)}") from error
     table = data.with_format("arrow")[:]  # as stored: images stay encoded
     columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -387,10 +406,21 @@ def what_to_name(path: Path) -> str:
     )
 
 
+def first_cause(error: BaseException) -> str:
+    """Return the error that others were made of, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+
+
 def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
     """Load problems with answers, images and prompts; errors as of load_rows and make_prompts."""
     columns = (settings.problem_column, settings.answer_column)
     rows = load_rows(source, columns, settings.split, settings.subset)
+    texts, answers = ([row[column] for row in rows] for column in columns)
+    check_texts(texts, source, settings.problem_column)
+    check_texts([str(row.get("id", i)) for i, row in enumerate(rows)], source, "id")
+    check_answers(answers, source, settings.answer_column)
     return make_problems(rows, source, settings, model)
 
 
@@ -411,11 +441,6 @@ def make_problems(
         problem = Problem(str(row.get("id", i)), texts[i], answer, prompts[i], images[i])
         problems.append(problem)
     return problems
-
-
-def final_answer(answer) -> str:
-    """Return an answer as text; of a GSM8K solution, `... #### 18`, what follows the mark."""
-    return str(answer).rpartition("####")[2].strip()
 
 
 def read_images(
@@ -455,7 +480,8 @@ def make_prompts(
 
 def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
     """Return the prompts of problems; see make_prompts for the templates."""
-    if template in ("chat", "bare"):
+    pattern = template_pattern(template)
+    if pattern is None:
         # the instruction goes to the user's turn: some models know no system role
         suffix = f"\n{INSTRUCTION}" if template == "chat" else ""
         prompts = []
@@ -464,18 +490,24 @@ def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
             prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
             prompts.append(prompt)
         return prompts
+    return [pattern.replace("{problem}", text) for text in texts]
+
+
+def template_pattern(template: str) -> str | None:
+    """Return the text of a template, None if the tokenizer or the model has it; ValueError if none."""
+    if template in ("auto", "chat", "bare"):
+        return None
     if template in TEMPLATES:
-        pattern = TEMPLATES[template]
-    elif Path(template).is_file():
-        pattern = Path(template).read_text()
-    else:
+        return TEMPLATES[template]
+    if not Path(template).exists():
         known = ", ".join(TEMPLATES)
         raise ValueError(f"template {template!r}: neither {known}, chat, bare, auto nor a file")
+    pattern = read_text(template, "a template, a text with {problem} in it")
     if "{problem}" not in pattern:
         raise ValueError(
             f"template {template!r} has no {{problem}} in it; put it where the problem goes"
         )
-    return [pattern.replace("{problem}", text) for text in texts]
+    return pattern
 
 
 def solution_end(model: Model, template: str) -> list[int]:
@@ -495,12 +527,12 @@ def solution_end(model: Model, template: str) -> list[int]:
     return tokenizer(end, add_special_tokens=False)["input_ids"]
 
 
-def read_exchange(row: Mapping, number: int) -> tuple[str, str]:
-    """Return find_exchange() of a row; ValueError names the row where there is none."""
+def read_exchange(row: Mapping, place: str) -> tuple[str, str]:
+    """Return find_exchange() of a row; ValueError names its place, a file and row, if none."""
     exchange = find_exchange(row)
     if exchange is None:
         raise ValueError(
-            f"row {number} has no user turn followed by an assistant's; expected messages such as "
+            f"{place} has no user turn followed by an assistant's; expected messages such as "
             f'{{"role": "user", "content": …}}, {{"role": "assistant", "content": …}}'
         )
     return exchange
@@ -512,7 +544,10 @@ def find_exchange(row: Mapping) -> tuple[str, str] | None:
     Rows have `messages` of role and content, or `conversations` of from and value.
     """
     problem = None
-    for turn in row.get("messages") or row.get("conversations") or []:
+    turns = row.get("messages") or row.get("conversations")
+    for turn in turns if isinstance(turns, list) else []:
+        if not isinstance(turn, Mapping):
+            break
         role = turn.get("role") or turn.get("from")
         content = turn.get("content") or turn.get("value")
         if role in ("user", "human"):

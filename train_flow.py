@@ -48,8 +48,9 @@ from infra.ranges import (
     PositiveInt,
     Range,
     Seed,
-    check_numbers,
+    check_values,
 )
+from infra.rows import check_texts
 from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from run import (
@@ -137,7 +138,8 @@ class Config:
 
 def resolve(config: Config) -> tuple[Config, rollout.Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
-    check_numbers(config)
+    check_values(config)
+    rollout.template_pattern(config.solutions.template)
     fl.check_contexts(config.contexts)
     n_ranks = dist.get_world_size()
     if config.batch_size % n_ranks:
@@ -181,13 +183,15 @@ def read_solutions(
     if settings.drop_empty:
         rows = drop_empty(rows, source, None if is_chat else columns)
     if is_chat:
-        exchanges = [rollout.read_exchange(row, i) for i, row in enumerate(rows)]
+        exchanges = [rollout.read_exchange(row, f"{source}, row {i}") for i, row in enumerate(rows)]
         texts = [problem for problem, _ in exchanges]
         solutions = [solution for _, solution in exchanges]
     else:
         rollout.check_columns(rows, source, columns)
         texts = [row[settings.problem_column] for row in rows]
         solutions = [row[settings.solution_column] for row in rows]
+    check_texts(texts, source, settings.problem_column)
+    check_texts(solutions, source, settings.solution_column)
     return texts, solutions, rollout.read_images(rows, source, settings, model.processor)
 
 

@@ -56,7 +56,7 @@ from infra.ranges import (
     Seed,
     SignedFloat,
     Temperature,
-    check_numbers,
+    check_values,
 )
 from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
@@ -266,7 +266,8 @@ FLOW_RECIPES = {
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
-    check_numbers(config)
+    check_values(config)
+    rollout.template_pattern(config.problems.template)
     n_ranks = dist.get_world_size()
     rollout.check_engine(config.engine, n_ranks)
     if config.compute.offload and config.compute.cpu_offload:

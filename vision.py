@@ -13,12 +13,14 @@ vision tower makes of it. (vLLM expects a single <|image_pad|> an image: see `co
 import base64
 import io
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import PIL.Image
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -52,7 +54,13 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
     """Load a Hugging Face decoder, with its vision tower if it has one."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
-    return auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        return auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
+        raise ValueError(
+            f"the weights of {path} cannot be loaded ({reason}); expected those of its config.json"
+        ) from error
 
 
 def load_processor(

@@ -43,6 +43,7 @@ import toy
 import train_flow
 import train_rl
 from infra.files import written_whole
+from infra.rows import read_rows
 from rewards import Grader
 from run import launch
 
@@ -199,7 +200,7 @@ def write_hasty_solutions(settings: HastySettings) -> None:
     """Sample a response to each problem and write those that are wrong, in the order of problems."""
     parallel.start()
     rows = sample_wrong(settings)
-    n_wanted = len(rollout.read_jsonl(settings.like))
+    n_wanted = len(read_rows(settings.like))
     if not rows:
         raise ValueError(f"{settings.model} solves all of {settings.data}; expected some failures")
     with written_whole(Path(settings.folder, "solutions.jsonl")) as temporary:

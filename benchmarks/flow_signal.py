@@ -42,6 +42,7 @@ import train_flow
 import train_rl
 from common import machine
 from infra.files import written_whole
+from infra.rows import read_rows
 from run import change
 
 TIMES = (0.2, 0.5, 0.8)
@@ -173,7 +174,7 @@ def kept_replies(file: Path, policy_folder: str, problems_file: str, count: int)
 def write_replies(policy_folder: str, problems_file: str, first: int, count: int) -> list[Reply]:
     """Return the world's careful solutions of some problems of a file."""
     tokenizer = rollout.find_model(policy_folder, rollout.LoadingSettings()).tokenizer
-    rows = rollout.read_jsonl(problems_file)[first : first + count]
+    rows = read_rows(problems_file)[first : first + count]
     replies = []
     for row in rows:
         prompt_ids = tokenizer.encode(row["problem"])

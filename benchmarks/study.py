@@ -47,7 +47,7 @@ from tqdm import tqdm
 import toy
 import train_rl
 from infra.files import remove, write_json, written_whole
-from infra.ranges import NonNegativeInt, PositiveInt, check_numbers
+from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from run import flatten
 
 # Figures of a step that the JSON file keeps, besides those of the flow
@@ -737,7 +737,7 @@ def report(statuses: dict[str, str], study: Study) -> int:
 
 def main(study: Study) -> int:
     """Run a study, or do what it asks in place of that; return the exit code."""
-    check_numbers(study)
+    check_values(study)
     if study.merge:
         files = [study.json_file] if study.json_file.exists() else []
         write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))

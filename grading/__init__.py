@@ -1,6 +1,6 @@
 """Is this answer right? Mathematical answers, option letters, and processes that compare them."""
 
-from grading.answers import Gold
+from grading.answers import Gold, can_be_met
 from grading.latex import boxes
 from grading.options import (
     JOINED_BOXES,
@@ -26,6 +26,7 @@ __all__ = [
     "Pool",
     "blank",
     "boxes",
+    "can_be_met",
     "extract",
     "judge_response",
     "letter_in_response",

@@ -55,6 +55,7 @@ TOLERANCE = Fraction(1, 10**6)  # largest ratio of difference to value where a d
 NEARLY = Fraction(1, 20)  # the same between the sides of `\approx`
 EXACT = Fraction(0)
 CONTENT = re.compile(r"[^\W_]|\\infty|\\emptyset|\\varnothing|∞|∅|\\\{")  # every answer has some
+EMPTY_COMMAND = re.compile(r"\\[A-Za-z]+\s*\{\s*\}")  # `\text{}`
 CHOICE_LETTERS = "ABCDEFGHIJ"
 
 
@@ -75,6 +76,12 @@ def equal(gold: str, prediction: str) -> bool | None:
     if True in verdicts:
         return True
     return None if None in verdicts else False
+
+
+def can_be_met(gold: str) -> bool:
+    """Return whether any prediction can equal a gold answer: it says something."""
+    filled = EMPTY_COMMAND.sub("", gold)
+    return bool(CONTENT.search(filled) and CONTENT.search(squeeze(filled)))
 
 
 def squeeze(text: str) -> str:

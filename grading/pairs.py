@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from grading.pool import DEADLINE, Pool
-from infra.ranges import PositiveFloat, Range, check_numbers
+from infra.ranges import PositiveFloat, Range, check_values
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def table(counts: dict[str, Count]) -> str:
 
 def main(settings: Settings) -> None:
     """Print the counts as a table, and write them as JSON where asked to."""
-    check_numbers(settings)
+    check_values(settings)
     counts = count_errors_by_group(settings)
     print(table(counts))
     if settings.json:

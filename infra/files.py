@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,3 +195,84 @@ def locked(path: Path) -> Iterator[IO]:
             print(f"another run works on {path.with_suffix('')}; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+# ---- Reading; ValueError says where a file is not what was expected
+def read_text(path: str | Path, kind: str) -> str:
+    """Return the text of a file.
+
+    kind: what the file should be, for the error: `the settings of a run`
+    """
+    path = need_file(path, kind)
+    return decode(path.read_bytes(), str(path), kind)
+
+
+def read_json(path: str | Path, kind: str) -> dict:
+    """Return the object that a JSON file holds; kind as for read_text."""
+    path = need_file(path, kind)
+    return parse_object(path.read_bytes(), str(path), kind)
+
+
+def read_json_lines(path: str | Path, kind: str, may_be_cut: bool = False) -> list[dict]:
+    """Return the objects of a file that holds one a line; empty lines do not count.
+
+    kind: as for read_text
+    may_be_cut: leave out a last line without an end: whoever wrote it was killed
+    """
+    path = need_file(path, kind)
+    objects = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            is_cut = may_be_cut and not line.endswith(b"\n")
+            if line.strip() and not is_cut:
+                objects.append(parse_object(line, f"{path}, line {number}", kind))
+    return objects
+
+
+def need_file(path: str | Path, kind: str) -> Path:
+    """Return the path of a file; ValueError if there is none."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected {kind}")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected {kind}")
+    return path
+
+
+def decode(content: bytes, place: str, kind: str) -> str:
+    """Return bytes as text; ValueError if they are not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place}: byte {content[error.start]:#04x} is not UTF-8; "
+            f"expected {kind}, saved as UTF-8"
+        ) from error
+
+
+def parse_json(content: bytes, place: str, kind: str) -> object:
+    """Return the value that JSON stands for."""
+    text = decode(content, place, kind)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested too deeply; or too long a number
+        raise ValueError(
+            f"{place}: {shown(text)} is not JSON ({error}); expected {kind}"
+        ) from error
+
+
+def parse_object(content: bytes, place: str, kind: str) -> dict:
+    """Return the object that JSON stands for, a dict."""
+    value = parse_json(content, place, kind)
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: {shown(value)} is no object; expected {kind}")
+    return value
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: a line, not too long."""
+    return SHORT.repr(value)
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80

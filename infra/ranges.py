@@ -1,11 +1,12 @@
-"""Ranges of numbers: each stands in the type of its setting, and one function checks them all.
+"""Ranges of numbers: each stands in the type of its setting, and one function checks all settings.
 
     keep: PositiveInt = 2                              a setting; for the parser of flags it is an int
     flow_blocks: Annotated[int, Range(1, 100)] | None  a range of its own; None is not checked
     times: tuple[OpenFraction, ...]                    each of them is checked, and there is one
-    check_numbers(settings)                            ValueError names the flag and what it takes
+    check_values(settings)                             ValueError names the flag and what it takes
 
-No setting may be infinite or no number: what a run does with those shows only when it has begun.
+No number may be infinite or nan, and no text empty: what a run does with those shows only when it
+has begun.
 """
 
 from dataclasses import fields, is_dataclass
@@ -50,16 +51,21 @@ OpenFraction = Annotated[float, Range(0, 1, without="both")]
 Temperature = Annotated[float, Range(0.01, 100)]  # vLLM samples lower ones at 0.01
 
 
-def check_numbers(settings) -> None:
-    """Raise ValueError for a number of nested settings, a dataclass, that is outside its range."""
+def check_values(settings) -> None:
+    """Raise ValueError for a number outside its range, or an empty text, in nested settings.
+
+    settings: a dataclass
+    """
     types = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         value = getattr(settings, field.name)
         wanted = range_of(types[field.name])
+        flag = f"--{field.name.replace('_', '-')}"
         if is_dataclass(value):
-            check_numbers(value)
+            check_values(value)
+        elif isinstance(value, str | tuple) and wanted is None:
+            check_text(flag, value)
         elif wanted is not None and value is not None:
-            flag = f"--{field.name.replace('_', '-')}"
             check_number(flag, value, wanted, is_whole=int in parts_of(types[field.name]))
 
 
@@ -74,6 +80,13 @@ def check_number(flag: str, value, wanted: Range, is_whole: bool) -> None:
             raise ValueError(f"{flag}={number}: expected a {kind} {wanted.describe()}")
     if not values:
         raise ValueError(f"{flag}: expected at least one number {wanted.describe()}")
+
+
+def check_text(flag: str, value: str | tuple) -> None:
+    """Raise ValueError for a text, or one of a tuple, that is empty."""
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(text, str) and not text.strip() for text in values):
+        raise ValueError(f"{flag}={value!r} is empty; give it a value, or leave the flag out")
 
 
 def parts_of(kind) -> list:

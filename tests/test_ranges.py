@@ -11,7 +11,7 @@ import inspector
 import train_flow
 import train_rl
 from grading import pairs
-from infra.ranges import Range, check_numbers, parts_of, range_of
+from infra.ranges import Range, check_values, parts_of, range_of
 from run import change, flatten
 
 CONFIGS = {
@@ -63,13 +63,13 @@ def test_each_number_has_a_range_and_refuses_what_is_outside(script, name, kind)
         changed = change(config, **{name: (value,) if is_tuple else value})
         flag = f"--{name.replace('_', '-')}={value}: expected a"
         with pytest.raises(ValueError) as refused:
-            check_numbers(changed)
+            check_values(changed)
         assert str(refused.value).startswith(flag) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_the_defaults_are_in_their_ranges(script):
-    check_numbers(CONFIGS[script])
+    check_values(CONFIGS[script])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import toy
 import train_flow
 import train_rl
 from flow import as_tuple
-from infra.ranges import check_numbers
+from infra.ranges import check_values
 
 RECIPES = sorted((ROOT / "recipes").glob("official-*.json"))
 # flow blocks, noise repeats, response tokens, template
@@ -176,7 +176,7 @@ def test_a_recipe_is_accepted_and_is_what_the_flags_of_the_page_say(world, monke
     commands = commands_of_the_page(recipe["model"])
     for script, module in {"train_flow": train_flow, "train_rl": train_rl}.items():
         config = runs.change(module.Config(), model=recipe["model"], **recipe[script])
-        check_numbers(config)
+        check_values(config)
         resolved, _ = module.resolve(config)
         values = runs.flatten(resolved)
         assert {key: values[key] for key in recipe[script]} == recipe[script]
