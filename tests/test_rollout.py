@@ -191,7 +191,7 @@ def test_templates(world, tokenizer, tmp_path):
     for template, words in {
         str(own): "no {problem} in it",
         "vicuna": "neither qwen, qwen_tag, llama, none",
-        "chat": "chat_template is not set",
+        "chat": "has no chat template",
     }.items():
         with pytest.raises(ValueError, match=words):
             text(template)
