@@ -103,11 +103,6 @@ def check_name(name: str, specification: str) -> None:
 
 def parse_specification(text: str) -> Specification:
     """Read NAME, NAME=SOURCE or SOURCE, perhaps with :SPLIT after it."""
-    if not text.strip(" ="):
-        raise ValueError(
-            f"the set {text!r} has no name; expected a name such as math500, a file, a folder or a "
-            "hub id, or NAME=SOURCE"
-        )
     if os.path.exists(text):  # there may be a `=` or a `:` in the name of a file
         return Specification(Path(text).stem, text)
     name, _, source = text.partition("=")
