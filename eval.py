@@ -43,7 +43,7 @@ from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
 from infra import folders, stopping
-from infra.files import write_json, written_whole
+from infra.files import read_json, write_json, written_whole
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_values
 from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
@@ -429,7 +429,7 @@ def open_folder(config: Config, model: Model) -> Path:
     weights = identify_weights(model)
     file = folder / "config.json"
     if file.exists():
-        stored = json.loads(file.read_text())
+        stored = read_json(file, "the settings of an evaluation")
         check_settings(folder, stored["config"], settings)
         check_weights(folder, stored, weights)
         return folder
@@ -443,7 +443,7 @@ def check_place(folder: Path) -> None:
     if folders.is_free(folder):
         return
     file = folder / "config.json"
-    if not file.exists() or "versions" not in json.loads(file.read_text()):
+    if not file.exists() or "versions" not in read_json(file, "the settings of an evaluation"):
         raise ValueError(
             f"{folder} holds something other than an evaluation, and stays as it is; name another "
             "--out"

@@ -18,7 +18,6 @@ stands for a number that is not there: a token without a context has no deviatio
 A token takes about 100 bytes. A file holds at most log_groups * group_size * max_tokens of them.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from torch import Tensor
 
 import vision
+from infra.files import need_keys, read_json_lines
 
 BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character
@@ -216,5 +216,8 @@ def need_files(run: str | Path) -> dict[int, Path]:
 
 def read(path: Path) -> list[dict]:
     """Read the records of a step."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    records = read_json_lines(path, "a rollout a line")
+    need_keys(records, path, ["step", "group", "response", "reward", "taps", "tokens"])
+    if not records:
+        raise ValueError(f"{path} is empty; expected the rollouts of a step: remove it")
+    return records

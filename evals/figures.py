@@ -11,7 +11,6 @@ pass@k is eq. 1 of the Codex paper (arXiv:2107.03374). Intervals are over proble
 A *record* is a dict with what is known of one sample, a line of samples.jsonl; see evals/sets.py.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from infra.files import need_keys, read_json_lines
 
 N_RESAMPLES = 10_000  # of a bootstrap
 RESAMPLES_AT_A_TIME = 500  # bounds the memory of a bootstrap
@@ -54,8 +55,10 @@ def read_samples(folder: str | Path) -> list[dict]:
     file = Path(folder, "samples.jsonl")
     if not file.is_file():
         raise ValueError(f"{file} does not exist; expected the folder of an evaluation")
-    *lines, _unfinished = file.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines]
+    keys = ["set", "problem", "correct", "verdict"]
+    records = read_json_lines(file, "a sample a line", may_be_cut=True)
+    need_keys(records, file, keys)
+    return records
 
 
 def group_by(key: str, records: Sequence[dict]) -> dict[str, list[dict]]:

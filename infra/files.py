@@ -229,6 +229,14 @@ def read_json_lines(path: str | Path, kind: str, may_be_cut: bool = False) -> li
     return objects
 
 
+def need_keys(objects: list[dict], path: Path, keys: list[str]) -> None:
+    """Raise ValueError for an object of a file that lacks one of the keys."""
+    for number, each in enumerate(objects, 1):
+        missing = [key for key in keys if key not in each]
+        if missing:
+            raise ValueError(f"{path}, object {number}: expected one with {', '.join(missing)}")
+
+
 def need_file(path: str | Path, kind: str) -> Path:
     """Return the path of a file; ValueError if there is none."""
     path = Path(path)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from infra.files import need_keys, read_json, read_json_lines
 from pages.page import FOLDER, escape, fill, make_page, write_page
 
 MAX_POINTS = 300  # of a line; more steps are averaged
@@ -73,15 +74,29 @@ def read_run(folder: Path) -> RunFiles:
         if not file.is_file():
             raise ValueError(f"{file} does not exist; expected the folder of a run with a step")
     settings = {}
-    for name, value in json.loads(config_file.read_text()).items():
+    for name, value in read_json(config_file, "the settings of a run").items():
         settings.update(value if isinstance(value, dict) else {name: value})
-    *lines, _unfinished = metrics_file.read_text().split("\n")
-    if not lines:
+    metrics = read_json_lines(metrics_file, "the figures of a step", may_be_cut=True)
+    need_keys(metrics, metrics_file, ["step"])
+    check_metrics(metrics_file, metrics)
+    if not metrics:
         raise ValueError(f"{metrics_file} has no line; expected a run with a step")
     summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
+    summary = read_json(summary_file, "the figures of a run") if summary_file.is_file() else {}
+    if not all(isinstance(summary.get(when, {}), dict) for when in ("before", "after")):
+        raise ValueError(f"{summary_file}: expected figures by set under before and after")
     name = folder.resolve().name
-    return RunFiles(name, folder, settings, [json.loads(line) for line in lines], summary)
+    return RunFiles(name, folder, settings, metrics, summary)
+
+
+def check_metrics(file: Path, metrics: Sequence[dict]) -> None:
+    """Raise ValueError for a line of metrics.jsonl in which something is no finite number."""
+    for number, line in enumerate(metrics, 1):
+        for name, value in line.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"{file}, line {number}: {name} is {value!r}; expected a finite number"
+                )
 
 
 # ---- Lines

@@ -1,0 +1,61 @@
+"""Files of runs and evaluations that are torn, empty or of another kind: one sentence each."""
+
+import pytest
+
+import record
+from evals.compare import compare
+from pages.curves import write_run_report
+from pages.rollouts import inspect_run
+
+WRONG = [b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 20_000, b"{}x"]
+METRICS = b'{"step": 1, "reward": 0.5}\n'
+
+
+def make_run(folder, **files):
+    """Write the files of a run of one step, some of them replaced."""
+    folder.mkdir()
+    contents = {"config.json": b"{}", "metrics.jsonl": METRICS, **files}
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("content", WRONG)
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_a_page_of_a_run_whose_json_is_wrong(tmp_path, name, content):
+    run = make_run(tmp_path / "run", **{name: content + b"\n"})
+    with pytest.raises(ValueError, match=rf"{name}.*expected"):
+        write_run_report([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", METRICS + b'{"step": 2, "reward": NaN}\n'),
+        ("metrics.jsonl", METRICS + b'{"step": 2, "reward": null}\n'),
+        ("metrics.jsonl", METRICS + b'{"step": "2"}\n'),
+        ("metrics.jsonl", METRICS + b'{"step": 1e400}\n'),
+        ("metrics.jsonl", METRICS + b'{"reward": 1}\n'),
+        ("summary.json", b'{"before": 5}'),
+    ],
+)
+def test_a_page_of_a_run_whose_figures_are_none(tmp_path, name, content):
+    run = make_run(tmp_path / "run", **{name: content})
+    with pytest.raises(ValueError, match=rf"{name}.*expected"):
+        write_run_report([run], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("content", [*WRONG, b"{}", b""])
+def test_rollouts_that_are_wrong(tmp_path, content):
+    run = make_run(tmp_path / "run", **{f"{record.FOLDER}/step-1.jsonl": content})
+    with pytest.raises(ValueError, match=r"step-1.jsonl.*expected"):
+        inspect_run(run)
+
+
+@pytest.mark.parametrize("content", [*WRONG, b"{}"])
+def test_samples_that_are_wrong(tmp_path, content):
+    (tmp_path / "samples.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match=r"samples.jsonl, (line|object) 1.*expected"):
+        compare(tmp_path, tmp_path)
