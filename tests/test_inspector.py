@@ -108,10 +108,12 @@ def test_a_page_of_long_responses_is_small(tmp_path):
     assert page.stat().st_size < 3e6
 
 
-def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch):
+def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["inspector.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="has no rollouts/step-N.jsonl; expected the folder of a"):
+    with pytest.raises(SystemExit, match="1"):
         inspector.main()
+    said = capsys.readouterr().err
+    assert "has no rollouts/step-N.jsonl; expected the folder of a" in said
 
 
 @pytest.mark.parametrize("shaping", ["flow", "none"])
