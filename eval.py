@@ -430,6 +430,8 @@ def open_folder(config: Config, model: Model) -> Path:
     file = folder / "config.json"
     if file.exists():
         stored = read_json(file, "the settings of an evaluation")
+        if not isinstance(stored.get("config"), dict):
+            raise ValueError(describe_version(folder, ["config"]))
         check_settings(folder, stored["config"], settings)
         check_weights(folder, stored, weights)
         return folder

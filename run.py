@@ -43,7 +43,14 @@ import parallel
 import record
 from flow import as_tuple
 from infra import checkpoints, children, errors, files, folders, ranks, stopping
-from infra.files import cannot_write, check_free, folder_written_whole, write_json, written_whole
+from infra.files import (
+    cannot_write,
+    check_free,
+    folder_written_whole,
+    read_json,
+    write_json,
+    written_whole,
+)
 from infra.ranges import NonNegativeInt, PositiveInt
 from infra.stopping import Stop, asked_to_stop
 from parallel import is_first, on_first, start
@@ -240,7 +247,7 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"--resume {folder}: no config.json there; expected the folder of a run")
-    nested = json.loads(path.read_text())
+    nested = read_json(path, "the settings of a run")
     flat = {}
     for name, value in nested.items():
         if isinstance(value, dict):  # a group
@@ -505,7 +512,7 @@ class Run:
         path = Path(self.config.resume or "", DATA_FILE)
         if not self.config.resume or not path.exists():
             return None
-        return json.loads(path.read_text())
+        return read_json(path, "fingerprints of the data")
 
     def begin(self, state: dict) -> None:
         """Make the folder, or go on in it: load the newest checkpoint into `state`.
@@ -898,7 +905,7 @@ def export_checkpoint(
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
     flow_config = folder / "flow.json"
     if flow_config.exists():
-        values = json.loads(flow_config.read_text())
+        values = read_json(flow_config, "the settings of a flow")
         flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
         state["flow"] = {"module": flow.state_dict()}
     checkpoints.load(state, checkpoint)  # into the tensors of the modules

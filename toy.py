@@ -37,7 +37,7 @@ import re
 import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ import rlfr
 import vision
 from infra import errors
 from infra.files import folder_written_whole, locked
+from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
 from parallel import DEVICE
 
 # number of operations in a problem -> chance that its demonstration is hasty
@@ -69,6 +70,7 @@ LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
 UNITS = (3, 7, 9)  # factors that no two digits share a product with, modulo 10
+WARMUP = 0.1  # share of the base model's training over which the rate rises
 SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
 EOS = "<|im_end|>"
 PAD = "<|endoftext|>"
@@ -146,17 +148,21 @@ class World:
     """What the world is made with; a folder made with other values is made anew."""
 
     folder: str = "runs/toy"  # Where the world is kept
-    steps: int = 600  # Training steps of the base model
-    batch_size: int = 64  # Demonstrations a step
-    lr: float = 2e-3  # Peak learning rate of the base model
-    hidden_size: int = 128  # Width of the base model
-    n_layers: int = 4  # Decoder layers of the base model
-    n_train: int = 4000  # Training problems
-    n_test: int = 256  # Held-out problems: none is a training problem or a demonstration
-    n_expert: int = 2000  # Expert solutions for the offline start of the flow: careful, no slips
-    seed: int = 0  # Seed of everything above
+    steps: Annotated[int, Range(1, 10**6)] = 600  # Training steps of the base model
+    batch_size: Annotated[int, Range(2, 10**5)] = 64  # Demonstrations a step
+    lr: PositiveFloat = 2e-3  # Peak learning rate of the base model
+    hidden_size: Annotated[int, Range(32, 4096)] = 128  # Width of the base model
+    n_layers: Annotated[int, Range(1, 64)] = 4  # Decoder layers of the base model
+    n_train: BatchSize = 4000  # Training problems
+    n_test: BatchSize = 256  # Held-out problems: none is a training problem or a demonstration
+    n_expert: BatchSize = (
+        2000  # Expert solutions for the offline start of the flow: careful, no slips
+    )
+    seed: Seed = 0  # Seed of everything above
     images: bool = False  # Draw the problems
-    shortest: int = 3  # Operations of the shortest problems; demonstrations have 3 or more
+    shortest: Annotated[int, Range(1, MOST)] = (
+        3  # Operations of the shortest problems; demonstrations have 3 or more
+    )
     # How the base model fails on long problems: it skips all steps, or adds zero in some
     habit: Habit = "hasty"
     # Multiply by 3, 7 and 9 alone: a wrong value then stays wrong, as no later step merges values
@@ -438,7 +444,7 @@ def train_base(
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=world.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, world.lr, total_steps=world.steps, pct_start=0.1
+        optimizer, world.lr, total_steps=world.steps, pct_start=WARMUP
     )
     bar = tqdm(range(world.steps), desc="toy: base model", unit="step")
     for step in bar:
@@ -525,14 +531,24 @@ def make_image(
 
 
 # ---- The whole world
+def check(world: World) -> None:
+    """Raise ValueError for a world that cannot be made."""
+    check_values(world)
+    if world.hidden_size % 32:
+        raise ValueError(f"--hidden-size={world.hidden_size}: expected a multiple of 32")
+    if world.steps * WARMUP == 1:  # the schedule would divide by the steps before its first one
+        raise ValueError(f"--steps={world.steps}: expected any number but that; take one more")
+
+
 def make(world: World = World()) -> World:
     """Make the world unless its folder has it; the folder appears only when it is complete.
 
     Of several runs that ask for it at once, one makes it and the others wait.
 
     Raises:
-        ValueError: if the folder holds something else.
+        ValueError: if the folder holds something else, or a size is not possible.
     """
+    check(world)
     folder = Path(world.folder).resolve()  # `.` has no name to lock
     with locked(folder.with_name(f"{folder.name}.lock")):
         make_unless_there(world, folder)
@@ -587,6 +603,11 @@ def make_problems(world: World, rng: random.Random) -> tuple[list[str], list[str
     end_of_test = world.n_test
     end_of_train = end_of_test + world.n_train
     end_of_expert = end_of_train + world.n_expert
+    if len(distinct) < end_of_expert:
+        raise ValueError(
+            f"{end_of_expert} different problems are asked for, and {len(distinct)} were found; "
+            "lower --n-train, --n-test or --n-expert"
+        )
     test = distinct[:end_of_test]
     train = distinct[end_of_test:end_of_train]
     expert = distinct[end_of_train:end_of_expert]

@@ -23,6 +23,7 @@ from latex2mathml.converter import Converter
 
 from evals.figures import group_by, ks_to_show, percent, read_samples
 from infra import errors
+from infra.files import read_json
 from pages.page import escape, fill, make_page, options, pack, write_page
 
 FOLDER = Path(__file__).parent
@@ -315,7 +316,7 @@ def write_report(folder: Path) -> Path:
     summary_file = folder / "summary.json"
     if not summary_file.is_file():
         raise ValueError(f"{summary_file} does not exist; expected the folder of an evaluation")
-    page = make_report(samples, json.loads(summary_file.read_text()))
+    page = make_report(samples, read_json(summary_file, "the summary of an evaluation"))
     return write_page(folder / "report.html", page)
 
 

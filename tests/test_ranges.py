@@ -8,6 +8,7 @@ import pytest
 
 import eval as evaluation
 import inspector
+import toy
 import train_flow
 import train_rl
 from grading import pairs
@@ -20,6 +21,7 @@ CONFIGS = {
     "eval": evaluation.Config(),
     "inspector": inspector.Config(),
     "pairs": pairs.Settings("pairs.jsonl"),
+    "toy": toy.World(),
 }
 
 

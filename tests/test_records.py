@@ -3,6 +3,7 @@
 import pytest
 
 import record
+import run as runs
 from evals.compare import compare
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run
@@ -59,3 +60,10 @@ def test_samples_that_are_wrong(tmp_path, content):
     (tmp_path / "samples.jsonl").write_bytes(content + b"\n")
     with pytest.raises(ValueError, match=r"samples.jsonl, (line|object) 1.*expected"):
         compare(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"a": ', "[]", "5", "\xff"])
+def test_settings_of_a_resumed_run_that_are_none(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json: .*expected the settings of a run"):
+        runs.stored_settings(tmp_path)

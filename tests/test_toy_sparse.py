@@ -1,5 +1,6 @@
 """The sparse world: demonstrations that idle, labels of steps, the perfect process reward."""
 
+import math
 import random
 from pathlib import Path
 
@@ -148,3 +149,26 @@ def test_process_reward_in_a_run_from_another_folder(world, tmp_path, monkeypatc
     (metrics,) = read_lines(Path(folder) / "metrics.jsonl")
     assert metrics["correct"] == metrics["reward/binary"]
     assert 0 <= metrics["reward/process_reward"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"steps": 0}, "--steps=0: expected a whole number from 1"),
+        ({"steps": 10}, "--steps=10: expected any number but that"),
+        ({"batch_size": 1}, "--batch-size=1: expected a whole number from 2"),
+        ({"lr": math.nan}, "--lr=nan: expected a number above 0"),
+        ({"hidden_size": -32}, "--hidden-size=-32: expected a whole number from 32"),
+        ({"hidden_size": 48}, "--hidden-size=48: expected a multiple of 32"),
+        ({"n_layers": 0}, "--n-layers=0: expected a whole number from 1"),
+        ({"n_train": 0}, "--n-train=0: expected a whole number from 1"),
+        ({"n_train": 10**20}, "--n-train=1.*: expected a whole number from 1"),
+        ({"n_test": -1}, "--n-test=-1: expected a whole number from 1"),
+        ({"n_expert": 0}, "--n-expert=0: expected a whole number from 1"),
+        ({"shortest": 9}, "--shortest=9: expected a whole number from 1 to 8"),
+    ],
+)
+def test_a_world_that_cannot_be_made(tmp_path, size, words):
+    with pytest.raises(ValueError, match=words):
+        toy.make(toy.World(str(tmp_path / "world"), **size))
+    assert not list(tmp_path.iterdir())
