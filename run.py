@@ -879,10 +879,10 @@ def export_checkpoint(
             f"{run}: its model runs code that came with it, which you may not have written; give "
             "--trust-remote-code if you trust it"
         )
-    check_checkpoint(folder, checkpoint)
     target = Path(out or folder / "exports" / checkpoint.name)
     for name in RESULTS:
         check_free(target / name, overwrite)
+    check_checkpoint(folder, checkpoint)
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
