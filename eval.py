@@ -43,7 +43,7 @@ from evals.judge import Judge, make_judge
 from evals.report import write_report
 from grading import Pool
 from infra import folders, stopping
-from infra.files import read_json, write_json, written_whole
+from infra.files import need_keys, read_json, write_json, written_whole
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_values
 from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
@@ -343,12 +343,17 @@ def make_chunks(problems: dict[str, list[Problem]], size: int) -> list[Chunk]:
     return chunks
 
 
+# What says of a record which sample of which problem it is
+IDENTITY = ("set", "problem", "sample", "question", "answer")
+
+
 def keep_whole_chunks(folder: Path, chunks: Sequence[Chunk], n_samples: int) -> int:
     """Return how many chunks samples.jsonl holds whole, and cut off what follows them."""
     file = folder / "samples.jsonl"
     if not file.exists():
         return 0
     records = figures.read_samples(folder)
+    need_keys(records, file, list(IDENTITY))
     n_kept = 0
     n_done = 0
     for chunk in chunks:
@@ -374,8 +379,7 @@ def list_samples(chunk: Chunk, n_samples: int) -> list[tuple]:
 
 def identify(record: dict) -> tuple:
     """Return which sample of which problem a record is of."""
-    keys = ("set", "problem", "sample", "question", "answer")
-    return tuple(record[key] for key in keys)
+    return tuple(record[key] for key in IDENTITY)
 
 
 def sample_chunks(
@@ -585,7 +589,7 @@ def finish(
         text += f"\n\n{figures.average_table(averages)}"
     if benchmarks:
         text += f"\n\n{vlm.table(benchmarks)}"
-    stored = json.loads((folder / "config.json").read_text())
+    stored = read_json(folder / "config.json", "the settings of an evaluation")
     judge = {"judge_url": config.judge_url, "judge_model": config.judge_model}
     summary = {
         "config": {**stored["config"], **judge},

@@ -51,6 +51,7 @@ from infra.files import (
     write_json,
     written_whole,
 )
+from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt
 from infra.stopping import Stop, asked_to_stop
 from parallel import is_first, on_first, start
@@ -363,7 +364,7 @@ def check_beginning(folder: Path) -> None:
 
     A run that was killed before its first checkpoint was whole can begin anew.
     """
-    n_steps = len(whole_lines(folder / "metrics.jsonl"))
+    n_steps = count_lines(folder / "metrics.jsonl")
     rollouts = record.find_files(folder)
     n_done = max(n_steps, max(rollouts, default=1) - 1)  # rollouts are written before figures
     first = stored_settings(folder).get("save_every", 0)  # step of the first checkpoint; 0: none
@@ -381,11 +382,9 @@ def check_beginning(folder: Path) -> None:
     )
 
 
-def whole_lines(path: Path) -> list[str]:
-    """Return the lines of a file that were written to their end, none if there is no file."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def count_lines(path: Path) -> int:
+    """Return how many lines of a file were written to their end; 0 if there is no file."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def advise(folder: Path, error: checkpoints.DamagedError, damaged: Path) -> ValueError:
@@ -561,7 +560,8 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= last_step]
+        steps = [metrics for metrics in read_metrics(path) if metrics["step"] <= last_step]
+        kept = [json.dumps(metrics) + "\n" for metrics in steps]
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
 

@@ -59,7 +59,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import rlfr
 import vision
 from infra import errors
-from infra.files import folder_written_whole, locked
+from infra.files import folder_written_whole, locked, read_json
 from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
 from parallel import DEVICE
 
@@ -560,7 +560,7 @@ def make_unless_there(world: World, folder: Path) -> None:
     settings_file = folder / "world.json"
     settings = settings_of(world)
     if settings_file.exists():
-        if json.loads(settings_file.read_text()) == settings:
+        if read_json(settings_file, "the settings of an embedded world") == settings:
             return
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(

@@ -17,7 +17,6 @@ passes of micro-batches.
 import infra.waiting  # noqa: F401
 
 # isort: split
-import json
 import os
 import re
 import sys
@@ -43,7 +42,7 @@ import rollout
 import toy
 from evals import figures, sets
 from infra import children, fingerprints
-from infra.files import locked
+from infra.files import locked, read_json
 from infra.ranges import (
     BatchSize,
     Fraction,
@@ -1514,7 +1513,7 @@ def main(config: Config) -> None:
     summary_file = run.folder / "summary.json"
     summary = {}
     if progress["step"] and summary_file.exists():
-        summary = json.loads(summary_file.read_text())
+        summary = read_json(summary_file, "the figures of a run")
     new_sets = sets_without_figures(summary, held_out, run.data)
     if new_sets:
         with engine_awake():

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.files import need_keys, read_json, read_json_lines
+from infra.files import read_json
+from infra.metrics import read_metrics
 from pages.page import FOLDER, escape, fill, make_page, write_page
 
 MAX_POINTS = 300  # of a line; more steps are averaged
@@ -76,9 +77,7 @@ def read_run(folder: Path) -> RunFiles:
     settings = {}
     for name, value in read_json(config_file, "the settings of a run").items():
         settings.update(value if isinstance(value, dict) else {name: value})
-    metrics = read_json_lines(metrics_file, "the figures of a step", may_be_cut=True)
-    need_keys(metrics, metrics_file, ["step"])
-    check_metrics(metrics_file, metrics)
+    metrics = read_metrics(metrics_file)
     if not metrics:
         raise ValueError(f"{metrics_file} has no line; expected a run with a step")
     summary_file = folder / "summary.json"
@@ -87,16 +86,6 @@ def read_run(folder: Path) -> RunFiles:
         raise ValueError(f"{summary_file}: expected figures by set under before and after")
     name = folder.resolve().name
     return RunFiles(name, folder, settings, metrics, summary)
-
-
-def check_metrics(file: Path, metrics: Sequence[dict]) -> None:
-    """Raise ValueError for a line of metrics.jsonl in which something is no finite number."""
-    for number, line in enumerate(metrics, 1):
-        for name, value in line.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(
-                    f"{file}, line {number}: {name} is {value!r}; expected a finite number"
-                )
 
 
 # ---- Lines

@@ -1,5 +1,7 @@
 """Files of runs and evaluations that are torn, empty or of another kind: one sentence each."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import record
@@ -46,6 +48,15 @@ def test_a_page_of_a_run_whose_figures_are_none(tmp_path, name, content):
     run = make_run(tmp_path / "run", **{name: content})
     with pytest.raises(ValueError, match=rf"{name}.*expected"):
         write_run_report([run], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("line", [*WRONG, b"{}", b'{"step": "1"}'])
+def test_figures_of_a_resumed_run_that_are_wrong(tmp_path, line):
+    """They are read when it goes on, and stay as they are."""
+    folder = make_run(tmp_path / "run", **{"metrics.jsonl": line + b"\n" + METRICS})
+    with pytest.raises(ValueError, match=r"metrics.jsonl, (line|object) 1.*expected"):
+        runs.Run.cut_metrics(SimpleNamespace(folder=folder), last_step=1)
+    assert (folder / "metrics.jsonl").read_bytes() == line + b"\n" + METRICS
 
 
 @pytest.mark.parametrize("content", [*WRONG, b"{}", b""])
