@@ -44,6 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from infra.errors import first_line
 from infra.kinds import check_kinds
 
 FLOW_FILE = "flow.safetensors"
@@ -724,8 +725,7 @@ def load_official(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[:1]
-        raise ValueError(f"{path} is no official flow, or damaged: {' '.join(reason)}") from error
+        raise ValueError(f"{path} is no official flow, or damaged: {first_line(error)}") from error
     if not isinstance(state, dict) or not all(torch.is_tensor(part) for part in state.values()):
         raise ValueError(f"{path} is no official flow: expected tensors by name")
     return state

@@ -44,6 +44,7 @@ from typing import Literal, NamedTuple, SupportsFloat
 import numpy as np
 
 from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
+from infra.errors import in_short
 from infra.ranges import PositiveFloat, PositiveInt
 from infra.watch import PATIENCE, Watch
 
@@ -260,7 +261,7 @@ EXPECTED_SIGNATURE = "reward(problem, response) or reward(problem, response, ans
 EXPECTED_RESULT = (
     f'a finite number within ±{LARGEST:g}, or {{"reward": such a number, "text": a text for logs}}'
 )
-MAX_SHOWN = 500  # characters of an error or a result
+MAX_SHOWN = 500  # characters of a result
 
 
 def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
@@ -300,8 +301,9 @@ def blamed_on(path: str, occasion: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         line = line_in(path, error)
         place = f"{path}, line {line}" if line else path
-        message = " ".join(str(error).split())[:MAX_SHOWN]
-        raise ValueError(f"{place}: {type(error).__name__}: {message} ({occasion})") from error
+        raise ValueError(
+            f"{place}: {type(error).__name__}: {in_short(error)} ({occasion})"
+        ) from error
 
 
 def line_in(path: str, error: BaseException) -> int | None:

@@ -8,7 +8,6 @@ import glob
 import math
 import os
 import re
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from transformers import (
 
 import vision
 from infra import families, hub
+from infra.errors import in_short
 from infra.files import read_text
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
 from infra.rows import check_answers, check_texts, final_answer, read_rows
@@ -191,10 +191,9 @@ def find_model(name: str, loading: LoadingSettings) -> Model:
         with torch.device("meta"):
             body = AutoModel.from_config(config.get_text_config(), trust_remote_code=remote_code)
     except Exception as error:  # transformers passes on whatever its readers raise
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise ValueError(
-            f"model {name!r}: {path!r} cannot be loaded ({reason}); expected a folder, a hub id, "
-            f"a short name such as Qwen2.5-7B, or toy"
+            f"model {name!r}: {path!r} cannot be loaded ({in_short(error)}); expected a folder, a "
+            f"hub id, a short name such as Qwen2.5-7B, or toy"
         ) from error
     n_parameters = sum(parameter.numel() for parameter in body.parameters())
     processor = None
@@ -308,14 +307,14 @@ def load_rows(
 ) -> Sequence[Mapping[str, object]]:
     """Read a data set; ValueError if there is none, or a column is missing or has empty values."""
     if not source.strip():
-        raise ValueError(f"data {source!r} has no name; expected a file, a folder or a hub id")
+        raise ValueError(f"data {source!r} has no name; expected {hub.SOURCES}")
     path = hub.find_data(source)
     if path.endswith((".jsonl", ".json", ".csv")) and Path(path).is_file():
         rows = read_rows(path)
     elif source.endswith(".tsv"):
         raise ValueError(
             f"{source}: a TSV file is a vision-language benchmark for eval.py, e.g. --data "
-            f"WeMath=FILE.tsv; expected a JSONL or Parquet file, a folder or a hub id"
+            f"WeMath=FILE.tsv; expected {hub.SOURCES}"
         )
     else:
         rows = read_with_datasets(path, split, subset)
@@ -400,17 +399,14 @@ def what_to_name(path: Path) -> str:
     files = sorted(file.name for file in path.glob("*") if file.suffix in DATA_FILES)
     if len(files) > 1:
         return f"it holds {', '.join(files)}: name one of them, as in --data {path / files[0]}"
-    return (
-        "expected a JSONL or Parquet file, a folder or a hub id, perhaps with a file or folder of "
-        "that repository: ORG/NAME/PATH"
-    )
+    return f"expected {hub.SOURCES}"
 
 
 def first_cause(error: BaseException) -> str:
-    """Return the error that others were made of, in a line."""
+    """Return in one line the error that an error was first raised from."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+    return f"{type(error).__name__}: {in_short(error)}"
 
 
 def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
@@ -528,7 +524,7 @@ def solution_end(model: Model, template: str) -> list[int]:
 
 
 def read_exchange(row: Mapping, place: str) -> tuple[str, str]:
-    """Return find_exchange() of a row; ValueError names its place, a file and row, if none."""
+    """Return the first problem and solution of a chat row; ValueError names a place without one."""
     exchange = find_exchange(row)
     if exchange is None:
         raise ValueError(
@@ -1065,7 +1061,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def check_cache(self, path: str) -> None:
-        """Raise ValueError if the model keeps what it has read elsewhere than in the cache it is given."""
+        """Raise ValueError if the model does not keep what it has read in the cache that it is given."""
         cache = DynamicCache(config=self.model.config)
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         output = self.model(token, past_key_values=cache)

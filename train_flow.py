@@ -234,7 +234,7 @@ def drop_empty(
         if columns is None:
             is_whole = rollout.find_exchange(row) is not None
         else:
-            is_whole = all(row.get(column, "") not in (None, "", []) for column in columns)
+            is_whole = not any(rollout.is_empty(row.get(column)) for column in columns)
         if is_whole:
             kept.append(row)
     if not kept:

@@ -13,7 +13,6 @@ vision tower makes of it. (vLLM expects a single <|image_pad|> an image: see `co
 import base64
 import io
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from infra.errors import in_short
 from parallel import gather_objects, is_first
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -57,9 +57,9 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
     try:
         return auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise ValueError(
-            f"the weights of {path} cannot be loaded ({reason}); expected those of its config.json"
+            f"the weights of {path} cannot be loaded ({in_short(error)}); expected those of its "
+            "config.json"
         ) from error
 
 

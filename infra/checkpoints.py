@@ -1,8 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint, read without running code that somebody put there.
 
 A checkpoint is a folder: `.metadata`, a pickle, says where in which file each tensor stands; the
-files of the ranks hold tensors and, as pickles, the values that are no tensors. torch unpickles both
-with whatever they name. Here only what a checkpoint needs is known, and anything else is refused.
+files of the ranks hold tensors and, as pickles, the values that are no tensors. torch would run any
+code that these pickles name. Here they can name what a checkpoint needs; anything else is refused.
 """
 
 import io
@@ -16,6 +16,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from infra.errors import first_line
 
 METADATA = ".metadata"
 # What the metadata of a checkpoint may name, by module; besides these, torch's dtypes
@@ -145,7 +147,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Puts what was read into a state; values that are no tensors are numbers, texts and the like."""
+    """Puts what was read into a state; values other than tensors are numbers, texts and lists."""
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
         """Put a value that is no tensor in its place."""
@@ -171,8 +173,3 @@ def load(state: dict, folder: Path, **options) -> None:
     except CheckpointException as error:  # no Exception; it holds those of all ranks
         cause, _ = next(iter(error.failures.values()))
         raise ValueError(f"checkpoint {folder} cannot be loaded: {first_line(cause)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

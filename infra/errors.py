@@ -17,6 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 FLAG = "--traceback"
 RAISE = dis.opmap["RAISE_VARARGS"]
 ON_PURPOSE = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)
+LONGEST = 300  # characters of a library's error in a message of ours
 
 
 def run(main: Callable[[], None]) -> None:
@@ -65,7 +66,23 @@ def raised_here(error: BaseException) -> bool:
     while place.tb_next:
         place = place.tb_next
     code = place.tb_frame.f_code
-    file = Path(code.co_filename).resolve()
-    is_of_project = file.is_file() and file.is_relative_to(PROJECT)
-    is_library = "site-packages" in file.parts  # an environment inside the project
-    return is_of_project and not is_library and code.co_code[place.tb_lasti] == RAISE
+    return is_of_project(code.co_filename) and code.co_code[place.tb_lasti] == RAISE
+
+
+def is_of_project(file: str) -> bool:
+    """Return whether a file of code is one of this project, and not of a library."""
+    path = Path(file).resolve()
+    is_library = "site-packages" in path.parts  # an environment inside the project
+    return path.is_file() and path.is_relative_to(PROJECT) and not is_library
+
+
+# ---- A library's error, as a part of a message of ours
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def in_short(error: BaseException) -> str:
+    """Return an error's message in one line, cut if it is long, or its kind where it has none."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]} …"

@@ -4,7 +4,6 @@ PATH is a file or a folder of the repository, or a name that its `dataset_info.j
 (LLaMA-Factory's way). Images are relative to the repository, wherever in it the set stands.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +12,15 @@ from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
+from infra.errors import first_line
+from infra.files import read_json, shown
+
 REGISTRY = "dataset_info.json"
+# What --data takes, for errors
+SOURCES = (
+    "a JSONL or Parquet file, a folder or a hub id, perhaps with a file or folder of that "
+    "repository: ORG/NAME/PATH"
+)
 # ORG/NAME, and what follows it
 PLACE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(/[^/].*)?")
 
@@ -35,9 +42,10 @@ def parse(source: str) -> Place | None:
 
 
 def find_data(source: str) -> str:
-    """Return the local path of ORG/NAME/PATH, downloaded unless it is there; others as they are.
+    """Return the local path of ORG/NAME/PATH, downloaded unless it is there.
 
-    A name in the `dataset_info.json` of a folder is found as in a repository: FOLDER/NAME.
+    FOLDER/NAME, where NAME stands in the folder's `dataset_info.json`, becomes the path of that set.
+    Any other source is returned as it is.
 
     Raises:
         ValueError: the repository cannot be read, or holds nothing of that name.
@@ -79,13 +87,14 @@ def read_registry(file: Path) -> dict[str, str]:
     """Return what stands under each name of a `dataset_info.json`; nothing if there is none."""
     if not file.is_file():
         return {}
-    try:
-        sets = json.loads(file.read_text(encoding="utf-8"))
-        return {name: entry["file_name"] for name, entry in sets.items() if "file_name" in entry}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); expected names of sets, each with its file_name"
-        ) from error
+    kind = "names of sets, each with its file_name"
+    paths = {}
+    for name, entry in read_json(file, kind).items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{file}: {name!r} is {shown(entry)}; expected {kind}")
+        if "file_name" in entry:
+            paths[name] = entry["file_name"]
+    return paths
 
 
 def download(source: str, repository: str, patterns: Sequence[str] | None) -> Path:
@@ -93,8 +102,5 @@ def download(source: str, repository: str, patterns: Sequence[str] | None) -> Pa
     try:
         return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # whatever the transport raises
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(
-            f"no data at {source!r} ({reason}); expected a JSONL or Parquet file, a folder or a "
-            "hub id, perhaps with a file or folder of that repository: ORG/NAME/PATH"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"no data at {source!r} ({reason}); expected {SOURCES}") from error

@@ -22,7 +22,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
-PROJECT = Path(__file__).resolve().parents[1]
+from infra.errors import PROJECT, is_of_project
+
 INTERVAL = 10.0  # seconds between two beats
 PATIENCE = 60.0  # seconds until a rank is named
 STOPPING = "stopping"  # key in the store
@@ -174,8 +175,9 @@ def find_place() -> str:
     """Return where in this project the main thread is."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(PROJECT) and "site-packages" not in file.parts:
-            return f"in {frame.f_code.co_name}, {file.relative_to(PROJECT)}:{frame.f_lineno}"
+        file = frame.f_code.co_filename
+        if is_of_project(file):
+            place = Path(file).resolve().relative_to(PROJECT)
+            return f"in {frame.f_code.co_name}, {place}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside of this project"

@@ -135,7 +135,7 @@ def test_a_copy_of_a_repository_is_read_by_the_same_names(image_world, tmp_path,
     assert Path(solution.images[0].source) == copy / "images" / "a.png"
     for content in ("[1]", "not json", '{"MMPRv1.1_Math": 3}'):
         registry.write_text(content)
-        with pytest.raises(ValueError, match="dataset_info.json cannot be read"):
+        with pytest.raises(ValueError, match="dataset_info.json.*expected names of sets"):
             rollout.load_rows(str(copy / "MMPRv1.1_Math"), (), "train", None)
 
 
@@ -150,6 +150,15 @@ def test_a_copy_of_a_repository_is_read_by_the_same_names(image_world, tmp_path,
 def test_places_that_are_not_there(with_text, source, words):
     with pytest.raises(ValueError, match=words):
         rollout.load_rows(source, (), "train", None)
+
+
+def test_an_error_of_the_hub_without_a_message_is_named(monkeypatch):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match="no data at 'org/set/part.jsonl' .TimeoutError"):
+        hub.find_data("org/set/part.jsonl")
 
 
 def test_a_folder_of_files_with_different_columns_names_them(tmp_path):
@@ -170,6 +179,8 @@ def test_empty_solutions_are_named_and_can_be_left_out(world, tmp_path, capsys):
         solutions_of(str(file), model)
     assert len(solutions_of(str(file), model, drop_empty=True)) == 2
     assert "1 of 3 rows of" in capsys.readouterr().out
+    write_lines(file, *rows, {"problem": "1+1>", "solution": " "})
+    assert len(solutions_of(str(file), model, drop_empty=True)) == 2
     write_lines(file, {"conversations": CHAT[:1]}, {"conversations": CHAT})
     assert len(solutions_of(str(file), model, drop_empty=True)) == 1
     write_lines(file, {"problem": "1+1>", "solution": ""})
