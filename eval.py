@@ -49,11 +49,7 @@ from infra.stopping import asked_to_stop
 from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
-from run import (
-    flatten,
-    launch,
-    with_defaults,
-)
+from run import flatten, launch, with_defaults
 
 
 @dataclass(frozen=True)

@@ -155,14 +155,12 @@ class World:
     n_layers: Annotated[int, Range(1, 64)] = 4  # Decoder layers of the base model
     n_train: BatchSize = 4000  # Training problems
     n_test: BatchSize = 256  # Held-out problems: none is a training problem or a demonstration
-    n_expert: BatchSize = (
-        2000  # Expert solutions for the offline start of the flow: careful, no slips
-    )
+    # Expert solutions for the offline start of the flow: careful, no slips
+    n_expert: BatchSize = 2000
     seed: Seed = 0  # Seed of everything above
     images: bool = False  # Draw the problems
-    shortest: Annotated[int, Range(1, MOST)] = (
-        3  # Operations of the shortest problems; demonstrations have 3 or more
-    )
+    # Operations of the shortest problems; demonstrations have 3 or more
+    shortest: Annotated[int, Range(1, MOST)] = 3
     # How the base model fails on long problems: it skips all steps, or adds zero in some
     habit: Habit = "hasty"
     # Multiply by 3, 7 and 9 alone: a wrong value then stays wrong, as no later step merges values

@@ -140,7 +140,8 @@ class FlowRewardSettings:
     contexts: tuple[str, ...] | None = None
     # Score with `contexts` whatever the flow was fitted with; officially next, then previous
     other_contexts: bool = False
-    percentiles: tuple[Fraction, ...] | None = None  # Taps, likewise
+    # Tapped layers that the flow must have, or gets if it is new, as fractions of the depth
+    percentiles: tuple[Fraction, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -455,7 +456,7 @@ def make_flow(config: Config, model: rollout.Model) -> fl.Flow:
         other_contexts = config.flow_reward.other_contexts
         flow = fl.load_flow(config.flow, dim, model.norm_eps, other_contexts, **expected)
         if config.flow_reward.flow_scope == "expert":
-            flow.expert_scale(config.flow_reward.reward_times)  # is it there?
+            flow.expert_scale(config.flow_reward.reward_times)  # raises where there is none
         return flow
     if config.flow_reward.flow_scope == "expert":
         raise ValueError(

@@ -119,8 +119,9 @@ class RequestError(Exception):
 class ServerJudge:
     """A model behind an OpenAI-compatible endpoint; OPENAI_API_KEY is sent along where it is set.
 
-    Redirects are not followed: the key, and the verdict, would be another host's. Timeouts, broken connections, malformed or empty replies and the statuses 408, 429 and 5xx are
+    Timeouts, broken connections, malformed or empty replies and the statuses 408, 429 and 5xx are
     tried again after `wait`, 2 `wait`, 4 `wait` … seconds, or later where Retry-After says so.
+    Redirects are not followed: another host would get the key and give the verdict.
 
     Args:
         url: Base of the endpoint, e.g. http://127.0.0.1:8000/v1, or its chat/completions.
@@ -133,7 +134,7 @@ class ServerJudge:
         give_up: Prompts in a row that may fail before the rest is not asked.
 
     Raises:
-        ValueError: For a URL that is none, without a model, or for a key that cannot be sent.
+        ValueError: The URL is none, there is no model, or the key cannot be sent.
     """
 
     def __init__(

@@ -83,9 +83,8 @@ def boxes(text: str) -> list[str]:
     for match in BOX_OR_BRACE.finditer(text):
         backslashes, after = match.groups()
         mark = after if backslashes else match[0]
-        is_escaped = (
-            mark in ("{", "}") and len(backslashes or "") % 2 == 1
-        )  # a pair is a line break
+        # a pair of backslashes is a line break, and escapes nothing
+        is_escaped = mark in ("{", "}") and len(backslashes or "") % 2 == 1
         if mark is None or is_escaped:
             continue
         if mark == "{":
