@@ -305,26 +305,6 @@ FIXED_AT_START = {
 }
 
 
-# Settings that act from where a run is resumed
-MAY_CHANGE = {
-    *("steps", "epochs", "lr", "warmup", "lr_floor", "weight_decay", "clip_norm", "train_batch"),
-    *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling", "max_rounds"),
-    *("media_dir", "max_images", "max_prompt_tokens"),  # data whose place or limits may change
-    *("reward", "overlong_buffer", "grade_truncated", "grader_deadline"),
-    *("baseline", "entropy_alpha", "entropy_kappa", "normalisation"),
-    *("clip_low", "clip_high", "ratio_cap", "mismatch", "mismatch_cap"),
-    *("kl_coef", "kl_in", "kl_kind"),
-    *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
-    *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "flow_power", "gamma"),
-    *("flow_lr", "flow_accept", "flow_soft", "flow_entropy_quantile", "flow_times"),
-    *("flow_optimiser", "noise_repeats"),
-    *("eval_data", "eval_every", "eval_samples", "eval_split", "log_rollouts", "log_groups"),
-    *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
-    *("tokens_per_gpu", "cpu_offload", "compile", "gradient_checkpointing", "offload", "rehearse"),
-    *("dtype", "save_every", "keep", "export_every", "track"),
-}
-
-
 RESULTS = ("policy", "adapter", "flow")  # folders that a run writes at its end
 
 
