@@ -1,1 +1,1 @@
-"""What every run stands on, whatever the method: files, errors, settings, checkpoints."""
+"""What every command stands on, whatever the method; README.md has a line for each file."""

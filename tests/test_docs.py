@@ -53,6 +53,14 @@ def test_functions_that_the_readme_links():
             value = getattr(value, name)
 
 
+def test_the_page_of_infra_names_each_of_its_files():
+    named = re.findall(
+        r"^\| `(\w+\.py)` \|", (ROOT / "infra" / "README.md").read_text(), re.MULTILINE
+    )
+    files = {path.name for path in (ROOT / "infra").glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(files)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names(page):
     text = (ROOT / page).read_text()
