@@ -76,6 +76,7 @@ OF_EVERY_RUN = re.compile(r"policy|exports|step-\d+")
 StopTokens = Literal["turn-ends", "eos"]
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+TABLES = (".parquet", ".arrow")  # read by `datasets`, which would look for other names on the hub
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
@@ -315,6 +316,11 @@ def load_rows(
         raise ValueError(
             f"{source}: a TSV file is a vision-language benchmark for eval.py, e.g. --data "
             f"WeMath=FILE.tsv; expected {hub.SOURCES}"
+        )
+    elif Path(path).is_file() and not path.endswith(TABLES):
+        raise ValueError(
+            f"{source}: no format is known by that name; expected a file whose name ends in "
+            f"{', '.join((*DATA_FILES, '.arrow'))}"
         )
     else:
         rows = read_with_datasets(path, split, subset)

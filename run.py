@@ -190,8 +190,8 @@ def parse_config(config_class: type, presets: dict[str, dict]):
         foreign = sorted(values.keys() - flatten(defaults).keys())
         if foreign:
             raise ValueError(
-                f"--resume {known.resume}: that run has {foreign}, settings of another script or "
-                f"version; resume with the one that began it"
+                f"--resume {known.resume}: that run has settings of another script or version "
+                f"({some_of(foreign)}); resume with the one that began it"
             )
         asks_again = {name: values.pop(name) for name in runs_code(values)}
     else:
@@ -203,6 +203,12 @@ def parse_config(config_class: type, presets: dict[str, dict]):
     config = tyro.cli(config_class, default=defaults, **options)
     check_asked_again(config, asks_again)
     return config
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many there are, as an error shows them."""
+    first = ", ".join(names[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
 
 
 def runs_code(stored: dict[str, object]) -> list[str]:
@@ -247,7 +253,7 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
     """Return the settings that a run was started with, by flag name."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise ValueError(f"--resume {folder}: no config.json there; expected the folder of a run")
+        raise ValueError(f"{folder} has no config.json; expected the folder of a run")
     nested = read_json(path, "the settings of a run")
     flat = {}
     for name, value in nested.items():

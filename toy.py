@@ -60,6 +60,7 @@ import rlfr
 import vision
 from infra import errors
 from infra.files import folder_written_whole, locked, read_json
+from infra.folders import is_free
 from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
 from parallel import DEVICE
 
@@ -145,7 +146,7 @@ Habit = Literal["hasty", "idling"]
 
 @dataclass(frozen=True)
 class World:
-    """What the world is made with; a folder made with other values is made anew."""
+    """What the world is made with; no other takes its folder."""
 
     folder: str = "runs/toy"  # Where the world is kept
     steps: Annotated[int, Range(1, 10**6)] = 600  # Training steps of the base model
@@ -558,11 +559,11 @@ def make_unless_there(world: World, folder: Path) -> None:
     settings_file = folder / "world.json"
     settings = settings_of(world)
     if settings_file.exists():
-        if read_json(settings_file, "the settings of an embedded world") == settings:
-            return
-    elif folder.exists() and any(folder.iterdir()):
+        check_same(read_json(settings_file, "the settings of an embedded world"), settings, folder)
+        return
+    if not is_free(folder):
         raise ValueError(
-            f"{folder} exists and is not an embedded world; name another folder or remove it"
+            f"{folder} is not an embedded world, and stays as it is; name another folder"
         )
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
@@ -575,6 +576,18 @@ def make_unless_there(world: World, folder: Path) -> None:
         for part in parts:
             part.save_pretrained(making / "model")
         (making / "world.json").write_text(json.dumps(settings))
+
+
+def check_same(stored: dict, asked: dict, folder: Path) -> None:
+    """Raise ValueError if a folder holds a world of other settings: runs and flows are of that."""
+    names = sorted(asked.keys() | stored.keys())
+    other = [name for name in names if stored.get(name) != asked.get(name)]
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"{folder} holds an embedded world with other settings ({name}: {stored.get(name)}, not "
+            f"{asked.get(name)}), which stays as it is; name another folder, or move that world away"
+        )
 
 
 def settings_of(world: World) -> dict:

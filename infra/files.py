@@ -71,6 +71,9 @@ def check_free(path: Path, overwrite: bool = False) -> None:
     """Raise ValueError if no folder can be written at a path."""
     if os.path.lexists(path) and not os.path.isdir(path):
         raise ValueError(f"{path} is a file, which stays as it is; name another folder")
+    for parent in path.absolute().parents:
+        if os.path.lexists(parent) and not os.path.isdir(parent):
+            raise ValueError(f"{parent} is a file and cannot hold {path}; name another folder")
     if not overwrite and os.path.isdir(path) and os.listdir(path):
         raise ValueError(
             f"{path} has files in it, which stay as they are; name another folder, or replace "

@@ -113,12 +113,32 @@ def test_a_folder_full_of_files_stays(command, full, world, flow_folder):
     assert not (full / folders.LOCK).exists()
 
 
-@pytest.mark.parametrize("command", [train, evaluate])
+@pytest.mark.parametrize("command", [train, evaluate, make_world])
 def test_a_file_stays(command, tmp_path, world, flow_folder):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="stay"):
         command(tmp_path / "file", world, flow_folder)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_world_of_other_settings_stays(tmp_path):
+    """It was replaced: `toy.py --steps 2` made a world of two steps from that of 600."""
+    folder = tmp_path / "toy"
+    sizes = {"hidden_size": 32, "n_layers": 1, "n_train": 4, "n_test": 2, "n_expert": 2}
+    small = toy.World(str(folder), steps=1, batch_size=4, **sizes)
+    folder.mkdir()
+    (folder / "world.json").write_text(json.dumps(toy.settings_of(small)))
+    toy.make(small)  # it is there
+    with pytest.raises(ValueError, match="other settings .steps: 1, not 2.* stays as it is"):
+        toy.make(change(small, steps=2))
+    assert [path.name for path in folder.iterdir()] == ["world.json"]
+
+
+def test_an_export_below_a_file_is_refused_before_the_model_loads(tmp_path):
+    """It was seen when the model had been loaded, and the error was that a file exists."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=f"{tmp_path}/file is a file and cannot hold .*/policy"):
+        export(tmp_path / "file")
 
 
 @pytest.mark.parametrize("command", [train, train_a_flow, evaluate, report])

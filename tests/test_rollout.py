@@ -141,6 +141,14 @@ def test_benchmarks_of_eval_are_not_data_to_train_on():
         rollout.load_rows("x.tsv", ("problem",), "train", None)
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.jsonl.gz"])
+def test_a_file_of_no_known_format_is_not_looked_for_on_the_hub(tmp_path, name):
+    """Half a minute of attempts to reach a repository `txt`, where there is no network."""
+    (tmp_path / name).write_text("text")
+    with pytest.raises(ValueError, match=f"{name}: no format .* ends in .json, .jsonl, .csv"):
+        rollout.load_rows(str(tmp_path / name), (), "train", None)
+
+
 def test_unknown_data_and_models():
     for source in ("nowhere/at/all.jsonl", "nobody/nothing"):
         with pytest.raises(
