@@ -1124,18 +1124,17 @@ class TorchEngine:
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Episode]:
         """Sample one batch: one prefill a prompt; rows leave the cache when they have finished."""
-        n_rows = len(requests) * sampling.n
+        prompts = torch.arange(len(requests), device=self.device).repeat_interleave(sampling.n)
+        n_rows = len(prompts)
         limits = torch.tensor([sampling.room(request) for request in requests], device=self.device)
-        limits = limits.repeat_interleave(sampling.n)  # (rows,)
+        limits = limits[prompts]  # (rows,)
         longest = int(limits.max())
         uniform = self.draw_uniform(requests, sampling.n, longest)  # (rows, longest)
         cache = DynamicCache(config=self.model.config)
-        logits, mask, position = self.prefill(requests, cache)
-        prompts = torch.arange(len(requests), device=self.device)
-        cache.reorder_cache(prompts.repeat_interleave(sampling.n))
-        logits = logits.repeat_interleave(sampling.n, dim=0)  # (rows, V)
-        mask = mask.repeat_interleave(sampling.n, dim=0)  # (rows, S)
-        position = position.repeat_interleave(sampling.n, dim=0)  # (rows, 1)
+        prefilled = self.prefill(requests, cache)
+        cache.reorder_cache(prompts)
+        # (rows, V), (rows, S), (rows, 1)
+        logits, mask, position = (part[prompts] for part in prefilled)
 
         tokens = torch.zeros(n_rows, longest, dtype=torch.long, device=self.device)
         logp = torch.zeros(n_rows, longest, device=self.device)

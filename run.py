@@ -65,9 +65,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
     """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
 
-    An error of input is one line, a bug a traceback, as is either with --traceback. What signals do
-    says infra/stopping.py. The process ends by os._exit, because threads left by libraries crashed
-    one exit in eight, or waited for ranks that were gone.
+    An error of input is shown as one line, a bug as a traceback; --traceback shows it for both.
+    infra/stopping.py says what signals do. The process ends by os._exit, because threads left by
+    libraries crashed one exit in eight, or waited for ranks that were gone.
     """
     recorder = get_error_handler()
     recorder.initialize()
@@ -79,7 +79,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
             children.follow_parent(stopping.received)
             main(config)
             dist.destroy_process_group()
-        except (SystemExit, Stop):  # --help, a flag that does not exist; a signal
+        except (SystemExit, Stop):  # --help, or a flag that does not exist; a signal
             raise
         except BaseException as error:
             report_error(error, recorder, in_full)
@@ -852,10 +852,6 @@ def export_checkpoint(
         overwrite: Replace policy/, adapter/ and flow/ that are there
         trust_remote_code: Run code that comes with the model
     """
-    import rlfr
-    import rollout
-    import toy
-
     start()
     folder = Path(run)
     stored = stored_settings(folder)
@@ -872,22 +868,7 @@ def export_checkpoint(
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
-        name = stored["model"]
-        if name in toy.WORLDS:
-            name = toy.WORLDS[name].path("model")
-        fields_of_loading = ("dtype", "min_pixels", "max_pixels")
-        values = {field: stored[field] for field in fields_of_loading}
-        loading = rollout.LoadingSettings(**values, trust_remote_code=trust_remote_code)
-        model = rollout.find_model(name, loading)
-        dtype = parallel.compute_dtype(loading.dtype)
-        freeze = stored.get("freeze", "none")
-        policy = rlfr.load_policy(model.path, loading.trust_remote_code, freeze=freeze)
-        rank = stored.get("lora_rank", 0)
-        if rank:
-            lora.add_adapters(
-                policy.model, policy.layers, rank, stored["lora_alpha"], stored["seed"]
-            )
-        parallel.set_dtypes(policy, dtype)
+        model, policy, dtype = load_initial_policy(stored, trust_remote_code)
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
     flow_config = folder / "flow.json"
     if flow_config.exists():
@@ -899,11 +880,37 @@ def export_checkpoint(
         check_finite(part["module"], checkpoint)
     if "policy" in state:
         export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
-        if rank:
+        if stored.get("lora_rank"):
             export_adapter(policy, model.path, target / "adapter")
     if "flow" in state:
         export_flow(flow, target / "flow")
     print(f"the weights of {checkpoint} are in {target}")
+
+
+def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> tuple:
+    """Return the model, the policy and the compute dtype that an RL run began with.
+
+    stored: the settings of the run
+    """
+    import rlfr
+    import rollout
+    import toy
+
+    name = stored["model"]
+    if name in toy.WORLDS:
+        name = toy.WORLDS[name].path("model")
+    fields_of_loading = ("dtype", "min_pixels", "max_pixels")
+    values = {field: stored[field] for field in fields_of_loading}
+    loading = rollout.LoadingSettings(**values, trust_remote_code=trust_remote_code)
+    model = rollout.find_model(name, loading)
+    dtype = parallel.compute_dtype(loading.dtype)
+    freeze = stored.get("freeze", "none")
+    policy = rlfr.load_policy(model.path, loading.trust_remote_code, freeze=freeze)
+    rank = stored.get("lora_rank", 0)
+    if rank:
+        lora.add_adapters(policy.model, policy.layers, rank, stored["lora_alpha"], stored["seed"])
+    parallel.set_dtypes(policy, dtype)
+    return model, policy, dtype
 
 
 # ---- python run.py report RUN [RUN …]

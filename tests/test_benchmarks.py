@@ -386,7 +386,8 @@ def test_a_way_of_waiting_holds_for_processes_meanwhile(monkeypatch):
     for name in waiting.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    command = [sys.executable, "-c", "import infra.waiting, os; print(os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ)"]  # fmt: skip
+    names = "os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ"
+    command = [sys.executable, "-c", f"import infra.waiting, os; print({names})"]
     with busy.waits("OMP_WAIT_POLICY=active"):
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert printed == "active False\n"
