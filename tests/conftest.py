@@ -38,6 +38,14 @@ import toy  # noqa: E402
 import train_rl  # noqa: E402
 import vision  # noqa: E402
 
+
+def pytest_configure():
+    """Let no command that runs in this process end it with 0, as if all tests had passed."""
+    tests = os.getpid()
+    leave = os._exit
+    os._exit = lambda code: leave(70 if os.getpid() == tests else code)
+
+
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 parallel.start()
 

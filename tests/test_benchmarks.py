@@ -35,6 +35,7 @@ SMALL = {
 OTHERS = {
     "behaviour",
     "boxed_reward",
+    "busy",
     "common",
     "controls",
     "evidence",
@@ -47,6 +48,7 @@ OTHERS = {
     "peers",
     "process_reward",
     "recording",
+    "repository",
     "rl_step",
     "smollm2",
     "steps",

@@ -41,6 +41,7 @@ def command(monkeypatch, tmp_path, capfd):
         return stopped.value.code, capfd.readouterr().err
 
     yield call
+    signal.set_wakeup_fd(-1)  # or the command's thread would hear of signals of later tests
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
