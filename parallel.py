@@ -482,7 +482,7 @@ class Learner:
         return {"module": without_frozen(module, self.module), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what state_dict() returned, but for AdamW's settings, which stay as they are."""
+        """Take over what state_dict() returned, except AdamW's settings, which stay as they are."""
         groups = self.optimizer.param_groups
         own = [{name: group[name] for name in group if name != "params"} for group in groups]
         set_state_dict(

@@ -294,7 +294,7 @@ def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
 def blamed_on(path: str, occasion: str) -> Iterator[None]:
     """Make whatever a user's file raises a ValueError that names the file and its line.
 
-    So is sys.exit(), which would end the run as if it were complete.
+    sys.exit() counts as an error, too: it would end the run as if that were complete.
     """
     try:
         yield

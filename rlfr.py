@@ -238,8 +238,8 @@ def micro_batches(
 def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
     """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
 
-    For several ranks all groups are of one size, the largest that allows it: prompts with more rows,
-    such as that of a problem that occurs twice in a step, are cut into several, of like lengths.
+    For several ranks all groups are of one size, the largest that allows it. A prompt with more rows,
+    as of a problem that occurs twice in a step, gets several groups, of like lengths.
     """
     by_prompt: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
@@ -540,9 +540,9 @@ class Policy(nn.Module):
     """A Hugging Face decoder that returns log-probs, entropies and tapped latents of episodes."""
 
     def __init__(self, model: nn.Module, attention: str | None = None):
-        """Take a model, and the name of the attention that it gets, by default what its family needs.
+        """Take a model, and the name of its attention, by default the one that its family needs.
 
-        Raises ValueError if its log-probs would not be those of its own forward.
+        Raises ValueError if the policy's log-probs would not be those of the model's own forward.
         """
         super().__init__()
         check_head(model)
@@ -625,7 +625,7 @@ class Policy(nn.Module):
     def score_tokens(
         self, hidden: Tensor, batch: Batch, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return log-prob and entropy (M,) of response tokens from the states (M, D) before them."""
+        """Return log-prob and entropy (M,) of response tokens, from the states (M, D) before each."""
         weight = self.model.get_output_embeddings().weight
         tokens = batch.input_ids[batch.targets]  # (M,)
         return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
@@ -805,7 +805,7 @@ def find_attention(model: nn.Module) -> str:
 
 @torch.no_grad()
 def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
-    """Return in which way a policy differs from the model's own forward; None if it does not."""
+    """Say in which way a policy differs from the model's own forward; None if it does not."""
     batch = collate([Row(*row) for row in families.example_rows(policy.model)])
     try:
         states = policy.run_decoder(batch, batch.attention_mask)

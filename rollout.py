@@ -496,7 +496,10 @@ def apply_template(texts: Sequence[str], tokenizer, template: str) -> list[str]:
 
 
 def template_pattern(template: str) -> str | None:
-    """Return the text of a template, None if the tokenizer or the model has it; ValueError if none."""
+    """Return the text of a template, None where the tokenizer or the model decides.
+
+    ValueError if there is no such template, or none with {problem} in it.
+    """
     if template in ("auto", "chat", "bare"):
         return None
     if template in TEMPLATES:
@@ -795,7 +798,7 @@ def grade_on_all_ranks(
 
 
 def end_tokens(model: Model, stop_tokens: StopTokens = "turn-ends") -> list[int]:
-    """Return the tokens that end a response: the model's, the tokenizer's, perhaps ends of turns."""
+    """Return the tokens that end a response: the model's, the tokenizer's, maybe ends of turns."""
     try:
         ends = GenerationConfig.from_pretrained(model.path).eos_token_id
     except OSError:  # the model has no generation configuration
@@ -813,7 +816,7 @@ class VllmEngine:
     """vLLM in this process: an engine a rank, or one that neighbouring ranks call together.
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it
-    samples. One that can sleep does so from the start: it has not read the model's weights. On a CPU
+    samples. An engine that can sleep starts asleep, as it has not read the model's weights. On a CPU
     sleeping frees nothing.
     """
 
@@ -1067,7 +1070,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def check_cache(self, path: str) -> None:
-        """Raise ValueError if the model does not keep what it has read in the cache that it is given."""
+        """Raise ValueError if the model keeps what it has read elsewhere than in a given cache."""
         cache = DynamicCache(config=self.model.config)
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         output = self.model(token, past_key_values=cache)
@@ -1243,7 +1246,8 @@ def not_finite(path: str) -> FloatingPointError:
     """Return the error for a model that gives every token the probability NaN."""
     return FloatingPointError(
         f"the model {path} gives tokens the probability NaN: its weights, or those that training "
-        "gave it, are not finite or too large; look at them, or take an earlier export or checkpoint"
+        "gave it, are not finite or too large; look at them, or take an earlier export or "
+        "checkpoint"
     )
 
 

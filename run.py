@@ -585,8 +585,8 @@ class Run:
         if broken:
             self.wait_for_save()
             raise FloatingPointError(
-                f"the weights after step {step} are not finite ({broken[0]}, {len(broken)} tensors) "
-                f"and are not written; {self.last_checkpoint()}"
+                f"the weights after step {step} are not finite ({broken[0]}, {len(broken)} "
+                f"tensors) and are not written. {self.last_checkpoint()}"
             )
 
     def last_checkpoint(self) -> str:
@@ -938,8 +938,8 @@ def check_finite(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
-                f"the weights {name} of {checkpoint} are not finite and are not exported; choose an "
-                "older checkpoint with --step"
+                f"the weights {name} of {checkpoint} are not finite and are not exported; choose "
+                "an older checkpoint with --step"
             )
 
 

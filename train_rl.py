@@ -531,7 +531,7 @@ Verdicts = Callable[[], list[Verdict]]
 
 @torch.no_grad()
 def check_probes(policy: rlfr.Policy, probes: list[rollout.Episode], model: str) -> None:
-    """Raise ValueError if the policy's log-probs are not the engine's, see rollout.sample_probes."""
+    """Raise ValueError if the policy's log-probs are not the engine's, see sample_probes()."""
     batch = rlfr.collate(probes)
     rollout.check_log_probs(probes, policy(batch).logp[batch.response_mask], model)
 

@@ -1,6 +1,6 @@
-"""The seconds of a step while other programs want the cores, for ways in which OpenMP's threads wait.
+"""Seconds of a step while other programs want the cores, for ways in which OpenMP's threads wait.
 
-    python benchmarks/busy.py --json busy.json                       # two cores; a quarter of an hour
+    python benchmarks/busy.py --json busy.json                    # two cores; a quarter of an hour
     python benchmarks/busy.py --waiting GOMP_SPINCOUNT=1000 OMP_WAIT_POLICY=passive --trl
 
 The embedded world and its base model are made if they are not there. Each run is a process of its

@@ -97,7 +97,8 @@ def check_name(name: str, specification: str) -> None:
     if not (is_short and name.strip(".") and name.isprintable() and "/" not in name):
         raise ValueError(
             f"the set {specification[:80]!r} is called {name[:80]!r}; expected a name of 1 to "
-            f"{LONGEST_NAME} printable characters, without / and not of dots alone: give NAME=SOURCE"
+            f"{LONGEST_NAME} printable characters, without / and not of dots alone: give "
+            "NAME=SOURCE"
         )
 
 

@@ -45,7 +45,7 @@ def call(command: Sequence[str], environment: Mapping[str, str], lock: IO) -> in
 def follow_parent(received: Sequence[int]) -> None:
     """Let this process get a SIGTERM when its parent stops, if it is the child of call().
 
-    received: the signals that this process has had; it needs no other then
+    received: the signals that this process has had; after one of them it gets none from here
     """
     pipe = os.environ.pop(PIPE, None)  # children of this process have nothing to do with it
     if pipe is not None:

@@ -1,4 +1,4 @@
-"""A model in small, and what it says of a few tokens: how a family has to be run is seen, not known.
+"""A model in small, and what it says of a few tokens: how a family has to be run is seen there.
 
 Decoders differ in what passes between tokens: attention, full or within a window, with a sink or a
 softcap; recurrent states; convolutions. A list of names would be out of date with the next family.
@@ -18,7 +18,7 @@ ATTENTION = {"full_attention", "sliding_attention"}
 TOLERANCE = 1e-4
 WORDS = 4096  # words of a model in small, if it has more
 WINDOW = 3  # tokens that a sliding window of a model in small holds; rows are longer
-# Prompt and response of rows, as places in a vocabulary: two lengths, and a prompt that two rows share
+# Prompts and responses, as places in a vocabulary: of different lengths, and two with one prompt
 ROWS = (
     ((1, 2, 3), (4, 5)),
     ((6,), (7, 8, 9, 10, 11)),

@@ -98,7 +98,10 @@ def made_beside(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Give a new folder its name; one that has it goes, unless it has files that the new one lacks."""
+    """Let a new folder take a path; a folder there goes, unless it has files that the new one lacks.
+
+    Such a folder is kept under another name.
+    """
     if not os.path.isdir(path):
         new.rename(path)
         return

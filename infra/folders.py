@@ -47,17 +47,17 @@ def claim(folder: Path) -> None:
 
 def lock(path: Path) -> IO:
     """Lock a file, write into it who has it, and return it open; InUseError if another has it."""
-    file = open_unlocked(path)
+    file = open_and_lock(path)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}: {shlex.join(sys.argv)}\n")
     file.flush()
     return file
 
 
-def open_unlocked(path: Path) -> IO:
+def open_and_lock(path: Path) -> IO:
     """Open a file and lock it; InUseError if another process has it locked."""
     file = open(path, "a+")  # noqa: SIM115, it stays open
-    if is_locked_by_others(file):
+    if not lock_if_free(file):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
@@ -72,21 +72,21 @@ def check_unused(folder: Path) -> None:
     """Raise InUseError if another process holds a folder; change nothing."""
     path = folder / LOCK
     if key_of(path) is not None and key_of(path) not in held:
-        open_unlocked(path).close()
+        open_and_lock(path).close()
 
 
-def is_locked_by_others(file: IO) -> bool:
-    """Lock a file unless another process has it locked; return whether that is so."""
+def lock_if_free(file: IO) -> bool:
+    """Lock a file unless another process has it locked; return whether nobody else has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
             print(f"{file.name}: no locks on this file system; start no second run in the folder")
-            return False
-        if error.errno in (errno.EACCES, errno.EAGAIN):
             return True
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
         raise
-    return False
+    return True
 
 
 def key_of(path: Path) -> tuple[int, int, int] | None:

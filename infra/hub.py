@@ -44,8 +44,8 @@ def parse(source: str) -> Place | None:
 def find_data(source: str) -> str:
     """Return the local path of ORG/NAME/PATH, downloaded unless it is there.
 
-    FOLDER/NAME, where NAME stands in the folder's `dataset_info.json`, becomes the path of that set.
-    Any other source is returned as it is.
+    FOLDER/NAME, where the folder's `dataset_info.json` has NAME, becomes the path of that set. Any
+    other source is returned as it is.
 
     Raises:
         ValueError: the repository cannot be read, or holds nothing of that name.

@@ -1,8 +1,8 @@
 """Ranges of numbers: each stands in the type of its setting, and one function checks all settings.
 
-    keep: PositiveInt = 2                              a setting; for the parser of flags it is an int
+    keep: PositiveInt = 2                              a setting; the parser of flags sees an int
     flow_blocks: Annotated[int, Range(1, 100)] | None  a range of its own; None is not checked
-    times: tuple[OpenFraction, ...]                    each of them is checked, and there is one
+    times: tuple[OpenFraction, ...]                    each is checked, and there must be one
     check_values(settings)                             ValueError names the flag and what it takes
 
 No number may be infinite or nan, and no text empty: what a run does with those shows only when it

@@ -109,8 +109,8 @@ class Watch:
         beat = self.beats[rank]
         name = f"rank {rank} (process {beat['process']} on {beat['host']})"
         if self.troubles[rank] == "silent":
-            silence = f"{now - self.heard[rank]:.0f} s"
-            return f"{name} has given no sign of life for {silence}: is it stopped, or its machine lost?"
+            silence = f"has given no sign of life for {now - self.heard[rank]:.0f} s"
+            return f"{name} {silence}: is it stopped, or its machine lost?"
         if self.troubles[rank] == "awaited":
             waiting = f"{now - self.awaited_since(rank, now):.0f} s"
             return f"{name} lets the others wait for {waiting} already; it is {beat['place']}"
@@ -124,7 +124,7 @@ class Watch:
 def start_watch(find_groups: Callable[[], list]) -> None:
     """Start the thread, if there are several ranks and it does not run yet.
 
-    `find_groups` returns the groups of all ranks whose collectives count, None for one that is gone.
+    `find_groups` returns the groups whose collectives count, None for a group that is gone.
     """
     names = [thread.name for thread in threading.enumerate()]
     if dist.get_world_size() > 1 and THREAD not in names:

@@ -27,7 +27,7 @@ how_to_go_on = "the same command starts again"
 
 
 class Stop(BaseException):
-    """A signal came where no work is in progress. This is no Exception, which others might catch."""
+    """A signal came where no work is in progress; no Exception, which other code might catch."""
 
 
 def listen() -> None:

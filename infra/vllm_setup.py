@@ -21,8 +21,8 @@ class UnreadWeights(BaseModelLoader):
     """Leave a model's files unread: the trainer gives all weights before the engine samples.
 
     Until then parameters have small random values. Buffers keep what the model's construction gave
-    them, as they do when a file does not have them. (vLLM's own "dummy" format makes those that
-    belong to the state dict random, too, and a buffer that the trainer does not give would stay so.)
+    them, as they do when a file does not have them. (vLLM's own "dummy" format makes buffers of the
+    state dict random, too. A buffer that the trainer does not give would stay random.)
     """
 
     def download_model(self, model_config) -> None:

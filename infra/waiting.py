@@ -21,7 +21,7 @@ SETTINGS = (VARIABLE, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # of libgomp, both, a
 
 
 def choose(environment: dict[str, str] | os._Environ) -> dict[str, str]:
-    """Write the number of spins into an environment, unless it has a setting; return what is new."""
+    """Write the number of spins into an environment that has no setting; return what is new."""
     if any(name in environment for name in SETTINGS):
         return {}
     environment[VARIABLE] = SPINS
