@@ -188,9 +188,10 @@ def choose_limits(config: Config, model: Model, longest_prompt: int) -> tuple[Co
     if model.processor is not None:
         max_length = min(OFFICIAL_LENGTH, positions)
     if longest_prompt >= max_length:
+        other_way = ", or give --max-tokens" if max_length < positions else ""
         raise ValueError(
             f"the longest prompt has {longest_prompt} tokens, which leaves no room in {max_length} "
-            "for a response; leave it out, or give --max-tokens"
+            f"for a response; leave it out{other_way}"
         )
     if longest_prompt + OFFICIAL_LENGTH > max_length and is_first():
         print(

@@ -238,8 +238,8 @@ def micro_batches(
 def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
     """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
 
-    For several ranks all groups are of one size, the largest that allows it. A prompt with more rows,
-    as of a problem that occurs twice in a step, gets several groups, of like lengths.
+    For several ranks all groups are of one size, the largest that allows it. A prompt with more
+    rows, as of a problem that occurs twice in a step, gets several groups, of like lengths.
     """
     by_prompt: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
@@ -625,7 +625,7 @@ class Policy(nn.Module):
     def score_tokens(
         self, hidden: Tensor, batch: Batch, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return log-prob and entropy (M,) of response tokens, from the states (M, D) before each."""
+        """Return log-prob and entropy (M,) of response tokens from the states (M, D) before each."""
         weight = self.model.get_output_embeddings().weight
         tokens = batch.input_ids[batch.targets]  # (M,)
         return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)

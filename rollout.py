@@ -816,8 +816,8 @@ class VllmEngine:
     """vLLM in this process: an engine a rank, or one that neighbouring ranks call together.
 
     Asleep it holds neither weights nor cache (sleep level 2) and must be given weights before it
-    samples. An engine that can sleep starts asleep, as it has not read the model's weights. On a CPU
-    sleeping frees nothing.
+    samples. An engine that can sleep starts asleep, as it has not read the model's weights. On a
+    CPU sleeping frees nothing.
     """
 
     def __init__(

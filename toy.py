@@ -146,7 +146,7 @@ Habit = Literal["hasty", "idling"]
 
 @dataclass(frozen=True)
 class World:
-    """What the world is made with; no other takes its folder."""
+    """What the world is made with; its folder takes no world of other settings."""
 
     folder: str = "runs/toy"  # Where the world is kept
     steps: Annotated[int, Range(1, 10**6)] = 600  # Training steps of the base model
@@ -579,14 +579,15 @@ def make_unless_there(world: World, folder: Path) -> None:
 
 
 def check_same(stored: dict, asked: dict, folder: Path) -> None:
-    """Raise ValueError if a folder holds a world of other settings: runs and flows are of that."""
+    """Raise ValueError if a folder holds a world of other settings: runs and flows need that one."""
     names = sorted(asked.keys() | stored.keys())
     other = [name for name in names if stored.get(name) != asked.get(name)]
     if other:
         name = other[0]
         raise ValueError(
-            f"{folder} holds an embedded world with other settings ({name}: {stored.get(name)}, not "
-            f"{asked.get(name)}), which stays as it is; name another folder, or move that world away"
+            f"{folder} holds an embedded world with other settings ({name}: {stored.get(name)}, "
+            f"not {asked.get(name)}), which stays as it is; name another folder, or move that "
+            "world away"
         )
 
 

@@ -51,6 +51,7 @@ import rollout
 import toy
 import train_rl
 from common import machine
+from infra.errors import first_line
 from rewards import Verdict
 from run import change, leave
 
@@ -540,7 +541,7 @@ def measure_variant(trainer: Trainer, changes: Sequence[Callable]) -> dict:
             metrics, update_figures = measure(lambda: trainer.update(scores))
         except torch.OutOfMemoryError as error:
             trainer.learner.optimizer.zero_grad()
-            return {"error": str(error).splitlines()[0]}
+            return {"error": first_line(error)}
     return {
         "warm_up_seconds": first["seconds"],
         "score": score_figures,

@@ -98,9 +98,9 @@ def made_beside(path: Path, suffix: str) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Let a new folder take a path; a folder there goes, unless it has files that the new one lacks.
+    """Let a new folder take a path, and remove the folder that stands there.
 
-    Such a folder is kept under another name.
+    If that has files which the new one lacks, it is kept under another name.
     """
     if not os.path.isdir(path):
         new.rename(path)
