@@ -64,7 +64,7 @@ def is_alone() -> bool:
 
 
 # ---- Signs of life
-class Watch:
+class Beats:
     """What a rank knows of all ranks by their beats."""
 
     def __init__(self, n_ranks: int):
@@ -136,7 +136,7 @@ def keep_watch(find_groups: Callable[[], list]) -> None:
     rank = dist.get_rank()
     n_ranks = dist.get_world_size()
     keys = [str(number) for number in range(n_ranks)]
-    watch = Watch(n_ranks)
+    known = Beats(n_ranks)
     try:
         store = connect()
         for number in itertools.count():
@@ -144,8 +144,8 @@ def keep_watch(find_groups: Callable[[], list]) -> None:
             store.set(str(rank), json.dumps(beat))
             if store.check(keys):
                 beats = [json.loads(value) for value in store.multi_get(keys)]
-                news = watch.look(beats, time.monotonic())
-                if news and watch.speaker() == rank:
+                news = known.look(beats, time.monotonic())
+                if news and known.speaker() == rank:
                     print("\n" + "\n".join(news), file=sys.stderr, flush=True)
             is_stopping = store.check([STOPPING])
             time.sleep(INTERVAL)

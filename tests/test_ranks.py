@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_distributed import TIMEOUT
 
-from infra.ranks import PATIENCE, Watch
+from infra.ranks import PATIENCE, Beats
 
 
 def beat(number: int, collectives: int) -> dict:
@@ -19,14 +19,14 @@ def beat(number: int, collectives: int) -> dict:
 
 
 def test_a_rank_that_gives_no_sign_is_named_once_and_when_it_goes_on():
-    watch = Watch(3)
+    known = Beats(3)
     told = []
     for second in range(0, 200, 10):
         is_stopped = 20 <= second < 120
         numbers = [second, 1 if is_stopped else second, second]
         beats = [beat(number, 5) for number in numbers]
-        for line in watch.look(beats, float(second)):
-            told.append((second, watch.speaker(), line))
+        for line in known.look(beats, float(second)):
+            told.append((second, known.speaker(), line))
     assert told == [
         (80, 0, "rank 1 (process 7 on a) has given no sign of life for 60 s: is it stopped, or its machine lost?"),
         (120, 0, "rank 1 (process 7 on a) goes on"),
@@ -34,12 +34,12 @@ def test_a_rank_that_gives_no_sign_is_named_once_and_when_it_goes_on():
 
 
 def test_the_rank_that_others_wait_for_is_named_and_does_not_speak():
-    watch = Watch(3)
+    known = Beats(3)
     told = []
     for second in range(0, 100, 10):
         counts = [4, 5, 5] if second < 90 else [6, 6, 6]
-        for line in watch.look([beat(second, count) for count in counts], float(second)):
-            told.append((second, watch.speaker(), line))
+        for line in known.look([beat(second, count) for count in counts], float(second)):
+            told.append((second, known.speaker(), line))
     assert told == [
         (60, 1, "rank 0 (process 7 on a) lets the others wait for 60 s already; it is in f, x.py:3"),
         (90, 0, "rank 0 (process 7 on a) goes on"),
@@ -47,12 +47,12 @@ def test_the_rank_that_others_wait_for_is_named_and_does_not_speak():
 
 
 def test_ranks_that_take_turns_at_being_late_are_not_named():
-    watch = Watch(2)
+    known = Beats(2)
     for second in range(0, 600, 10):
         step = second // 40  # a step of 40 s, in which rank 0 and rank 1 are late in turns
         late = step % 2
         counts = [step + (rank != late) for rank in range(2)]
-        assert watch.look([beat(second, count) for count in counts], float(second)) == []
+        assert known.look([beat(second, count) for count in counts], float(second)) == []
     assert PATIENCE == 60
 
 
