@@ -47,7 +47,9 @@ from infra.files import (
     cannot_write,
     check_free,
     folder_written_whole,
+    need_keys,
     read_json,
+    read_text,
     write_json,
     written_whole,
 )
@@ -261,7 +263,7 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
             flat.update(value)
         else:
             flat[name] = value
-    if len(flat) == len(nested):
+    if not any(isinstance(value, dict) for value in nested.values()):
         raise ValueError(
             f"{path} holds settings in one flat list, as an earlier version wrote them; expected "
             f"groups of settings: resume with the version that began the run, or start a new one"
@@ -312,6 +314,8 @@ FIXED_AT_START = {
 
 
 RESULTS = ("policy", "adapter", "flow")  # folders that a run writes at its end
+FIELDS_OF_LOADING = ("dtype", "min_pixels", "max_pixels")  # of its model
+OF_THE_FLOW = "flow.module."  # begins the names of the flow's tensors in a checkpoint
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -483,7 +487,7 @@ class Run:
         Args:
             data: by name; `training` is that of the data that the run trains on.
         """
-        self.data = on_first(self.stored_data) or data
+        self.data = on_first(lambda: self.stored_data(list(data))) or data
         if self.data["training"] != data["training"]:
             raise ValueError(
                 f"--resume {self.config.resume}: {self.config.data} has other rows than when the "
@@ -492,12 +496,14 @@ class Run:
             )
         return self.data
 
-    def stored_data(self) -> dict | None:
-        """Return the fingerprints that a resumed run began with, if it has any."""
+    def stored_data(self, names: list[str]) -> dict | None:
+        """Return the fingerprints that a resumed run began with, if it has any: one of each name."""
         path = Path(self.config.resume or "", DATA_FILE)
         if not self.config.resume or not path.exists():
             return None
-        return read_json(path, "fingerprints of the data")
+        stored = read_json(path, "fingerprints of the data")
+        need_keys([stored], path, names)
+        return stored
 
     def begin(self, state: dict) -> None:
         """Make the folder, or go on in it: load the newest checkpoint into `state`.
@@ -868,12 +874,11 @@ def export_checkpoint(
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
+        need_keys([stored], folder / "config.json", ["model", *FIELDS_OF_LOADING])
         model, policy, dtype = load_initial_policy(stored, trust_remote_code)
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
-    flow_config = folder / "flow.json"
-    if flow_config.exists():
-        values = read_json(flow_config, "the settings of a flow")
-        flow = fl.Flow(fl.FlowConfig(**{key: as_tuple(value) for key, value in values.items()}))
+    flow = empty_flow(folder / "flow.json", checkpoint)
+    if flow:
         state["flow"] = {"module": flow.state_dict()}
     checkpoints.load(state, checkpoint)  # into the tensors of the modules
     for part in state.values():
@@ -882,7 +887,7 @@ def export_checkpoint(
         export_policy(policy, dtype, [model.tokenizer, model.processor], target / "policy")
         if stored.get("lora_rank"):
             export_adapter(policy, model.path, target / "adapter")
-    if "flow" in state:
+    if flow:
         export_flow(flow, target / "flow")
     print(f"the weights of {checkpoint} are in {target}")
 
@@ -899,8 +904,7 @@ def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> t
     name = stored["model"]
     if name in toy.WORLDS:
         name = toy.WORLDS[name].path("model")
-    fields_of_loading = ("dtype", "min_pixels", "max_pixels")
-    values = {field: stored[field] for field in fields_of_loading}
+    values = {field: stored[field] for field in FIELDS_OF_LOADING}
     loading = rollout.LoadingSettings(**values, trust_remote_code=trust_remote_code)
     model = rollout.find_model(name, loading)
     dtype = parallel.compute_dtype(loading.dtype)
@@ -911,6 +915,22 @@ def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> t
         lora.add_adapters(policy.model, policy.layers, rank, stored["lora_alpha"], stored["seed"])
     parallel.set_dtypes(policy, dtype)
     return model, policy, dtype
+
+
+def empty_flow(file: Path, checkpoint: Path) -> fl.Flow | None:
+    """Return the flow that a run's flow.json describes and a checkpoint holds; None if it has none.
+
+    ValueError if the file is of another flow: nothing is allocated before that is known.
+    """
+    shapes = {}
+    for name, entry in checkpoints.read_metadata(checkpoint).state_dict_metadata.items():
+        if name.startswith(OF_THE_FLOW):
+            shapes[name.removeprefix(OF_THE_FLOW)] = entry.size
+    if not shapes:
+        return None
+    config = fl.read_config(file, read_text(file, "the settings of a flow"))
+    fl.check_tensors(file, config, shapes)
+    return fl.Flow(config)
 
 
 # ---- python run.py report RUN [RUN …]

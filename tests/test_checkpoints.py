@@ -336,3 +336,42 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_not_exported(copied):
     with pytest.raises(FloatingPointError, match="not finite and are not exported"):
         runs.export_checkpoint(copied.folder, 2)
     assert not Path(copied.folder, "exports").exists()
+
+
+# ---- Other files of a run that are of another kind
+def test_fingerprints_of_another_kind(copied):
+    """A KeyError."""
+    Path(copied.folder, "data.json").write_text('{"held_out": 3}')
+    with pytest.raises(ValueError, match="data.json, object 1: expected one with training"):
+        train_rl.main(copied)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"n_layers": 3}, "flow.json has a configuration that is none: .*n_layers"),
+        ({"n_blocks": 10_000_000}, "flow.json is cut, .* n_blocks=10000000 and holds 2"),
+        ({"contexts": 5}, "flow.json has a configuration that is none: contexts=5"),
+    ],
+)
+def test_an_export_with_the_settings_of_another_flow(copied, changed, words):
+    """A TypeError, or minutes of allocating memory."""
+    file = Path(copied.folder, "flow.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=words):
+        runs.export_checkpoint(copied.folder)
+
+
+def test_an_export_without_the_settings_of_its_flow(copied):
+    """The policy was exported, and the flow left out without a word."""
+    Path(copied.folder, "flow.json").unlink()
+    with pytest.raises(ValueError, match="flow.json does not exist; expected the settings of a f"):
+        runs.export_checkpoint(copied.folder)
+    assert not Path(copied.folder, "exports").exists()
+
+
+def test_an_export_with_settings_that_lack_the_model(copied):
+    """A KeyError."""
+    Path(copied.folder, "config.json").write_text('{"group": {"shaping": "flow"}}')
+    with pytest.raises(ValueError, match="config.json, object 1: expected one with model, dtype"):
+        runs.export_checkpoint(copied.folder)
