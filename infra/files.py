@@ -193,8 +193,12 @@ def locked(path: Path) -> Iterator[IO]:
 
     Processes that inherit the file which this yields hold the lock as well.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise cannot_write(path.with_suffix(""), error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

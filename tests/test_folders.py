@@ -134,6 +134,13 @@ def test_a_world_of_other_settings_stays(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["world.json"]
 
 
+def test_a_world_below_a_file(tmp_path):
+    """The error was the system's, of a lock that nobody has asked for."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=f"could not write {tmp_path}/file/toy: .*; name another"):
+        make_world(tmp_path / "file" / "toy")
+
+
 def test_an_export_below_a_file_is_refused_before_the_model_loads(tmp_path):
     """It was seen when the model had been loaded, and the error was that a file exists."""
     (tmp_path / "file").write_text("mine")
