@@ -51,16 +51,27 @@ def takes_images(config) -> bool:
 
 
 def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a Hugging Face decoder, with its vision tower if it has one."""
+    """Load a Hugging Face decoder, with its vision tower if it has one.
+
+    ValueError if weights cannot be loaded, or some are missing, which would be random numbers.
+    """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
-        return auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights of {path} cannot be loaded ({in_short(error)}); expected those of its "
             "config.json"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of {path} are missing, e.g. {missing[0]}; expected all of "
+            f"those that a model has whose config.json says {config.model_type}"
+        )
+    return model
 
 
 def load_processor(

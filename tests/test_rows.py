@@ -7,9 +7,12 @@ import pyarrow
 import pytest
 from conftest import find_model
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import rollout
 import train_flow
+import vision
 from evals import sets
 from infra.rows import check_answers, read_rows
 
@@ -224,6 +227,26 @@ def test_bad_models(world, tmp_path, kind):
     with pytest.raises(ValueError, match=f"model '{folder}': .*{words}") as refused:
         find_model(folder)
     assert "\n" not in str(refused.value)
+
+
+def be_of_another_family(folder):
+    AutoConfig.for_model("gpt2").save_pretrained(folder)
+
+
+def lose_a_weight(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.norm.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [be_of_another_family, lose_a_weight])
+def test_weights_that_are_missing(world, tmp_path, damage):
+    """Regression: they were drawn at random, and the model was scored like that."""
+    folder = shutil.copytree(world.path("model"), tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ValueError, match=r"weights? of .* missing, e.g. .*config.json says"):
+        vision.load_model(str(folder), "auto")
 
 
 def test_weights_of_other_sizes(world, tmp_path):
