@@ -5,12 +5,13 @@
 torch shares the work of an operation among threads, which wait for each other at its end. libgomp
 lets them spin there, 300,000 times or more, before they sleep. That is fast while each thread has a
 core. As soon as another program wants one of the cores, the threads spin in turns, and a step takes
-ten to thirty times as long. After few spins they sleep, and the other program gets the core.
+many times as long. After few spins they sleep, and the other program gets the core.
 
 libgomp reads the variable when it is loaded, which is when torch is imported: each script imports
 this module first. Processes that it starts inherit the variable. A setting of the user's stays.
 
-`python benchmarks/busy.py` measures a step under several policies, idle and beside busy programs.
+`python benchmarks/busy.py` measures a step under several policies, idle and beside busy programs;
+benchmarks/RESULTS.md has the figures.
 """
 
 import os
