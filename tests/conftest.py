@@ -2,14 +2,17 @@
 
 import copy
 import gc
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ |= {
@@ -54,6 +57,21 @@ parallel.start()
 def process_group():
     """Start the process group anew, if a vLLM engine took it away when it went."""
     parallel.start()
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int):
+    """Let no file of this process have more bytes, which ends a write as a full disk does.
+
+    What is printed meanwhile goes nowhere: the output of the tests may be a file, and longer.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def run_with_vllm(main, config) -> None:

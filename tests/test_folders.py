@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, small_run
+from conftest import ROOT, files_of_at_most, small_run
 from safetensors import SafetensorError
 from test_curves import write_run
 
@@ -303,18 +302,10 @@ def test_a_mistake_is_not_called_a_full_disk(tmp_path):
         raise KeyError("x")
 
 
-@pytest.fixture
-def small_files():
-    """No file of this process can have more than 2,000 bytes, which ends a write as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_world_on_a_full_disk(tmp_path, small_files):
+def test_a_world_on_a_full_disk(tmp_path):
     sizes = {"hidden_size": 32, "n_layers": 1, "n_train": 4, "n_test": 2, "n_expert": 2}
-    with pytest.raises(OSError, match=f"could not write {tmp_path}/toy .*MB free"):
+    refused = pytest.raises(OSError, match=f"could not write {tmp_path}/toy .*MB free")
+    with refused, files_of_at_most(2000):
         toy.make(toy.World(str(tmp_path / "toy"), steps=1, batch_size=4, **sizes))
     assert [path.name for path in tmp_path.iterdir()] == ["toy.lock"]
 
