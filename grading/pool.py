@@ -96,10 +96,11 @@ class Worker:
     def read_reply(self, deadline: float) -> str | None:
         """Return the next line, "" if the process died, None if the deadline (seconds) passed."""
         end = time.monotonic() + deadline
+        output = select.poll()  # select() takes no file beyond the 1024th of a process
+        output.register(self.process.stdout, select.POLLIN)
         while b"\n" not in self.unread:
             time_left = max(0.0, end - time.monotonic())
-            readable, _, _ = select.select([self.process.stdout], [], [], time_left)
-            if not readable:
+            if not output.poll(1000 * time_left):
                 return None
             data = os.read(self.process.stdout.fileno(), 4096)
             if not data:

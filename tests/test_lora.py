@@ -329,7 +329,7 @@ def test_without_peft_it_says_what_to_install(config, monkeypatch):
 def test_a_tower_that_should_learn_is_refused(config, tmp_path):
     folder = save_vlm(tiny_vlm("qwen2_5_vl"), tmp_path)
     with pytest.raises(ValueError, match="freeze='none' with lora_rank=4: the tower has no"):
-        train_rl.resolve(change(config, model=folder, freeze="none"))
+        train_rl.resolve(change(config, model=folder, freeze="none", folder=None))
 
 
 @pytest.mark.parametrize("options", [{"lora_rank": 8}, {"lora_rank": 0}, {"lora_alpha": 1.0}], ids=str)  # fmt: skip
