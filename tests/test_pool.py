@@ -332,3 +332,14 @@ def test_an_empty_file_has_no_pairs(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="pairs.jsonl is empty"):
         read_pairs(str(file))
+
+
+def test_a_process_with_more_than_1024_files_open():
+    """Regression: select() refused the answer of a worker in a long test session."""
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with Pool(1) as pool:
+            assert pool.judge("x^2 + 1", "1 + x^2") == "right"
+    finally:
+        for file in opened:
+            os.close(file)
