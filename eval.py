@@ -215,8 +215,7 @@ def make_engine(config: Config, model: Model, max_length: int) -> rollout.Engine
     return rollout.make_engine(
         model,
         config.engine,
-        max_length=max_length,
-        max_images=config.problems.max_images,
+        rollout.Capacity(max_length, config.problems.max_images),
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),
         can_sleep=False,

@@ -34,9 +34,11 @@ import hashlib
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import localtime, strftime
 from typing import Literal, NamedTuple
 
 import torch
@@ -45,7 +47,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.errors import first_line
+from infra.files import folder_written_whole
 from infra.kinds import check_kinds
+from parallel import full_weights, gather_weights, on_first
 
 FLOW_FILE = "flow.safetensors"
 OFFICIAL_FILE = "flow_model.bin"
@@ -596,6 +600,19 @@ def save_flow(config: FlowConfig, state: dict[str, Tensor], folder: str | Path) 
     save_file(state, Path(folder) / FLOW_FILE, metadata=metadata)
 
 
+def export_flow(flow: Flow, folder: Path) -> None:
+    """Write a sharded flow into its folder; all ranks together."""
+    weights = gather_weights(full_weights(flow, torch.float32))
+
+    def write() -> None:
+        with folder_written_whole(folder, overwrite=True) as temporary:
+            temporary.mkdir()
+            save_flow(flow.config, weights, temporary)
+
+    on_first(write)
+
+
+# ---- python run.py export RUN
 def load_flow(
     path: str | Path, dim: int, norm_eps: float = 1e-6, other_contexts: bool = False, **expected
 ) -> Flow:
@@ -649,6 +666,23 @@ def check_tensors(file: Path, config: FlowConfig, shapes: Mapping[str, Sequence[
         skeleton.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # it names keys and shapes that differ, or a size that overflows
         raise ValueError(f"the flow {file} is cut, or of another network: {error}") from error
+
+
+def newest_flow(folder: str) -> str:
+    """Return the newest flow among those of the offline start, `folder` and `folder-N`; say it."""
+    name = Path(folder).name
+    flows = []
+    for run_folder in Path(folder).parent.glob(f"{name}*"):
+        suffix = run_folder.name.removeprefix(name)
+        file = run_folder / "flow" / FLOW_FILE
+        if re.fullmatch(r"(-\d+)?", suffix) and file.exists():
+            flows.append(file)
+    if not flows:
+        return f"{folder}/flow"  # it will be missed, with what to do about it, when it is loaded
+    newest = max(flows, key=lambda file: file.stat().st_mtime)
+    written = strftime("%Y-%m-%d %H:%M", localtime(newest.stat().st_mtime))
+    print(f"no --flow given: taking the newest one, {newest.parent}, written {written}")
+    return str(newest.parent)
 
 
 def find_flow(path: Path) -> Path:

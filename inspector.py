@@ -15,15 +15,16 @@ import infra.waiting  # noqa: F401
 # isort: split
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import parallel
-import rlfr
 import rollout
 import toy
 import train_rl
+from engines.waking import awake
 from infra import errors
 from pages.rollouts import inspect_run
 from rewards import Grader
@@ -34,7 +35,7 @@ from run import Run, change, launch
 class Config(train_rl.Config):
     """Look at rollouts of a model; the settings are those of train_rl.py."""
 
-    sampling: train_rl.SamplingSettings = train_rl.SamplingSettings(prompts=4)
+    sampling: rollout.SamplingSettings = rollout.SamplingSettings(prompts=4)
 
 
 def sample_and_inspect(config: Config) -> None:
@@ -51,66 +52,51 @@ def sample_and_inspect(config: Config) -> None:
     config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")
     problems = rollout.load_problems(config.data, config.problems, model)
-    flow = train_rl.make_flow(config, model) if config.shaping == "flow" else None
-    policy = rlfr.load_policy(model.path, config.loading.trust_remote_code)
+    models = train_rl.make_models(config, model, is_flow_named=True)
     run.begin({})
-    write_step(config, model, run, problems, flow, policy)
+    with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
+        experience = sample_and_score(config, model, problems, models, grader)
+    advantage, reward, _ = train_rl.shape_advantage(experience, config, 0)
     if parallel.is_first():
+        shaped = {"advantage": advantage, "flow_reward": reward}
+        records = train_rl.describe_rollouts(
+            models, experience, shaped, config=config, tokenizer=model.tokenizer
+        )
+        run.log_rollouts(1, records)
         print(f"open {inspect_run(run.folder)}")
 
 
-def write_step(
+def sample_and_score(
     config: Config,
     model: rollout.Model,
-    run: Run,
     problems: list[rollout.Problem],
-    flow,
-    policy: rlfr.Policy,
-) -> None:
-    """Do the first half of a step of training, and write its rollouts."""
+    models: train_rl.Models,
+    grader: Grader,
+) -> train_rl.Experience:
+    """Do the first half of a step of training."""
     dtype = parallel.compute_dtype(config.loading.dtype)
+    longest_prompt = config.problems.max_prompt_tokens
     max_tokens = config.sampling.max_tokens
     engine = rollout.make_engine(
         model,
         config.engine,
-        config.problems.max_prompt_tokens + max_tokens,
-        config.problems.max_images,
-        parallel.DEVICE,
-        dtype,
+        rollout.Capacity(longest_prompt + max_tokens, config.problems.max_images),
+        device=parallel.DEVICE,
+        dtype=dtype,
         can_sleep=True,
     )
     engine.sleep()
-    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
-    if flow:
-        parallel.shard(flow, (), dtype, config.compute.cpu_offload)
     lengths = torch.zeros(len(problems))
-    with Grader(config.reward, config.grading, max_tokens) as grader:
-        sampler = train_rl.Sampler(engine, grader, problems, lengths, config.sampling, config.seed)
-        engine.load_weights(parallel.full_weights(policy, dtype, prefix="model."))
-        probes = rollout.sample_probes(engine, config.problems.max_prompt_tokens, max_tokens)
-        train_rl.check_probes(policy, probes, model.path)
-        episodes, verdicts, _ = train_rl.roll_out(sampler, 0)
-        engine.sleep()
-        scores, _ = train_rl.score(
-            *(policy, None, flow, episodes, verdicts, config), step=0, with_logp=True
-        )
-        reward = [verdict.reward for verdict in verdicts()]
-        reward = torch.tensor(reward, device=parallel.DEVICE)
-        advantage, flow_reward, _ = train_rl.shape_advantage(scores, reward, config, 0)
-        if parallel.is_first():
-            train_rl.write_rollouts(
-                run,
-                0,
-                policy,
-                flow,
-                model.tokenizer,
-                episodes,
-                verdicts(),
-                scores,
-                advantage,
-                flow_reward,
-                config,
-            )
+    sampler = rollout.Sampler(
+        engine, grader, problems, lengths, settings=config.sampling, seed=config.seed
+    )
+    with awake(engine, partial(models.policy.whole_weights, dtype)):
+        probes = rollout.sample_probes(engine, longest_prompt, max_tokens)
+        train_rl.check_probes(models.policy, probes, model.path)
+        episodes, _ = sampler.roll_out(0)
+    sampler.verify(episodes)
+    token_budget = config.compute.tokens_per_gpu
+    return train_rl.score(models, episodes, 0, config.sampling.temperature, token_budget)
 
 
 def main() -> None:

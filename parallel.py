@@ -498,11 +498,12 @@ class Learner:
 
 def without_frozen(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Return a module's state dict without the parameters that do not learn."""
-    frozen = set()
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            frozen.add(name)
-    return {name: tensor for name, tensor in state.items() if name not in frozen}
+    learns = dict(module.named_parameters(remove_duplicate=False))
+    kept = {}
+    for name, tensor in state.items():
+        if name not in learns or learns[name].requires_grad:
+            kept[name] = tensor
+    return kept
 
 
 class Rehearsal:

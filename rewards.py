@@ -35,7 +35,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -426,7 +425,6 @@ class Grader(AbstractContextManager):
             self.check_overlong()
         self.pool = Pool(n_workers, settings.grader_deadline)
         self.counts = self.pool.counts
-        self.background = ThreadPoolExecutor(1)
 
     def check_overlong(self) -> None:
         if not self.max_tokens:
@@ -441,8 +439,7 @@ class Grader(AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Finish what was submitted, and end the worker processes."""
-        self.background.shutdown()
+        """End the worker processes."""
         self.pool.close()
         self.watch.close()
 
@@ -548,17 +545,15 @@ class Grader(AbstractContextManager):
                 return "right" if scores[part.name] >= 1 else "wrong"
         return kind
 
-    def submit(self, problems: Sequence, episodes: Sequence) -> Future[list[Verdict]]:
-        """Grade episodes in the background, in order.
+    def grade_all(self, problems: Sequence, episodes: Sequence) -> list[Verdict]:
+        """Grade episodes, several at a time; return their verdicts in order.
 
         Problems have `text` and `answer`, perhaps an `id`; each has the same number of consecutive
         episodes.
         """
         n_each = len(episodes) // max(1, len(problems))
         problem_of_episode = [problem for problem in problems for _ in range(n_each)]
-        return self.background.submit(
-            self.pool.map, self.grade_episode, problem_of_episode, episodes
-        )
+        return self.pool.map(self.grade_episode, problem_of_episode, episodes)
 
     def grade_episode(self, problem, episode) -> Verdict:
         finished = episode.finish_reason == "stop"

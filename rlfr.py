@@ -27,12 +27,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,7 +43,7 @@ import lora
 import vision
 from flow import keyed_seed
 from infra import families
-from parallel import DEVICE, is_first
+from parallel import DEVICE, gather_rows, is_first
 
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Freeze = Literal["none", "vision"]
@@ -55,10 +56,6 @@ CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
 # backward makes the rest again. That is for a CPU, whose chunks are small: on a GPU the first chunk
 # is larger than this, unless a micro-batch has but a few hundred response tokens, and none is kept
 KEPT_LOGITS = 96 * 2**20
-# A row at least this part as long as the longest of a strip is in it, see Packing. On a CPU this saves
-# attention over padding. A GPU has all rows in one strip: each strip launches kernels of its own, and
-# a compiled forward is of one number of strips. What it would save there has not been measured
-LIKE_LENGTH = 0.0 if DEVICE.type == "cuda" else 0.75
 
 
 # ---- Batches: right-padded rows of prompt + response. What is returned for each response token is
@@ -84,11 +81,8 @@ class Batch:
     targets: Tensor  # (B, S) bool, positions of response tokens
     response_mask: Tensor  # (B, T) bool
     first_row: Tensor  # (B,) the first row that has the same prompt
-    # of the images of first rows, in order: what the tower takes, or what a frozen one has made
-    pixel_values: Tensor | None = None  # (n_patches, dim)
-    image_features: Tensor | None = None  # (n_vectors, K, D), see Policy.see
-    image_grid_thw: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
-    all_grids: Tensor | None = None  # likewise, of the images of all rows
+    images: Sequence[vision.Image] = ()  # of all rows, in order
+    images_once: Sequence[vision.Image] = ()  # of first rows
 
     @cached_property
     def packing(self) -> "Packing":
@@ -99,20 +93,13 @@ class Batch:
         place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
         source = torch.where(is_packed, place, place[self.first_row])
         source = source.masked_fill(~self.attention_mask, 0)
-
-        strips = []
-        place_in_strips = torch.empty_like(source)
-        n_before = 0  # positions of the strips before
-        lengths = self.attention_mask.sum(dim=1).tolist()
-        for rows in like_lengths(lengths):
-            width = lengths[rows[0]]
-            strips.append(source[rows, :width])
-            n_positions = len(rows) * width
-            positions = torch.arange(n_positions, device=source.device) + n_before
-            place_in_strips[rows, :width] = positions.view(len(rows), width)
-            n_before += n_positions
         places = is_packed.flatten().nonzero().squeeze(1)
-        return Packing(places, source, strips, place_in_strips.flatten()[places])
+        return Packing(places, source)
+
+    @cached_property
+    def image_inputs(self) -> vision.ImageInputs:
+        """What the tower takes of the images of first rows, or what a frozen one has made."""
+        return vision.stack_all(self.images_once, self.images, DEVICE)
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
@@ -126,14 +113,11 @@ class Packing(NamedTuple):
 
     In a causal decoder the tokens of a prompt have the same states whatever follows. So a prompt
     that several rows share is packed once, and all of these rows read it.
-
-    Attention needs rows. It takes them in strips of like length, each only as wide as its longest.
+    Attention alone needs rows, and gets them padded.
     """
 
     places: Tensor  # (n,) of B*S, where a packed token comes from
     source: Tensor  # (B, S) of n, the packed token that a position reads; any, for padding
-    strips: list[Tensor]  # (rows, width) each, parts of source
-    place_in_strips: Tensor  # (n,) where a packed token is among the positions of all strips
 
     def pack(self, padded: Tensor) -> Tensor:
         """Leave out padding and repeated prompts: (B, S, …) -> (n, …)."""
@@ -143,30 +127,9 @@ class Packing(NamedTuple):
         """Put tokens in their places: (n, …) -> (B, S, …). What padding gets means nothing."""
         return take(packed, self.source)
 
-    def to_strips(self, packed: Tensor) -> list[Tensor]:
-        """Put tokens into rows of like length: (n, …) -> (rows, width, …) for each strip."""
-        return [take(packed, strip) for strip in self.strips]
-
-    def from_strips(self, strips: Sequence[Tensor]) -> Tensor:
-        """Leave out padding and repeated prompts: (rows, width, …) for each strip -> (n, …)."""
-        positions = torch.cat([strip.flatten(0, 1) for strip in strips])
-        return take(positions, self.place_in_strips)
-
     def positions(self) -> Tensor:
         """Return each token's position in its row, (n,)."""
         return self.places % self.source.shape[1]
-
-
-def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Part rows into strips by their lengths; return the rows of each strip, the longest first."""
-    strips: list[list[int]] = []
-    shortest = math.inf  # that the last strip takes
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        if lengths[row] < shortest:
-            strips.append([])
-            shortest = LIKE_LENGTH * lengths[row]
-        strips[-1].append(row)
-    return strips
 
 
 def take(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -203,14 +166,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     targets = attention_mask & (position >= start)
     response_mask = position[: max(response_lengths)] < n_response
     first_row = torch.tensor(first_row, device=DEVICE)
-    batch = Batch(input_ids, attention_mask, targets, response_mask, first_row)
-    if images:
-        batch.all_grids = torch.tensor([image.grid for image in images], device=DEVICE)
-    if images and images[0].features is not None:
-        batch.image_features, batch.image_grid_thw = vision.stack_features(images_once, DEVICE)
-    else:
-        batch.pixel_values, batch.image_grid_thw = vision.stack(images_once, DEVICE)
-    return batch
+    return Batch(input_ids, attention_mask, targets, response_mask, first_row, images, images_once)
 
 
 def prompt_key(row: Row) -> tuple:
@@ -474,14 +430,12 @@ def attend_packed(
     """
     if packing is None:
         return attend(module, query, key, value, attention_mask, sliding_window, **settings), None
-    by_input = []
+    rows = []
     for tensor in (query, key, value):
-        by_input.append(packing.to_strips(tensor[0].transpose(0, 1)))
-    outputs = []
-    for strip in zip(*by_input, strict=True):
-        inputs = [tensor.transpose(1, 2) for tensor in strip]  # (rows, heads, width, head size)
-        outputs.append(attend(module, *inputs, attention_mask, sliding_window, **settings))
-    return packing.from_strips(outputs)[None], None
+        padded = packing.pad(tensor[0].transpose(0, 1))  # (B, S, heads, head size)
+        rows.append(padded.transpose(1, 2))
+    output = attend(module, *rows, attention_mask, sliding_window, **settings)
+    return packing.pack(output)[None], None
 
 
 def attend(
@@ -675,21 +629,22 @@ class Policy(nn.Module):
         input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
         inputs["input_ids"] = packing.pack(input_ids)[None]
         inputs["position_ids"] = packing.positions()[None]
-        if batch.image_grid_thw is not None:
+        images = batch.image_inputs
+        if images.grids is not None:
             # of an image: its rows and columns, which the body tells from the kinds of tokens
             is_image = is_placeholder & ~batch.targets
             positions, _ = body.get_rope_index(  # (3, B, S)
-                input_ids, is_image.int(), image_grid_thw=batch.all_grids
+                input_ids, is_image.int(), image_grid_thw=images.all_grids
             )
             inputs["position_ids"] = positions.flatten(1)[:, None, packing.places]  # (3, 1, n)
-            inputs["pixel_values"] = batch.pixel_values
-            inputs["image_grid_thw"] = batch.image_grid_thw
-        if batch.image_features is not None:
-            inputs["pixel_values"] = batch.image_features  # the body hands them to its tower
+            inputs["pixel_values"] = images.pixel_values
+            inputs["image_grid_thw"] = images.grids
+        if images.features is not None:
+            inputs["pixel_values"] = images.features  # the body hands them to its tower
         embedding = self.model.get_input_embeddings()
         hook = embedding.register_forward_pre_hook(lambda *_: (packed_ids,))
         try:
-            with tower_output(self.tower, batch.image_features):
+            with tower_output(self.tower, images.features):
                 output = body(**inputs)
         finally:
             hook.remove()
@@ -722,16 +677,47 @@ class Policy(nn.Module):
 
         A frozen tower that has seen the images beforehand runs on no rank.
         """
+        has_pixels = batch.image_inputs.pixel_values is not None
         if self.takes_features:
-            assert batch.pixel_values is None, "the frozen tower has not seen these images"
+            assert not has_pixels, "the frozen tower has not seen these images"
             return 0.0
-        if self.tower is None or batch.pixel_values is not None:
+        if self.tower is None or has_pixels:
             return 0.0
         size = self.model.config.vision_config.spatial_merge_size  # the smallest image, in patches
         filters = self.tower.patch_embed.proj.weight
         blank = filters.new_zeros(size * size, filters[0].numel())  # (n_patches, dim)
         grid = torch.tensor([[1, size, size]], device=blank.device)  # time, height, width
         return self.run_tower(blank, grid).sum() * 0
+
+
+def see_images(policy: Policy, episodes: Sequence[Row], token_budget: int) -> list[Row]:
+    """Run a frozen vision tower over the episodes' images; return the episodes with its features.
+
+    The tower sees each image once, however many episodes share it and however often they are
+    scored and trained on. All ranks call this together: each runs the tower on a share, batches of
+    at most token_budget vectors, and all get the features, which wait in host memory.
+    """
+    images = list(dict.fromkeys(image for episode in episodes for image in episode.images))
+    if not images or not policy.takes_features:
+        return list(episodes)
+    n_ranks = dist.get_world_size()
+    images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
+    sizes = [image.n_tokens for image in images]
+    each_alone = [[index] for index in range(len(images))]
+    plans = plan_batches(each_alone, sizes, token_budget, n_ranks)
+    seen = {}
+    for batches in zip(*plans, strict=True):  # one of each rank
+        mine = [images[index] for index in batches[dist.get_rank()]]
+        counts = [sum(sizes[index] for index in batch) for batch in batches]
+        gathered = gather_rows(policy.see(mine), counts)
+        for batch, features in zip(batches, gathered, strict=True):
+            parts = features.cpu().split([sizes[index] for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                seen[images[index]] = replace(images[index], features=part)
+    shown = []
+    for episode in episodes:
+        shown.append(replace(episode, images=tuple(seen[image] for image in episode.images)))
+    return shown
 
 
 @contextmanager
@@ -850,46 +836,6 @@ def load_policy(
         policy.tower.requires_grad_(False)
         policy.takes_features = True
     return policy
-
-
-# ---- Memory of an update, by arithmetic
-PLAIN_DECODERS = ("llama", "mistral", "qwen2")  # model types whose layers layer_bytes() describes
-
-
-def layer_bytes(text_config) -> int:
-    """Return what a decoder layer keeps of each token for its backward, in bytes, not compiled.
-
-    In bfloat16, for hidden size D, q numbers of queries, kv of keys, and a feed-forward width I:
-        two norms, each its input in float32 and it normalised, before and after the weight   16 D
-        attention: queries and output, keys and values                                 4 q + 4 kv
-        feed-forward: gate, silu(gate), up, and the product of the last two                   8 I
-    """
-    dim = text_config.hidden_size
-    n_heads = text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or dim // n_heads
-    q = n_heads * head_dim
-    kv = text_config.num_key_value_heads * head_dim
-    return 16 * dim + 4 * q + 4 * kv + 8 * text_config.intermediate_size
-
-
-def update_bytes(
-    text_config, n_parameters: int, n_tokens: int, n_ranks: int, recompute: bool
-) -> float:
-    """Return the most that an update holds of a GPU's memory, in bytes, of a plain decoder.
-
-    That is when the backward of the head begins: all activations are there.
-
-    n_parameters: of all that learns, the flow included
-    n_tokens: of a micro-batch
-    recompute: whether a layer keeps its input alone
-    """
-    states = 16 * n_parameters / n_ranks  # float32: weights, gradients and two moments
-    # the last chunk's logits and their gradient (4 + 2), this one's before and after scaling (4 + 4)
-    logits = 14 * CHUNK_LOGITS
-    head = 4 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (2)
-    per_layer = 2 * text_config.hidden_size if recompute else layer_bytes(text_config)
-    activations = n_tokens * text_config.num_hidden_layers * per_layer
-    return states + logits + head + activations
 
 
 # ---- Flow reward (paper: flow reward shaping)
@@ -1016,7 +962,9 @@ def token_returns(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return returns * mask
 
 
-def entropy_advantage(advantage: Tensor, entropy: Tensor, alpha: float, kappa: float) -> Tensor:
+def entropy_advantage(
+    advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0
+) -> Tensor:
     """Return A_k + min(alpha * H_k, |A_k| / kappa), (B, T), without a gradient through H.
 
     This is the baseline that the paper compares with, entropy-based advantage shaping.
@@ -1061,7 +1009,7 @@ def policy_loss(
     advantage: Tensor,
     clip_low: float,
     clip_high: float,
-    ratio_cap: float,
+    ratio_cap: float = 3.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the PPO-clip loss of each token (B, T), and where it was clipped (B, T) bool.
 
@@ -1140,12 +1088,12 @@ def online_flow_weights(
     The loss is sum_rows(b * sum_tokens(w*loss)/sum_tokens(w)) / sum_rows(b).
     accepted: (B,) bool, rows that have b = 1; the others have b = soft
     entropy: (B, T); tokens that reach the `quantile` of their response have w = 1, the others
-        w = soft; None: all have w = 1. (The official code takes the quantile over padding, too.)
+        w = soft; without a quantile all have w = 1. (The official code takes the quantile over padding, too.)
     Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """
     row_weight = torch.where(accepted, 1.0, soft)
     token_weight = mask.float()
-    if entropy is not None:
+    if quantile is not None:
         response_entropy = entropy.masked_fill(~mask, torch.nan)
         threshold = response_entropy.nanquantile(quantile, dim=1, keepdim=True)  # (B, 1)
         token_weight = token_weight * torch.where(entropy >= threshold, 1.0, soft)
@@ -1153,7 +1101,7 @@ def online_flow_weights(
 
 
 # ---- Schedule and order
-def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float) -> float:
+def learning_rate(peak: float, step: int, total: int, warmup: float, floor: float = 0.1) -> float:
     """Return the rate of a step: it rises linearly, then falls along a cosine to floor * peak.
 
     warmup is the fraction of the total steps over which the rate rises.

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -31,13 +31,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import rlfr
 import vision
+from flow import keyed_seed
 from infra import families, hub
 from infra.errors import in_short
 from infra.files import read_text
-from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt
+from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt, Temperature
 from infra.rows import check_answers, check_texts, final_answer, read_rows
-from parallel import fork_rng, gather_objects, is_first, tensor_memory
+from parallel import fork_rng, gather_objects, is_first, sum_over_ranks, tensor_memory
+from rewards import Grader, Verdict
 from run import change, flatten, unset_among
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -616,6 +619,28 @@ class Episode:
     text: str  # the response without special tokens
     images: tuple[vision.Image, ...] = ()  # of the prompt
     problem: Problem | None = None  # what the prompt asks, where that is known
+    verdict: Verdict | None = None  # on the response, once it is graded
+
+
+def stand_in(problem: Problem, n_tokens: int) -> Episode:
+    """Return an episode that nobody has sampled, of a right response of so many tokens."""
+    return Episode(
+        prompt_ids=problem.prompt_ids,
+        response_ids=[0] * n_tokens,
+        logp=[0.0] * n_tokens,
+        finish_reason="length",
+        text="",
+        images=problem.images,
+        problem=problem,
+        verdict=Verdict(1.0, correct=True, parts={}, extracted=None, kind="cut"),
+    )
+
+
+class Capacity(NamedTuple):
+    """What an engine must be able to take."""
+
+    max_length: int  # prompt + response, in tokens
+    max_images: int = 0  # of a prompt
 
 
 class Engine(Protocol):
@@ -652,16 +677,14 @@ def check_engine(settings: EngineSettings, n_ranks: int) -> None:
 def make_engine(
     model: Model,
     settings: EngineSettings,
-    max_length: int,
-    max_images: int,
+    capacity: Capacity,
     device: torch.device,
     dtype: torch.dtype,
     can_sleep: bool,
 ) -> Engine:
     """Start the engine that the settings ask for, and say which; all ranks together.
 
-    max_length bounds prompt + response in tokens, max_images the images of a prompt. Of the engines
-    of a process that run on vLLM only one can sleep.
+    Of the engines of a process that run on vLLM only one can sleep.
     """
     kind, reason = choose_engine(settings.engine, device)
     if kind == "vllm" and device.type == "cuda" and is_first():
@@ -671,7 +694,7 @@ def make_engine(
         sizes = (settings.max_sequences, device, dtype)
         engine = TorchEngine(model, *sizes, settings.stop_tokens)
     else:
-        engine = VllmEngine(model, settings, max_length, max_images, device, dtype, can_sleep)
+        engine = VllmEngine(model, settings, capacity, device, dtype, can_sleep)
     if is_first():
         seconds = time.perf_counter() - began
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")
@@ -768,12 +791,11 @@ def balanced_shares(work: Sequence[float], n_shares: int) -> list[list[int]]:
 
 
 def grade_on_all_ranks(
-    grader, problems: Sequence[Problem], episodes: Sequence[Episode]
-) -> Callable[[], list]:
-    """Have every rank grade a share in the background; return a function that waits for all.
+    grader: Grader, problems: Sequence[Problem], episodes: Sequence[Episode]
+) -> list[Verdict]:
+    """Have every rank grade a share; return all verdicts, in the order of the episodes.
 
-    The verdicts are in the order of the episodes, the same number in a row for each problem. All
-    ranks must call this, and then call what it returns, together.
+    Episodes are the same number in a row for each problem. All ranks must call this together.
     """
     rank = dist.get_rank()
     n_ranks = dist.get_world_size()
@@ -782,19 +804,124 @@ def grade_on_all_ranks(
     my_episodes = []
     for i in my_problems:
         my_episodes += episodes[i * group_size : (i + 1) * group_size]
-    pending = grader.submit([problems[i] for i in my_problems], my_episodes)
+    verdicts = grader.grade_all([problems[i] for i in my_problems], my_episodes)
+    gathered = gather_objects(verdicts)
+    ordered = []
+    for i in range(len(problems)):
+        graded = gathered[i % n_ranks]
+        start = i // n_ranks * group_size
+        ordered += graded[start : start + group_size]
+    return ordered
 
-    @cache
-    def verdicts() -> list:
-        gathered = gather_objects(pending.result())
-        ordered = []
-        for i in range(len(problems)):
-            graded = gathered[i % n_ranks]
-            start = i // n_ranks * group_size
-            ordered += graded[start : start + group_size]
-        return ordered
 
-    return verdicts
+# ---- The phases of a step: problems in, graded episodes out
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How many episodes a step has, and how they are sampled."""
+
+    prompts: BatchSize = 128  # N, prompts a step
+    group_size: BatchSize = 8  # G, samples a prompt
+    max_tokens: PositiveInt | None = None  # Longest response; by default 1024, for VL-7B 3072
+    temperature: Temperature = 1.0  # Sampling temperature
+    # Rounds of dynamic sampling (DAPO), 0: none. It drops groups of equal reward and samples others
+    # in their place; after so many rounds dropped groups fill what is missing
+    dynamic_sampling: NonNegativeInt = 0
+
+
+@dataclass
+class Sampler:
+    """What samples groups of responses and grades them."""
+
+    engine: Engine
+    grader: Grader
+    problems: list[Problem]
+    # (n_problems,) mean response tokens when last sampled, 0 before; kept up to date
+    lengths: Tensor
+    settings: SamplingSettings
+    seed: int
+
+    def roll_out(self, cursor: int) -> tuple[list[Episode], int]:
+        """Sample G responses for each of N problems from the cursor on.
+
+        Returns the episodes, G in a row for each problem, and the cursor after the last problem.
+        """
+        self.grader.counts.clear()
+        n_problems = self.settings.prompts
+        if self.settings.dynamic_sampling:
+            return self.roll_out_varied(cursor)
+        return self.sample_groups(cursor, n_problems), cursor + n_problems
+
+    def roll_out_varied(self, cursor: int) -> tuple[list[Episode], int]:
+        """Roll out and verify until the rewards of every group differ: dynamic sampling."""
+        group_size = self.settings.group_size
+        wanted = self.settings.prompts * group_size
+        kept: list[Episode] = []
+        dropped: list[Episode] = []
+        for _ in range(self.settings.dynamic_sampling):
+            n_missing = (wanted - len(kept)) // group_size
+            episodes = self.sample_groups(cursor, n_missing)
+            cursor += n_missing
+            self.verify(episodes)
+            reward = torch.tensor([episode.verdict.reward for episode in episodes])
+            is_varied = rlfr.varied_groups(reward, group_size)
+            for varied, group in zip(is_varied, in_groups(episodes, group_size), strict=True):
+                if varied:
+                    kept += group
+                else:
+                    dropped += group
+            if len(kept) == wanted:
+                break
+        return (kept + dropped)[:wanted], cursor
+
+    def sample_groups(self, cursor: int, n_problems: int) -> list[Episode]:
+        """Sample a group for each of n_problems from the cursor on."""
+        settings = self.settings
+        order = rlfr.passes(len(self.problems), cursor, n_problems, "problem order", self.seed)
+        chosen = [self.problems[index] for _, index in order]
+        requests = []
+        for (epoch, index), problem in zip(order, chosen, strict=True):
+            seed = keyed_seed("roll out", self.seed, epoch, index)
+            requests.append(Request(problem.prompt_ids, seed, problem.images))
+        indices = [index for _, index in order]
+        sampling = Sampling(settings.group_size, settings.temperature, settings.max_tokens)
+        expected_tokens = self.expected_tokens(indices)
+        episodes = generate_on_all_ranks(self.engine, requests, sampling, expected_tokens)
+        groups = in_groups(episodes, settings.group_size)
+        for index, problem, group in zip(indices, chosen, groups, strict=True):
+            n_tokens = [len(episode.response_ids) for episode in group]
+            self.lengths[index] = sum(n_tokens) / len(n_tokens)
+            for episode in group:
+                episode.problem = problem
+        return episodes
+
+    def expected_tokens(self, indices: Sequence[int]) -> list[float]:
+        """Return the tokens that problems with these indices are likely to need."""
+        known = self.lengths[self.lengths > 0]
+        usual_length = known.mean().item() if len(known) else float(self.settings.max_tokens)
+        expected = []
+        for index in indices:
+            length = self.lengths[index].item() or usual_length
+            n_prompt = len(self.problems[index].prompt_ids)
+            expected.append(n_prompt + self.settings.group_size * length)
+        return expected
+
+    def verify(self, episodes: Sequence[Episode]) -> None:
+        """Grade the episodes that have no verdict yet, groups that follow one another."""
+        ungraded = [episode for episode in episodes if episode.verdict is None]
+        problems = [episode.problem for episode in ungraded[:: self.settings.group_size]]
+        if not ungraded:
+            return
+        verdicts = grade_on_all_ranks(self.grader, problems, ungraded)
+        for episode, verdict in zip(ungraded, verdicts, strict=True):
+            episode.verdict = verdict
+
+    def metrics(self) -> dict[str, float]:
+        """Return how often grading went wrong in this step, over all ranks."""
+        metrics = {}
+        for trouble in ("timeout", "crashed", "capped"):
+            count = torch.tensor(float(self.grader.counts[trouble]))
+            metrics[f"grader/{trouble}"] = sum_over_ranks(count).item()
+        return metrics
 
 
 def end_tokens(model: Model, stop_tokens: StopTokens = "turn-ends") -> list[int]:
@@ -824,8 +951,7 @@ class VllmEngine:
         self,
         model: Model,
         settings: EngineSettings,
-        max_length: int,
-        max_images: int,
+        capacity: Capacity,
         device: torch.device,
         dtype: torch.dtype,
         can_sleep: bool,
@@ -854,7 +980,7 @@ class VllmEngine:
         if "RANK" in os.environ:
             options["distributed_executor_backend"] = "external_launcher"
         if model.processor is not None:
-            options.update(image_options(model.processor, max_length, max_images))
+            options.update(image_options(model.processor, *capacity))
         n_threads = torch.get_num_threads()
         memory_before = tensor_memory()
         self.llm = vllm.LLM(
@@ -863,13 +989,13 @@ class VllmEngine:
             trust_remote_code=model.trust_remote_code,
             generation_config="vllm",
             tensor_parallel_size=settings.tensor_parallel,
-            max_model_len=max_length,
+            max_model_len=capacity.max_length,
             max_num_seqs=settings.max_sequences,
             kv_cache_memory_bytes=cache_bytes(
-                model, settings, max_length, dtype, free_memory(device)
+                model, settings, capacity.max_length, dtype, free_memory(device)
             ),
             gpu_memory_utilization=0.01,  # checked at the start, no more: the size is given
-            max_num_batched_tokens=max(8192, max_length),
+            max_num_batched_tokens=max(8192, capacity.max_length),
             logprobs_mode="processed_logprobs",  # at the temperature, which raw ones are not
             disable_log_stats=True,
             use_tqdm_on_load=False,

@@ -36,6 +36,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
 
 import flow as fl
 import lora
@@ -53,7 +54,7 @@ from infra.files import (
     write_json,
     written_whole,
 )
-from infra.metrics import read_metrics
+from infra.metrics import read_lines
 from infra.ranges import NonNegativeInt, PositiveInt
 from infra.stopping import Stop, asked_to_stop
 from parallel import is_first, on_first, start
@@ -268,7 +269,43 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
             f"{path} holds settings in one flat list, as an earlier version wrote them; expected "
             f"groups of settings: resume with the version that began the run, or start a new one"
         )
-    return flat
+    return upgraded(flat, path)
+
+
+# Settings that earlier versions had, and the value at which those did what every run does now
+NO_LONGER_SET = {
+    "flow_optimiser": "rollout",
+    "flow_accept": "correct",
+    "entropy_alpha": 0.4,
+    "entropy_kappa": 2.0,
+    "ratio_cap": 3.0,
+    "lr_floor": 0.1,
+    "eval_split": "test",
+}
+
+
+def upgraded(stored: dict[str, object], path: Path) -> dict[str, object]:
+    """Return the settings of a run, perhaps of an earlier version, as this one names them.
+
+    Raises ValueError for a value that this version cannot take.
+    """
+    stored = dict(stored)
+    max_rounds = stored.pop("max_rounds", 4)
+    if isinstance(stored.get("dynamic_sampling"), bool):
+        stored["dynamic_sampling"] = max_rounds if stored["dynamic_sampling"] else 0
+    # flow_soft is also the weight of tokens below a quantile, which flow_accept was not
+    has_quantile = stored.get("flow_entropy_quantile") is not None
+    if stored.get("flow_accept") == "all" and not has_quantile:
+        del stored["flow_accept"]
+        stored["flow_soft"] = 1.0
+    for name, usual in NO_LONGER_SET.items():
+        value = stored.pop(name, usual)
+        if value != usual:
+            raise ValueError(
+                f"{path} has {name}={value!r}, which is no setting any more, and {usual!r} in all "
+                "runs: resume with the version that began the run, or start a new one"
+            )
+    return stored
 
 
 # Settings that cannot change when a run is resumed, and why; all others act from there on
@@ -552,8 +589,10 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        steps = [metrics for metrics in read_metrics(path) if metrics["step"] <= last_step]
-        kept = [json.dumps(metrics) + "\n" for metrics in steps]
+        kept = []
+        for metrics in read_lines(path):
+            if metrics["step"] <= last_step:
+                kept.append(json.dumps(metrics) + "\n")
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
 
@@ -583,7 +622,6 @@ class Run:
         writing = folder.with_name(f"{folder.name}{files.UNFINISHED}")
         written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
         self.saving = self.saver.submit(self.publish, written, writing, folder)
-        self.write_report()
 
     def check_weights(self, step: int, modules: Iterable[torch.nn.Module]) -> None:
         """Raise FloatingPointError if a weight is not finite; all ranks together."""
@@ -641,6 +679,10 @@ class Run:
             stopping.end_work()
         return is_complete
 
+    def release(self) -> None:
+        """Let others use the folder: all results are written."""
+        folders.release(self.folder)
+
     # ---- Exports for other programs
     def is_export_due(self, step: int) -> bool:
         """Return whether --export-every asks for an export after a step."""
@@ -664,44 +706,38 @@ class Run:
         on_first(lambda: files.put_in_place(unfinished, folder))
 
     # ---- Figures
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl and the tracker; FloatingPointError if not finite."""
+    def log(self, step: int, metrics: dict[str, float], state: dict) -> None:
+        """Append a line to metrics.jsonl and the tracker; a figure that is not finite is null there.
+
+        Such a figure is warned of, and the run goes on. Raises FloatingPointError where a loss or
+        the norm of a gradient is not finite: its optimiser step has changed no weight, and `state`
+        is saved first.
+        """
         if self.saving and self.saving.done():
             self.wait_for_save()
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if broken:
+        if is_first():
+            known = {name: None if name in broken else value for name, value in metrics.items()}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **known}) + "\n")
+            if broken:
+                tqdm.write(f"step {step}: {', '.join(broken)} not finite")
+        self.tracker.log(metrics, step)
+        if any(name.endswith(("loss", "grad_norm")) for name in broken):
+            self.save(state)
             self.wait_for_save()
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
                 f"{self.last_checkpoint()}"
             )
-        if is_first():
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.tracker.log(metrics, step)
-
-    def write_report(self) -> None:
-        """Write report.html, on the first rank: curves of what has been logged so far."""
-        from pages.curves import write_run_report
-
-        if is_first():
-            write_run_report([self.folder], self.folder / "report.html")
-
-    def finish_report(self) -> Path:
-        """Write report.html for the last time, beside it the page of rollouts; return its path."""
-        from pages.rollouts import inspect_run
-
-        if is_first() and record.find_files(self.folder):
-            inspect_run(self.folder)
-        self.write_report()
-        folders.release(self.folder)
-        return self.folder / "report.html"
 
     def log_rollouts(self, step: int, records: list[dict]) -> None:
         """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
         with written_whole(self.folder / record.FOLDER / f"step-{step}.jsonl") as temporary:
             compact = (",", ":")  # a tenth smaller than with spaces
-            lines = [json.dumps(one, separators=compact) + "\n" for one in records]
+            lines = []
+            for one in records:
+                lines.append(json.dumps({"step": step, **one}, separators=compact) + "\n")
             temporary.write_text("".join(lines))
         self.tracker.log_rollouts(*record.summary_rows(records), step)
 
@@ -773,6 +809,11 @@ class Stopwatch:
         self.began = self.last = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.used_in_roll_out = 0
+
+    def note_memory(self) -> None:
+        """Note all that is in use of the GPU's memory at the end of a rollout, by the engine, too."""
+        self.used_in_roll_out = parallel.used_memory()
 
     def lap(self, phase: str) -> None:
         """End a phase, which began where the last one ended, when the GPU has done its work."""
@@ -781,11 +822,23 @@ class Stopwatch:
         self.phases[phase] = now - self.last
         self.last = now
 
-    def metrics(self) -> dict[str, float]:
-        """Return the seconds of each phase and of the whole step, by their names in the metrics."""
-        times = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
-        times["time/step"] = self.last - self.began
-        return times
+    def seconds(self) -> float:
+        """Return the seconds of all phases together."""
+        return self.last - self.began
+
+    def metrics(self, held_by_engine: int) -> dict[str, float]:
+        """Return the seconds of each phase and of the whole step, and a GPU's memory in GB.
+
+        While a step scores and updates, its peaks are the trainer's tensors: the engine sleeps
+        then, but torch counts what it holds.
+        """
+        metrics = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        metrics["time/step"] = self.seconds()
+        if parallel.DEVICE.type != "cpu":
+            metrics["memory/roll_out_gb"] = self.used_in_roll_out / 1e9
+            for phase in ("score", "update"):
+                metrics[f"memory/{phase}_gb"] = (self.peaks[phase] - held_by_engine) / 1e9
+        return metrics
 
 
 # ---- What a run leaves behind, in formats that others read
@@ -829,19 +882,6 @@ def export_adapter(policy, base: str, folder: Path) -> None:
     on_first(write)
 
 
-def export_flow(flow: fl.Flow, folder: Path) -> None:
-    """Write a sharded flow into its folder; all ranks together."""
-    weights = parallel.gather_weights(parallel.full_weights(flow, torch.float32))
-
-    def write() -> None:
-        with folder_written_whole(folder, overwrite=True) as temporary:
-            temporary.mkdir()
-            fl.save_flow(flow.config, weights, temporary)
-
-    on_first(write)
-
-
-# ---- python run.py export RUN
 def export_checkpoint(
     run: tyro.conf.Positional[str],
     step: int | None = None,
@@ -888,7 +928,7 @@ def export_checkpoint(
         if stored.get("lora_rank"):
             export_adapter(policy, model.path, target / "adapter")
     if flow:
-        export_flow(flow, target / "flow")
+        fl.export_flow(flow, target / "flow")
     print(f"the weights of {checkpoint} are in {target}")
 
 

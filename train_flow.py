@@ -52,6 +52,7 @@ from infra.ranges import (
 )
 from infra.rows import check_texts
 from infra.stopping import asked_to_stop
+from pages.of_a_run import write_pages, write_report
 from parallel import is_first, on_first, start
 from run import (
     ComputeSettings,
@@ -59,7 +60,6 @@ from run import (
     RunSettings,
     Stopwatch,
     check_folder,
-    export_flow,
     launch,
     with_defaults,
 )
@@ -480,7 +480,7 @@ def main(config: Config) -> None:
             if is_first():
                 tqdm.write("\n".join(calibration_lines(flow)))
         run.check_weights(progress["step"], [flow])
-        export_flow(flow, folder / "flow")
+        fl.export_flow(flow, folder / "flow")
 
     if run.lacks_export(progress["step"]):
         run.export(progress["step"], export)
@@ -532,22 +532,26 @@ def main(config: Config) -> None:
             "lr": lr,
             "epoch": order[0][0],
             "rows": int(n_rows),
-            "time/step": clock.metrics()["time/step"],
+            "time/step": clock.seconds(),
         }
-        run.log(step + 1, metrics)
+        run.log(step + 1, metrics, state)
         if is_first():
             bar.update()
             tqdm.write(step_line(step + 1, metrics))
         if config.run.save_every and (step + 1) % config.run.save_every == 0:
             run.save(state)
+            write_report(run.folder)
         if run.is_export_due(step + 1):
             run.export(step + 1, export)
 
     # ---- Write the flow
+    if progress["step"]:
+        write_report(run.folder)
     if not run.end(state, total_steps):
         return
     export(run.folder)
-    report = run.finish_report()
+    report = write_pages(run.folder)
+    run.release()
     if is_first():
         print(f"the flow is in {run.folder / 'flow'}, its loss over training in {report}")
 

@@ -3,7 +3,7 @@
 An image stays encoded in memory, or in its file, until a batch needs its pixel values. All images
 are decoded once before training starts, so that a missing or corrupt one is reported with its row
 at the beginning and not hours later. A frozen vision tower makes the same of an image every time:
-it sees each image of a step once (`train_rl.see_images`), and batches hold the features.
+it sees each image of a step once (`rlfr.see_images`), and batches hold the features.
 
 In the text of a problem an image stands where `<image>` stands, or in front of the text if there
 is no `<image>`. In the token ids of a prompt it is one <|image_pad|> for each vector that the
@@ -15,6 +15,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import PIL.Image
 import torch
@@ -391,6 +392,32 @@ def stack_features(
     stacked = torch.cat([features[image] for image in images])
     grids = torch.tensor([image.grid for image in images], device=device)
     return stacked, grids
+
+
+class ImageInputs(NamedTuple):
+    """What a vision-language model takes of the images of a batch; None where there is none."""
+
+    pixel_values: Tensor | None = None  # (n_patches, dim), for the tower
+    features: Tensor | None = None  # (n_vectors, K, D), what a frozen tower has made of them
+    grids: Tensor | None = None  # (n_images, 3), patches of each: time, height, width
+    all_grids: Tensor | None = None  # likewise, of the images of all rows
+
+
+def stack_all(
+    images: Sequence[Image], of_all_rows: Sequence[Image], device: torch.device | str
+) -> ImageInputs:
+    """Return the inputs for the images of a batch.
+
+    images: those of rows whose prompt no row before them has; of_all_rows: those of all rows
+    """
+    if not images:
+        return ImageInputs()
+    all_grids = torch.tensor([image.grid for image in of_all_rows], device=device)
+    if images[0].features is None:
+        pixel_values, grids = stack(images, device)
+        return ImageInputs(pixel_values, None, grids, all_grids)
+    features, grids = stack_features(images, device)
+    return ImageInputs(None, features, grids, all_grids)
 
 
 # ---- Placeholders

@@ -20,7 +20,6 @@ late is the last third.
 import repository  # noqa: F401
 
 # isort: split
-import json
 import math
 import re
 from collections import defaultdict
@@ -35,6 +34,7 @@ import record
 from common import code, number, table
 from evidence import BLUE, ORANGE, STYLE, plt, save
 from flow_signal import auc, resampling_weights
+from infra.metrics import read_metrics
 
 SIDES = (("right", True, BLUE), ("not right", False, ORANGE))
 N_TOKENS = 8  # of a table, at either end
@@ -412,8 +412,7 @@ def make_page(settings: Settings, periods: dict[str, list[dict]], pictures: dict
 def main(settings: Settings) -> None:
     """Write the page and its pictures."""
     periods = split_periods(settings.run)
-    lines = Path(settings.run, "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = read_metrics(Path(settings.run, "metrics.jsonl"))
     folder = Path(settings.out or settings.run)
     folder.mkdir(parents=True, exist_ok=True)
     stem = "-".join(filter(None, ["behaviour", settings.name]))

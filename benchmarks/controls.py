@@ -28,7 +28,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,36 +50,42 @@ from run import launch
 
 # ---- Shuffled scores
 def change_scores(change: Callable) -> None:
-    """Let `change(scores, episodes, config, step)` act on the scores of each step."""
-    score = train_rl.score
+    """Let `change(experience, config, step)` return what each step shapes its advantage from."""
+    shape_advantage = train_rl.shape_advantage
 
-    def score_and_change(policy, reference, flow, episodes, verdicts, config, step, with_logp):
-        scores, metrics = score(
-            policy, reference, flow, episodes, verdicts, config, step, with_logp
-        )
-        change(scores, episodes, config, step)
-        return scores, metrics
+    def change_and_shape(experience: train_rl.Experience, config: train_rl.Config, step: int):
+        return shape_advantage(change(experience, config, step), config, step)
 
-    train_rl.score = score_and_change
+    train_rl.shape_advantage = change_and_shape
+
+
+def with_score(
+    experience: train_rl.Experience, score: Tensor, scored: Tensor
+) -> train_rl.Experience:
+    """Return the experience with other scores (B, T), of the tokens in `scored` (B, T) bool."""
+    return replace(experience, deviation=score[None], scored=scored)
 
 
 def shuffle_tokens(
-    scores: train_rl.Scores, _episodes: Sequence, config: train_rl.Config, step: int
-) -> None:
+    experience: train_rl.Experience, config: train_rl.Config, step: int
+) -> train_rl.Experience:
     """Deal out the scores of each response anew among its tokens."""
-    for row, mask in enumerate(scores.flow_mask):
-        values = scores.flow_score[row, mask]
+    score = experience.score  # a tensor of its own
+    for row, scored in enumerate(experience.scored):
+        values = score[row, scored]
         order = rlfr.permutation(len(values), "shuffled tokens", config.seed, step, row)
-        scores.flow_score[row, mask] = values[order]
+        score[row, scored] = values[order]
+    return with_score(experience, score, experience.scored)
 
 
 def shuffle_responses(
-    scores: train_rl.Scores, _episodes: Sequence, config: train_rl.Config, step: int
-) -> None:
+    experience: train_rl.Experience, config: train_rl.Config, step: int
+) -> train_rl.Experience:
     """Give all tokens of a response the mean score of another response of the step."""
-    mean = rlfr.mean_over_tokens(scores.flow_score, scores.flow_mask)  # (B,)
+    mean = rlfr.mean_over_tokens(experience.score, experience.scored)  # (B,)
     order = rlfr.permutation(len(mean), "shuffled responses", config.seed, step)
-    scores.flow_score = mean[order][:, None] * scores.flow_mask
+    score = mean[order][:, None] * experience.scored
+    return with_score(experience, score, experience.scored)
 
 
 # ---- Expert solutions
@@ -115,14 +121,13 @@ class ExpertLikelihood:
         self.spread: Tensor | None = None
 
     def __call__(
-        self, scores: train_rl.Scores, episodes: Sequence, config: train_rl.Config, _step: int
-    ) -> None:
+        self, experience: train_rl.Experience, config: train_rl.Config, _step: int
+    ) -> train_rl.Experience:
         if self.mean is None:
             self.calibrate(config)
-        surprise, mask = self.surprise(episodes, config)  # (B, T)
+        surprise, mask = self.surprise(experience.episodes, config)  # (B, T)
         excess = (surprise - self.mean) / self.spread
-        scores.flow_score = torch.where(mask, excess, 0.0)
-        scores.flow_mask = mask
+        return with_score(experience, torch.where(mask, excess, 0.0), mask)
 
     def calibrate(self, config: train_rl.Config) -> None:
         """Measure mean and spread on the tokens of expert solutions that were held out."""
@@ -154,15 +159,21 @@ class SupervisedUpdate:
         self.solutions: list[rlfr.Row] = []
 
     def __call__(
-        self, policy, learner, episodes, _scores, _advantage, config, step, lr, _learn
+        self,
+        models: train_rl.Models,
+        experience: train_rl.Experience,
+        _advantage: Tensor,
+        config: train_rl.Config,
+        step: int,
+        lr: float,
     ) -> dict[str, float]:
         if not self.solutions:
             self.solutions, _ = load_expert(self.solutions_file, self.n_held_out, config)
-        n_rows = len(episodes)
+        n_rows = len(experience.episodes)
         order = rlfr.passes(len(self.solutions), step * n_rows, n_rows, "solutions", config.seed)
         chosen = [self.solutions[index] for _, index in order]
-        loss = learn(policy, chosen, config)
-        grad_norm = learner.step(lr, config.optimisation.clip_norm)
+        loss = learn(models.policy, chosen, config)
+        grad_norm = models.learners["policy"].step(lr, config.optimisation.clip_norm)
         return {"policy/loss": loss, "policy/grad_norm": grad_norm}
 
 
@@ -170,7 +181,8 @@ def learn(policy: rlfr.Policy, rows: Sequence[rlfr.Row], config: train_rl.Config
     """Add the gradient of the mean of -log p to the policy's; return that mean, weighted as in RL."""
     n_tokens = sum(len(row.response_ids) for row in rows)
     total = torch.zeros((), device=parallel.DEVICE)
-    for _, batch in train_rl.my_micro_batches(rows, config, "supervised"):
+    token_budget = config.compute.tokens_per_gpu
+    for _, batch in train_rl.my_micro_batches(rows, token_budget, "supervised"):
         weight = rlfr.token_weights(
             batch.response_mask,
             config.optimisation.normalisation,
@@ -226,7 +238,7 @@ def sample_wrong(settings: HastySettings) -> list[dict]:
     sampling = rollout.Sampling(max_tokens=toy.EVALUATE["max_tokens"])
     episodes = engine.generate(requests, sampling)
     with Grader(toy.EVALUATE["reward"]) as grader:
-        verdicts = grader.submit(problems, episodes).result()
+        verdicts = grader.grade_all(problems, episodes)
     rows = []
     for problem, episode, verdict in zip(problems, episodes, verdicts, strict=True):
         if episode.finish_reason == "stop" and not verdict.correct:
@@ -246,7 +258,6 @@ def replace_parts(control: str, arguments: argparse.Namespace) -> None:
         change_scores(ExpertLikelihood(arguments.expert_policy, *expert))
     else:
         train_rl.update_policy = SupervisedUpdate(*expert)
-        train_rl.needs_old_logp = lambda _config: True  # such an update scores no episodes
 
 
 def main() -> None:

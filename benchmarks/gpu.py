@@ -37,13 +37,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-from unittest.mock import Mock, patch
 
 import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import dense
 import flow as fl
 import parallel
 import rlfr
@@ -52,6 +52,7 @@ import toy
 import train_rl
 from common import machine
 from infra.errors import first_line
+from infra.metrics import read_metrics
 from rewards import Verdict
 from run import change, leave
 
@@ -227,7 +228,7 @@ def make_flow(shape: Shape) -> fl.Flow:
 
 
 def make_episodes(settings: Settings, shape: Shape, count: int) -> list[rollout.Episode]:
-    """Make random episodes; lengths of responses are even from a few tokens to the longest."""
+    """Make random episodes, all right; lengths are even from a few tokens to the longest."""
     generator = torch.Generator().manual_seed(0)
     episodes = []
     for i in range(count):
@@ -240,6 +241,7 @@ def make_episodes(settings: Settings, shape: Shape, count: int) -> list[rollout.
             logp=[0.0] * n_response,
             finish_reason="stop",
             text="",
+            verdict=Verdict(1.0, True, {}, None, "answer"),
         )
         episodes.append(episode)
     return episodes
@@ -332,7 +334,7 @@ def compute_figures(
     tensors = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
-        tensors[field.name] = None if value is None else value.to(device)
+        tensors[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
     batch = rlfr.Batch(**tensors)
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
@@ -392,23 +394,23 @@ class Trainer:
     """A random policy and flow with their optimisers, and synthetic episodes to learn from."""
 
     def __init__(self, settings: Settings, shape: Shape):
-        dtype = parallel.compute_dtype("auto")
-        self.policy = rlfr.Policy(make_model(shape, parallel.DEVICE).train())
-        parallel.shard(self.policy, self.policy.blocks, dtype)
-        self.learner = parallel.Learner(self.policy, (0.9, 0.95), 0.0)
-        self.flow = make_flow(shape)
-        parallel.shard(self.flow, (), dtype)
-        self.flow_learner = parallel.Learner(self.flow, (0.9, 0.999), 0.01)
         self.episodes = make_episodes(settings, shape, settings.episodes)
-        verdict = Verdict(1.0, True, {}, None, "answer")
-        self.verdicts = [verdict] * len(self.episodes)
         self.config = change(
             train_rl.Config(),
             train_batch=len(self.episodes),
             max_tokens=settings.response_tokens,
             tokens_per_gpu=settings.tokens_per_gpu,
-            flow_accept="all",
         )
+        dtype = parallel.compute_dtype("auto")
+        self.policy = rlfr.Policy(make_model(shape, parallel.DEVICE).train())
+        parallel.shard(self.policy, self.policy.blocks, dtype)
+        flow = make_flow(shape)
+        parallel.shard(flow, (), dtype)
+        flow_reward = dense.FlowReward(
+            flow, shape.layers, self.config.flow_reward, self.config.flow_update, seed=0
+        )
+        models = train_rl.Models(self.policy, None, flow_reward, {})
+        self.models = train_rl.with_learners(models, weight_decay=0.0)
 
     def micro_batches(self) -> Iterator[rlfr.Batch]:
         """Yield the micro-batches of scoring, the longest episodes first."""
@@ -420,22 +422,18 @@ class Trainer:
         """Score and update once."""
         self.update(self.score())
 
-    def score(self) -> train_rl.Scores:
+    def score(self) -> train_rl.Experience:
         """Score all episodes; the flow takes a step of rate 0, which clears its gradient."""
-        scores, _ = train_rl.score(
-            *(self.policy, None, self.flow, self.episodes, lambda: self.verdicts),
-            *(self.config, 0),
-            with_logp=True,
-        )
-        self.flow_learner.step(0.0, 1.0)
-        return scores
+        token_budget = self.config.compute.tokens_per_gpu
+        experience = train_rl.score(self.models, self.episodes, 0, 1.0, token_budget)
+        self.models.learners["flow"].step(0.0, 1.0)
+        return experience
 
-    def update(self, scores: train_rl.Scores) -> dict[str, float]:
+    def update(self, experience: train_rl.Experience) -> dict[str, float]:
         """Take one optimiser step of rate 0, so that all variants have the same weights."""
-        advantage = torch.ones_like(scores.old_logp) * scores.mask
+        advantage = torch.ones_like(experience.old_logp) * experience.mask
         return train_rl.update_policy(
-            *(self.policy, self.learner, self.episodes, scores, advantage),
-            *(self.config, 0, 0.0, None),
+            self.models, experience, advantage, self.config, step=0, lr=0.0
         )
 
 
@@ -537,18 +535,18 @@ def measure_variant(trainer: Trainer, changes: Sequence[Callable]) -> dict:
             stack.enter_context(change_trainer(trainer))
         try:
             _, first = measure(trainer.learn)
-            scores, score_figures = measure(trainer.score)
-            metrics, update_figures = measure(lambda: trainer.update(scores))
+            experience, score_figures = measure(trainer.score)
+            metrics, update_figures = measure(lambda: trainer.update(experience))
         except torch.OutOfMemoryError as error:
-            trainer.learner.optimizer.zero_grad()
+            trainer.models.learners["policy"].optimizer.zero_grad()
             return {"error": first_line(error)}
     return {
         "warm_up_seconds": first["seconds"],
         "score": score_figures,
         "update": update_figures,
         "gradient_norm": metrics["policy/grad_norm"],
-        "mean_logp": scores.old_logp[scores.mask].mean().item(),
-        "mean_flow_score": scores.flow_score[scores.mask].mean().item(),
+        "mean_logp": experience.old_logp[experience.mask].mean().item(),
+        "mean_flow_score": experience.score[experience.mask].mean().item(),
     }
 
 
@@ -696,15 +694,12 @@ def run_steps(settings: Settings, shape: Shape, folder: Path) -> list[dict]:
         engine=settings.engine,
         tokens_per_gpu=settings.tokens_per_gpu,
         offload=settings.offload,
-        flow_accept="all",
+        flow_soft=1.0,  # it learns from all, whatever they answer
         grade_truncated=True,
         save_every=0,
     )
-    # What is measured ends before the weights are written
-    with patch.multiple(train_rl, export_policy=Mock(), export_flow=Mock()):
-        train_rl.main(config)
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    train_rl.main(config)
+    return read_metrics(folder / "run" / "metrics.jsonl")
 
 
 def medians(lines: Sequence[dict[str, float]]) -> dict[str, float]:

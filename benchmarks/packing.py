@@ -3,8 +3,8 @@
     python benchmarks/packing.py --json packing.json
     python benchmarks/packing.py --prompt 200 --longest 40      long prompts, short responses
 
-Each variant has what the one after it has, and one thing more: attention in strips of rows of like
-length, prompts that are computed once, and no padding but in attention.
+Each variant has what the one after it has, and one thing more: prompts that are computed once, and
+no padding but in attention.
 The policy has random weights and, by default, the size of the embedded world's.
 """
 
@@ -22,8 +22,7 @@ import rlfr
 from common import compare
 from parallel import DEVICE
 
-STRIPS = "packed, prompts shared, strips (ours)"
-SHARED = "packed, prompts shared"
+SHARED = "packed, prompts shared (ours)"
 PACKED = "packed"
 PADDED = "padded"
 
@@ -77,9 +76,7 @@ def prepare(settings: Settings, variant: str):
     """Return a function that scores and updates once."""
     policy = make_policy(settings)
     rows = make_rows(settings)
-    if variant != STRIPS:
-        rlfr.LIKE_LENGTH = 0.0  # all rows are in one strip
-    if variant not in (STRIPS, SHARED):
+    if variant != SHARED:
         rlfr.prompt_key = id  # no two rows have the same prompt
     policy.packs = variant != PADDED
 
@@ -95,4 +92,4 @@ def prepare(settings: Settings, variant: str):
 
 if __name__ == "__main__":
     title = "scoring and update of a step's episodes"
-    compare(title, prepare, tyro.cli(Settings), [STRIPS, SHARED, PACKED, PADDED])
+    compare(title, prepare, tyro.cli(Settings), [SHARED, PACKED, PADDED])

@@ -41,7 +41,7 @@ class Work:
     mini_batches: int  # optimiser steps a rollout
     micro_batch: int  # episodes a forward and backward
     max_tokens: int  # longest response
-    lr: float  # learning rate, constant
+    lr: float  # learning rate of the first step
     threads: int  # of torch
     seed: int  # of sampling
     folder: str  # for what TRL writes
@@ -139,7 +139,8 @@ def make_arguments(work: Work) -> GRPOConfig:
         loss_type="grpo",
         scale_rewards="group",
         learning_rate=work.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
         adam_beta1=0.9,
         adam_beta2=0.95,
         weight_decay=0.0,

@@ -11,9 +11,10 @@
 
 Each run is a process of its own, and the runs take turns: ours, TRL's, ours, TRL's, …, for each
 number of optimiser steps a rollout. Same model in float32, same problems in the same order, same
-number of responses and of optimiser steps, same limit of tokens, learning rate (constant), betas,
-clipping, threads, and the same function that grades. Sampling differs: each has its own generator.
-So both print their rewards and lengths, from which one sees that they do the same job.
+number of responses and of optimiser steps, same limit of tokens, learning rate (along a cosine to a
+tenth; ours from rollout to rollout, TRL's from one optimiser step to the next), betas, clipping,
+threads, and the same function that grades. Sampling differs: each has its own generator. So both
+print their rewards and lengths, from which one sees that they do the same job.
 
 A step's seconds are `time/step` of metrics.jsonl, and TRL's from the end of one rollout's last
 optimiser step to the end of the next one's; starting is in neither, and the first steps are left out.
@@ -44,9 +45,9 @@ import parallel
 import rlfr
 import rollout
 import toy
-import train_rl
 from common import machine
 from infra import waiting
+from worlds import offline_start
 
 TRL = "TRL"
 OURS = "ours"
@@ -144,7 +145,7 @@ def resolve(settings: Settings) -> Settings:
         return settings
     flow = settings.flow
     if flow is None:
-        train_rl.make_toy_flow(settings.model, TOY_FLOW)
+        offline_start.make_flow(settings.model, TOY_FLOW)
         flow = f"{TOY_FLOW}/flow"
     data = settings.data or world.path("train.jsonl")
     return replace(settings, model=world.path("model"), data=data, flow=flow)
@@ -180,7 +181,6 @@ def train_ours(
         "--steps": settings.steps,
         "--lr": settings.lr,
         "--warmup": 0,
-        "--lr-floor": 1,
         "--shaping": "flow" if flow else "none",
         "--engine": "torch",
         "--dtype": "float32",

@@ -3,15 +3,13 @@
     python benchmarks/rl_step.py --json rl_step.json
 
 Variants:
-    none          --shaping none: one forward scores, and the policy learns; with a single
-                  mini-batch its own forward scores
+    none          --shaping none: one forward gives log-probs and entropies, and the policy learns
     flow          --shaping flow: the same forward also gives the latents, which the flow scores and
-                  learns from (ours); with a single mini-batch it ends at the last tap, and the
-                  update's own forward gives the log-probs
+                  learns from (ours)
     three passes  what the official code runs the policy for: old log-probs, then latents for the
                   flow's score, then latents for its online update. It is kinder than that code: no
-                  full logits, the flow sees response tokens alone, and the third pass ends at the
-                  last tap. Scores and updated flow are the same as with `flow`.
+                  full logits, and the flow sees response tokens alone. Scores and updated flow are
+                  the same as with `flow`.
 
 The steps are those of train_rl.py, by its functions, on a random decoder of the embedded world's
 shape. The engine samples, but nothing ends a response, so that all have the same, known length;
@@ -45,6 +43,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import dense
 import flow as fl
 import parallel
 import rlfr
@@ -107,9 +106,7 @@ class Parts(NamedTuple):
 
     config: train_rl.Config
     engine: rollout.TorchEngine
-    policy: rlfr.Policy
-    flow: fl.Flow | None
-    learners: dict[str, parallel.Learner]
+    models: train_rl.Models
     requests: list[rollout.Request]
 
 
@@ -152,27 +149,29 @@ def make_parts(settings: Settings, case: Case, folder: str) -> Parts:
 
     policy = rlfr.load_policy(folder)
     parallel.shard(policy, policy.blocks, torch.float32)
-    learners = {"policy": parallel.Learner(policy, (0.9, 0.95), 0.0)}
-    flow = None
+    flow_reward = None
     if case.variant != NONE:
         flow = fl.Flow(fl.FlowConfig(settings.hidden_size, settings.flow_blocks))
         parallel.shard(flow, (), torch.float32)
-        recipe = train_rl.FLOW_RECIPES["rollout"]
-        learners["flow"] = parallel.Learner(flow, recipe.betas, recipe.weight_decay)
+        flow_reward = dense.FlowReward(
+            flow, policy.n_layers, config.flow_reward, config.flow_update, seed=config.seed
+        )
+    models = train_rl.Models(policy, None, flow_reward, {})
+    models = train_rl.with_learners(models, config.optimisation.weight_decay)
 
     rng = random.Random(0)
     requests = []
     for seed in range(config.sampling.prompts):
         ids = [rng.randrange(256) for _ in range(settings.prompt_tokens)]
         requests.append(rollout.Request(ids, seed))
-    return Parts(config, engine, policy, flow, learners, requests)
+    return Parts(config, engine, models, requests)
 
 
 def run_step(parts: Parts, variant: str, step: int, clock: Callable[[], float]) -> dict[str, float]:
     """Do one RL step as train_rl.py does; return the seconds of its phases."""
     config = parts.config
     moments = [clock()]
-    parts.engine.load_weights(parallel.full_weights(parts.policy, torch.float32, prefix="model."))
+    parts.engine.load_weights(parts.models.policy.whole_weights(torch.float32))
     moments.append(clock())
 
     sampling = rollout.Sampling(config.sampling.group_size, 1.0, config.sampling.max_tokens)
@@ -180,72 +179,62 @@ def run_step(parts: Parts, variant: str, step: int, clock: Callable[[], float]) 
     parts.engine.sleep()
     moments.append(clock())
 
-    verdicts = make_verdicts(len(episodes))
-    scores = score(parts, variant, episodes, verdicts, step)
+    grade(episodes)
+    experience = score(parts, variant, episodes, step)
     moments.append(clock())
 
-    learn(parts, variant, episodes, scores, verdicts, step)
+    learn(parts, experience, step)
     moments.append(clock())
     seconds = [end - start for start, end in zip(moments, moments[1:], strict=False)]
     return dict(zip(PHASES, seconds, strict=True))
 
 
-def make_verdicts(n_episodes: int) -> list[Verdict]:
+def grade(episodes: list[rollout.Episode]) -> None:
     """Let every other episode be right."""
-    verdicts = []
-    for i in range(n_episodes):
+    for i, episode in enumerate(episodes):
         is_right = i % 2 == 0
-        verdicts.append(
-            Verdict(float(is_right), is_right, {}, None, "right" if is_right else "wrong")
+        kind = "right" if is_right else "wrong"
+        episode.verdict = Verdict(float(is_right), is_right, {}, None, kind)
+
+
+def score(
+    parts: Parts, variant: str, episodes: list[rollout.Episode], step: int
+) -> train_rl.Experience:
+    """Score the episodes in one pass of the policy, or in three; the last one has all figures."""
+    models = parts.models
+    sampling = parts.config.sampling
+    passes = [models]
+    if variant == THREE_PASSES:
+        passes = [
+            models._replace(dense=None),
+            models._replace(dense=without_learning(parts)),
+            models,
+        ]
+    for used in passes:
+        experience = train_rl.score(
+            used, episodes, step, sampling.temperature, parts.config.compute.tokens_per_gpu
         )
-    return verdicts
+    return experience
 
 
-def score(parts: Parts, variant: str, episodes: list, verdicts: list, step: int) -> train_rl.Scores:
-    """Score the episodes in one pass of the policy, or in three."""
-    config, _, policy, flow, learners, _ = parts
-    if variant != THREE_PASSES:
-        needs_old_logp = train_rl.needs_old_logp(config)
-        scores, _ = train_rl.score(
-            policy, None, flow, episodes, lambda: verdicts, config, step, needs_old_logp
-        )
-        return scores
-
-    without_flow, _ = train_rl.score(
-        policy, None, None, episodes, lambda: verdicts, config, step, with_logp=True
+def without_learning(parts: Parts) -> dense.FlowReward:
+    """Return the same flow reward, whose flow scores and does not learn."""
+    frozen = change(parts.config.flow_update, freeze_flow=True)
+    models = parts.models
+    seed = parts.config.seed
+    return dense.FlowReward(
+        models.dense.flow, models.policy.n_layers, models.dense.settings, frozen, seed=seed
     )
-    frozen = change(config, freeze_flow=True)  # this pass scores, and nothing learns
-    scores, _ = train_rl.score(
-        policy, None, flow, episodes, lambda: verdicts, frozen, step, with_logp=True
-    )
-    scores.old_logp = without_flow.old_logp
-    scores.entropy = without_flow.entropy
-    accepted = train_rl.accepted_episodes(verdicts, config.flow_update)
-    train_rl.update_flow(
-        *(policy, flow, learners["flow"], episodes, scores, accepted, config, step),
-        *(config.flow_update.flow_lr, torch.arange(len(episodes))),
-    )
-    return scores
 
 
-def learn(
-    parts: Parts,
-    variant: str,
-    episodes: list,
-    scores: train_rl.Scores,
-    verdicts: list,
-    step: int,
-) -> None:
-    """Shape the advantage; update the policy, and the flow if the scoring left its gradient."""
+def learn(parts: Parts, experience: train_rl.Experience, step: int) -> None:
+    """Shape the advantage; update the policy, and the flow with the gradient of the scoring."""
     config = parts.config
-    reward = torch.tensor([verdict.reward for verdict in verdicts])
-    advantage, _, _ = train_rl.shape_advantage(scores, reward, config, step)
-    train_rl.update_policy(
-        *(parts.policy, parts.learners["policy"], episodes, scores, advantage),
-        *(config, step, config.lr, None),
-    )
-    if variant == FLOW:
-        parts.learners["flow"].step(config.flow_update.flow_lr, config.optimisation.clip_norm)
+    models = parts.models
+    advantage, _, _ = train_rl.shape_advantage(experience, config, step)
+    train_rl.update_policy(models, experience, advantage, config, step=step, lr=config.lr)
+    if "flow" in models.learners:
+        models.dense.update(models.learners["flow"], config.optimisation.clip_norm)
 
 
 # ---- A row

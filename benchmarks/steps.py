@@ -25,9 +25,9 @@ def noted_steps() -> Iterator[list[NotedStep]]:
     log = Run.log
     last = time.process_time()
 
-    def log_and_note(run: Run, number: int, metrics: dict[str, float]) -> None:
+    def log_and_note(run: Run, number: int, metrics: dict[str, float], state: dict) -> None:
         nonlocal last
-        log(run, number, metrics)
+        log(run, number, metrics, state)
         now = time.process_time()
         steps.append(NotedStep(metrics, now - last))
         last = now

@@ -47,6 +47,7 @@ from tqdm import tqdm
 import toy
 import train_rl
 from infra.files import remove, write_json, written_whole
+from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from run import flatten
 
@@ -606,7 +607,7 @@ def read_run(record_file: Path) -> dict:
     """Return the figures of a run: what the study noted of it, and its series."""
     record = json.loads(record_file.read_text())
     folder = record_file.with_suffix("")
-    steps = read_metrics(folder / "metrics.jsonl")
+    steps = read_steps(folder / "metrics.jsonl")
     kept = ("arm", "seed", "status", "error", "settings", "script", "versions")
     run = {key: record[key] for key in kept}
     run["seconds"] = round(sum(step["time/step"] for step in steps))
@@ -615,18 +616,16 @@ def read_run(record_file: Path) -> dict:
     return run
 
 
-def read_metrics(file: Path) -> list[dict]:
-    """Return the figures of each step; a last line without an end is left out."""
-    if not file.exists():
-        return []
-    *lines, _unfinished = file.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+def read_steps(file: Path) -> list[dict[str, float]]:
+    """Return the figures of each step that a run has logged so far, without those not finite."""
+    return read_metrics(file) if file.exists() else []
 
 
 def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
     """Return the figures of steps that are kept, by name, rounded; None where a step has none.
 
-    A step without right answers, for instance, has no flow reward of right ones.
+    A step without right answers, for instance, has no flow reward of right ones, and a figure that
+    was not finite is none.
     """
     names = dict.fromkeys(name for step in steps for name in step)
     series: dict[str, list[float | None]] = {}

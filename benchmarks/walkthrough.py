@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 import tyro
 
+import dense
 import flow as fl
 import parallel
-import record
 import rlfr
 import rollout
 import toy
 import train_rl
 from common import code, number, put_tables, table
+from pages.describe import token_texts
 from rewards import Grader
 from run import change
 
@@ -50,18 +51,21 @@ def walk(config: train_rl.Config) -> dict:
     config, model = train_rl.resolve(config)
     problems = rollout.load_problems(config.data, config.problems, model)
     policy = rlfr.load_policy(model.path).to(parallel.DEVICE)
-    flow = train_rl.make_flow(config, model).to(parallel.DEVICE)
-    episodes, verdicts = sample_group(config, model, problems)
+    n_blocks = rollout.published_settings(model)["flow_blocks"]
+    flow = dense.make_flow(
+        config.flow, config.flow_reward, model, n_blocks=n_blocks, seed=config.seed
+    ).to(parallel.DEVICE)
+    episodes = sample_group(config, model, problems)
 
     batch = rlfr.collate(episodes)
     taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
     with torch.no_grad():
         logp, entropy, latents = policy(batch, config.sampling.temperature, taps)
     points = flow_points(config, flow, batch, latents, [tap / policy.n_layers for tap in taps])
-    rewards = torch.tensor([verdict.reward for verdict in verdicts])
+    rewards = torch.tensor([episode.verdict.reward for episode in episodes])
     outcome = rlfr.outcome_advantage(rewards, len(rewards), config.advantage.baseline)
     shaped = shape(config, batch, points["score"], outcome)
-    chosen = choose_response(verdicts)
+    chosen = choose_response(episodes)
     length = len(episodes[chosen].response_ids)
     token = int(points["score"][chosen, :length].argmax())  # the one that deviates most
     return {
@@ -69,7 +73,7 @@ def walk(config: train_rl.Config) -> dict:
         "answer": episodes[0].problem.answer,
         "prompt_ids": episodes[0].prompt_ids,
         "responses": [episode.text for episode in episodes],
-        "verdicts": [verdict.kind for verdict in verdicts],
+        "verdicts": [episode.verdict.kind for episode in episodes],
         "rewards": rewards.tolist(),
         "outcome": outcome.tolist(),
         "chosen": chosen,
@@ -88,19 +92,22 @@ def walk(config: train_rl.Config) -> dict:
 
 def sample_group(
     config: train_rl.Config, model: rollout.Model, problems: list[rollout.Problem]
-) -> tuple[list[rollout.Episode], list]:
+) -> list[rollout.Episode]:
     """Sample and grade the responses to the first problem of the first step."""
     engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
     lengths = torch.zeros(len(problems))
     with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
-        sampler = train_rl.Sampler(engine, grader, problems, lengths, config.sampling, config.seed)
-        episodes, verdicts, _ = train_rl.roll_out(sampler, 0)
-        return episodes, verdicts()
+        sampler = rollout.Sampler(
+            engine, grader, problems, lengths, settings=config.sampling, seed=config.seed
+        )
+        episodes, _ = sampler.roll_out(0)
+        sampler.verify(episodes)
+    return episodes
 
 
-def choose_response(verdicts: list) -> int:
+def choose_response(episodes: list[rollout.Episode]) -> int:
     """Return the first response that is not right, or else the first one."""
-    wrong = [i for i, verdict in enumerate(verdicts) if not verdict.correct]
+    wrong = [i for i, episode in enumerate(episodes) if not episode.verdict.correct]
     return wrong[0] if wrong else 0
 
 
@@ -179,7 +186,7 @@ def token_columns(
     columns = {"logp": logp, "entropy": entropy, "score": points["score"], **shaped}
     return {
         "ids": episode.response_ids,
-        "texts": record.token_texts(tokenizer, episode.response_ids),
+        "texts": token_texts(tokenizer, episode.response_ids),
         **{name: values[row, :length].tolist() for name, values in columns.items()},
     }
 
@@ -191,8 +198,7 @@ def gradients(
     settings = config.optimisation
     mask = batch.response_mask
     logp = policy(batch, config.sampling.temperature).logp
-    clips = (settings.clip_low, settings.clip_high, settings.ratio_cap)
-    loss, _ = rlfr.policy_loss(logp, old_logp, advantage, *clips)
+    loss, _ = rlfr.policy_loss(logp, old_logp, advantage, settings.clip_low, settings.clip_high)
     n_episodes = len(mask)
     weights = rlfr.token_weights(
         mask, settings.normalisation, n_episodes, int(mask.sum()), config.sampling.max_tokens

@@ -175,7 +175,7 @@ def sample(
         requests.append(Request(problem.prompt_ids, problem_seed, problem.images))
     lengths = [len(request.prompt_ids) for request in requests]
     episodes = rollout.generate_on_all_ranks(engine, requests, sampling, lengths)
-    verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)()
+    verdicts = rollout.grade_on_all_ranks(grader, problems, episodes)
     records = []
     for i, (episode, verdict) in enumerate(zip(episodes, verdicts, strict=True)):
         row, number = divmod(i, sampling.n)

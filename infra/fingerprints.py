@@ -18,6 +18,11 @@ def of_texts(rows: Iterable[Sequence]) -> str:
     return digest.hexdigest()
 
 
+def of_problems(problems: Sequence) -> str:
+    """Return a fingerprint of problems and their answers, in their order."""
+    return of_texts((problem.text, problem.answer) for problem in problems)
+
+
 def of_weights(module: nn.Module) -> str:
     """Return a fingerprint of a module that is not sharded: names, shapes and some values.
 

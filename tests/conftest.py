@@ -153,17 +153,37 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
 
 
 @pytest.fixture
-def seen(monkeypatch) -> list[tuple]:
-    """What each step gave to train_rl.write_rollouts: the tensors themselves."""
+def seen(monkeypatch) -> list[tuple[train_rl.Experience, torch.Tensor, torch.Tensor]]:
+    """Experience, advantage and dense reward of each step: the tensors that are written."""
     calls = []
-    write = train_rl.write_rollouts
+    describe = train_rl.describe_rollouts
 
-    def spy(*arguments):
-        calls.append(arguments)
-        write(*arguments)
+    def spy(models, experience, shaped, **options):
+        calls.append((experience, shaped["advantage"], shaped["flow_reward"]))
+        return describe(models, experience, shaped, **options)
 
-    monkeypatch.setattr(train_rl, "write_rollouts", spy)
+    monkeypatch.setattr(train_rl, "describe_rollouts", spy)
     return calls
+
+
+def experience_of(mask: torch.Tensor, **known) -> train_rl.Experience:
+    """The experience of a step, zeros but for what is known; each response token is scored.
+
+    known: fields of train_rl.Experience, reward and correct (B,), deviation (L, B, T)
+    """
+    nothing = torch.zeros(mask.shape)
+    values = {
+        "episodes": [],
+        "reward": torch.zeros(len(mask)),
+        "correct": torch.zeros(len(mask), dtype=torch.bool),
+        "sampled_logp": nothing,
+        "old_logp": nothing,
+        "entropy": nothing,
+        "ref_logp": nothing,
+        "deviation": nothing[None],
+        "scored": mask,
+    }
+    return train_rl.Experience(mask=mask, **{**values, **known})
 
 
 @pytest.fixture(scope="session")
@@ -380,9 +400,8 @@ def vllm_engine(
     """The vLLM engine of a model in a folder."""
     settings = rollout.EngineSettings(max_sequences=max_sequences)
     model = find_model(folder)
-    return rollout.VllmEngine(
-        model, settings, max_length, 4, torch.device(device), dtype, can_sleep
-    )
+    capacity = rollout.Capacity(max_length, max_images=4)
+    return rollout.VllmEngine(model, settings, capacity, torch.device(device), dtype, can_sleep)
 
 
 def requests(prompts, seeds=None) -> list[rollout.Request]:

@@ -290,30 +290,28 @@ SMALL_STEP = rl_step.Settings(
 
 def test_three_passes_score_and_learn_as_one(tmp_path):
     """Both variants give the same scores, and leave the flow with the same weights."""
-    scores = {}
-    flows = {}
+    experiences = []
+    flows = []
     for variant in (rl_step.FLOW, rl_step.THREE_PASSES):
         case = rl_step.Case(variant, 2, 8, 6)
         parts = rl_step.make_parts(SMALL_STEP, case, str(tmp_path / variant))
+        flow = parts.models.dense.flow
         torch.manual_seed(1)
-        for parameter in parts.flow.parameters():  # zeros at the start would let little through
+        for parameter in flow.parameters():  # zeros at the start would let little through
             torch.nn.init.normal_(parameter, std=0.05)
-        before = [parallel.gather(parameter).clone() for parameter in parts.flow.parameters()]
+        before = [parallel.gather(parameter).clone() for parameter in flow.parameters()]
         episodes = parts.engine.generate(parts.requests, rollout.Sampling(4, 1.0, 6))
         assert {len(episode.response_ids) for episode in episodes} == {6}
-        verdicts = rl_step.make_verdicts(8)
-        scores[variant] = rl_step.score(parts, variant, episodes, verdicts, step=0)
-        if variant == rl_step.FLOW:
-            settings = parts.config
-            flow_lr, clip_norm = settings.flow_update.flow_lr, settings.optimisation.clip_norm
-            parts.learners["flow"].step(flow_lr, clip_norm)
-        flows[variant] = [parallel.gather(parameter) for parameter in parts.flow.parameters()]
-        assert not any(torch.equal(*pair) for pair in zip(before, flows[variant], strict=True))
-    one, three = scores.values()
-    for name in ("old_logp", "entropy", "flow_score"):
+        rl_step.grade(episodes)
+        experiences.append(rl_step.score(parts, variant, episodes, step=0))
+        rl_step.learn(parts, experiences[-1], step=0)
+        flows.append([parallel.gather(parameter) for parameter in flow.parameters()])
+        assert not any(torch.equal(*pair) for pair in zip(before, flows[-1], strict=True))
+    one, three = experiences
+    for name in ("old_logp", "entropy", "score"):
         assert getattr(one, name).abs().sum() > 0
         torch.testing.assert_close(getattr(one, name), getattr(three, name))
-    for weight, other in zip(*flows.values(), strict=True):
+    for weight, other in zip(*flows, strict=True):
         torch.testing.assert_close(weight, other)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import BY_LENGTH, small_run
+from conftest import BY_LENGTH, figures, small_run
 from safetensors.torch import load_file
 
 import parallel
@@ -206,18 +206,16 @@ def test_an_empty_name_of_a_run(monkeypatch, arguments):
 # ---- Settings and data of a resumed run
 # Settings of a resumed run that act from there on: a new setting stands here or in FIXED_AT_START
 MAY_CHANGE = {
-    *("steps", "epochs", "lr", "warmup", "lr_floor", "weight_decay", "clip_norm", "train_batch"),
-    *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling", "max_rounds"),
+    *("steps", "epochs", "lr", "warmup", "weight_decay", "clip_norm", "train_batch"),
+    *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling"),
     *("media_dir", "max_images", "max_prompt_tokens"),  # data whose place or limits may change
     *("reward", "overlong_buffer", "grade_truncated", "grader_deadline"),
-    *("baseline", "entropy_alpha", "entropy_kappa", "normalisation"),
-    *("clip_low", "clip_high", "ratio_cap", "mismatch", "mismatch_cap"),
-    *("kl_coef", "kl_in", "kl_kind"),
+    *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
+    *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
     *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
     *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "flow_power", "gamma"),
-    *("flow_lr", "flow_accept", "flow_soft", "flow_entropy_quantile", "flow_times"),
-    *("flow_optimiser", "noise_repeats"),
-    *("eval_data", "eval_every", "eval_samples", "eval_split", "log_rollouts", "log_groups"),
+    *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
+    *("eval_data", "eval_every", "eval_samples", "log_rollouts", "log_groups"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
     *("tokens_per_gpu", "cpu_offload", "compile", "gradient_checkpointing", "offload", "rehearse"),
     *("dtype", "save_every", "keep", "export_every", "track"),
@@ -300,6 +298,74 @@ def test_a_new_set_has_figures_of_the_step_that_the_run_goes_on_from(copied, wor
     assert "new after step 2, greedy" in said and "new after, greedy" in said
     summary = json.loads(Path(copied.folder, "summary.json").read_text())
     assert set(summary["before"]["new"]) == set(summary["after"]["new"])
+
+
+# ---- A run of an earlier version
+def with_old_settings(folder: str, **settings) -> None:
+    """Write settings into a run's config.json, as an earlier version had them in its groups."""
+    path = Path(folder, "config.json")
+    stored = json.loads(path.read_text())
+    stored["optimisation"].update(lr_floor=0.1, ratio_cap=3.0)
+    stored["advantage"].update(entropy_alpha=0.4, entropy_kappa=2.0)
+    stored["evaluation"]["eval_split"] = "test"
+    stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
+    del stored["optimisation"]["entropy_coef"]
+    stored["sampling"].update(dynamic_sampling=False, max_rounds=4)
+    for group in stored.values():
+        if isinstance(group, dict):
+            group.update({name: settings[name] for name in settings if name in group})
+    path.write_text(json.dumps(stored))
+
+
+def resumed(monkeypatch, config: train_rl.Config) -> train_rl.Config:
+    """What the command line makes of a run's settings, for one more step."""
+    arguments = ["--resume", config.folder, "--steps", "3", "--reward", *config.reward]
+    return parse(monkeypatch, *arguments)
+
+
+def test_a_run_of_an_earlier_version_goes_on(copied, monkeypatch, capsys):
+    old = {"flow_accept": "all", "dynamic_sampling": True, "max_rounds": 6}
+    with_old_settings(copied.folder, **old)
+    config = resumed(monkeypatch, copied)
+    assert config.flow_update.flow_soft == 1.0
+    assert config.sampling.dynamic_sampling == 6
+    train_rl.main(config)
+    said = capsys.readouterr().out
+    assert "resumed with steps=3, which was 2 until here" in said
+    assert said.count("resumed with") == 1, "the others mean what they meant"
+    assert [line["step"] for line in figures(copied.folder)] == [1, 2, 3]
+    stored = runs.stored_settings(copied.folder)
+    assert stored["flow_soft"] == 1.0 and stored["dynamic_sampling"] == 6
+
+
+def test_usual_settings_of_an_earlier_version(copied, monkeypatch):
+    today = resumed(monkeypatch, copied)
+    with_old_settings(copied.folder)
+    earlier = resumed(monkeypatch, copied)
+    assert earlier == today
+    assert type(earlier.sampling.dynamic_sampling) is int
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"flow_optimiser": "official"},
+        {"ratio_cap": 2.0},
+        {"eval_split": "validation"},
+        {"flow_accept": "all", "flow_entropy_quantile": 0.8},
+    ],
+    ids=str,
+)
+def test_a_value_that_is_no_longer_possible_is_refused(copied, monkeypatch, settings):
+    with_old_settings(copied.folder, **settings)
+    before = contents(copied.folder)
+    name, value = next(iter(settings.items()))
+    message = f"config.json has {name}={value!r}.*resume with the version that began the run"
+    with pytest.raises(ValueError, match=message):
+        resumed(monkeypatch, copied)
+    with pytest.raises(ValueError, match=message):
+        train_rl.main(copied)
+    assert contents(copied.folder) == before
 
 
 # ---- Weights that are not finite

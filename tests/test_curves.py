@@ -8,6 +8,7 @@ import pytest
 
 import run as runs
 import train_rl
+from pages import of_a_run
 from pages.curves import (
     line_of,
     padded,
@@ -137,13 +138,13 @@ def test_training_says_which_file_to_open(config, capsys):
 
 def test_a_run_has_a_page_at_each_checkpoint(config, monkeypatch):
     pages = []
-    write = runs.Run.write_report
+    write = of_a_run.write_run_report
 
-    def spy(run):
-        write(run)
-        pages.append(data_of((run.folder / "report.html").read_text())[0]["last"])
+    def spy(folders, path):
+        write(folders, path)
+        pages.append(data_of(path.read_text())[0]["last"])
 
-    monkeypatch.setattr(runs.Run, "write_report", spy)
+    monkeypatch.setattr(of_a_run, "write_run_report", spy)
     train_rl.main(change(config, steps=3, save_every=2, log_rollouts=0))
     assert pages == [2, 3, 3], "with the last checkpoint, and once more with the last evaluation"
     assert not (Path(config.folder) / "rollouts.html").exists()

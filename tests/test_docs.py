@@ -91,6 +91,7 @@ def test_metrics_that_the_page_on_running_names(world, flow_folder, tmp_path):
         "eval_every": 1,
         "kl_coef": 0.1,
         "kl_in": "reward",
+        "entropy_coef": 0.01,
     }
     found = set()
     for shaping in ("flow", "entropy"):
@@ -135,7 +136,7 @@ def test_the_help_says_whose_defaults_it_shows(monkeypatch, capsys, arguments, w
 def test_the_page_of_departures_names_the_flags_that_undo_them():
     page = (ROOT / "docs" / "departures.md").read_text()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page))
-    assert {"--contexts", "--other-contexts", "--flow-times", "--flow-optimiser"} <= named
+    assert {"--contexts", "--other-contexts", "--flow-times", "--freeze-flow"} <= named
     assert {"--flow-bilateral", "--flow-top-k", "--reward", "--mismatch", "--kl-in"} <= named
     differences = page.split("## Other differences")[1]
     first, second = re.findall(r"\| `(--[a-z-]+ \w+)` \|\n", differences)[:2]

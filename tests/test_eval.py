@@ -244,8 +244,8 @@ def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeyp
     class Stop(Exception):
         pass
 
-    def make_engine(model, settings, max_length, **_):
-        raise Stop(max_length)
+    def make_engine(model, settings, capacity, **_):
+        raise Stop(capacity.max_length)
 
     monkeypatch.setattr(rollout, "make_engine", make_engine)
     positions = find_model(config.model).text_config.max_position_embeddings
@@ -470,7 +470,7 @@ def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
     """Flags, sets, groups, and what a folder holds, as evals/README.md names them."""
     page = " ".join((ROOT / "evals" / "README.md").read_text().split())
     known = {f"--{name.replace('_', '-')}" for name in runs.flatten(evaluation.Config())}
-    known |= {"--eval-data", "--eval-split"}  # of train_rl.py
+    known.add("--eval-data")  # of train_rl.py
     known.add("--no-grade-truncated")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known
     assert f"a name: `{' '.join(HUB_SETS)}`" in page

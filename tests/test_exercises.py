@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import dense
 import rlfr
 import train_rl
 from run import change
@@ -31,8 +32,7 @@ assert rlfr.outcome_advantage(rewards, 8, "median").tolist() == [0] * 5 + [-1] *
 
 mask = torch.ones(1, 4, dtype=torch.bool)
 score = torch.tensor([[1.0, 25.0, 16.0, 100.0]])
-scores = train_rl.Scores(mask, score, score, score, score, score, score[None], mask)
-kept = train_rl.shape_flow_reward(scores, train_rl.FlowRewardSettings(flow_threshold=0.4), 1)
+kept = dense.token_rewards(score, mask, dense.FlowRewardSettings(flow_threshold=0.4), 1)
 torch.testing.assert_close(kept, -0.01 * torch.tensor([[0.0, 4 / 9, 0.0, 1.0]]))
 
 config = change(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines, small_run
+from conftest import experience_of, read_lines, small_run
 from safetensors.torch import load_file
 
 import flow as fl
@@ -106,9 +106,9 @@ def test_centred_rewards_sum_to_zero_over_the_group():
 
 
 # ---- train_rl.py
-def scores_with(excess: torch.Tensor, mask: torch.Tensor) -> train_rl.Scores:
-    nothing = torch.zeros(mask.shape)
-    return train_rl.Scores(mask, nothing, nothing, nothing, nothing, excess, excess[None], mask)
+def right_episodes(excess: torch.Tensor, mask: torch.Tensor) -> train_rl.Experience:
+    """Experience of episodes that are all right."""
+    return experience_of(mask, deviation=excess[None], reward=torch.ones(len(mask)))
 
 
 def test_the_mean_excess_of_a_response_joins_the_outcome():
@@ -123,9 +123,7 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
         group_size=2,
         baseline="dr_grpo",
     )
-    advantage, _, metrics = train_rl.shape_advantage(
-        scores_with(excess, mask), torch.ones(2), config, 0
-    )
+    advantage, _, metrics = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
     # -0.5 * 0.2 and -0.5 * 0.4, less their mean
     torch.testing.assert_close(advantage, torch.tensor([[0.05, 0.05, 0.05], [-0.05, 0.0, 0.0]]))
     assert metrics["flow/reward"] == pytest.approx(-0.15), "of a response, not of its tokens"
@@ -133,7 +131,11 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
 
 def advantages(excess: list[float], reward: list[float], coef: float) -> torch.Tensor:
     """The advantages of responses of a token each, with `--flow-on response` and grpo."""
-    scores = scores_with(torch.tensor(excess)[:, None], torch.ones(len(excess), 1).bool())
+    experience = experience_of(
+        torch.ones(len(excess), 1).bool(),
+        deviation=torch.tensor(excess)[None, :, None],
+        reward=torch.tensor(reward),
+    )
     config = change(
         train_rl.Config(),
         flow_scope="expert",
@@ -142,7 +144,7 @@ def advantages(excess: list[float], reward: list[float], coef: float) -> torch.T
         flow_cap=2.0,
         group_size=len(excess),
     )
-    advantage, _, _ = train_rl.shape_advantage(scores, torch.tensor(reward), config, 0)
+    advantage, _, _ = train_rl.shape_advantage(experience, config, 0)
     return advantage.squeeze(1)
 
 
@@ -173,7 +175,7 @@ def test_nothing_is_penalised_in_what_looks_like_an_experts():
     config = change(
         train_rl.Config(), flow_scope="expert", flow_on="response", flow_coef=1.0, group_size=2
     )
-    advantage, _, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
+    advantage, _, _ = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
     assert not advantage.any()
 
 
@@ -181,7 +183,7 @@ def test_excess_acts_on_tokens():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     excess = torch.tensor([[0.0, 5.0, 20.0], [0.0, 0.0, 0.0]])
     config = change(train_rl.Config(), flow_scope="expert", flow_coef=1.0, group_size=2, gamma=0.5)
-    advantage, _, _ = train_rl.shape_advantage(scores_with(excess, mask), torch.ones(2), config, 0)
+    advantage, _, _ = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
     # penalties 0, 0.5, 1, discounted by 0.5
     expected = torch.tensor([[-0.5, -1.0, -1.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(advantage, expected)

@@ -11,6 +11,7 @@ import pytest
 import inspector
 import record
 import train_rl
+from pages import describe
 from pages.rollouts import inspect_run, write_rollouts_page
 from run import change
 
@@ -94,7 +95,7 @@ def test_a_page_of_long_responses_is_small(tmp_path):
     rng = random.Random(0)
 
     def numbers() -> list[float]:
-        return record.shorten([rng.random() for _ in range(256)])
+        return describe.shorten([rng.random() for _ in range(256)])
 
     records = []
     for sample in range(16):
@@ -355,7 +356,7 @@ def test_tokens_of_a_real_tokenizer(browser, tmp_path, merging_tokenizer):
         ids = merging_tokenizer.encode(text, add_special_tokens=False)
         if sample == 3:
             ids = ids[:-1]  # amid a character
-        tokens = record.token_texts(merging_tokenizer, ids)
+        tokens = describe.token_texts(merging_tokenizer, ids)
         records.append(one_record(0, sample, tokens, token_ids=ids))
     browser.open(write(tmp_path, {1: records}), READY)
     shown = browser.js(
@@ -367,7 +368,7 @@ def test_tokens_of_a_real_tokenizer(browser, tmp_path, merging_tokenizer):
         assert plain == one["tokens"]
         decoded = merging_tokenizer.decode(one["token_ids"], clean_up_tokenization_spaces=False)
         assert "".join(plain) == decoded
-    assert shown[3][-1] == record.BROKEN
+    assert shown[3][-1] == describe.BROKEN
     first = "document.querySelectorAll('.text[data-sample]')[0].firstChild"
     assert browser.js(f"{first}.dataset.spaces") == "·" * len(records[0]["tokens"][0])
     widths = browser.js("[...document.querySelectorAll('.t')].map(t => t.offsetWidth)")
@@ -398,7 +399,8 @@ def test_it_fits_the_window(page, width, scheme):
 def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
     """From a run of training to what a reader reads, every token of two responses."""
     train_rl.main(change(config, steps=1))
-    episodes, _, scores, advantage, flow_reward = seen[0][5:10]
+    experience, advantage, flow_reward = seen[0]
+    episodes = experience.episodes
     browser.open(inspect_run(config.folder), READY)
     for sample in range(2):
         for k in range(len(episodes[sample].response_ids)):
@@ -406,11 +408,11 @@ def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
             found = facts(browser)
             expected = {
                 "flow reward": flow_reward[sample, k],
-                "deviation": scores.flow_score[sample, k],
-                "tap 1 (layer 1)": scores.deviation[0, sample, k],
-                "tap 3 (layer 2)": scores.deviation[2, sample, k],
-                "log-prob": scores.old_logp[sample, k],
-                "entropy": scores.entropy[sample, k],
+                "deviation": experience.score[sample, k],
+                "tap 1 (layer 1)": experience.deviation[0, sample, k],
+                "tap 3 (layer 2)": experience.deviation[2, sample, k],
+                "log-prob": experience.old_logp[sample, k],
+                "entropy": experience.entropy[sample, k],
                 "advantage": advantage[sample, k],
             }
             assert found["id"] == str(episodes[sample].response_ids[k])

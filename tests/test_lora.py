@@ -80,6 +80,7 @@ def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
         lr=1e-3,
         flow_lr=1e-3,
         lora_rank=RANK,
+        seed=1,  # with 0 a gradient is 0 but for rounding, which AdamW blows up
         save_every=1,
         tokens_per_gpu=300,
         grade_truncated=True,
@@ -345,7 +346,7 @@ def test_a_resumed_run_keeps_its_adapters(one, config, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora_rank": 0, "flow_optimiser": "official"}, {"kl_coef": 0.1, "shaping": "none"}],
+    [{}, {"lora_rank": 0, "flow_soft": 1.0}, {"kl_coef": 0.1, "shaping": "none"}],
     ids=str,
 )
 def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, capsys):

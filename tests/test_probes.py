@@ -65,5 +65,6 @@ def test_an_engine_that_takes_minutes_says_so_first(world, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "VllmEngine", start)
     settings = rollout.EngineSettings(engine="vllm")
     cuda = torch.device("cuda", 0)
-    rollout.make_engine("model", settings, 100, 0, cuda, torch.bfloat16, can_sleep=True)
+    capacity = rollout.Capacity(100)
+    rollout.make_engine("model", settings, capacity, cuda, torch.bfloat16, can_sleep=True)
     assert said == ["vLLM starts, which takes one to four minutes\n"]

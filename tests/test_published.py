@@ -24,6 +24,7 @@ import run as runs
 import toy
 import train_flow
 import train_rl
+from infra import memory
 from run import change
 
 CONFIGS = {
@@ -136,7 +137,7 @@ def test_model_and_data_are_enough(
     assert runs.flatten(rl).items() >= {
         "max_tokens": tokens, "template": template, "max_prompt_tokens": 3000, "max_pixels": 640 * 28**2,
         "reward": ("vlm", "tags=0.5") if has_vision else ("binary",), "prompts": 128,
-        "group_size": 8, "train_batch": 128, "lr": 1e-6, "lr_floor": 0.1, "warmup": 0.03,
+        "group_size": 8, "train_batch": 128, "lr": 1e-6, "warmup": 0.03,
         "clip_norm": 1.0, "temperature": 1.0, "kl_coef": 0.0, "flow_lr": 1e-4, "epochs": 5,
         "flow_coef": 0.01, "flow_threshold": 0.6, "flow_top_k": 15, "reward_times": (0.8,),
         "shaping": "flow", "baseline": "grpo", "clip_low": 0.2, "clip_high": 0.2,
@@ -154,7 +155,7 @@ def test_the_memory_of_an_update_is_what_an_h100_measured(monkeypatch, recompute
     """
     monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
     sizes = CONFIGS["Qwen/Qwen2.5-Math-1.5B"]
-    estimate = rlfr.update_bytes(sizes, 1.608e9, 16_128, 1, recompute)
+    estimate = memory.update_bytes(sizes, 1.608e9, 16_128, 1, recompute)
     assert estimate == pytest.approx(measured, rel=0.05)
 
 
@@ -188,7 +189,7 @@ def test_which_models_recompute_activations(monkeypatch, name, options, n_ranks,
     model = rollout.Model("", CONFIGS[name], N_PARAMETERS[name], None)
     settings = {"tokens_per_gpu": 16_384, "max_prompt_tokens": 3000, "max_tokens": 1024, **options}
     config = change(train_rl.Config(), **settings)
-    assert train_rl.recomputes_activations(config, model, n_ranks, room) == recompute
+    assert memory.recomputes_activations(config, model, n_ranks, room) == recompute
 
 
 def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):

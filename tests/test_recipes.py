@@ -60,7 +60,7 @@ RL = {
     "prompts": 128,
     "group_size": 8,
     "temperature": 1.0,
-    "dynamic_sampling": False,
+    "dynamic_sampling": 0,
     "stop_tokens": "eos",
     "grade_truncated": False,
     "baseline": "grpo",  # group_norm
@@ -80,22 +80,18 @@ RL = {
     "other_contexts": True,
     "percentiles": (0.25, 0.5, 0.75),
     "freeze_flow": True,  # no gradient arrives
-    "flow_optimiser": "official",
     "flow_lr": 1e-4,
-    "flow_accept": "correct",  # batch_correct
-    "flow_soft": 0.0,
+    "flow_soft": 0.0,  # batch_correct
     "flow_times": "reward",
     "train_batch": 128,
     "epochs": 5,
     "lr": 1e-6,
     "warmup": 0.03,
-    "lr_floor": 0.1,
     "weight_decay": 0.0,
     "clip_norm": 1.0,
     "normalisation": "sequence",
     "clip_low": 0.2,
     "clip_high": 0.2,
-    "ratio_cap": 3.0,
     "kl_coef": 0.0,
     "mismatch": "none",
     "lora_rank": 0,

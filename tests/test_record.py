@@ -13,6 +13,7 @@ import record
 import rlfr
 import toy
 import train_rl
+from pages import describe
 from run import change
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -25,8 +26,8 @@ def test_records_hold_the_tensors_of_the_step(config, seen):
     train_rl.main(change(config, log_rollouts=1, log_groups=2))
     files = record.need_files(config.folder)
     assert list(files) == [1, 2]
-    for step, arguments in enumerate(seen):
-        episodes, verdicts, scores, advantage, flow_reward = arguments[5:10]
+    for step, (experience, advantage, flow_reward) in enumerate(seen):
+        episodes = experience.episodes
         records = record.read(files[step + 1])
         assert [(one["group"], one["sample"]) for one in records] == [
             (group, sample) for group in range(2) for sample in range(4)
@@ -34,21 +35,23 @@ def test_records_hold_the_tensors_of_the_step(config, seen):
         for i, one in enumerate(records):
             length = len(episodes[i].response_ids)
             tensors = {
-                "logp": scores.old_logp,
-                "entropy": scores.entropy,
+                "logp": experience.old_logp,
+                "entropy": experience.entropy,
                 "flow_reward": flow_reward,
                 "advantage": advantage,
             }
             for name, values in tensors.items():
                 assert one[name] == pytest.approx(values[i, :length].tolist(), rel=1e-5), name
             assert one["deviation"][1] == pytest.approx(
-                scores.deviation[1, i, :length].tolist(), rel=1e-5
+                experience.deviation[1, i, :length].tolist(), rel=1e-5
             )
             mean = torch.tensor(one["deviation"]).mean(dim=0)
-            torch.testing.assert_close(mean, scores.flow_score[i, :length], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mean, experience.score[i, :length], rtol=1e-4, atol=1e-6)
             assert one["ratio"] == pytest.approx([1.0] * length, rel=1e-3)
             assert one["token_ids"] == episodes[i].response_ids
-            assert (one["reward"], one["verdict"]) == (verdicts[i].reward, verdicts[i].kind)
+            verdict = episodes[i].verdict
+            assert (one["reward"], one["verdict"]) == (verdict.reward, verdict.kind)
+            assert one["step"] == step + 1
             assert one["problem"] == episodes[i].problem.id
             assert one["prompt"] == one["question"] == episodes[i].problem.text
         assert len({one["prompt"] for one in records}) == 2
@@ -78,13 +81,14 @@ def test_what_recording_costs_is_measured_in_pairs(config, tmp_path):
 
 def test_figures_of_right_and_of_wrong_episodes(config, seen):
     train_rl.main(change(config, steps=1))
-    ((*_, episodes, verdicts, scores, _, flow_reward, _),) = seen
+    ((experience, _, flow_reward),) = seen
+    episodes = experience.episodes
     (line,) = figures(config.folder)
     lengths = [len(episode.response_ids) for episode in episodes]
     for name, is_right in (("right", True), ("wrong", False)):
-        chosen = [i for i, verdict in enumerate(verdicts) if verdict.correct == is_right]
+        chosen = [i for i, one in enumerate(episodes) if one.verdict.correct == is_right]
         assert chosen
-        total = sum(scores.flow_score[i].sum().item() for i in chosen)
+        total = sum(experience.score[i].sum().item() for i in chosen)
         n_tokens = sum(lengths[i] for i in chosen)
         rewards = [flow_reward[i].sum().item() for i in chosen]
         assert line[f"flow/score_{name}"] == pytest.approx(total / n_tokens, rel=1e-5)
@@ -104,9 +108,9 @@ def test_resuming_removes_the_rollouts_of_lost_steps(config):
 
 
 def test_which_steps_are_written():
-    due = [step + 1 for step in range(24) if record.is_due(step, 24, 10)]
+    due = [step + 1 for step in range(24) if describe.is_due(step, 24, 10)]
     assert due == [1, 11, 21, 24]
-    assert not any(record.is_due(step, 24, 0) for step in range(24))
+    assert not any(describe.is_due(step, 24, 0) for step in range(24))
 
 
 def test_the_size_that_is_said_holds(config, capsys):
@@ -115,7 +119,7 @@ def test_the_size_that_is_said_holds(config, capsys):
         capsys.readouterr().out
     )
     for path in record.need_files(config.folder).values():
-        assert path.stat().st_size < 16 * (16 * record.BYTES_PER_TOKEN + 1000)
+        assert path.stat().st_size < 16 * (16 * describe.BYTES_PER_TOKEN + 1000)
 
 
 def test_a_negative_interval_is_refused(config):
@@ -134,7 +138,7 @@ TEXTS = ["  two\n\n lines\t", "naïve — ∑ 日本語 😀👩‍👩‍👧",
 def test_texts_of_tokens_are_the_text(merging_tokenizer, text, kind):
     tokenizer = toy.make_tokenizer() if kind == "bytes" else merging_tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)
-    texts = record.token_texts(tokenizer, ids)
+    texts = describe.token_texts(tokenizer, ids)
     assert len(texts) == len(ids)
     assert "".join(texts) == text
 
@@ -142,7 +146,7 @@ def test_texts_of_tokens_are_the_text(merging_tokenizer, text, kind):
 def test_tokens_of_the_merging_tokenizer_are_parts_of_words_and_of_characters(merging_tokenizer):
     """Else the tests with it would show nothing."""
     ids = merging_tokenizer.encode(" the 😁日本", add_special_tokens=False)
-    alone = [record.text_of_token(merging_tokenizer, token) for token in ids]
+    alone = [describe.text_of_token(merging_tokenizer, token) for token in ids]
     assert alone == [" the", " \ufffd", "\ufffd", "\ufffd", "日", "本"]
 
 
@@ -154,26 +158,26 @@ def test_texts_of_any_tokens_are_what_the_tokenizer_decodes(merging_tokenizer, k
     pieces = [*tokenizer.encode("😀日本é", add_special_tokens=False), *range(len(tokenizer))]
     for _ in range(300):
         ids = [rng.choice(pieces[: rng.choice([6, len(pieces)])]) for _ in range(12)]
-        assert "".join(record.token_texts(tokenizer, ids)) == record.decode(tokenizer, ids)
+        assert "".join(describe.token_texts(tokenizer, ids)) == describe.decode(tokenizer, ids)
 
 
 def test_half_characters_and_special_tokens_have_texts():
     tokenizer = toy.make_tokenizer()
     ids = tokenizer.encode("é")[:1] + tokenizer.encode("a😀")[:-1] + tokenizer.encode("é")
     ids += [tokenizer.eos_token_id]
-    broken = record.BROKEN
+    broken = describe.BROKEN
     expected = [broken, "a", "", "", broken, "", "é", toy.EOS]
-    assert record.token_texts(tokenizer, ids) == expected
+    assert describe.token_texts(tokenizer, ids) == expected
 
 
 def test_a_long_row_of_half_characters_is_quick():
     tokenizer = toy.make_tokenizer()
     ids = tokenizer.encode("é")[:1] * 20_000
-    assert record.token_texts(tokenizer, ids) == [record.BROKEN] * 20_000
+    assert describe.token_texts(tokenizer, ids) == [describe.BROKEN] * 20_000
 
 
 def test_numbers_keep_six_digits():
-    assert record.shorten([1 / 3, float("nan"), -12345678.0]) == [0.333333, None, -12345700.0]
+    assert describe.shorten([1 / 3, float("nan"), -12345678.0]) == [0.333333, None, -12345700.0]
 
 
 # ---- Elsewhere

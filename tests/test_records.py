@@ -7,6 +7,7 @@ import pytest
 import record
 import run as runs
 from evals.compare import compare
+from infra.metrics import read_metrics
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run
 
@@ -37,7 +38,8 @@ def test_a_page_of_a_run_whose_json_is_wrong(tmp_path, name, content):
     ("name", "content"),
     [
         ("metrics.jsonl", METRICS + b'{"step": 2, "reward": NaN}\n'),
-        ("metrics.jsonl", METRICS + b'{"step": 2, "reward": null}\n'),
+        ("metrics.jsonl", METRICS + b'{"step": null, "reward": 0.5}\n'),
+        ("metrics.jsonl", METRICS + b'{"step": 2, "reward": "null"}\n'),
         ("metrics.jsonl", METRICS + b'{"step": "2"}\n'),
         ("metrics.jsonl", METRICS + b'{"step": 1e400}\n'),
         ("metrics.jsonl", METRICS + b'{"reward": 1}\n'),
@@ -48,6 +50,19 @@ def test_a_page_of_a_run_whose_figures_are_none(tmp_path, name, content):
     run = make_run(tmp_path / "run", **{name: content})
     with pytest.raises(ValueError, match=rf"{name}.*expected"):
         write_run_report([run], tmp_path / "report.html")
+
+
+def test_figures_that_were_not_finite(tmp_path):
+    """A page leaves them out, and a run that goes on keeps their lines."""
+    lines = METRICS + b'{"step": 2, "reward": null, "length": 3.0}\n'
+    folder = make_run(tmp_path / "run", **{"metrics.jsonl": lines})
+    assert read_metrics(folder / "metrics.jsonl") == [
+        {"step": 1, "reward": 0.5},
+        {"step": 2, "length": 3.0},
+    ]
+    assert write_run_report([folder], tmp_path / "report.html").exists()
+    runs.Run.cut_metrics(SimpleNamespace(folder=folder), last_step=2)
+    assert (folder / "metrics.jsonl").read_bytes() == lines
 
 
 @pytest.mark.parametrize("line", [*WRONG, b"{}", b'{"step": "1"}'])

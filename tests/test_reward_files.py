@@ -25,7 +25,7 @@ def grade(path: str):
     problem = SimpleNamespace(id="p17", text="What is 2?", answer="2")
     episode = SimpleNamespace(text="two", finish_reason="stop", response_ids=[0])
     with Grader([path], n_workers=1) as grader:
-        (verdict,) = grader.submit([problem], [episode]).result()
+        (verdict,) = grader.grade_all([problem], [episode])
     return verdict
 
 
@@ -187,7 +187,7 @@ from rewards import Grader
 grader = Grader([{path!r}], n_workers=1, patience=0.1)
 problem = SimpleNamespace(id="p17", text="What is 2?", answer="2")
 episode = SimpleNamespace(text="two", finish_reason="stop", response_ids=[0])
-grader.submit([problem], [episode]).result()
+grader.grade_all([problem], [episode])
 """
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

@@ -336,10 +336,10 @@ def test_episodes_are_graded_in_order(grader):
         r"\boxed{6/2}",
     ]
     grader.counts.clear()
-    verdicts = grader.submit(problems, [episode(text) for text in texts]).result()
+    verdicts = grader.grade_all(problems, [episode(text) for text in texts])
     assert [verdict.kind for verdict in verdicts] == [
         "right", "wrong", "wrong", "no answer", "right",
         "right", "wrong", "no answer", "right", "right",
     ]  # fmt: skip
     assert grader.counts == {"capped": 1}
-    assert grader.submit([], []).result() == []
+    assert grader.grade_all([], []) == []

@@ -11,7 +11,7 @@ from conftest import FAMILIES, PLAIN_FAMILIES, TINY, plain_model, tiny_model
 import flow as fl
 import parallel
 import rlfr
-from infra import families
+from infra import families, memory
 
 EPISODES = [
     rlfr.Row([5, 6, 7], [8, 9]),
@@ -85,29 +85,12 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
         assert difference <= 1e-5 * expected.grad.abs().max()
 
 
-def test_rows_of_like_length_form_a_strip():
-    strips = rlfr.like_lengths([30, 100, 40, 75, 74, 30])
-    assert strips == [[1, 3], [4], [2, 0, 5]]
+def test_packing_keeps_every_token():
     batch = rlfr.collate(EPISODES)
-    widths = [strip.shape for strip in batch.packing.strips]
-    assert widths == [(1, 9), (2, 6), (1, 3)]
     packed = torch.arange(len(batch.packing.places))
-    strips = batch.packing.to_strips(packed)
-    assert torch.equal(batch.packing.from_strips(strips), packed)
+    assert len(packed) == batch.attention_mask.sum()
     padded = batch.packing.pad(packed)
     assert torch.equal(batch.packing.pack(padded), packed)
-
-
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
-def test_strips_change_no_figure(family, monkeypatch):
-    """All rows in one strip, as on a GPU, a strip for each length, and what a CPU does."""
-    outputs = []
-    for part in (0.0, 0.75, 1.0):
-        monkeypatch.setattr(rlfr, "LIKE_LENGTH", part)
-        outputs.append(tiny_policy(family)(rlfr.collate(EPISODES), 0.7, taps=[1, 2]))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output.logp, outputs[0].logp, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(output.entropy, outputs[0].entropy, rtol=1e-5, atol=1e-5)
 
 
 PROMPTS_SHARED = [
@@ -762,7 +745,7 @@ def test_biases_and_norms_do_not_decay():
 
 
 # ---- Memory of an update; tests/test_published.py has what an H100 measured
-@pytest.mark.parametrize("family", rlfr.PLAIN_DECODERS)
+@pytest.mark.parametrize("family", memory.PLAIN_DECODERS)
 def test_what_a_layer_keeps_of_a_token(family):
     """Against what autograd saves of the layers of a bfloat16 model, each storage counted once."""
     config = copy.deepcopy(FAMILIES[family])
@@ -784,4 +767,4 @@ def test_what_a_layer_keeps_of_a_token(family):
     assert output.last_hidden_state.requires_grad
     total = sum(storage.nbytes() for storage in saved.values())
     per_layer = total / n_tokens / config.num_hidden_layers
-    assert rlfr.layer_bytes(config) == pytest.approx(per_layer, rel=0.02)
+    assert memory.layer_bytes(config) == pytest.approx(per_layer, rel=0.02)

@@ -226,7 +226,12 @@ def test_the_models_eos_alone_can_end_a_response(world):
     assert rollout.end_tokens(model, "eos") == [eos]
     settings = rollout.EngineSettings(engine="torch", stop_tokens="eos")
     engine = rollout.make_engine(
-        model, settings, 64, 0, torch.device("cpu"), torch.float32, can_sleep=False
+        model,
+        settings,
+        rollout.Capacity(64),
+        torch.device("cpu"),
+        torch.float32,
+        can_sleep=False,
     )
     assert engine.end_tokens.tolist() == [eos]
 

@@ -16,6 +16,7 @@ import eval as evaluation
 import toy
 import train_flow
 import train_rl
+from evals.held_out import HeldOut
 from infra import stopping
 from infra.stopping import Stop
 from run import change
@@ -96,17 +97,17 @@ def test_a_signal_after_the_last_step_is_saved(world, flow_folder, tmp_path, hee
     """The evaluation at the end is not waited for; a resumed run makes it up."""
     settings = {"eval_data": (world.path("test.jsonl"),), "save_every": 1, "steps": 1}
     config = small_run(world, flow_folder, tmp_path / "run", **settings, **BY_LENGTH)
-    evaluate = train_rl.evaluate
+    evaluate = HeldOut.evaluate
 
     def evaluate_amid_signals(*arguments):
         if (tmp_path / "run" / "policy").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train_rl, "evaluate", evaluate_amid_signals)
+    monkeypatch.setattr(HeldOut, "evaluate", evaluate_amid_signals)
     with pytest.raises(Stop):
         train_rl.main(config)
-    monkeypatch.setattr(train_rl, "evaluate", evaluate)
+    monkeypatch.setattr(HeldOut, "evaluate", evaluate)
     monkeypatch.setattr(stopping, "received", [])
     train_rl.main(change(config, resume=config.folder))
     assert "after" in (tmp_path / "run" / "summary.json").read_text()

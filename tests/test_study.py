@@ -8,16 +8,17 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, find_model, read_lines, small_run
+from conftest import ROOT, experience_of, find_model, read_lines, small_run
 
 sys.path.append(str(ROOT / "benchmarks"))
 import controls
+import dense
 import evidence
-import rlfr
 import run as runs
 import study
 import train_flow
@@ -176,35 +177,34 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return small_run(world, None, tmp_path / "run", **settings)
 
 
-def some_scores() -> train_rl.Scores:
-    """Scores of three responses, of 5, 3 and 4 tokens."""
+def some_experience() -> train_rl.Experience:
+    """Three responses, of 5, 3 and 4 tokens, each with a score."""
     mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
     score = torch.arange(15.0).view(3, 5) * mask
-    zeros = torch.zeros(3, 5)
-    return train_rl.Scores(mask, zeros, zeros, zeros, zeros, score, score[None], mask.clone())
+    return experience_of(mask, deviation=score[None])
 
 
 def test_shuffled_tokens_stay_in_their_response():
-    before = some_scores()
-    after = some_scores()
-    controls.shuffle_tokens(after, (), train_rl.Config(), 0)
-    assert not torch.equal(after.flow_score, before.flow_score)
+    before = some_experience()
+    after = controls.shuffle_tokens(before, train_rl.Config(), 0)
+    assert not torch.equal(after.score, before.score)
     for row, mask in enumerate(before.mask):
-        assert sorted(after.flow_score[row, mask]) == sorted(before.flow_score[row, mask])
-    assert (after.flow_score[~before.mask] == 0).all()
+        assert sorted(after.score[row, mask]) == sorted(before.score[row, mask])
+    assert (after.score[~before.mask] == 0).all()
+    assert torch.equal(before.score, some_experience().score), "what was scored stays as it is"
 
 
 def test_shuffled_responses_change_places_with_their_rewards():
-    settings = train_rl.FlowRewardSettings(
+    settings = dense.FlowRewardSettings(
         flow_scope="expert", flow_on="response", flow_coef=0.5, flow_cap=100
     )
-    before = some_scores()
-    after = some_scores()
-    controls.shuffle_responses(after, (), train_rl.Config(), 1)
+    before = some_experience()
+    after = controls.shuffle_responses(before, train_rl.Config(), 1)
     rewards = []
-    for scores in (before, after):
-        reward = train_rl.shape_flow_reward(scores, settings, 3)
-        rewards.append(rlfr.mean_over_tokens(reward, scores.flow_mask))
+    for experience in (before, after):
+        scored = experience.scored
+        reward = dense.token_rewards(experience.score, scored, settings, 3)
+        rewards.append(dense.reward_of_responses(reward, scored, settings))
     # mean scores 2, 6 and 11.5
     assert rewards[0].tolist() == pytest.approx([-0.01, -0.03, -0.0575])
     assert rewards[1].tolist() != pytest.approx(rewards[0].tolist())
@@ -212,23 +212,28 @@ def test_shuffled_responses_change_places_with_their_rewards():
 
 
 def test_a_control_changes_the_scores_of_every_step(config, flow_folder, monkeypatch):
-    monkeypatch.setattr(train_rl, "score", train_rl.score)
-    seen = []
-    controls.change_scores(
-        lambda scores, episodes, _config, step: seen.append((step, len(episodes)))
-    )
+    """Here all become equal, which leaves no token a flow reward."""
+    monkeypatch.setattr(train_rl, "shape_advantage", train_rl.shape_advantage)
+    steps = []
+
+    def level(experience, _config, step):
+        steps.append((step, len(experience.episodes)))
+        return controls.with_score(experience, experience.scored.float(), experience.scored)
+
+    controls.change_scores(level)
     settings = {"shaping": "flow", "flow": flow_folder, "steps": 2}
     train_rl.main(runs.change(config, **settings))
-    assert seen == [(0, 16), (1, 16)]
+    assert steps == [(0, 16), (1, 16)]
+    for line in read_lines(Path(config.folder, "metrics.jsonl")):
+        assert line["flow/score"] == 1 and line["flow/tokens"] == 0
 
 
 def test_the_experts_likelihood_is_calibrated_on_solutions_that_were_held_out(config, world):
     control = controls.ExpertLikelihood(world.path("model"), world.path("expert.jsonl"), 8)
     training, held_out = controls.load_expert(world.path("expert.jsonl"), 8, config)
     assert (len(training), len(held_out)) == (40, 8)
-    scores = some_scores()
-    control(scores, held_out, config, 0)
-    excess = scores.flow_score[scores.flow_mask]
+    scored = control(replace(some_experience(), episodes=held_out), config, 0)
+    excess = scored.score[scored.scored]
     assert len(excess) == sum(len(row.response_ids) for row in held_out)
     assert excess.mean().item() == pytest.approx(0, abs=1e-4)
     assert excess.std().item() == pytest.approx(1, abs=1e-4)
@@ -314,7 +319,7 @@ def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monke
     command = elsewhere.command(study.find_paths(asked, world))
     monkeypatch.setattr(sys, "argv", command[1:])
     train_rl.main(runs.parse_config(train_rl.Config, {}))
-    uninterrupted = study.read_series(study.read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    uninterrupted = study.read_series(study.read_steps(tmp_path / "run" / "metrics.jsonl"))
     assert whole["rlvr"]["series"] == uninterrupted
     assert whole["rlvr"]["held_out"].keys() == {"before", "after"}
     assert not any((job.folder / name).exists() for name in job.outdated)
@@ -373,13 +378,19 @@ def test_flags_that_the_page_names():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= known
 
 
-def test_figures_that_some_steps_lack():
-    """Regression: a step without right answers has no flow reward of right ones."""
-    steps = [
-        {"correct": 0.0, "flow/reward_wrong": -0.12345, "time/step": 1.0},
-        {"correct": 0.5, "flow/reward_wrong": -0.2, "flow/reward_right": -0.1, "time/step": 1.0},
-    ]
-    assert study.read_series(steps) == {
+def test_figures_that_some_steps_lack(tmp_path):
+    """Regression: a step without right answers has no flow reward of right ones.
+
+    Nor is there a figure that was not finite, or a line that is still being written.
+    """
+    file = tmp_path / "metrics.jsonl"
+    assert study.read_steps(file) == []
+    file.write_text(
+        '{"step": 1, "correct": 0.0, "flow/reward_wrong": -0.12345, "flow/reward_right": null}\n'
+        '{"step": 2, "correct": 0.5, "flow/reward_wrong": -0.2, "flow/reward_right": -0.1}\n'
+        '{"step": 3, "corr'
+    )
+    assert study.read_series(study.read_steps(file)) == {
         "correct": [0.0, 0.5],
         "flow/reward_wrong": [-0.1235, -0.2],
         "flow/reward_right": [None, -0.1],

@@ -86,7 +86,7 @@ def seen(policy: rlfr.Policy, rows: list[rlfr.Row]) -> list:
         episodes.append(
             rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
         )
-    return train_rl.see_images(policy, episodes, token_budget=4)
+    return rlfr.see_images(policy, episodes, token_budget=4)
 
 
 def rows() -> list[rlfr.Row]:
@@ -193,9 +193,9 @@ def test_images_of_a_shared_prompt_go_through_the_model_once(family):
     shared.insert(1, shared[0]._replace(response_ids=[5, 6, 7, 8, 9]))
     batch = rlfr.collate(shared)
     alone = [rlfr.collate([row]) for row in shared]
-    images = [len(one.image_grid_thw) if one.image_grid_thw is not None else 0 for one in alone]
+    images = [len(one.images_once) for one in alone]
     assert images == [1, 1, 0, 2]
-    assert len(batch.image_grid_thw) == 3
+    assert len(batch.image_inputs.grids) == 3
     logp = policy(batch).logp
     for row, one in enumerate(alone):
         expected = policy(one).logp[0]
@@ -564,7 +564,7 @@ def config(image_world, flow_folder, tmp_path_factory) -> train_rl.Config:
         steps=3,
         lr=1e-3,
         flow_lr=1e-3,
-        flow_accept="all",
+        flow_soft=1.0,
         save_every=1,
         keep=3,
     )

@@ -82,24 +82,25 @@ def test_the_walk_is_a_step_of_training(config, seen):
     """Of the small world: the tensors of the step, its loss and its gradient."""
     config = change(config, prompts=1, group_size=4, train_batch=4, steps=1)
     train_rl.main(config)
-    episodes, verdicts, scores, advantage, flow_reward = seen[0][5:10]
+    experience, advantage, flow_reward = seen[0]
     walked = walkthrough.walk(change(config, folder=None))
     row = walked["chosen"]
     tokens = walked["tokens"]
     n = len(tokens["ids"])
-    assert tokens["ids"] == episodes[row].response_ids
-    assert walked["rewards"] == [verdict.reward for verdict in verdicts]
+    assert tokens["ids"] == experience.episodes[row].response_ids
+    assert walked["rewards"] == experience.reward.tolist()
     expected = {
-        "logp": scores.old_logp,
-        "entropy": scores.entropy,
-        "score": scores.flow_score,
+        "logp": experience.old_logp,
+        "entropy": experience.entropy,
+        "score": experience.score,
         "flow_reward": flow_reward,
         "advantage": advantage,
     }
     for name, values in expected.items():
         assert tokens[name] == pytest.approx(values[row, :n].tolist(), rel=1e-4, abs=1e-6), name
     by_tap = [at_tap["deviation"] for at_tap in walked["at_taps"]]
-    assert by_tap == pytest.approx(scores.deviation[:, row, walked["token"]].tolist(), rel=1e-4)
+    expected = experience.deviation[:, row, walked["token"]].tolist()
+    assert by_tap == pytest.approx(expected, rel=1e-4)
     (line,) = figures(config.folder)
     assert walked["loss"] == pytest.approx(line["policy/loss"], rel=1e-4, abs=1e-6)
     assert walked["gradient_norm"] == pytest.approx(line["policy/grad_norm"], rel=1e-4)

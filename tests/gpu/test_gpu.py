@@ -220,7 +220,7 @@ def step_config(world, flow_folder: str, folder: Path, engine: str) -> train_rl.
         world,
         flow_folder,
         folder / "run",
-        flow_accept="all",
+        flow_soft=1.0,
         engine=engine,
         **settings,
         **BY_LENGTH,
