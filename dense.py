@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import flow as fl
-import parallel
 import rlfr
+from infra import batching, parallel
+from infra.models import Model
 from infra.ranges import (
     Fraction,
     NonNegativeInt,
@@ -29,7 +30,7 @@ from infra.ranges import (
     PositiveInt,
     SignedFloat,
 )
-from rollout import Model
+from policy import PolicyOutput, tap_layers
 
 
 # ---- Settings; None: from the flow, or as the comment says
@@ -159,7 +160,7 @@ class FlowReward:
     ):
         """Take a flow and the number of the policy's layers; the seed is that of its noise."""
         self.flow = flow
-        self.taps = rlfr.tap_layers(n_layers, flow.config.percentiles)
+        self.taps = tap_layers(n_layers, flow.config.percentiles)
         self.depths = [tap / n_layers for tap in self.taps]
         self.settings = settings
         self.learning = learning
@@ -174,7 +175,7 @@ class FlowReward:
         parallel.begin_calls(self.flow)
 
     def score(
-        self, batch: rlfr.Batch, output: rlfr.PolicyOutput, indices: Sequence[int]
+        self, batch: batching.Batch, output: PolicyOutput, indices: Sequence[int]
     ) -> LatentScores:
         """Score the latents of a micro-batch's response tokens, and let the flow learn from them.
 
@@ -207,7 +208,9 @@ class FlowReward:
         deviation = torch.stack([batch.unflatten(values) for values in by_tap])
         return LatentScores(deviation, batch.unflatten(has_context))
 
-    def loss_weights(self, batch: rlfr.Batch, entropy: Tensor, indices: Sequence[int]) -> Tensor:
+    def loss_weights(
+        self, batch: batching.Batch, entropy: Tensor, indices: Sequence[int]
+    ) -> Tensor:
         """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
 
         Over all episodes of the step, on all ranks, the weights sum to 1, unless all of them are 0.

@@ -34,22 +34,27 @@ from typing import Annotated, NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
-import parallel
 import rollout
-import toy
+from engines.choice import check_engine, make_engine
 from evals import figures, sets, vlm
 from evals.compare import compare
 from evals.judge import Judge, make_judge
+from evals.question import Question
 from evals.report import write_report
 from grading import Pool
-from infra import folders, stopping
+from infra import folders, parallel, stopping
+from infra.data import Problem, ProblemSettings, make_problems, template_pattern
+from infra.defaults import fill_in
 from infra.files import need_keys, read_json, write_json, written_whole
+from infra.models import LoadingSettings, Model, find_model
+from infra.parallel import is_first, on_first, start
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_values
+from infra.runs import launch
+from infra.settings import flatten, with_defaults
 from infra.stopping import asked_to_stop
-from parallel import is_first, on_first, start
 from rewards import Grader, RewardSettings
-from rollout import EngineSettings, LoadingSettings, Model, Problem, ProblemSettings, Sampling
-from run import flatten, launch, with_defaults
+from rollout import EngineSettings, Sampling
+from worlds import toy
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ OFFICIAL_LENGTH = 8192  # tokens of a response; of a VL model's prompt and respo
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     check_values(config)
-    rollout.template_pattern(config.problems.template)
-    rollout.check_engine(config.engine, dist.get_world_size())
+    template_pattern(config.problems.template)
+    check_engine(config.engine, dist.get_world_size())
     if config.samples > 1 and config.temperature == 0:
         raise ValueError(
             f"samples={config.samples} at temperature 0 are copies; "
@@ -125,7 +130,9 @@ def main(config: Config) -> None:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: deleting vLLM's destroys the process group.
-            engine = make_engine(config, model, min(max_length, longest_prompt + config.max_tokens))
+            engine = start_engine(
+                config, model, min(max_length, longest_prompt + config.max_tokens)
+            )
             sampling = Sampling(
                 config.samples, config.temperature, config.max_tokens, config.top_p, max_length
             )
@@ -156,9 +163,9 @@ def resolve(config: Config) -> tuple[Config, Model]:
             f"no data given; expected --data with sets: {', '.join(sets.HUB_SETS)}, "
             "or files with columns problem and answer"
         )
-    model = rollout.find_model(name, config.loading)
+    model = find_model(name, config.loading)
     # fill_in knows the length of training; that of evaluation depends on the prompts.
-    filled = rollout.fill_in(with_defaults(config, max_tokens=OFFICIAL_LENGTH), model)
+    filled = fill_in(with_defaults(config, max_tokens=OFFICIAL_LENGTH), model)
     return replace(filled, max_tokens=config.max_tokens), model
 
 
@@ -210,9 +217,9 @@ def check_positions(positions: int, longest_prompt: int, max_tokens: int) -> Non
         )
 
 
-def make_engine(config: Config, model: Model, max_length: int) -> rollout.Engine:
+def start_engine(config: Config, model: Model, max_length: int) -> rollout.Engine:
     """Start the engine that samples, with the model's weights."""
-    return rollout.make_engine(
+    return make_engine(
         model,
         config.engine,
         rollout.Capacity(max_length, config.problems.max_images),
@@ -225,7 +232,7 @@ def make_engine(config: Config, model: Model, max_length: int) -> rollout.Engine
 # ---- Sets of problems and vision-language benchmarks
 def load_data(
     config: Config, model: Model
-) -> tuple[dict[str, list[Problem]], dict[str, list[vlm.Question]]]:
+) -> tuple[dict[str, list[Problem]], dict[str, list[Question]]]:
     """Load all sets, by name, and the questions of those that are vision-language benchmarks."""
     problems = {}
     questions = {}
@@ -239,7 +246,7 @@ def load_data(
     return problems, questions
 
 
-def load_questions(name: str, file: str, config: Config, model: Model) -> list[vlm.Question]:
+def load_questions(name: str, file: str, config: Config, model: Model) -> list[Question]:
     """Load a vision-language benchmark; ValueError if it cannot be scored with these settings."""
     if not file:
         raise ValueError(f"{name} needs its TSV file: --data {name}=FILE")
@@ -253,7 +260,7 @@ def load_questions(name: str, file: str, config: Config, model: Model) -> list[v
 
 
 def ask_bare(
-    questions: Sequence[vlm.Question], source: str, settings: ProblemSettings, model: Model
+    questions: Sequence[Question], source: str, settings: ProblemSettings, model: Model
 ) -> list[Problem]:
     """Make problems of a benchmark's questions, whose prompts bring their own instruction."""
     rows = []
@@ -273,7 +280,7 @@ def ask_bare(
         answer_column="answer",
         images_column="images",
     )
-    return rollout.make_problems(rows, source, settings, model)
+    return make_problems(rows, source, settings, model)
 
 
 def check_judge(config: Config, problems: dict, questions: dict) -> None:
@@ -286,7 +293,7 @@ def check_judge(config: Config, problems: dict, questions: dict) -> None:
 
 
 def score_benchmarks(
-    folder: Path, questions: dict[str, list[vlm.Question]], pool: Pool, judge: Judge | None
+    folder: Path, questions: dict[str, list[Question]], pool: Pool, judge: Judge | None
 ) -> dict[str, dict]:
     """Score the vision-language benchmarks by their own rules and return their figures.
 
@@ -550,7 +557,7 @@ def versions() -> dict[str, str]:
 
 
 def list_points(
-    records: Sequence[dict], questions: dict[str, list[vlm.Question]]
+    records: Sequence[dict], questions: dict[str, list[Question]]
 ) -> dict[str, list[figures.Point]]:
     """Return what the average over sets is made of, by set: those that were judged at all."""
     points = {}
@@ -570,7 +577,7 @@ def list_points(
 def finish(
     config: Config,
     folder: Path,
-    questions: dict[str, list[vlm.Question]],
+    questions: dict[str, list[Question]],
     benchmarks: dict[str, dict],
 ) -> None:
     """Write summary and report of an evaluation, and print its tables."""

@@ -30,7 +30,6 @@ the context mode is stored with the flow; noise is keyed by (seed, step, episode
 repeat and do not depend on how episodes are batched.
 """
 
-import hashlib
 import json
 import math
 import pickle
@@ -46,10 +45,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from infra import kinds
 from infra.errors import first_line
 from infra.files import folder_written_whole
 from infra.kinds import check_kinds
-from parallel import full_weights, gather_weights, on_first
+from infra.parallel import full_weights, gather_weights, on_first
+from infra.seeds import keyed_seed
 
 FLOW_FILE = "flow.safetensors"
 OFFICIAL_FILE = "flow_model.bin"
@@ -415,15 +416,6 @@ def make_rows(
 
 
 # ---- Noise
-def keyed_seed(*key: int | str) -> int:
-    """Derive a 63-bit seed from a key, e.g. ("noise", seed, step, episode).
-
-    Distinct keys give independent seeds: what is drawn for one episode does not depend on others.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def draw(
     config: FlowConfig, keys: Sequence[tuple], lengths: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -630,7 +622,7 @@ def load_flow(
     required = {"dim": dim}
     for name, value in expected.items():
         if value is not None:
-            required[name] = as_tuple(value)
+            required[name] = kinds.as_tuple(value)
     if file.suffix == ".bin":
         state, config = read_official(file, required)
         config = replace(config, norm_eps=norm_eps)
@@ -721,7 +713,7 @@ def read_config(path: Path, text: str | None) -> FlowConfig:
         )
     try:
         settings = json.loads(text)
-        known = {name: as_tuple(value) for name, value in settings.items()}
+        known = {name: kinds.as_tuple(value) for name, value in settings.items()}
         return FlowConfig(**known)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         # no JSON, a field that is unknown, missing or absurd, or no object at all
@@ -763,10 +755,3 @@ def load_official(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(torch.is_tensor(part) for part in state.values()):
         raise ValueError(f"{path} is no official flow: expected tensors by name")
     return state
-
-
-def as_tuple(value):
-    """Return a list as a tuple, which it was before it went through JSON; others as they are."""
-    if isinstance(value, list):
-        return tuple(value)
-    return value

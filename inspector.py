@@ -20,15 +20,18 @@ from pathlib import Path
 
 import torch
 
-import parallel
 import rollout
-import toy
 import train_rl
+from engines.choice import make_engine
 from engines.waking import awake
-from infra import errors
+from infra import errors, parallel
+from infra.data import Problem, load_problems
+from infra.models import Model
+from infra.runs import Run, launch
+from infra.settings import change
 from pages.rollouts import inspect_run
 from rewards import Grader
-from run import Run, change, launch
+from worlds import toy
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def sample_and_inspect(config: Config) -> None:
     config = change(config, freeze_flow=True, train_batch=n_episodes, log_groups=prompts)
     config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")
-    problems = rollout.load_problems(config.data, config.problems, model)
+    problems = load_problems(config.data, config.problems, model)
     models = train_rl.make_models(config, model, is_flow_named=True)
     run.begin({})
     with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
@@ -68,8 +71,8 @@ def sample_and_inspect(config: Config) -> None:
 
 def sample_and_score(
     config: Config,
-    model: rollout.Model,
-    problems: list[rollout.Problem],
+    model: Model,
+    problems: list[Problem],
     models: train_rl.Models,
     grader: Grader,
 ) -> train_rl.Experience:
@@ -77,7 +80,7 @@ def sample_and_score(
     dtype = parallel.compute_dtype(config.loading.dtype)
     longest_prompt = config.problems.max_prompt_tokens
     max_tokens = config.sampling.max_tokens
-    engine = rollout.make_engine(
+    engine = make_engine(
         model,
         config.engine,
         rollout.Capacity(longest_prompt + max_tokens, config.problems.max_images),

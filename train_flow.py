@@ -33,11 +33,23 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import flow as fl
-import parallel
 import rlfr
-import rollout
-import toy
-from infra import fingerprints
+from infra import batching, fingerprints, parallel
+from infra.data import (
+    DataSettings,
+    check_columns,
+    find_exchange,
+    is_empty,
+    load_rows,
+    make_prompts,
+    read_exchange,
+    read_images,
+    solution_end,
+    template_pattern,
+)
+from infra.defaults import fill_in
+from infra.models import LoadingSettings, Model, find_model, short_name
+from infra.parallel import is_first, on_first, start
 from infra.ranges import (
     BatchSize,
     Fraction,
@@ -51,18 +63,13 @@ from infra.ranges import (
     check_values,
 )
 from infra.rows import check_texts
+from infra.runs import Run, Stopwatch, check_folder, launch
+from infra.seeds import passes
+from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
 from pages.of_a_run import write_pages, write_report
-from parallel import is_first, on_first, start
-from run import (
-    ComputeSettings,
-    Run,
-    RunSettings,
-    Stopwatch,
-    check_folder,
-    launch,
-    with_defaults,
-)
+from policy import Policy, load_policy, tap_layers
+from worlds import toy
 
 # Expert solutions of the published runs, by the names that their repositories give them
 PUBLISHED_DATA = {
@@ -75,7 +82,7 @@ N_MEASURED = 256  # solutions on whose tokens mean and spread of latents are mea
 
 
 @dataclass(frozen=True)
-class SolutionSettings(rollout.DataSettings):
+class SolutionSettings(DataSettings):
     """Where expert solutions stand, and how problems become prompts."""
 
     # Column with the solution's text; messages or conversations: the first answer of a chat
@@ -132,14 +139,14 @@ class Config:
     flow: FlowSettings = FlowSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
     compute: ComputeSettings = ComputeSettings()
-    loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=262_144)
+    loading: LoadingSettings = LoadingSettings(max_pixels=262_144)
     run: RunSettings = RunSettings()
 
 
-def resolve(config: Config) -> tuple[Config, rollout.Model]:
+def resolve(config: Config) -> tuple[Config, Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
     check_values(config)
-    rollout.template_pattern(config.solutions.template)
+    template_pattern(config.solutions.template)
     fl.check_contexts(config.contexts)
     n_ranks = dist.get_world_size()
     if config.batch_size % n_ranks:
@@ -152,13 +159,13 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     if world:
         name = world.path("model")
         config = with_defaults(config, data=world.path("expert.jsonl"))
-    model = rollout.find_model(name, config.loading)
+    model = find_model(name, config.loading)
     if config.data is None:
         data = PUBLISHED_DATA["text" if model.processor is None else "images"]
         config = with_defaults(config, data=data)
         if is_first():
             print(f"no --data given: taking the published expert solutions, {data}")
-    config = rollout.fill_in(config, model)
+    config = fill_in(config, model)
     cutoff = config.solutions.cutoff
     max_prompt_tokens = config.solutions.max_prompt_tokens
     if cutoff <= max_prompt_tokens:
@@ -168,31 +175,31 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
     return config, model
 
 
-def load_solutions(source: str, settings: SolutionSettings, model: rollout.Model) -> list[rlfr.Row]:
+def load_solutions(source: str, settings: SolutionSettings, model: Model) -> list[batching.Row]:
     """Load expert solutions as tokens; a whole one ends as a turn does, a cut one does not."""
     return tokenise(*read_solutions(source, settings, model), settings, model)
 
 
 def read_solutions(
-    source: str, settings: SolutionSettings, model: rollout.Model
+    source: str, settings: SolutionSettings, model: Model
 ) -> tuple[list[str], list[str], list]:
     """Read problems, their solutions and their images, in the order of the rows."""
-    rows = rollout.load_rows(source, (), settings.split, settings.subset)
+    rows = load_rows(source, (), settings.split, settings.subset)
     columns = (settings.problem_column, settings.solution_column)
     is_chat = takes_chats(rows[0], settings.solution_column)
     if settings.drop_empty:
         rows = drop_empty(rows, source, None if is_chat else columns)
     if is_chat:
-        exchanges = [rollout.read_exchange(row, f"{source}, row {i}") for i, row in enumerate(rows)]
+        exchanges = [read_exchange(row, f"{source}, row {i}") for i, row in enumerate(rows)]
         texts = [problem for problem, _ in exchanges]
         solutions = [solution for _, solution in exchanges]
     else:
-        rollout.check_columns(rows, source, columns)
+        check_columns(rows, source, columns)
         texts = [row[settings.problem_column] for row in rows]
         solutions = [row[settings.solution_column] for row in rows]
     check_texts(texts, source, settings.problem_column)
     check_texts(solutions, source, settings.solution_column)
-    return texts, solutions, rollout.read_images(rows, source, settings, model.processor)
+    return texts, solutions, read_images(rows, source, settings, model.processor)
 
 
 def tokenise(
@@ -200,17 +207,17 @@ def tokenise(
     solutions: Sequence[str],
     images: Sequence,
     settings: SolutionSettings,
-    model: rollout.Model,
-) -> list[rlfr.Row]:
+    model: Model,
+) -> list[batching.Row]:
     """Return solutions as tokens, after their prompts."""
-    prompts = rollout.make_prompts(texts, images, model, settings)
+    prompts = make_prompts(texts, images, model, settings)
     ids = model.tokenizer(solutions, add_special_tokens=False)["input_ids"]
-    end = rollout.solution_end(model, settings.template)
+    end = solution_end(model, settings.template)
     episodes = []
     for i, prompt in enumerate(prompts):
         solution = ids[i] + end
         room = settings.cutoff - len(prompt)
-        episodes.append(rlfr.Row(prompt, solution[:room], images[i]))
+        episodes.append(batching.Row(prompt, solution[:room], images[i]))
     return episodes
 
 
@@ -232,9 +239,9 @@ def drop_empty(
     kept = []
     for row in rows:
         if columns is None:
-            is_whole = rollout.find_exchange(row) is not None
+            is_whole = find_exchange(row) is not None
         else:
-            is_whole = not any(rollout.is_empty(row.get(column)) for column in columns)
+            is_whole = not any(is_empty(row.get(column)) for column in columns)
         if is_whole:
             kept.append(row)
     if not kept:
@@ -265,16 +272,16 @@ class Latents:
 
     def __init__(
         self,
-        policy: rlfr.Policy,
+        policy: Policy,
         flow_config: fl.FlowConfig,
-        solutions: Sequence[rlfr.Row],
+        solutions: Sequence[batching.Row],
         token_budget: int,
     ):
         self.policy = policy
         self.flow_config = flow_config
         self.solutions = solutions
         self.token_budget = token_budget  # tokens of a micro-batch
-        self.taps = rlfr.tap_layers(policy.n_layers, flow_config.percentiles)
+        self.taps = tap_layers(policy.n_layers, flow_config.percentiles)
         self.kept: list[Tensor] = []  # of each solution (L, S, D), or none at all
         if self.fit_in_memory():
             self.keep()
@@ -301,14 +308,14 @@ class Latents:
         bar.close()
         self.kept = [kept[index] for index in range(len(self.solutions))]
 
-    def micro_batches(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], rlfr.Batch]]:
+    def micro_batches(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], batching.Batch]]:
         """Yield this rank's micro-batches of chosen solutions: their places in it, and the batch."""
         rows = [self.solutions[index] for index in chosen]
         n_ranks = dist.get_world_size()
-        return rlfr.micro_batches(rows, self.token_budget, dist.get_rank(), n_ranks)
+        return batching.micro_batches(rows, self.token_budget, dist.get_rank(), n_ranks)
 
     @torch.no_grad()
-    def run_policy(self, batch: rlfr.Batch) -> list[Tensor]:
+    def run_policy(self, batch: batching.Batch) -> list[Tensor]:
         """Return the latents of a batch, (B, S, D) for each tap."""
         return self.policy(batch, taps=self.taps, latents_only=True).latents
 
@@ -421,7 +428,7 @@ def main(config: Config) -> None:
     # ---- Solutions, policy, flow
     start()
     config, model = resolve(config)
-    run = Run(config, f"flow-{rollout.short_name(config.model)}")
+    run = Run(config, f"flow-{short_name(config.model)}")
     texts, answers, images = read_solutions(config.data, config.solutions, model)
     n_ranks = dist.get_world_size()
     n_held_out = count_held_out(config.flow.held_out, len(texts), n_ranks)
@@ -436,7 +443,7 @@ def main(config: Config) -> None:
         )
     solutions = tokenise(texts, answers, images, config.solutions, model)
     dtype = parallel.compute_dtype(config.loading.dtype)
-    policy = rlfr.load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
+    policy = load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
     fitted_to = fingerprints.of_weights(policy.model)
     parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
     flow_config = fl.FlowConfig(
@@ -497,7 +504,7 @@ def main(config: Config) -> None:
         # ---- The step's solutions
         batch_size = config.batch_size
         first = step * batch_size
-        order = rlfr.passes(n_training, first, batch_size, "flow order", config.seed)
+        order = passes(n_training, first, batch_size, "flow order", config.seed)
         chosen = [index for _, index in order]
 
         # ---- Latents, draws of (t, x_0), matching loss

@@ -31,15 +31,18 @@ from transformers import PreTrainedTokenizerBase
 
 import dense
 import flow as fl
-import lora
-import parallel
 import rlfr
 import rollout
-import toy
+from engines.choice import check_engine, make_engine
 from engines.waking import awake
 from evals import sets
 from evals.held_out import HeldOut
-from infra import fingerprints, memory, rehearsal
+from infra import batching, fingerprints, lora, memory, parallel, rehearsal
+from infra.data import Problem, ProblemSettings, load_problems, template_pattern
+from infra.defaults import fill_in, published_settings
+from infra.exports import export_adapter, export_policy
+from infra.models import LoadingSettings, Model, find_model, short_name
+from infra.parallel import is_first, on_first, start
 from infra.ranges import (
     BatchSize,
     Fraction,
@@ -51,23 +54,15 @@ from infra.ranges import (
     Seed,
     check_values,
 )
+from infra.runs import Run, Stopwatch, check_folder, launch
+from infra.seeds import group_order
+from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
 from pages.describe import describe, describe_size, is_due
 from pages.of_a_run import write_pages, write_report
-from parallel import is_first, on_first, start
+from policy import Freeze, Policy, load_policy, see_images
 from rewards import Grader, RewardSettings
-from run import (
-    ComputeSettings,
-    Run,
-    RunSettings,
-    Stopwatch,
-    check_folder,
-    export_adapter,
-    export_policy,
-    launch,
-    with_defaults,
-)
-from worlds import offline_start
+from worlds import offline_start, toy
 
 # Problems of the published runs: columns problem and answer; prompt, answer and images
 PUBLISHED_DATA = {
@@ -105,7 +100,7 @@ class OptimisationSettings:
     mismatch: rlfr.Mismatch = "token"
     mismatch_cap: PositiveFloat = 2.0  # Where importance weights are truncated or masked
     # What does not learn; by default vision, the tower of a VL model
-    freeze: rlfr.Freeze | None = None
+    freeze: Freeze | None = None
     # Rank of the adapters that learn in place of the decoder's weights (LoRA); 0: all weights learn
     lora_rank: Annotated[int, Range(0, 65_536)] = 0
     # Adapters count alpha / rank; by default twice the rank
@@ -122,7 +117,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see record.py."""
+    """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see infra/record.py."""
 
     log_rollouts: NonNegativeInt = 10  # Steps between those whose rollouts are written; 0: none
     log_groups: PositiveInt = 4  # Groups of such a step that are written, each as a whole
@@ -159,7 +154,7 @@ class Config:
     resume: str | None = None  # Run folder to go on with
     seed: Seed = 0  # Seed of initialisation, order, sampling and noise
     sampling: rollout.SamplingSettings = rollout.SamplingSettings()
-    problems: rollout.ProblemSettings = rollout.ProblemSettings()
+    problems: ProblemSettings = ProblemSettings()
     grading: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
     flow_reward: dense.FlowRewardSettings = dense.FlowRewardSettings()
@@ -169,16 +164,16 @@ class Config:
     record: RecordSettings = RecordSettings()
     engine: rollout.EngineSettings = rollout.EngineSettings()
     compute: TrainingComputeSettings = TrainingComputeSettings()
-    loading: rollout.LoadingSettings = rollout.LoadingSettings(max_pixels=501_760)
+    loading: LoadingSettings = LoadingSettings(max_pixels=501_760)
     run: RunSettings = RunSettings()
 
 
 def check(config: Config) -> None:
     """Raise ValueError for settings that cannot work."""
     check_values(config)
-    rollout.template_pattern(config.problems.template)
+    template_pattern(config.problems.template)
     n_ranks = dist.get_world_size()
-    rollout.check_engine(config.engine, n_ranks)
+    check_engine(config.engine, n_ranks)
     if config.compute.offload and config.compute.cpu_offload:
         raise ValueError(
             "offload and cpu_offload exclude each other: "
@@ -211,18 +206,18 @@ def check_adapters(config: Config) -> None:
     alpha = config.optimisation.lora_alpha
     if rank > 0:
         lora.check_installed()
-    elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see run.py
+    elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see infra/runs.py
         raise ValueError(
             f"lora_alpha={alpha} without adapters; give --lora-rank, or leave --lora-alpha out"
         )
 
 
-def resolve(config: Config) -> tuple[Config, rollout.Model]:
+def resolve(config: Config) -> tuple[Config, Model]:
     """Check the settings and fill in what follows from the model; return them and the model."""
     check(config)
     on_first(lambda: check_folder(config))
     name = config.model
-    flow_folder = f"runs/flow-{rollout.short_name(config.model)}"
+    flow_folder = f"runs/flow-{short_name(config.model)}"
     world = on_first(lambda: toy.find_world(config.model))
     if world:
         name = world.path("model")
@@ -232,13 +227,13 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
             on_first(lambda: offline_start.make_flow(config.model, flow_folder))
     if config.shaping == "flow" and config.flow is None:
         config = with_defaults(config, flow=on_first(lambda: fl.newest_flow(flow_folder)))
-    model = rollout.find_model(name, config.loading)
+    model = find_model(name, config.loading)
     if config.data is None:
         data = PUBLISHED_DATA["text" if model.processor is None else "images"]
         config = with_defaults(config, data=data)
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
-    config = rollout.fill_in(config, model)
+    config = fill_in(config, model)
     if config.compute.gradient_checkpointing is None:
         room = min(parallel.gather_objects(parallel.total_memory()))
         recompute = memory.recomputes_activations(config, model, dist.get_world_size(), room)
@@ -267,10 +262,10 @@ def resolve(config: Config) -> tuple[Config, rollout.Model]:
 
 
 # ---- Policy, reference
-def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
+def make_policy(config: Config, model: Model) -> Policy:
     """Load the policy, compiled and sharded, with adapters if it has them."""
     settings = config.optimisation
-    policy = rlfr.load_policy(
+    policy = load_policy(
         model.path,
         config.loading.trust_remote_code,
         config.compute.gradient_checkpointing,
@@ -286,13 +281,11 @@ def make_policy(config: Config, model: rollout.Model) -> rlfr.Policy:
     return policy
 
 
-def make_reference(
-    policy: rlfr.Policy, config: Config, model: rollout.Model
-) -> rlfr.Policy | lora.Base:
+def make_reference(policy: Policy, config: Config, model: Model) -> Policy | lora.Base:
     """Return the initial policy, for a KL: without the adapters the policy itself, or a copy."""
     if config.optimisation.lora_rank:
         return lora.Base(policy)
-    reference = rlfr.load_policy(
+    reference = load_policy(
         model.path,
         config.loading.trust_remote_code,
         freeze=config.optimisation.freeze,  # a frozen tower is the policy's: features serve both
@@ -306,17 +299,17 @@ def make_reference(
 class Models(NamedTuple):
     """What a step scores with, and what learns in it."""
 
-    policy: rlfr.Policy
-    reference: rlfr.Policy | lora.Base | None  # the initial policy, for a KL
+    policy: Policy
+    reference: Policy | lora.Base | None  # the initial policy, for a KL
     dense: dense.FlowReward | None
     learners: dict[str, parallel.Learner]  # of the policy, and of the dense reward if it learns
 
 
-def make_models(config: Config, model: rollout.Model, is_flow_named: bool) -> Models:
+def make_models(config: Config, model: Model, is_flow_named: bool) -> Models:
     """Load the policy, the reference for a KL, and the flow; nothing learns yet."""
     flow = None
     if config.shaping == "flow":
-        n_blocks = rollout.published_settings(model)["flow_blocks"]
+        n_blocks = published_settings(model)["flow_blocks"]
         flow = dense.make_flow(
             config.flow, config.flow_reward, model, n_blocks=n_blocks, seed=config.seed
         )
@@ -353,9 +346,9 @@ def tensors_of(models: Models) -> list[Tensor]:
 
 
 @torch.no_grad()
-def check_probes(policy: rlfr.Policy, probes: list[rollout.Episode], model: str) -> None:
+def check_probes(policy: Policy, probes: list[rollout.Episode], model: str) -> None:
     """Raise ValueError if the policy's log-probs are not the engine's, see sample_probes()."""
-    batch = rlfr.collate(probes)
+    batch = batching.collate(probes)
     rollout.check_log_probs(probes, policy(batch).logp[batch.response_mask], model)
 
 
@@ -437,7 +430,7 @@ def score(
     """
     policy, reference, dense_reward, _ = models
     taps = dense_reward.taps if dense_reward else []
-    episodes = rlfr.see_images(policy, episodes, token_budget)
+    episodes = see_images(policy, episodes, token_budget)
     experience = Experience.before_scoring(episodes, len(taps))
     if dense_reward:
         dense_reward.begin_scoring(step, experience.correct)
@@ -461,7 +454,7 @@ def score(
 
 def my_micro_batches(episodes: Sequence, token_budget: int, phase: str):
     """Yield indices and batch of this rank's share of episodes, behind a progress bar."""
-    batches = rlfr.micro_batches(episodes, token_budget, dist.get_rank(), dist.get_world_size())
+    batches = batching.micro_batches(episodes, token_budget, dist.get_rank(), dist.get_world_size())
     return tqdm(batches, desc=phase, leave=False, delay=3, disable=not is_first())
 
 
@@ -527,7 +520,7 @@ def update_policy(
     temperature = config.sampling.temperature
     n_episodes = settings.train_batch
     # whole groups, as a forward computes their prompt once
-    order = rlfr.group_order(len(advantage), group_size, "mini-batches", config.seed, step)
+    order = group_order(len(advantage), group_size, "mini-batches", config.seed, step)
     share = n_episodes / len(advantage)  # of a mini-batch in the step
     coefficients = other_terms(settings)
     names = ("loss", "clipped", "kl", *coefficients)
@@ -538,7 +531,7 @@ def update_policy(
         n_tokens = int(experience.mask[mini_batch].sum())
         if not coefficients:
             has_gradient = advantage[mini_batch] != 0
-            runs = rlfr.rows_to_run(has_gradient, group_size, dist.get_world_size())
+            runs = batching.rows_to_run(has_gradient, group_size, dist.get_world_size())
             mini_batch = mini_batch[runs]
         chosen = [experience.episodes[i] for i in mini_batch]
         for indices, batch in my_micro_batches(chosen, config.compute.tokens_per_gpu, "update"):
@@ -576,12 +569,12 @@ def update_policy(
 
 
 # ---- Before the first step
-def rehearse(models: Models, problems: Sequence[rollout.Problem], config: Config) -> None:
+def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> None:
     """Do phases 3 to 6 of a step at the longest lengths, with learners that take no step."""
     stand_ins = {name: parallel.Rehearsal(each) for name, each in models.learners.items()}
     models = models._replace(learners=stand_ins)
 
-    def update(chosen: list[rollout.Problem]) -> None:
+    def update(chosen: list[Problem]) -> None:
         episodes = [rollout.stand_in(problem, config.sampling.max_tokens) for problem in chosen]
         temperature = config.sampling.temperature
         token_budget = config.compute.tokens_per_gpu
@@ -662,8 +655,8 @@ def main(config: Config) -> None:
     start()
     is_flow_named = config.flow is not None
     config, model = resolve(config)
-    run = Run(config, f"rl-{rollout.short_name(config.model)}-{config.shaping}")
-    problems = rollout.load_problems(config.data, config.problems, model)
+    run = Run(config, f"rl-{short_name(config.model)}-{config.shaping}")
+    problems = load_problems(config.data, config.problems, model)
     sampling = config.sampling
     total_steps = config.steps or config.optimisation.epochs * len(problems) // sampling.prompts
     if not total_steps:
@@ -697,7 +690,7 @@ def main(config: Config) -> None:
         host_copy.offload()
     dtype = parallel.compute_dtype(config.loading.dtype)
     longest = config.problems.max_prompt_tokens + sampling.max_tokens
-    engine = rollout.make_engine(
+    engine = make_engine(
         model,
         config.engine,
         rollout.Capacity(longest, config.problems.max_images),

@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-import record
 from common import code, number, table
 from evidence import BLUE, ORANGE, STYLE, plt, save
 from flow_signal import auc, resampling_weights
+from infra import record
 from infra.metrics import read_metrics
 
 SIDES = (("right", True, BLUE), ("not right", False, ORANGE))

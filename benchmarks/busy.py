@@ -32,11 +32,10 @@ from typing import NamedTuple
 import tyro
 from tqdm import tqdm
 
-import parallel
 import peers
-import toy
 from common import machine
-from infra import waiting
+from infra import parallel, waiting
+from worlds import toy
 
 TRL = peers.TRL
 

@@ -35,17 +35,21 @@ import torch
 import tyro
 from torch import Tensor
 
-import flow as fl
-import parallel
 import rlfr
 import rollout
-import toy
 import train_flow
 import train_rl
+from engines.torch_engine import TorchEngine
+from infra import batching, parallel
+from infra.data import ProblemSettings, load_problems
 from infra.files import written_whole
+from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
+from infra.runs import launch
+from infra.seeds import keyed_seed, passes, permutation
+from policy import Policy, load_policy
 from rewards import Grader
-from run import launch
+from worlds import toy
 
 
 # ---- Shuffled scores
@@ -73,7 +77,7 @@ def shuffle_tokens(
     score = experience.score  # a tensor of its own
     for row, scored in enumerate(experience.scored):
         values = score[row, scored]
-        order = rlfr.permutation(len(values), "shuffled tokens", config.seed, step, row)
+        order = permutation(len(values), "shuffled tokens", config.seed, step, row)
         score[row, scored] = values[order]
     return with_score(experience, score, experience.scored)
 
@@ -83,7 +87,7 @@ def shuffle_responses(
 ) -> train_rl.Experience:
     """Give all tokens of a response the mean score of another response of the step."""
     mean = rlfr.mean_over_tokens(experience.score, experience.scored)  # (B,)
-    order = rlfr.permutation(len(mean), "shuffled responses", config.seed, step)
+    order = permutation(len(mean), "shuffled responses", config.seed, step)
     score = mean[order][:, None] * experience.scored
     return with_score(experience, score, experience.scored)
 
@@ -91,7 +95,7 @@ def shuffle_responses(
 # ---- Expert solutions
 def load_expert(
     file: str, n_held_out: int, config: train_rl.Config
-) -> tuple[list[rlfr.Row], list[rlfr.Row]]:
+) -> tuple[list[batching.Row], list[batching.Row]]:
     """Return the expert solutions to learn from, and those that flows are calibrated on."""
     settings = train_flow.SolutionSettings(
         problem_column=config.problems.problem_column,
@@ -99,7 +103,7 @@ def load_expert(
         max_prompt_tokens=config.problems.max_prompt_tokens,
         cutoff=config.problems.max_prompt_tokens + config.sampling.max_tokens,
     )
-    model = rollout.find_model(config.model, config.loading)
+    model = find_model(config.model, config.loading)
     solutions = train_flow.load_solutions(file, settings, model)
     n_training = len(solutions) - n_held_out
     if not 0 < n_training < len(solutions):
@@ -114,7 +118,7 @@ class ExpertLikelihood:
     """Replaces scores by the excess of -log p under the expert policy over expert tokens."""
 
     def __init__(self, policy_folder: str, solutions_file: str, n_held_out: int):
-        self.policy = rlfr.load_policy(policy_folder).to(parallel.DEVICE).requires_grad_(False)
+        self.policy = load_policy(policy_folder).to(parallel.DEVICE).requires_grad_(False)
         self.solutions_file = solutions_file
         self.n_held_out = n_held_out
         self.mean: Tensor | None = None  # of expert tokens
@@ -137,13 +141,15 @@ class ExpertLikelihood:
         self.spread = surprise[mask].std()
 
     @torch.no_grad()
-    def surprise(self, rows: Sequence[rlfr.Row], config: train_rl.Config) -> tuple[Tensor, Tensor]:
+    def surprise(
+        self, rows: Sequence[batching.Row], config: train_rl.Config
+    ) -> tuple[Tensor, Tensor]:
         """Return -log p of response tokens (B, T), and where there are tokens (B, T) bool."""
         longest = max(len(row.response_ids) for row in rows)
         surprise = torch.zeros(len(rows), longest, device=parallel.DEVICE)
         mask = torch.zeros(surprise.shape, dtype=torch.bool, device=parallel.DEVICE)
         # every rank does all rows
-        for indices, batch in rlfr.micro_batches(rows, config.compute.tokens_per_gpu, 0, 1):
+        for indices, batch in batching.micro_batches(rows, config.compute.tokens_per_gpu, 0, 1):
             cells = (indices, slice(batch.response_mask.shape[1]))
             surprise[cells] = -self.policy(batch, config.sampling.temperature).logp
             mask[cells] = batch.response_mask
@@ -156,7 +162,7 @@ class SupervisedUpdate:
     def __init__(self, solutions_file: str, n_held_out: int):
         self.solutions_file = solutions_file
         self.n_held_out = n_held_out
-        self.solutions: list[rlfr.Row] = []
+        self.solutions: list[batching.Row] = []
 
     def __call__(
         self,
@@ -170,14 +176,14 @@ class SupervisedUpdate:
         if not self.solutions:
             self.solutions, _ = load_expert(self.solutions_file, self.n_held_out, config)
         n_rows = len(experience.episodes)
-        order = rlfr.passes(len(self.solutions), step * n_rows, n_rows, "solutions", config.seed)
+        order = passes(len(self.solutions), step * n_rows, n_rows, "solutions", config.seed)
         chosen = [self.solutions[index] for _, index in order]
         loss = learn(models.policy, chosen, config)
         grad_norm = models.learners["policy"].step(lr, config.optimisation.clip_norm)
         return {"policy/loss": loss, "policy/grad_norm": grad_norm}
 
 
-def learn(policy: rlfr.Policy, rows: Sequence[rlfr.Row], config: train_rl.Config) -> float:
+def learn(policy: Policy, rows: Sequence[batching.Row], config: train_rl.Config) -> float:
     """Add the gradient of the mean of -log p to the policy's; return that mean, weighted as in RL."""
     n_tokens = sum(len(row.response_ids) for row in rows)
     total = torch.zeros((), device=parallel.DEVICE)
@@ -223,17 +229,17 @@ def write_hasty_solutions(settings: HastySettings) -> None:
 
 def sample_wrong(settings: HastySettings) -> list[dict]:
     """Return the problems to which a sampled response is wrong, each with it as its solution."""
-    model = rollout.find_model(settings.model, rollout.LoadingSettings())
-    problem_settings = rollout.ProblemSettings(
+    model = find_model(settings.model, LoadingSettings())
+    problem_settings = ProblemSettings(
         template=toy.EVALUATE["template"],
         problem_column="problem",
         max_prompt_tokens=toy.TRAIN_RL["max_prompt_tokens"],
     )
-    problems = rollout.load_problems(settings.data, problem_settings, model)
-    engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
+    problems = load_problems(settings.data, problem_settings, model)
+    engine = TorchEngine(model, 256, parallel.DEVICE, torch.float32)
     requests = []
     for i, problem in enumerate(problems):
-        seed = fl.keyed_seed("hasty solutions", settings.seed, i)
+        seed = keyed_seed("hasty solutions", settings.seed, i)
         requests.append(rollout.Request(problem.prompt_ids, seed))
     sampling = rollout.Sampling(max_tokens=toy.EVALUATE["max_tokens"])
     episodes = engine.generate(requests, sampling)

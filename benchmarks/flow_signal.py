@@ -34,16 +34,20 @@ import torch
 import tyro
 
 import flow as fl
-import parallel
-import rlfr
 import rollout
-import toy
 import train_flow
 import train_rl
 from common import machine
+from engines.torch_engine import TorchEngine
+from infra import batching, parallel
+from infra.data import ProblemSettings, load_problems
 from infra.files import written_whole
+from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
-from run import change
+from infra.seeds import keyed_seed
+from infra.settings import change
+from policy import Policy, load_policy, tap_layers
+from worlds import toy
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score
@@ -143,15 +147,13 @@ class Reply(NamedTuple):
 
 def sample_replies(policy_folder: str, problems_file: str, count: int) -> list[Reply]:
     """Sample a response to each of the first problems of a file."""
-    model = rollout.find_model(policy_folder, rollout.LoadingSettings())
-    settings = rollout.ProblemSettings(
-        template="none", max_prompt_tokens=64, problem_column="problem"
-    )
-    problems = rollout.load_problems(problems_file, settings, model)[:count]
+    model = find_model(policy_folder, LoadingSettings())
+    settings = ProblemSettings(template="none", max_prompt_tokens=64, problem_column="problem")
+    problems = load_problems(problems_file, settings, model)[:count]
     requests = []
     for i, problem in enumerate(problems):
-        requests.append(rollout.Request(problem.prompt_ids, fl.keyed_seed("signal", i)))
-    engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
+        requests.append(rollout.Request(problem.prompt_ids, keyed_seed("signal", i)))
+    engine = TorchEngine(model, 256, parallel.DEVICE, torch.float32)
     episodes = engine.generate(requests, rollout.Sampling(1, 1.0, MAX_TOKENS))
     replies = []
     for problem, episode in zip(problems, episodes, strict=True):
@@ -173,7 +175,7 @@ def kept_replies(file: Path, policy_folder: str, problems_file: str, count: int)
 
 def write_replies(policy_folder: str, problems_file: str, first: int, count: int) -> list[Reply]:
     """Return the world's careful solutions of some problems of a file."""
-    tokenizer = rollout.find_model(policy_folder, rollout.LoadingSettings()).tokenizer
+    tokenizer = find_model(policy_folder, LoadingSettings()).tokenizer
     rows = read_rows(problems_file)[first : first + count]
     replies = []
     for row in rows:
@@ -293,7 +295,7 @@ def write_untrained(config: train_flow.Config) -> None:
     folder = Path(config.folder)
     config, model = train_flow.resolve(config)
     solutions = train_flow.load_solutions(config.data, config.solutions, model)
-    policy = rlfr.load_policy(model.path).requires_grad_(False).to(parallel.DEVICE)
+    policy = load_policy(model.path).requires_grad_(False).to(parallel.DEVICE)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
         n_blocks=config.flow.flow_blocks,
@@ -329,13 +331,13 @@ class Scored(NamedTuple):
 
 @torch.no_grad()
 def score_responses(
-    policy: rlfr.Policy, flows: Sequence[fl.Flow], rows: Sequence[rlfr.Row], n_draws: int
+    policy: Policy, flows: Sequence[fl.Flow], rows: Sequence[batching.Row], n_draws: int
 ) -> list[Scored]:
     """Score the tokens of responses under a policy, for each flow; a flow has one context mode."""
-    taps = rlfr.tap_layers(policy.n_layers, PERCENTILES)
+    taps = tap_layers(policy.n_layers, PERCENTILES)
     depths = [tap / policy.n_layers for tap in taps]
     found = {}
-    for indices, batch in rlfr.micro_batches(rows, TOKEN_BUDGET, 0, 1):
+    for indices, batch in batching.micro_batches(rows, TOKEN_BUDGET, 0, 1):
         output = policy(batch, taps=taps)
         lengths = batch.response_mask.sum(dim=1).tolist()
         values = [
@@ -520,7 +522,7 @@ def measure_world(world: str, settings: Settings, report) -> None:
             made.path("model"), made.path("train.jsonl"), settings.n_responses, settings.n_written
         )
     question = ask(replies)
-    policy = rlfr.load_policy(made.path("model")).float().to(parallel.DEVICE)
+    policy = load_policy(made.path("model")).float().to(parallel.DEVICE)
     n_written = len(replies) - settings.n_responses
     report("counts", {**describe(question), "written": n_written})
     by_fit = []
@@ -559,7 +561,7 @@ def measure_drift(world: str, settings: Settings) -> list[dict]:
         problems = made.path("expert.jsonl")
         replies = kept_replies(file, policy_folder, problems, settings.rl_responses)
         question = ask(replies)
-        policy = rlfr.load_policy(policy_folder).float().to(parallel.DEVICE)
+        policy = load_policy(policy_folder).float().to(parallel.DEVICE)
         flows = [read_flow(offline), read_flow(online)]
         scores = score_responses(policy, flows, replies, 1)
         for kind, flow, scored in zip(("offline", "updated"), flows, scores, strict=True):

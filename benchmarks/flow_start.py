@@ -19,10 +19,10 @@ import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import flow as fl
-import parallel
-import rlfr
 import train_flow
 from common import compare
+from infra import batching, parallel
+from policy import Policy, tap_layers
 
 OURS = "early exit, responses (ours)"
 OFFICIAL = "full forward, all positions"
@@ -43,7 +43,7 @@ class Settings:
     json: str | None = None  # file for the figures
 
 
-def make_policy(settings: Settings) -> rlfr.Policy:
+def make_policy(settings: Settings) -> Policy:
     """Make a random decoder that does not learn."""
     n_heads = settings.dim // 32
     config = Qwen2Config(
@@ -54,7 +54,7 @@ def make_policy(settings: Settings) -> rlfr.Policy:
         num_key_value_heads=n_heads,
         vocab_size=settings.vocabulary,
     )
-    policy = rlfr.Policy(AutoModelForCausalLM.from_config(config))
+    policy = Policy(AutoModelForCausalLM.from_config(config))
     return policy.to(parallel.DEVICE).requires_grad_(False)
 
 
@@ -68,7 +68,7 @@ def prepare(settings: Settings, variant: str):
     learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
     n_tokens = settings.prompt + settings.response
     ids = torch.randint(settings.vocabulary, (settings.sequences, n_tokens)).tolist()
-    solutions = [rlfr.Row(row[: settings.prompt], row[settings.prompt :]) for row in ids]
+    solutions = [batching.Row(row[: settings.prompt], row[settings.prompt :]) for row in ids]
     keys = [("benchmark", i) for i in range(settings.sequences)]
 
     def learn(rows: fl.FlowRows, n_targets: int) -> None:
@@ -86,16 +86,16 @@ def prepare(settings: Settings, variant: str):
                 learn(rows, settings.response)
 
     @torch.no_grad()
-    def official_latents(batch: rlfr.Batch, taps: list[int]) -> list[torch.Tensor]:
+    def official_latents(batch: batching.Batch, taps: list[int]) -> list[torch.Tensor]:
         output = policy.model(
             batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
         )
         return [output.hidden_states[tap + 1] for tap in taps]
 
     def official() -> None:
-        taps = rlfr.tap_layers(settings.layers, flow_config.percentiles)
+        taps = tap_layers(settings.layers, flow_config.percentiles)
         depths = [tap / settings.layers for tap in taps]
-        batch = rlfr.collate(solutions)
+        batch = batching.collate(solutions)
         mask = batch.attention_mask
         for _ in range(settings.epochs):
             latents = official_latents(batch, taps)

@@ -45,16 +45,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import dense
 import flow as fl
-import parallel
-import rlfr
 import rollout
-import toy
 import train_rl
 from common import machine
+from infra import batching, logprobs, parallel
 from infra.errors import first_line
 from infra.metrics import read_metrics
+from infra.runs import leave
+from infra.settings import change
+from policy import Policy, tap_layers
 from rewards import Verdict
-from run import change, leave
+from worlds import toy
 
 
 class Shape(NamedTuple):
@@ -304,7 +305,7 @@ def check_correctness(settings: Settings, shape: Shape) -> dict:
     model = make_model(shape, torch.device("cpu")).float()
     flow = make_flow(shape)
     episodes = make_episodes(replace(settings, response_tokens=128), shape, count=8)
-    batch = rlfr.collate(episodes)
+    batch = batching.collate(episodes)
     expected = compute_figures(model, flow, batch, torch.device("cpu"), torch.float32)
     result = {"machine": machine(), "differences": {}}
     worst = {}
@@ -324,19 +325,19 @@ def check_correctness(settings: Settings, shape: Shape) -> dict:
 def compute_figures(
     model: Qwen2ForCausalLM,
     flow: fl.Flow,
-    batch: rlfr.Batch,
+    batch: batching.Batch,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """Return what training computes of a batch, in float32 on the CPU."""
-    policy = rlfr.Policy(copy.deepcopy(model)).to(device, dtype)
+    policy = Policy(copy.deepcopy(model)).to(device, dtype)
     flow = copy.deepcopy(flow).to(device, dtype)
     tensors = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         tensors[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
-    batch = rlfr.Batch(**tensors)
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    batch = batching.Batch(**tensors)
+    taps = tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
     logp, entropy, latents = policy(batch, taps=taps)
     (logp.sum() + 0.1 * entropy.sum()).backward()
@@ -402,7 +403,7 @@ class Trainer:
             tokens_per_gpu=settings.tokens_per_gpu,
         )
         dtype = parallel.compute_dtype("auto")
-        self.policy = rlfr.Policy(make_model(shape, parallel.DEVICE).train())
+        self.policy = Policy(make_model(shape, parallel.DEVICE).train())
         parallel.shard(self.policy, self.policy.blocks, dtype)
         flow = make_flow(shape)
         parallel.shard(flow, (), dtype)
@@ -412,10 +413,10 @@ class Trainer:
         models = train_rl.Models(self.policy, None, flow_reward, {})
         self.models = train_rl.with_learners(models, weight_decay=0.0)
 
-    def micro_batches(self) -> Iterator[rlfr.Batch]:
+    def micro_batches(self) -> Iterator[batching.Batch]:
         """Yield the micro-batches of scoring, the longest episodes first."""
         budget = self.config.compute.tokens_per_gpu
-        for _, batch in rlfr.micro_batches(self.episodes, budget, rank=0, n_ranks=1):
+        for _, batch in batching.micro_batches(self.episodes, budget, rank=0, n_ranks=1):
             yield batch
 
     def learn(self) -> None:
@@ -448,10 +449,10 @@ def padded(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def small_chunks(_trainer: Trainer) -> Iterator[None]:
     """Make a chunk of logits as small as on a CPU."""
-    before = rlfr.CHUNK_LOGITS
-    rlfr.CHUNK_LOGITS = 2**25
+    before = logprobs.CHUNK_LOGITS
+    logprobs.CHUNK_LOGITS = 2**25
     yield
-    rlfr.CHUNK_LOGITS = before
+    logprobs.CHUNK_LOGITS = before
 
 
 @contextmanager
@@ -613,21 +614,21 @@ def profile_update(settings: Settings, shape: Shape) -> dict:
 def measure_offline_start(settings: Settings, shape: Shape) -> dict:
     """Measure a step of the offline start: latents up to the last tap, loss, backward, AdamW."""
     dtype = parallel.compute_dtype("auto")
-    policy = rlfr.Policy(make_model(shape, parallel.DEVICE)).requires_grad_(False)
+    policy = Policy(make_model(shape, parallel.DEVICE)).requires_grad_(False)
     parallel.shard(policy, policy.blocks, dtype)
     flow = make_flow(shape)
     parallel.shard(flow, (), dtype)
     learner = parallel.Learner(flow, (0.9, 0.999), 0.01)
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    taps = tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
     solutions = make_episodes(settings, shape, settings.episodes)
     result = {"machine": machine(), "settings": asdict(settings), "steps": []}
 
-    def find_latents(batch: rlfr.Batch) -> list[torch.Tensor]:
+    def find_latents(batch: batching.Batch) -> list[torch.Tensor]:
         with torch.no_grad():
             return policy(batch, taps=taps, latents_only=True).latents
 
-    def learn(batch: rlfr.Batch, latents: list[torch.Tensor]) -> int:
+    def learn(batch: batching.Batch, latents: list[torch.Tensor]) -> int:
         rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
         lengths = batch.response_mask.sum(dim=1).tolist()
         keys = [("benchmark", i) for i in range(len(lengths))]
@@ -638,7 +639,7 @@ def measure_offline_start(settings: Settings, shape: Shape) -> dict:
         figures = {"latents": 0.0, "loss": 0.0, "peak_gb": 0.0}
         n_rows = 0
         parallel.begin_calls(flow)
-        for _, batch in rlfr.micro_batches(solutions, settings.tokens_per_gpu, 0, 1):
+        for _, batch in batching.micro_batches(solutions, settings.tokens_per_gpu, 0, 1):
             latents, watched = measure(partial(find_latents, batch))
             figures["latents"] += watched["seconds"]
             count, watched = measure(partial(learn, batch, latents))

@@ -17,8 +17,8 @@ import torch
 import tyro
 
 from common import compare
-from parallel import DEVICE
-from rlfr import TokenLogProbs
+from infra.logprobs import TokenLogProbs
+from infra.parallel import DEVICE
 
 CHUNKS = "chunks (ours)"
 FULL = "full logits"

@@ -18,9 +18,10 @@ import torch
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import rlfr
 from common import compare
-from parallel import DEVICE
+from infra import batching
+from infra.parallel import DEVICE
+from policy import Policy
 
 SHARED = "packed, prompts shared (ours)"
 PACKED = "packed"
@@ -43,7 +44,7 @@ class Settings:
     json: str | None = None  # file for the figures
 
 
-def make_policy(settings: Settings) -> rlfr.Policy:
+def make_policy(settings: Settings) -> Policy:
     """Return a policy with random weights."""
     config = Qwen2Config(
         vocab_size=settings.vocabulary,
@@ -54,10 +55,10 @@ def make_policy(settings: Settings) -> rlfr.Policy:
         num_key_value_heads=4,
     )
     torch.manual_seed(0)
-    return rlfr.Policy(Qwen2ForCausalLM(config).train()).to(DEVICE)
+    return Policy(Qwen2ForCausalLM(config).train()).to(DEVICE)
 
 
-def make_rows(settings: Settings) -> list[rlfr.Row]:
+def make_rows(settings: Settings) -> list[batching.Row]:
     """Return groups of random episodes."""
     generator = random.Random(0)
 
@@ -68,7 +69,7 @@ def make_rows(settings: Settings) -> list[rlfr.Row]:
     for _ in range(settings.groups):
         prompt = words(settings.prompt)
         for _ in range(settings.group_size):
-            rows.append(rlfr.Row(prompt, words(generator.randint(1, settings.longest))))
+            rows.append(batching.Row(prompt, words(generator.randint(1, settings.longest))))
     return rows
 
 
@@ -77,14 +78,14 @@ def prepare(settings: Settings, variant: str):
     policy = make_policy(settings)
     rows = make_rows(settings)
     if variant != SHARED:
-        rlfr.prompt_key = id  # no two rows have the same prompt
+        batching.prompt_key = id  # no two rows have the same prompt
     policy.packs = variant != PADDED
 
     def work() -> None:
-        for _, batch in rlfr.micro_batches(rows, settings.token_budget, 0, 1):
+        for _, batch in batching.micro_batches(rows, settings.token_budget, 0, 1):
             with torch.no_grad():
                 policy(batch)
-        for _, batch in rlfr.micro_batches(rows, settings.token_budget, 0, 1):
+        for _, batch in batching.micro_batches(rows, settings.token_budget, 0, 1):
             policy(batch).logp.sum().backward()
 
     return work

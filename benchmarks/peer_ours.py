@@ -13,10 +13,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import toy
 import train_rl
-from run import launch
+from infra.runs import launch
 from steps import noted_steps
+from worlds import toy
 
 
 def train(figures: Path, config: train_rl.Config) -> None:

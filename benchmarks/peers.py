@@ -41,13 +41,12 @@ from typing import NamedTuple
 import tyro
 from tqdm import tqdm
 
-import parallel
-import rlfr
-import rollout
-import toy
 from common import machine
-from infra import waiting
-from worlds import offline_start
+from infra import parallel, waiting
+from infra.data import Problem, ProblemSettings, apply_template, load_problems
+from infra.models import LoadingSettings, Model, end_tokens, find_model
+from infra.seeds import passes
+from worlds import offline_start, toy
 
 TRL = "TRL"
 OURS = "ours"
@@ -84,8 +83,8 @@ class Settings:
 class Problems(NamedTuple):
     """The work that both trainers share, beside the settings."""
 
-    model: rollout.Model
-    problems: list[rollout.Problem]
+    model: Model
+    problems: list[Problem]
 
 
 class StepFigures(NamedTuple):
@@ -153,11 +152,11 @@ def resolve(settings: Settings) -> Settings:
 
 def load(settings: Settings) -> Problems:
     """Load the problems, with the prompts that both trainers get."""
-    model = rollout.find_model(settings.model, rollout.LoadingSettings())
-    reading = rollout.ProblemSettings(
+    model = find_model(settings.model, LoadingSettings())
+    reading = ProblemSettings(
         template=settings.template, max_prompt_tokens=4096, problem_column="problem"
     )
-    return Problems(model, rollout.load_problems(settings.data, reading, model))
+    return Problems(model, load_problems(settings.data, reading, model))
 
 
 # ---- Runs
@@ -201,9 +200,9 @@ def train_ours(
 def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: Path) -> StepFigures:
     """Train with TRL's GRPOTrainer and return the figures of its rollouts."""
     n_prompts = settings.prompts * settings.steps
-    order = rlfr.passes(len(shared.problems), 0, n_prompts, "problem order", settings.seed)
+    order = passes(len(shared.problems), 0, n_prompts, "problem order", settings.seed)
     chosen = [shared.problems[index] for _, index in order]
-    prompts = rollout.apply_template(
+    prompts = apply_template(
         [problem.text for problem in chosen], shared.model.tokenizer, settings.template
     )
     rows = []
@@ -220,7 +219,7 @@ def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: P
         "model": settings.model,
         "rows": rows,
         "reward": settings.reward,
-        "end_tokens": rollout.end_tokens(shared.model),
+        "end_tokens": end_tokens(shared.model),
         "prompts": settings.prompts,
         "group_size": settings.group_size,
         "mini_batches": mini_batches,

@@ -1,12 +1,12 @@
 """A perfect process reward for the embedded worlds of text: the share of the chain that is right.
 
 It is what a dense reward could reach at best, beside which others are measured. The world itself
-labels the steps; see label_steps of toy.py.
+labels the steps; see label_steps of worlds/toy.py.
 
     python train_rl.py --model toy-sparse --shaping none --reward binary benchmarks/process_reward.py
 """
 
-import toy
+from worlds import toy
 
 
 def reward(problem: str, response: str, answer: str) -> float:

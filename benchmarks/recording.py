@@ -19,11 +19,11 @@ from pathlib import Path
 
 import tyro
 
-import toy
 import train_rl
 from common import machine
-from run import change
+from infra.settings import change
 from steps import noted_steps
+from worlds import toy
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,16 @@ from tqdm import tqdm
 
 import dense
 import flow as fl
-import parallel
-import rlfr
 import rollout
-import toy
 import train_rl
 from common import machine, median_of, run_child
+from engines.torch_engine import TorchEngine
+from infra import parallel
+from infra.models import find_model
+from infra.settings import change
+from policy import load_policy
 from rewards import Verdict
-from run import change
+from worlds import toy
 
 NONE = "none"
 FLOW = "flow"
@@ -105,7 +107,7 @@ class Parts(NamedTuple):
     """What a step works with."""
 
     config: train_rl.Config
-    engine: rollout.TorchEngine
+    engine: TorchEngine
     models: train_rl.Models
     requests: list[rollout.Request]
 
@@ -143,11 +145,11 @@ def make_parts(settings: Settings, case: Case, folder: str) -> Parts:
         max_tokens=case.response_tokens,
         freeze_flow=False,
     )
-    model = rollout.find_model(folder, config.loading)
-    engine = rollout.TorchEngine(model, settings.max_sequences, parallel.DEVICE, torch.float32)
+    model = find_model(folder, config.loading)
+    engine = TorchEngine(model, settings.max_sequences, parallel.DEVICE, torch.float32)
     engine.end_tokens = torch.tensor([], dtype=torch.long)  # every response has the full length
 
-    policy = rlfr.load_policy(folder)
+    policy = load_policy(folder)
     parallel.shard(policy, policy.blocks, torch.float32)
     flow_reward = None
     if case.variant != NONE:

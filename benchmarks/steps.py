@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from run import Run
+from infra.runs import Run
 
 
 class NotedStep(NamedTuple):

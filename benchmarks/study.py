@@ -44,12 +44,12 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-import toy
 import train_rl
 from infra.files import remove, write_json, written_whole
 from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
-from run import flatten
+from infra.settings import flatten
+from worlds import toy
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")

@@ -32,9 +32,6 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-import parallel
-import rlfr
-import rollout
 import train_flow
 from common import machine
 from flow_signal import (
@@ -51,7 +48,11 @@ from flow_signal import (
     tables,
     write_untrained,
 )
-from run import change
+from infra import batching, parallel
+from infra.data import DataSettings, load_rows, make_prompts, solution_end
+from infra.models import LoadingSettings, Model, find_model
+from infra.settings import change
+from policy import load_policy
 
 ANNOTATION = re.compile(r"<<.*?>>")  # of GSM8K: 48/2 = <<48/2=24>>24
 RESULT = re.compile(r"= ?\$?(\d+)(?![\d,.]*\d)")  # a whole number after an equals sign
@@ -99,15 +100,15 @@ def change_result(solution: str, seed: int) -> tuple[str, int, int] | None:
 class Pair(NamedTuple):
     """A solution and the same with one number changed, in tokens."""
 
-    original: rlfr.Row
-    changed: rlfr.Row
+    original: batching.Row
+    changed: batching.Row
     places: list[int]  # tokens of the number
 
 
-def make_pairs(rows: Sequence[dict], model: rollout.Model) -> list[Pair]:
+def make_pairs(rows: Sequence[dict], model: Model) -> list[Pair]:
     """Make pairs of the solutions that have a result."""
-    settings = rollout.DataSettings(template="bare", max_prompt_tokens=2048)
-    end = rollout.solution_end(model, "bare")
+    settings = DataSettings(template="bare", max_prompt_tokens=2048)
+    end = solution_end(model, "bare")
     pairs = []
     for seed, row in enumerate(rows):
         solution = clean(row["solution"])
@@ -115,15 +116,15 @@ def make_pairs(rows: Sequence[dict], model: rollout.Model) -> list[Pair]:
         if found is None:
             continue
         changed, first, last = found
-        (prompt,) = rollout.make_prompts([row["problem"]], [()], model, settings)
+        (prompt,) = make_prompts([row["problem"]], [()], model, settings)
         ids = model.tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True)
         changed_ids = model.tokenizer(changed, add_special_tokens=False)["input_ids"]
         offsets = ids["offset_mapping"]
         places = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
         if len(changed_ids) != len(offsets):
             continue  # the tokenizer has cut the other number elsewhere
-        original = rlfr.Row(prompt, ids["input_ids"] + end)
-        pairs.append(Pair(original, rlfr.Row(prompt, changed_ids + end), places))
+        original = batching.Row(prompt, ids["input_ids"] + end)
+        pairs.append(Pair(original, batching.Row(prompt, changed_ids + end), places))
     return pairs
 
 
@@ -211,7 +212,7 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def compare_flows(settings: Settings, fits: dict[Fit, Path], pairs: list[Pair]) -> list[dict]:
     """Return the figures of every score."""
-    policy = rlfr.load_policy(settings.model).float().to(parallel.DEVICE)
+    policy = load_policy(settings.model).float().to(parallel.DEVICE)
     flows = [read_flow(path) for path in fits.values()]
     of_originals = score_responses(policy, flows, [pair.original for pair in pairs], 1)
     of_changed = score_responses(policy, flows, [pair.changed for pair in pairs], 1)
@@ -248,7 +249,7 @@ def flow_scores(flow, original: np.ndarray, changed: np.ndarray) -> dict:
 def main(settings: Settings) -> None:
     """Fit the flows, compare the pairs, write the figures and print the table."""
     parallel.start()
-    rows = rollout.load_rows(settings.solutions, ("problem", "solution"), "train", None)
+    rows = load_rows(settings.solutions, ("problem", "solution"), "train", None)
     n_fitted = settings.n_train + settings.n_held_out
     if len(rows) < n_fitted + settings.n_pairs:
         raise ValueError(
@@ -263,7 +264,7 @@ def main(settings: Settings) -> None:
             solution = {"problem": row["problem"], "solution": clean(row["solution"])}
             lines.write(json.dumps(solution) + "\n")
     fits = {fit: keep_flow(fit, settings, data) for fit in list_fits(settings.epochs)}
-    model = rollout.find_model(settings.model, rollout.LoadingSettings())
+    model = find_model(settings.model, LoadingSettings())
     pairs = make_pairs(rows[n_fitted : n_fitted + settings.n_pairs], model)
     found = {
         "model": Path(settings.model).name,

@@ -20,15 +20,20 @@ import tyro
 
 import dense
 import flow as fl
-import parallel
 import rlfr
 import rollout
-import toy
 import train_rl
 from common import code, number, put_tables, table
+from engines.torch_engine import TorchEngine
+from infra import batching, parallel
+from infra.data import Problem, load_problems
+from infra.defaults import published_settings
+from infra.models import Model
+from infra.settings import change
 from pages.describe import token_texts
+from policy import Policy, load_policy, tap_layers
 from rewards import Grader
-from run import change
+from worlds import toy
 
 DOCS = Path(__file__).parents[1] / "docs"
 N_SHOWN = 3  # dimensions of a vector that the page shows
@@ -49,16 +54,16 @@ def walk(config: train_rl.Config) -> dict:
     """
     parallel.start()
     config, model = train_rl.resolve(config)
-    problems = rollout.load_problems(config.data, config.problems, model)
-    policy = rlfr.load_policy(model.path).to(parallel.DEVICE)
-    n_blocks = rollout.published_settings(model)["flow_blocks"]
+    problems = load_problems(config.data, config.problems, model)
+    policy = load_policy(model.path).to(parallel.DEVICE)
+    n_blocks = published_settings(model)["flow_blocks"]
     flow = dense.make_flow(
         config.flow, config.flow_reward, model, n_blocks=n_blocks, seed=config.seed
     ).to(parallel.DEVICE)
     episodes = sample_group(config, model, problems)
 
-    batch = rlfr.collate(episodes)
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+    batch = batching.collate(episodes)
+    taps = tap_layers(policy.n_layers, flow.config.percentiles)
     with torch.no_grad():
         logp, entropy, latents = policy(batch, config.sampling.temperature, taps)
     points = flow_points(config, flow, batch, latents, [tap / policy.n_layers for tap in taps])
@@ -91,10 +96,10 @@ def walk(config: train_rl.Config) -> dict:
 
 
 def sample_group(
-    config: train_rl.Config, model: rollout.Model, problems: list[rollout.Problem]
+    config: train_rl.Config, model: Model, problems: list[Problem]
 ) -> list[rollout.Episode]:
     """Sample and grade the responses to the first problem of the first step."""
-    engine = rollout.TorchEngine(model, 256, parallel.DEVICE, torch.float32)
+    engine = TorchEngine(model, 256, parallel.DEVICE, torch.float32)
     lengths = torch.zeros(len(problems))
     with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
         sampler = rollout.Sampler(
@@ -113,7 +118,11 @@ def choose_response(episodes: list[rollout.Episode]) -> int:
 
 @torch.no_grad()
 def flow_points(
-    config: train_rl.Config, flow: fl.Flow, batch: rlfr.Batch, latents: list, depths: list[float]
+    config: train_rl.Config,
+    flow: fl.Flow,
+    batch: batching.Batch,
+    latents: list,
+    depths: list[float],
 ) -> dict[str, torch.Tensor]:
     """Return the flow's inputs and outputs for each row, and the deviation of each token.
 
@@ -142,7 +151,7 @@ def flow_points(
     }
 
 
-def points_at(points: dict, batch: rlfr.Batch, row: int, token: int) -> list[dict]:
+def points_at(points: dict, batch: batching.Batch, row: int, token: int) -> list[dict]:
     """Return the flow's inputs and outputs at one token of a row, for each tap."""
     lengths = batch.response_mask.sum(dim=1).tolist()
     place = sum(lengths[:row]) + token
@@ -158,7 +167,7 @@ def points_at(points: dict, batch: rlfr.Batch, row: int, token: int) -> list[dic
 
 
 def shape(
-    config: train_rl.Config, batch: rlfr.Batch, score: torch.Tensor, outcome: torch.Tensor
+    config: train_rl.Config, batch: batching.Batch, score: torch.Tensor, outcome: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Return what shaping makes of scores, (B, T) each, from the min-max to the advantage."""
     settings = config.flow_reward
@@ -192,7 +201,7 @@ def token_columns(
 
 
 def gradients(
-    config: train_rl.Config, policy: rlfr.Policy, batch: rlfr.Batch, advantage, old_logp
+    config: train_rl.Config, policy: Policy, batch: batching.Batch, advantage, old_logp
 ) -> dict[str, float]:
     """Return the loss of the group, and the norm of its gradient by the policy's weights."""
     settings = config.optimisation

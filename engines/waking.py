@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from parallel import HostCopy
+from infra.parallel import HostCopy
 from rollout import Engine
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import parallel
 from evals import figures, sets
-from infra import fingerprints
+from infra import fingerprints, parallel
+from infra.data import Problem
 from infra.files import read_json
+from infra.runs import DATA_FILE, Run
 from rewards import Grader
-from rollout import Problem, Sampling
-from run import DATA_FILE, Run
+from rollout import Sampling
 
 SUMMARY_FILE = "summary.json"  # figures by `before` and `after`, then set, then kind of sampling
 

@@ -22,13 +22,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from evals.question import Question
 from grading.latex import boxes
 from grading.options import option_letter, option_letters, stated, value
-
-if TYPE_CHECKING:
-    from evals.vlm import Question
 
 MAX_REPLY = 128  # tokens
 MAX_BODY = 2**20  # bytes of an HTTP response
@@ -383,7 +381,7 @@ Response: {response}
 Extracted answer:"""
 
 
-def judge_prompt(question: "Question", response: str) -> str:
+def judge_prompt(question: Question, response: str) -> str:
     """Return what a judge is asked: which options a response chooses, or what its answer is."""
     text = question.row.get("question_for_eval") or question.row["question"]
     if question.type not in ("choice", "letters"):
@@ -411,7 +409,7 @@ LABEL = re.compile(
 LONGEST_ANSWER = 200  # characters
 
 
-def understand(question: "Question", reply: str) -> str | None:
+def understand(question: Question, reply: str) -> str | None:
     """Return the answer in a reply, '' if it says that there is none, or None if it is neither."""
     text = reply.rpartition("</think>")[2]
     text = LABEL.sub("", text).strip(" \n\r\t`*\"'")

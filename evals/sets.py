@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import rollout
-import vision
-from flow import keyed_seed
 from grading import Pool
-from parallel import on_first
+from infra import vision
+from infra.data import Problem, ProblemSettings, load_problems
+from infra.models import Model
+from infra.parallel import on_first
+from infra.seeds import keyed_seed
 from rewards import Grader, Verdict
-from rollout import Episode, Model, Problem, ProblemSettings, Request, Sampling
+from rollout import Episode, Request, Sampling
 
 
 class Specification(NamedTuple):
@@ -68,7 +70,7 @@ def load_sets(
 
     Raises:
         ValueError: two sets share a name, two problems of a set share an id, or a set cannot be
-            loaded (see rollout.load_problems).
+            loaded (see data.load_problems).
     """
     sets = {}
     for name, specification in name_sets(specifications).items():
@@ -144,7 +146,7 @@ def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem
         if Path(source).is_file() or Path(source, "state.json").exists():
             raise ValueError(f"{source} has no splits; leave out :{split}")
         settings = replace(settings, split=split)
-    problems = rollout.load_problems(source, settings, model)
+    problems = load_problems(source, settings, model)
     counts = Counter(problem.id for problem in problems)
     repeated = [i for i, count in counts.items() if count > 1]
     if repeated:

@@ -33,6 +33,7 @@ from PIL import Image
 
 from evals.figures import Point, percent
 from evals.judge import Judge, Reply, judge_prompt, understand
+from evals.question import Question, QuestionType, Row
 from grading.latex import boxes
 from grading.options import (
     JOINED_BOXES,
@@ -46,22 +47,8 @@ from grading.options import (
     value,
 )
 
-QuestionType = Literal["choice", "letters", "list", "free"]
 Equal = Callable[[str, str], bool]  # equal(gold, prediction)
-Row = dict[str, str]  # a line of a TSV file, by column
 Verdict = bool | None  # whether an answer is right; None where nobody could read it
-
-
-class Question(NamedTuple):
-    """A row of a benchmark, ready to be asked and scored."""
-
-    index: str
-    prompt: str  # with `<image>` where an image goes
-    images: tuple[bytes, ...]  # PNG or JPEG files
-    gold: str  # a letter, several letters in order, a list such as `[1, 2]`, or a text
-    choices: dict[str, str]  # letter -> text, empty where the image shows it; {} without options
-    type: QuestionType
-    row: Row  # all columns but the image
 
 
 class Task(NamedTuple):

@@ -40,3 +40,10 @@ def describe(hint) -> str:
         NoneType: "null",
     }
     return words.get(hint, hint.__name__)
+
+
+def as_tuple(value):
+    """Return a list as a tuple, which it was before it went through JSON; others as they are."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value

@@ -1,7 +1,8 @@
 """The memory of an update, by arithmetic: whether a GPU has room for all activations."""
 
-import rlfr
-import rollout
+from infra import logprobs
+from infra.defaults import published_settings
+from infra.models import Model
 
 PLAIN_DECODERS = ("llama", "mistral", "qwen2")  # model types whose layers layer_bytes() describes
 
@@ -35,14 +36,14 @@ def update_bytes(
     """
     states = 16 * n_parameters / n_ranks  # float32: weights, gradients and two moments
     # the last chunk's logits and their gradient (4 + 2), this one's before and after scaling (4 + 4)
-    logits = 14 * rlfr.CHUNK_LOGITS
+    logits = 14 * logprobs.CHUNK_LOGITS
     head = 4 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (2)
     per_layer = 2 * text_config.hidden_size if recompute else layer_bytes(text_config)
     activations = n_tokens * text_config.num_hidden_layers * per_layer
     return states + logits + head + activations
 
 
-def recomputes_activations(config, model: rollout.Model, n_ranks: int, room: int) -> bool:
+def recomputes_activations(config, model: Model, n_ranks: int, room: int) -> bool:
     """Return whether the backward recomputes activations, because keeping them takes too much.
 
     room is the size of a GPU's memory, in bytes, of which a fifth is left to the sleeping engine, to
@@ -58,7 +59,7 @@ def recomputes_activations(config, model: rollout.Model, n_ranks: int, room: int
     if not text_config.tie_word_embeddings:
         n_parameters += text_config.vocab_size * dim
     if config.shaping == "flow":
-        flow_blocks = rollout.published_settings(model)["flow_blocks"]
+        flow_blocks = published_settings(model)["flow_blocks"]
         n_parameters += (5 * flow_blocks + 7) * dim**2
     if config.compute.cpu_offload:
         n_parameters = 0  # they are in host memory

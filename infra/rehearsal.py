@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-import parallel
+from infra import parallel
 
 
 def rehearse(update: Callable[[list], None], problems: Sequence, config) -> None:

@@ -1,6 +1,6 @@
 """Episodes as records: what a step computed of each, and the text of each of its tokens.
 
-record.py says what a record has, and reads and counts them.
+infra/record.py says what a record has, and reads and counts them.
 """
 
 import math
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-import record
-import vision
+from infra import record, vision
 
 BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character

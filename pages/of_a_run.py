@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import record
+from infra import record
+from infra.parallel import is_first
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run
-from parallel import is_first
 
 REPORT = "report.html"
 

@@ -1,7 +1,7 @@
 """A page to read rollouts by: tokens coloured by what training computed of them, step by step.
 
 The page is rollouts.html, rollouts.css and rollouts.js in the skeleton of page.py; inspector.py is
-the command. Records are those of record.py. The groups of a step lie compressed in the page and are
+the command. Records are those of infra/record.py. The groups of a step lie compressed in the page and are
 unpacked when the reader comes to the step.
 """
 
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import record
+from infra import record
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
 
 MAX_BYTES = 2.9e6  # of the rollouts in a page

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from evals import vlm
+from evals.question import Question
 
 
 def picture(colour: str) -> str:
@@ -39,7 +40,7 @@ def without_response(row: dict) -> dict:
     return {column: cell for column, cell in row.items() if column != "response"}
 
 
-def load_rows(name: str, file: Path, rows: list[dict], **shared) -> list[vlm.Question]:
+def load_rows(name: str, file: Path, rows: list[dict], **shared) -> list[Question]:
     """Write the rows without their responses, and load them."""
     rows = [without_response(row) for row in rows]
     return vlm.load_benchmark(name, write_rows(file, rows, **shared))

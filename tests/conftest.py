@@ -1,5 +1,7 @@
 """Fixtures: a tiny embedded world, and tiny random models of several families."""
 
+# ruff: noqa: E402
+
 import copy
 import gc
 import io
@@ -22,24 +24,27 @@ os.environ |= {
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # tests put models there
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import infra.waiting  # noqa: E402, F401
+import infra.waiting  # noqa: F401
 
 # isort: split
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from browser import Browser, read_port  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
+import pytest
+import torch
+import transformers
+from browser import Browser, read_port
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import flow as fl  # noqa: E402
-import parallel  # noqa: E402
-import rlfr  # noqa: E402
-import rollout  # noqa: E402
-import run as runs  # noqa: E402
-import toy  # noqa: E402
-import train_rl  # noqa: E402
-import vision  # noqa: E402
+import flow as fl
+import rollout
+import train_rl
+from engines.torch_engine import TorchEngine
+from engines.vllm_engine import VllmEngine
+from infra import parallel, vision
+from infra.data import Problem, ProblemSettings, load_problems
+from infra.models import LoadingSettings, Model, find_model
+from infra.settings import change, flatten
+from policy import Policy, load_policy
+from worlds import toy
 
 
 def pytest_configure():
@@ -137,7 +142,7 @@ def small_run(world: toy.World, flow: str, folder, **settings) -> train_rl.Confi
         "save_every": 0,
         "folder": str(folder),
     }
-    return runs.change(train_rl.Config(), **{**values, **settings})
+    return change(train_rl.Config(), **{**values, **settings})
 
 
 # A run whose rewards differ within groups, also of responses that ran out of room
@@ -201,8 +206,8 @@ def merging_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def policy(world) -> rlfr.Policy:
-    return rlfr.load_policy(world.path("model")).to(parallel.DEVICE)
+def policy(world) -> Policy:
+    return load_policy(world.path("model")).to(parallel.DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -211,10 +216,10 @@ def train_once(tmp_path_factory):
     folders = {}
 
     def train(config: train_rl.Config) -> str:
-        key = runs.change(config, folder=None)
+        key = change(config, folder=None)
         if key not in folders:
             folder = str(tmp_path_factory.mktemp("shared") / "run")
-            train_rl.main(runs.change(config, folder=folder))
+            train_rl.main(change(config, folder=folder))
             folders[key] = folder
         return folders[key]
 
@@ -370,23 +375,21 @@ def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def find_model(folder) -> rollout.Model:
+def find_model_in(folder) -> Model:
     """Find a model in a folder, with default settings."""
-    return rollout.find_model(str(folder), rollout.LoadingSettings())
+    return find_model(str(folder), LoadingSettings())
 
 
-def load_problems(file: str) -> list[rollout.Problem]:
+def problems_in(file: str) -> list[Problem]:
     """Load problems of the small world."""
-    settings = rollout.ProblemSettings(
-        template="none", max_prompt_tokens=64, problem_column="problem"
-    )
-    return rollout.load_problems(file, settings, find_model(Path(file).with_name("model")))
+    settings = ProblemSettings(template="none", max_prompt_tokens=64, problem_column="problem")
+    return load_problems(file, settings, find_model_in(Path(file).with_name("model")))
 
 
-def torch_engine(folder) -> rollout.TorchEngine:
+def torch_engine(folder) -> TorchEngine:
     """The torch engine of a model in a folder."""
-    model = find_model(folder)
-    return rollout.TorchEngine(model, 256, torch.device("cpu"), torch.float32)
+    model = find_model_in(folder)
+    return TorchEngine(model, 256, torch.device("cpu"), torch.float32)
 
 
 def vllm_engine(
@@ -396,12 +399,12 @@ def vllm_engine(
     device="cpu",
     dtype=torch.float32,
     can_sleep: bool = True,
-) -> rollout.VllmEngine:
+) -> VllmEngine:
     """The vLLM engine of a model in a folder."""
     settings = rollout.EngineSettings(max_sequences=max_sequences)
-    model = find_model(folder)
+    model = find_model_in(folder)
     capacity = rollout.Capacity(max_length, max_images=4)
-    return rollout.VllmEngine(model, settings, capacity, torch.device(device), dtype, can_sleep)
+    return VllmEngine(model, settings, capacity, torch.device(device), dtype, can_sleep)
 
 
 def requests(prompts, seeds=None) -> list[rollout.Request]:
@@ -443,8 +446,8 @@ def free_port() -> int:
 def flags(config) -> list[str]:
     """A configuration as command-line flags."""
     given = []
-    defaults = runs.flatten(type(config)())
-    for name, value in runs.flatten(config).items():
+    defaults = flatten(type(config)())
+    for name, value in flatten(config).items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             given.append(flag)

@@ -1,5 +1,7 @@
 """What benchmarks/behaviour.py counts, by hand, and its page of a small run."""
 
+# ruff: noqa: E402
+
 import math
 import sys
 
@@ -9,11 +11,11 @@ from conftest import ROOT
 from test_inspector import one_record
 
 import train_rl
-from run import change
+from infra.settings import change
 
 sys.path.append(str(ROOT / "benchmarks"))
-import behaviour  # noqa: E402
-import common  # noqa: E402
+import behaviour
+import common
 
 
 def response(group: int, is_right: bool, deviation: float, n: int = 2) -> dict:

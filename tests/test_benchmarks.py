@@ -1,5 +1,7 @@
 """Each benchmark runs in small and writes what it promises."""
 
+# ruff: noqa: E402
+
 import json
 import os
 import subprocess
@@ -14,14 +16,13 @@ from conftest import ROOT
 
 FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))
-import boxed_reward  # noqa: E402
-import busy  # noqa: E402
-import gpu  # noqa: E402
-import parallel  # noqa: E402
-import peers  # noqa: E402
-import rl_step  # noqa: E402
-import rollout  # noqa: E402
-from infra import waiting  # noqa: E402
+import boxed_reward
+import busy
+import gpu
+import peers
+import rl_step
+import rollout
+from infra import parallel, waiting
 
 SMALL = {
     "logprob": ["--tokens", "64", "--dim", "16", "--vocabulary", "500"],

@@ -13,12 +13,11 @@ import torch.distributed.checkpoint as dcp
 from conftest import BY_LENGTH, figures, small_run
 from safetensors.torch import load_file
 
-import parallel
-import run as runs
 import train_flow
 import train_rl
-from infra import checkpoints
-from run import change
+from infra import checkpoints, parallel, runs
+from infra.settings import change, flatten, parse_config, stored_settings
+from run import export_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_offered(copied, name, d
     assert "\n" not in str(error.value)
     assert contents(copied.folder) == before, "nothing is deleted or cut"
     with pytest.raises(ValueError, match=f"step-2 is damaged .{name}.*step-1 is whole"):
-        runs.export_checkpoint(copied.folder)
+        export_checkpoint(copied.folder)
 
 
 def test_a_byte_of_a_weight_that_has_changed_is_found(copied):
@@ -144,7 +143,7 @@ def test_a_checkpoint_runs_no_code(copied, tmp_path, attack):
     with pytest.raises(ValueError, match="step-2"):
         train_rl.main(copied)
     with pytest.raises(ValueError, match="step-2"):
-        runs.export_checkpoint(copied.folder)
+        export_checkpoint(copied.folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -161,7 +160,7 @@ def test_metadata_names_only_what_a_checkpoint_needs(name):
 def parse(monkeypatch, *arguments):
     """Read a command line of train_rl.py."""
     monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
-    return runs.parse_config(train_rl.Config, {})
+    return parse_config(train_rl.Config, {})
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_code_that_a_run_names_is_asked_for_again(tmp_path, monkeypatch, setting
     assert " ".join(flag) in str(error.value)
     config = parse(monkeypatch, "--resume", folder, *flag)
     for name, value in settings.items():
-        assert runs.flatten(config)[name] == value
+        assert flatten(config)[name] == value
 
 
 def test_another_reward_takes_the_place_of_code(tmp_path, monkeypatch):
@@ -193,8 +192,8 @@ def test_an_export_asks_for_remote_code_again(copied):
     stored["loading"]["trust_remote_code"] = True
     Path(copied.folder, "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="--trust-remote-code"):
-        runs.export_checkpoint(copied.folder)
-    runs.export_checkpoint(copied.folder, trust_remote_code=True)
+        export_checkpoint(copied.folder)
+    export_checkpoint(copied.folder, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("arguments", [("--resume", ""), ("--resume=",)])
@@ -224,13 +223,13 @@ MAY_CHANGE = {
 
 @pytest.mark.parametrize("config_class", [train_rl.Config, train_flow.Config])
 def test_each_setting_is_fixed_at_the_start_or_may_change(config_class):
-    for name in runs.flatten(config_class()):
+    for name in flatten(config_class()):
         lists = (name in runs.FIXED_AT_START, name in MAY_CHANGE, name in runs.WHERE)
         assert sum(lists) == 1, f"name {name} in one of FIXED_AT_START and MAY_CHANGE"
 
 
 def test_lists_of_settings_name_settings():
-    known = {*runs.flatten(train_rl.Config()), *runs.flatten(train_flow.Config())}
+    known = {*flatten(train_rl.Config()), *flatten(train_flow.Config())}
     assert {*runs.FIXED_AT_START, *MAY_CHANGE} <= known
 
 
@@ -334,7 +333,7 @@ def test_a_run_of_an_earlier_version_goes_on(copied, monkeypatch, capsys):
     assert "resumed with steps=3, which was 2 until here" in said
     assert said.count("resumed with") == 1, "the others mean what they meant"
     assert [line["step"] for line in figures(copied.folder)] == [1, 2, 3]
-    stored = runs.stored_settings(copied.folder)
+    stored = stored_settings(copied.folder)
     assert stored["flow_soft"] == 1.0 and stored["dynamic_sampling"] == 6
 
 
@@ -400,7 +399,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_not_exported(copied):
     shutil.rmtree(newest)
     dcp.save(state, checkpoint_id=newest, no_dist=True)
     with pytest.raises(FloatingPointError, match="not finite and are not exported"):
-        runs.export_checkpoint(copied.folder, 2)
+        export_checkpoint(copied.folder, 2)
     assert not Path(copied.folder, "exports").exists()
 
 
@@ -425,14 +424,14 @@ def test_an_export_with_the_settings_of_another_flow(copied, changed, words):
     file = Path(copied.folder, "flow.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ValueError, match=words):
-        runs.export_checkpoint(copied.folder)
+        export_checkpoint(copied.folder)
 
 
 def test_an_export_without_the_settings_of_its_flow(copied):
     """The policy was exported, and the flow left out without a word."""
     Path(copied.folder, "flow.json").unlink()
     with pytest.raises(ValueError, match="flow.json does not exist; expected the settings of a f"):
-        runs.export_checkpoint(copied.folder)
+        export_checkpoint(copied.folder)
     assert not Path(copied.folder, "exports").exists()
 
 
@@ -440,4 +439,4 @@ def test_an_export_with_settings_that_lack_the_model(copied):
     """A KeyError."""
     Path(copied.folder, "config.json").write_text('{"group": {"shaping": "flow"}}')
     with pytest.raises(ValueError, match="config.json, object 1: expected one with model, dtype"):
-        runs.export_checkpoint(copied.folder)
+        export_checkpoint(copied.folder)

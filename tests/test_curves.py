@@ -6,19 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import run as runs
 import train_rl
+from infra.settings import change
 from pages import of_a_run
-from pages.curves import (
-    line_of,
-    padded,
-    read_run,
-    shorten,
-    ticks,
-    window_means,
-    write_run_report,
-)
-from run import change
+from pages.curves import line_of, padded, read_run, shorten, ticks, window_means, write_run_report
+from run import report
 
 AVG = {"avg": {"mean": 0.25, "low": 0.125, "high": 0.5}}
 
@@ -107,18 +99,18 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(
         ValueError, match="config.json does not exist; expected the folder of a run"
     ):
-        runs.report((str(tmp_path),))
+        report((str(tmp_path),))
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").write_text('{"step"')
     with pytest.raises(ValueError, match="metrics.jsonl has no line; expected a run with a step"):
-        runs.report((str(folder),))
+        report((str(folder),))
 
 
 def test_where_the_pages_of_runs_go(tmp_path, capsys):
     folders = [str(write_run(tmp_path / name)) for name in "ab"]
-    runs.report(tuple(folders[:1]))
-    runs.report(tuple(folders))
-    runs.report(tuple(folders), str(tmp_path / "other.html"))
+    report(tuple(folders[:1]))
+    report(tuple(folders))
+    report(tuple(folders), str(tmp_path / "other.html"))
     assert capsys.readouterr().out.splitlines() == [
         f"open {tmp_path / 'a' / 'report.html'}",
         f"open {tmp_path / 'report.html'}",

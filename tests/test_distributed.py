@@ -22,7 +22,7 @@ from conftest import (
     flags,
     free_port,
     last_state,
-    load_problems,
+    problems_in,
     read_lines,
     requests,
     run_with_vllm,
@@ -35,13 +35,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import eval as evaluation
 import flow as fl
-import parallel
-import rlfr
 import rollout
-import run as runs
 import train_flow
 import train_rl
-from run import change
+from infra import batching, parallel
+from infra.settings import change
+from policy import load_policy
+from run import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = 1800  # seconds until a process hangs, and is not only slow
@@ -235,13 +235,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32(config, tmp_path):
     train_rl.main(change(config, folder=str(tmp_path / "run"), dtype="bfloat16", steps=2))
     state = last_state(tmp_path / "run")
     assert all(t.dtype == torch.float32 for name, t in state.items() if "['module']" in name)
-    exported = rlfr.load_policy(str(tmp_path / "run" / "policy"))
+    exported = load_policy(str(tmp_path / "run" / "policy"))
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}, (
         "what the engine sampled with"
     )
-    policy = rlfr.load_policy(config.model)
+    policy = load_policy(config.model)
     parallel.shard(policy, policy.layers, torch.bfloat16)
-    scored = policy(rlfr.collate([rlfr.Row([1, 2], [3, 4])]), 1.0, taps=[1])
+    scored = policy(batching.collate([batching.Row([1, 2], [3, 4])]), 1.0, taps=[1])
     assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
     scored.logp.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in policy.parameters())
@@ -251,11 +251,11 @@ def test_a_host_copy_gives_back_what_it_took(config):
     """What is tied is copied once; a learner goes on as if nothing had happened."""
     learners = []
     for _ in range(2):
-        policy = rlfr.load_policy(config.model)
+        policy = load_policy(config.model)
         parallel.shard(policy, policy.layers, torch.float32)
         learners.append(parallel.Learner(policy, (0.9, 0.95), 0.0))
     plain, offloaded = learners
-    batch = rlfr.collate([rlfr.Row([1, 2, 3], [4, 5, 6, 7])])
+    batch = batching.collate([batching.Row([1, 2, 3], [4, 5, 6, 7])])
     host_copy = parallel.HostCopy(offloaded.tensors())
     n_parameters = sum(p.numel() for p in policy.parameters())
     n_steps = len(offloaded.parameters)
@@ -280,9 +280,9 @@ def bytes_below(tensor: torch.Tensor) -> int:
 
 def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):
     """Regression: a root that stays gathered after a forward keeps its old weights over the step, silently."""
-    plain, policy = (rlfr.load_policy(config.model) for _ in range(2))
+    plain, policy = (load_policy(config.model) for _ in range(2))
     parallel.shard(policy, policy.layers, torch.float32)
-    batch = rlfr.collate([rlfr.Row([1, 2, 3], [4, 5, 6, 7])])
+    batch = batching.collate([batching.Row([1, 2, 3], [4, 5, 6, 7])])
     for module in (plain, policy):
         learner = parallel.Learner(module, (0.9, 0.95), 0.0)
         module(batch).logp.sum().backward()
@@ -299,11 +299,11 @@ def test_a_forward_between_backward_and_step_leaves_nothing_stale(config):
 def test_micro_batches_of_all_ranks():
     """Every pair once, as many batches and pairs a rank, tokens balanced, within the budget."""
     rng = random.Random(0)
-    pairs = [rlfr.Row([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
+    pairs = [batching.Row([1] * rng.randint(1, 9), [2] * rng.randint(1, 60)) for _ in range(24)]
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in pairs]
     for n_ranks in (1, 2, 3, 8):
         plans = [
-            [rows for rows, _ in rlfr.micro_batches(pairs, 100, rank, n_ranks)]
+            [rows for rows, _ in batching.micro_batches(pairs, 100, rank, n_ranks)]
             for rank in range(n_ranks)
         ]
         assert sorted(i for plan in plans for rows in plan for i in rows) == list(range(24))
@@ -378,7 +378,7 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
     """
     policies = {"one": tmp_path / "one" / "policy", "two": tmp_path / "two" / "policy"}
     for name, folder in {"one": one, "two": two}.items():
-        runs.export_checkpoint(folder, 4, str(tmp_path / name))
+        export_checkpoint(folder, 4, str(tmp_path / name))
     evaluation_config = change(evaluation.Config(), data=(world.path("test.jsonl"),), template="none", max_tokens=24)  # fmt: skip
     processes = []
     for name, policy in policies.items():
@@ -405,7 +405,7 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
         out = tmp_path / f"{name}-torch"
         evaluation.main(change(evaluation_config, model=str(policies[name]), out=str(out)))
         responses[name] = [record["response"] for record in read_lines(out / "samples.jsonl")]
-        problems = load_problems(world.path("test.jsonl"))
+        problems = problems_in(world.path("test.jsonl"))
         for problem, response in zip(problems, responses[name], strict=True):
             ids = torch.tensor([problem.prompt_ids])  # by transformers
             generated = exported.model.generate(

@@ -10,11 +10,11 @@ from conftest import ROOT, figures, small_run
 
 import eval as evaluation
 import flow as fl
-import run as runs
-import toy
 import train_flow
 import train_rl
 from infra import errors
+from infra.settings import flatten, parse_config
+from worlds import toy
 
 PAGES = (
     "README.md",
@@ -43,12 +43,12 @@ FOREIGN_FLAGS = {
 
 def test_functions_that_the_readme_links():
     links = re.findall(
-        r"\[`(\w+)\.(?!py`)([\w.]+)`\]\((\w+)\.py\)", (ROOT / "README.md").read_text()
+        r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(([\w/]+)\.py\)", (ROOT / "README.md").read_text()
     )
     assert len(links) >= 20
     for module, path, file in links:
-        assert module == file
-        value = importlib.import_module(module)
+        assert module == file.rpartition("/")[2]
+        value = importlib.import_module(file.replace("/", "."))
         for name in path.split("."):
             value = getattr(value, name)
 
@@ -66,7 +66,7 @@ def test_flags_that_a_page_names(page):
     text = (ROOT / page).read_text()
     known = {errors.FLAG, *FOREIGN_FLAGS}
     for config in (train_rl.Config(), train_flow.Config(), evaluation.Config()):
-        known |= {f"--{name.replace('_', '-')}" for name in runs.flatten(config)}
+        known |= {f"--{name.replace('_', '-')}" for name in flatten(config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
     assert named <= known, named - known
 
@@ -126,7 +126,7 @@ def test_sizes_of_flows_in_the_table_of_memory(dim, n_blocks):
 def test_the_help_says_whose_defaults_it_shows(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments, "--help"])
     with pytest.raises(SystemExit):
-        runs.parse_config(train_rl.Config, toy.PRESETS["train_rl"])
+        parse_config(train_rl.Config, toy.PRESETS["train_rl"])
     shown = " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert words in shown
     assert "Larger images are reduced to this size; None: the processor's" in shown

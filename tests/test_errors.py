@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import run as runs
 from infra import errors
 
 COMMANDS = {
     "train_rl.py": ("--resume", "nowhere"),
     "train_flow.py": ("--resume", "nowhere"),
     "eval.py": ("--compare", "nowhere", "nowhere"),
-    "toy.py": ("--folder", "."),
+    "worlds/toy.py": ("--folder", "."),
     "inspector.py": ("nowhere",),
     "run.py export": ("nowhere",),
     "run.py report": ("nowhere",),
@@ -29,7 +28,7 @@ COMMANDS = {
 def command(monkeypatch, tmp_path, capfd):
     """Run a command in this process, in a folder with one file; return its code and stderr."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(runs, "leave", sys.exit)  # os._exit would end the tests
+    monkeypatch.setattr("infra.runs.leave", sys.exit)  # os._exit would end the tests
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
 
@@ -95,7 +94,7 @@ def run_out_of_memory():
     raise MemoryError("lower --tokens-per-gpu\nor take --offload")
 
 
-HERE = str(ROOT / "toy.py")
+HERE = str(ROOT / "worlds" / "toy.py")
 MESSAGES = {
     "raised": (raise_from("raise ValueError('wrong')", HERE), "error: wrong\n"),
     "wrapped": (wrap, "error: the sizes differ\n"),

@@ -13,21 +13,21 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import ROOT, find_model, flags, load_problems, read_lines, run_with_vllm
+from conftest import ROOT, find_model_in, flags, problems_in, read_lines, run_with_vllm
 from safetensors.torch import load_file, save_file
 from test_distributed import output_of, ranks_of, start
 
 import eval as evaluation
 import rollout
-import run as runs
-import toy
 import train_rl
 from evals import sets
 from evals.figures import GROUPS
 from evals.sets import HUB_SETS, cluster
 from grading import Pool
+from infra.data import Problem
+from infra.settings import change, flatten, parse_config
 from rewards import Grader
-from rollout import Problem
+from worlds import toy
 
 
 # ---- Equal answers are one vote
@@ -67,7 +67,7 @@ def test_long_answers_cost_no_deadlines():
 @pytest.fixture
 def config(world, tmp_path) -> evaluation.Config:
     """An evaluation of the small world."""
-    return runs.change(
+    return change(
         evaluation.Config(),
         model=world.path("model"),
         data=(world.path("test.jsonl"),),
@@ -134,7 +134,7 @@ def test_the_text_of_a_users_reward_is_in_the_samples(config, world, tmp_path):
     file = tmp_path / "mine.py"
     source = "def reward(problem, response, answer):\n    return {'reward': 1, 'text': f'for {answer}'}\n"
     file.write_text(source)
-    evaluation.main(runs.change(config, reward=(str(file),), out=str(tmp_path / "out")))
+    evaluation.main(change(config, reward=(str(file),), out=str(tmp_path / "out")))
     records = read_lines(tmp_path / "out" / "samples.jsonl")
     finished = [record for record in records if record["finish_reason"] == "stop"]
     assert finished and all(record["text"] == f"for {record['answer']}" for record in finished)
@@ -149,19 +149,19 @@ def test_two_splits_of_one_folder(config, tmp_path):
     folder.mkdir()
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text(json.dumps({"problem": "2>", "answer": split}))
-    settings = runs.change(config.problems, problem_column="problem", max_prompt_tokens=64)
+    settings = change(config.problems, problem_column="problem", max_prompt_tokens=64)
     specifications = (f"a={saved}:easy", f"b={saved}:hard", str(saved), f"{folder}:validation")
-    loaded = sets.load_sets(specifications, settings, find_model(config.model))
+    loaded = sets.load_sets(specifications, settings, find_model_in(config.model))
     answers = {name: problems[0].answer for name, problems in loaded.items()}
     assert answers == {"a": "easy", "b": "hard", "saved": "test", "folder": "validation"}
     for source in (saved / "easy", folder / "train.jsonl"):
         with pytest.raises(ValueError, match=f"{source} has no splits; leave out :easy"):
-            sets.load_sets((f"a={source}:easy",), settings, find_model(config.model))
+            sets.load_sets((f"a={source}:easy",), settings, find_model_in(config.model))
 
 
 def test_sets_are_loaded_by_name(config, world):
-    model = find_model(config.model)
-    settings = runs.change(config.problems, problem_column="problem", max_prompt_tokens=64)
+    model = find_model_in(config.model)
+    settings = change(config.problems, problem_column="problem", max_prompt_tokens=64)
     specifications = (f"mine={world.path('test.jsonl')}", world.path("train.jsonl"))
     loaded = sets.load_sets(specifications, settings, model)
     assert {name: len(problems) for name, problems in loaded.items()} == {"mine": 16, "train": 64}
@@ -170,9 +170,9 @@ def test_sets_are_loaded_by_name(config, world):
 def test_ids_must_be_unique(config, tmp_path):
     file = tmp_path / "double.jsonl"
     file.write_text('{"id": "a", "problem": "1", "answer": "1"}\n' * 2)
-    settings = runs.change(config.problems, problem_column="problem", max_prompt_tokens=64)
+    settings = change(config.problems, problem_column="problem", max_prompt_tokens=64)
     with pytest.raises(ValueError, match="1 ids stand more than once, e.g. 'a'"):
-        sets.load_sets((str(file),), settings, find_model(config.model))
+        sets.load_sets((str(file),), settings, find_model_in(config.model))
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_ids_must_be_unique(config, tmp_path):
 )
 def test_bad_settings(config, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.main(runs.change(config, **changes))
+        evaluation.main(change(config, **changes))
 
 
 def test_a_folder_of_something_else_is_left_alone(config, world):
     with pytest.raises(ValueError, match="something other than an evaluation"):
-        evaluation.main(runs.change(config, out=world.folder))
+        evaluation.main(change(config, out=world.folder))
 
 
 # ---- How long a response may be
@@ -247,17 +247,17 @@ def test_the_engine_has_room_for_the_longest_prompt_and_response(config, monkeyp
     def make_engine(model, settings, capacity, **_):
         raise Stop(capacity.max_length)
 
-    monkeypatch.setattr(rollout, "make_engine", make_engine)
-    positions = find_model(config.model).text_config.max_position_embeddings
+    monkeypatch.setattr(evaluation, "make_engine", make_engine)
+    positions = find_model_in(config.model).text_config.max_position_embeddings
     with pytest.raises(Stop) as stopped:
-        evaluation.main(runs.change(config, max_tokens=None))
+        evaluation.main(change(config, max_tokens=None))
     assert stopped.value.args == (positions,)
     assert f"may have {positions} tokens together" in capsys.readouterr().out
     stored = json.loads(Path(config.out, "config.json").read_text())["config"]
     assert stored["max_tokens"] == positions
-    longest_prompt = max(len(problem.prompt_ids) for problem in load_problems(config.data[0]))
+    longest_prompt = max(len(problem.prompt_ids) for problem in problems_in(config.data[0]))
     with pytest.raises(Stop) as stopped:
-        evaluation.main(runs.change(config, out=f"{config.out}-16"))
+        evaluation.main(change(config, out=f"{config.out}-16"))
     assert stopped.value.args == (longest_prompt + 16,)
 
 
@@ -275,7 +275,7 @@ def test_a_set_is_scored_alike_whatever_sets_are_beside_it(config, tmp_path):
         out = tmp_path / name
         data = (*config.data, *beside)
         settings = {"model": str(model), "data": data, "max_tokens": None, "out": str(out)}
-        evaluation.main(runs.change(config, **settings))
+        evaluation.main(change(config, **settings))
         records = read_lines(out / "samples.jsonl")
         responses[name] = {}
         for record in records:
@@ -295,7 +295,7 @@ def test_a_set_is_scored_alike_whatever_sets_are_beside_it(config, tmp_path):
 )
 def test_a_response_that_was_cut_is_graded_unless_told_otherwise(arguments, is_graded, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
-    config = runs.parse_config(evaluation.Config, toy.PRESETS["eval"])
+    config = parse_config(evaluation.Config, toy.PRESETS["eval"])
     assert config.max_tokens == 96, "the preset of the embedded world still holds"
     with Grader(config.reward, config.grading, n_workers=1) as grader:
         verdict = grader.grade("1+1", "2", r"so \boxed{1} or \boxed{2}, or", finished=False)
@@ -340,7 +340,7 @@ def test_the_folder_of_an_evaluation(config, tmp_path):
 
 def test_averages_of_an_evaluation(config, world, tmp_path, capsys):
     data = (f"math500={world.path('test.jsonl')}", f"minerva={world.path('train.jsonl')}")
-    evaluation.main(runs.change(config, data=(*data, world.path("test.jsonl"))))
+    evaluation.main(change(config, data=(*data, world.path("test.jsonl"))))
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
     means = {name: row["avg"]["mean"] for name, row in summary["sets"].items()}
@@ -359,7 +359,7 @@ def test_a_folder_with_other_settings_is_left_alone(config, tmp_path):
     evaluation.main(config)
     expected = "holds an evaluation with seed=0 .now 1.; give the same settings, or another --out"
     with pytest.raises(ValueError, match=expected):
-        evaluation.main(runs.change(config, seed=1))
+        evaluation.main(change(config, seed=1))
     file = tmp_path / "out" / "config.json"
     stored = json.loads(file.read_text())
     del stored["config"]["grade_truncated"]  # as an earlier version wrote it
@@ -399,7 +399,7 @@ def test_the_default_folder_from_within_a_run(tmp_path, monkeypatch):
 def test_an_evaluation_does_not_go_on_with_other_weights(config, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(config.model, model)
-    config = runs.change(config, model=str(model))
+    config = change(config, model=str(model))
     evaluation.main(config)
     file = tmp_path / "out" / "config.json"
     stored = json.loads(file.read_text())
@@ -469,7 +469,7 @@ def test_a_comparison_is_printed_and_written(config, tmp_path, capsys):
 def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
     """Flags, sets, groups, and what a folder holds, as evals/README.md names them."""
     page = " ".join((ROOT / "evals" / "README.md").read_text().split())
-    known = {f"--{name.replace('_', '-')}" for name in runs.flatten(evaluation.Config())}
+    known = {f"--{name.replace('_', '-')}" for name in flatten(evaluation.Config())}
     known.add("--eval-data")  # of train_rl.py
     known.add("--no-grade-truncated")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) <= known
@@ -488,7 +488,7 @@ def test_the_page_on_evaluation_agrees_with_the_code(config, tmp_path):
 @pytest.fixture(scope="module")
 def never_killed(world, tmp_path_factory) -> evaluation.Config:
     """An evaluation on one rank that nobody kills."""
-    config = runs.change(
+    config = change(
         evaluation.Config(),
         model=world.path("model"),
         data=(world.path("train.jsonl"),),
@@ -508,7 +508,7 @@ def never_killed(world, tmp_path_factory) -> evaluation.Config:
 def test_a_process_killed_halfway_goes_on(never_killed, tmp_path, number):
     """Killed on two ranks and finished on one, it is the file of one that was never killed."""
     killed = tmp_path / "out"
-    config = runs.change(never_killed, out=str(killed))
+    config = change(never_killed, out=str(killed))
     process = start("eval.py", flags(config))
     file = killed / "samples.jsonl"
     while not (file.exists() and file.stat().st_size > 2000):
@@ -552,7 +552,7 @@ def test_all_sets_by_their_hub_ids(config, world, tmp_path, monkeypatch, engine)
     for name in HUB_SETS:
         write_hub_set(name, problems)
     data = tuple(HUB_SETS)
-    run_with_vllm(evaluation.main, runs.change(config, data=data, engine=engine, max_sequences=16))
+    run_with_vllm(evaluation.main, change(config, data=data, engine=engine, max_sequences=16))
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["sets"]
     assert list(rows) == list(HUB_SETS)
     assert all((row["problems"], row["samples"]) == (3, 4) for row in rows.values())
@@ -570,7 +570,7 @@ def test_an_evaluation_is_written_to_the_folder_of_its_run(config, tmp_path, mon
     for run in ("rl-a", "rl-b"):
         shutil.copytree(config.model, f"runs/{run}/policy")
         evaluation.main(
-            runs.change(
+            change(
                 config,
                 model=f"runs/{run}/policy",
                 out=None,
@@ -585,7 +585,7 @@ def test_an_evaluation_is_written_to_the_folder_of_its_run(config, tmp_path, mon
 def test_the_switch_for_cut_responses_reaches_the_grader(config, tmp_path):
     for graded in (True, False):
         out = tmp_path / str(graded)
-        evaluation.main(runs.change(config, max_tokens=1, grade_truncated=graded, out=str(out)))
+        evaluation.main(change(config, max_tokens=1, grade_truncated=graded, out=str(out)))
         cut = [r for r in read_lines(out / "samples.jsonl") if r["finish_reason"] == "length"]
         assert cut and all((r["verdict"] == "cut") != graded for r in cut)
 
@@ -594,7 +594,7 @@ def test_the_switch_for_cut_responses_reaches_the_grader(config, tmp_path):
 def test_a_reward_that_is_refused_claims_no_folder(config, tmp_path):
     """The folder of a mistyped reward refused the right one."""
     with pytest.raises(ValueError, match="reward 'binari': neither binary"):
-        evaluation.main(runs.change(config, reward=("binari",)))
+        evaluation.main(change(config, reward=("binari",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -617,7 +617,7 @@ def test_a_model_of_nan_is_an_error(config, tmp_path, engine, temperature):
     """It was 0 % of the problems, with exit code 0."""
     samples = {"samples": 1 if temperature == 0 else 2, "temperature": temperature}
     model = damage(config.model, tmp_path / "broken")
-    broken = runs.change(config, model=model, engine=engine, **samples)
+    broken = change(config, model=model, engine=engine, **samples)
     with pytest.raises(
         FloatingPointError, match="the model .*broken gives tokens the probability NaN"
     ):

@@ -24,7 +24,7 @@ import torch
 import dense
 import rlfr
 import train_rl
-from run import change
+from infra.settings import change
 
 world, folder = map(Path, sys.argv[1:])
 rewards = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])

@@ -9,11 +9,12 @@ from conftest import experience_of, read_lines, small_run
 from safetensors.torch import load_file
 
 import flow as fl
-import parallel
 import rlfr
 import train_flow
 import train_rl
-from run import change
+from infra import parallel
+from infra.settings import change
+from policy import Policy
 
 SCALE = fl.ExpertScale(mean=torch.tensor([[1.0, 2.0]]), spread=torch.tensor([[0.5, 0.1]]))
 
@@ -226,7 +227,7 @@ def offline(world, tmp_path_factory) -> train_flow.Config:
     return config
 
 
-def latents_of(config: train_flow.Config, flow: fl.Flow, policy: rlfr.Policy) -> train_flow.Latents:
+def latents_of(config: train_flow.Config, flow: fl.Flow, policy: Policy) -> train_flow.Latents:
     parallel.start()
     resolved, model = train_flow.resolve(change(config, folder=None))
     solutions = train_flow.load_solutions(config.data, resolved.solutions, model)

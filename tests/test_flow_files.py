@@ -10,13 +10,13 @@ from conftest import save_flow, small_run
 from safetensors.torch import load_file, save_file
 
 import flow as fl
-import rlfr
-import rollout
-import toy
 import train_flow
 import train_rl
 from infra import fingerprints
-from run import change
+from infra.models import short_name
+from infra.settings import change
+from policy import load_policy
+from worlds import toy
 
 CONFIG = fl.FlowConfig(dim=8, n_blocks=2)
 
@@ -89,7 +89,7 @@ def test_an_official_file_of_something_else(tmp_path, state):
 
 # ---- Which policy a flow was fitted to
 def test_a_fingerprint_does_not_depend_on_the_dtype_but_on_each_tensor(world):
-    policy = rlfr.load_policy(world.path("model"))
+    policy = load_policy(world.path("model"))
     whole = fingerprints.of_weights(policy.model.bfloat16())
     assert fingerprints.of_weights(policy.model.float()) == whole
     with torch.no_grad():
@@ -181,4 +181,4 @@ def test_solutions_in_another_order_are_refused(world, tmp_path):
     ],
 )
 def test_names_of_runs_tell_models_apart(model, name):
-    assert rollout.short_name(model) == name
+    assert short_name(model) == name

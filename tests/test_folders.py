@@ -16,12 +16,12 @@ from test_curves import write_run
 
 import eval as evaluation
 import inspector
-import run as runs
-import toy
 import train_flow
 import train_rl
-from infra import files, folders
-from run import change
+from infra import files, folders, runs
+from infra.settings import change, flatten
+from run import export_checkpoint, report
+from worlds import toy
 
 
 @pytest.fixture
@@ -61,20 +61,20 @@ def evaluate(folder: Path, world, _) -> None:
 
 
 def inspect(folder: Path, world, flow: str) -> None:
-    values = runs.flatten(small_run(world, flow, folder))
+    values = flatten(small_run(world, flow, folder))
     inspector.sample_and_inspect(change(inspector.Config(), **values))
 
 
-def report(folder: Path, *_) -> None:
+def report_of_one(folder: Path, *_) -> None:
     run = write_run(folder.parent / "a-run")
-    runs.report((str(run),), out=str(folder))
+    report((str(run),), out=str(folder))
 
 
 def report_of_several(folder: Path, *_) -> None:
     written = [str(write_run(folder / name)) for name in ("a", "b")]
     before = texts_of(folder)
     try:
-        runs.report(tuple(written), out=str(folder))
+        report(tuple(written), out=str(folder))
     finally:
         assert texts_of(folder) == before, "the runs stay, too"
         shutil.rmtree(folder / "a")
@@ -84,7 +84,7 @@ def report_of_several(folder: Path, *_) -> None:
 def export(folder: Path, *_) -> None:
     run = write_run(folder.parent / "a-run")
     (run / "checkpoints" / "step-3").mkdir(parents=True)
-    runs.export_checkpoint(str(run), 3, str(folder))
+    export_checkpoint(str(run), 3, str(folder))
 
 
 def make_world(folder: Path, *_) -> None:
@@ -96,7 +96,7 @@ COMMANDS = {
     train_a_flow: "has files in it, which stay",
     evaluate: "something other than an evaluation, and stays",
     inspect: "has files in it, which stay",
-    report: "is a folder, which stays",
+    report_of_one: "is a folder, which stays",
     report_of_several: "is a folder, which stays",
     export: "has files in it, which stay .*--overwrite",
     make_world: "is not an embedded world",
@@ -121,7 +121,7 @@ def test_a_file_stays(command, tmp_path, world, flow_folder):
 
 
 def test_a_world_of_other_settings_stays(tmp_path):
-    """It was replaced: `toy.py --steps 2` made a world of two steps from that of 600."""
+    """It was replaced: `worlds.toy --steps 2` made a world of two steps from that of 600."""
     folder = tmp_path / "toy"
     sizes = {"hidden_size": 32, "n_layers": 1, "n_train": 4, "n_test": 2, "n_expert": 2}
     small = toy.World(str(folder), steps=1, batch_size=4, **sizes)
@@ -147,7 +147,7 @@ def test_an_export_below_a_file_is_refused_before_the_model_loads(tmp_path):
         export(tmp_path / "file")
 
 
-@pytest.mark.parametrize("command", [train, train_a_flow, evaluate, report])
+@pytest.mark.parametrize("command", [train, train_a_flow, evaluate, report_of_one])
 def test_a_name_that_is_too_long(command, tmp_path, world, flow_folder):
     with pytest.raises(OSError, match="could not write .*: File name too long; name another"):
         command(tmp_path / ("x" * 300), world, flow_folder)
@@ -165,10 +165,10 @@ def test_a_page_replaces_a_page_alone(tmp_path):
     run = write_run(tmp_path / "a-run")
     metrics = (run / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match="holds something other than a page"):
-        runs.report((str(run),), out=str(run / "metrics.jsonl"))
+        report((str(run),), out=str(run / "metrics.jsonl"))
     assert (run / "metrics.jsonl").read_text() == metrics
     for _ in range(2):
-        runs.report((str(run),), out=str(tmp_path / "page.html"))
+        report((str(run),), out=str(tmp_path / "page.html"))
 
 
 def test_the_inspector_does_not_go_on_with_a_run(tmp_path):

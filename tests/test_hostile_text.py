@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from evals import vlm
+from evals.question import Question
 from grading import boxes, judge_response, tag_format
 from grading.options import letter_in_response
 from rewards import is_degenerate
@@ -44,7 +45,7 @@ def judge_by_vlm_rules(text: str) -> None:
 def score_benchmark(text: str) -> None:
     """Read and compare a response by the rules of each type of question."""
     for kind, gold in (("choice", "B"), ("letters", "AB"), ("list", "[1, 2]"), ("free", "5")):
-        question = vlm.Question("0", "", (), gold, CHOICES, kind, {})
+        question = Question("0", "", (), gold, CHOICES, kind, {})
         reading = vlm.extract(question, text, lambda gold, answer: False)
         if reading.answer:
             vlm.is_right(question, reading.answer, lambda gold, answer: False)

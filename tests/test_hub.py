@@ -8,15 +8,15 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import find_model
+from conftest import find_model_in
 from PIL import Image
 
-import rollout
-import toy
 import train_flow
 import train_rl
 from infra import hub
-from run import change
+from infra.data import DataSettings, Problem, ProblemSettings, load_problems, load_rows, read_images
+from infra.settings import change
+from worlds import toy
 
 CHAT = [{"from": "human", "value": "<image>1+1>"}, {"from": "gpt", "value": "2"}]
 
@@ -70,18 +70,16 @@ def with_images() -> Path:
     return folder
 
 
-def problems_of(source: str, folder, column: str) -> list[rollout.Problem]:
-    settings = rollout.ProblemSettings(
-        template="none", problem_column=column, max_prompt_tokens=300
-    )
-    return rollout.load_problems(source, settings, find_model(folder))
+def problems_of(source: str, folder, column: str) -> list[Problem]:
+    settings = ProblemSettings(template="none", problem_column=column, max_prompt_tokens=300)
+    return load_problems(source, settings, find_model_in(folder))
 
 
 def solutions_of(source: str, folder, **options) -> list:
     settings = train_flow.SolutionSettings(
         template="none", problem_column="problem", max_prompt_tokens=300, cutoff=400
     )
-    return train_flow.load_solutions(source, change(settings, **options), find_model(folder))
+    return train_flow.load_solutions(source, change(settings, **options), find_model_in(folder))
 
 
 def test_the_published_text(world, with_text):
@@ -90,7 +88,7 @@ def test_the_published_text(world, with_text):
     problems = problems_of(source, world.path("model"), "problem")
     assert [problem.answer for problem in problems] == ["2", "4"]
     (solution,) = solutions_of(train_flow.PUBLISHED_DATA["text"], world.path("model"))
-    assert find_model(world.path("model")).tokenizer.decode(solution.prompt_ids) == "1+1>"
+    assert find_model_in(world.path("model")).tokenizer.decode(solution.prompt_ids) == "1+1>"
 
 
 def test_the_published_images_are_relative_to_the_repository(image_world, with_images):
@@ -110,9 +108,7 @@ def test_images_that_are_in_the_data_need_no_repository(image_world, tmp_path, m
     drawn = toy.encode(toy.draw("1+1>", random.Random(0)))
     rows = [{"images": [drawn]}, {"images": []}]
     monkeypatch.setattr(hub, "download", download)
-    images = rollout.read_images(
-        rows, "nobody/nothing", rollout.DataSettings(), find_model(model).processor
-    )
+    images = read_images(rows, "nobody/nothing", DataSettings(), find_model_in(model).processor)
     assert [len(row) for row in images] == [1, 0]
 
 
@@ -136,7 +132,7 @@ def test_a_copy_of_a_repository_is_read_by_the_same_names(image_world, tmp_path,
     for content in ("[1]", "not json", '{"MMPRv1.1_Math": 3}'):
         registry.write_text(content)
         with pytest.raises(ValueError, match="dataset_info.json.*expected names of sets"):
-            rollout.load_rows(str(copy / "MMPRv1.1_Math"), (), "train", None)
+            load_rows(str(copy / "MMPRv1.1_Math"), (), "train", None)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +145,7 @@ def test_a_copy_of_a_repository_is_read_by_the_same_names(image_world, tmp_path,
 )
 def test_places_that_are_not_there(with_text, source, words):
     with pytest.raises(ValueError, match=words):
-        rollout.load_rows(source, (), "train", None)
+        load_rows(source, (), "train", None)
 
 
 def test_an_error_of_the_hub_without_a_message_is_named(monkeypatch):
@@ -167,7 +163,7 @@ def test_a_folder_of_files_with_different_columns_names_them(tmp_path):
     write_lines(tmp_path / "data" / "rl.jsonl", {"prompt": "1+1>", "answer": "2"})
     words = "it holds offline.jsonl, rl.jsonl: name one of them, as in --data .*/data/offline.jsonl"
     with pytest.raises(ValueError, match=words):
-        rollout.load_rows(str(tmp_path / "data"), (), "train", None)
+        load_rows(str(tmp_path / "data"), (), "train", None)
 
 
 def test_empty_solutions_are_named_and_can_be_left_out(world, tmp_path, capsys):
@@ -192,7 +188,7 @@ def test_which_text_of_a_row_is_the_solution_is_said(world, tmp_path, capsys):
     file = tmp_path / "expert.jsonl"
     messages = [{"role": "user", "content": "1+1>"}, {"role": "assistant", "content": "1+1=2"}]
     write_lines(file, {"problem": "1+1>", "solution": "2", "messages": messages})
-    tokenizer = find_model(world.path("model")).tokenizer
+    tokenizer = find_model_in(world.path("model")).tokenizer
     (solution,) = solutions_of(str(file), world.path("model"))
     assert tokenizer.decode(solution.response_ids) == "2<|im_end|>"
     said = capsys.readouterr().out

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import inspector
-import record
 import train_rl
+from infra import record
+from infra.settings import change
 from pages import describe
 from pages.rollouts import inspect_run, write_rollouts_page
-from run import change
 
 MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
 MEASURES += ("entropy", "advantage", "ratio")

@@ -10,10 +10,10 @@ import torch
 from conftest import (
     ROOT,
     figures,
-    find_model,
+    find_model_in,
     flags,
     last_state,
-    load_problems,
+    problems_in,
     requests,
     save_vlm,
     tiny_vlm,
@@ -25,21 +25,23 @@ from test_distributed import assert_same_run, finish, start, wait_for_step
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flow as fl
-import lora
-import parallel
-import rlfr
 import rollout
-import run as runs
 import train_rl
-from run import change
+from infra import batching, lora, parallel
+from infra.attention import PACKED
+from infra.exports import export_adapter, export_policy
+from infra.models import end_tokens
+from infra.settings import change
+from policy import Policy, load_policy
+from run import export_checkpoint
 
 RANK, ALPHA = 4, 12.0  # a scale of 3
 GREEDY = rollout.Sampling(1, 0.0, 24)
 
 
-def adapted_policy(path: str) -> rlfr.Policy:
+def adapted_policy(path: str) -> Policy:
     """A policy with adapters that have learnt: B is not zero."""
-    policy = rlfr.load_policy(path)
+    policy = load_policy(path)
     lora.add_adapters(policy.model, policy.layers, RANK, ALPHA, seed=0)
     torch.manual_seed(1)
     for layer in lora.adapted_layers(policy).values():
@@ -47,19 +49,19 @@ def adapted_policy(path: str) -> rlfr.Policy:
     return policy
 
 
-def sharded(policy: rlfr.Policy, dtype=torch.float32) -> rlfr.Policy:
+def sharded(policy: Policy, dtype=torch.float32) -> Policy:
     parallel.shard(policy, policy.blocks, dtype)
     return policy
 
 
 @pytest.fixture(scope="module")
-def adapted(world) -> rlfr.Policy:
+def adapted(world) -> Policy:
     return sharded(adapted_policy(world.path("model")))
 
 
 @pytest.fixture(scope="module")
-def batch() -> rlfr.Batch:
-    return rlfr.collate([rlfr.Row([1, 2, 3], [4, 5, 6, 7]), rlfr.Row([3, 1], [8, 9])])
+def batch() -> batching.Batch:
+    return batching.collate([batching.Row([1, 2, 3], [4, 5, 6, 7]), batching.Row([3, 1], [8, 9])])
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_only_adapters_have_gradients_and_optimiser_state(world, batch):
 def test_adapters_start_as_the_model_and_follow_the_seed(world, policy, batch):
     starts = []
     for seed in (0, 0, 1):
-        other = rlfr.load_policy(world.path("model"))
+        other = load_policy(world.path("model"))
         before = torch.random.get_rng_state()
         lora.add_adapters(other.model, other.layers, RANK, ALPHA, seed)
         assert torch.equal(torch.random.get_rng_state(), before)
@@ -139,7 +141,7 @@ def test_adapters_start_as_the_model_and_follow_the_seed(world, policy, batch):
 
 def test_the_tower_of_a_vision_language_model_has_no_adapters(tmp_path, batch):
     folder = save_vlm(tiny_vlm("qwen2_5_vl"), tmp_path)
-    plain = {name for name, _ in rlfr.load_policy(folder).model.named_parameters()}
+    plain = {name for name, _ in load_policy(folder).model.named_parameters()}
     policy = sharded(adapted_policy(folder))
     assert set(dict(policy.whole_weights(torch.float32))) >= plain
     policy(batch).logp.sum().backward()
@@ -152,7 +154,7 @@ def test_the_tower_of_a_vision_language_model_has_no_adapters(tmp_path, batch):
 
 
 def test_merged_weights_are_w_plus_scale_b_a(world, adapted, batch):
-    plain = rlfr.load_policy(world.path("model"))
+    plain = load_policy(world.path("model"))
     state = plain.model.state_dict()
     merged = dict(adapted.whole_weights(torch.float32))
     assert merged.keys() == state.keys()
@@ -193,8 +195,8 @@ def likeliest(model, prompts: list[list[int]], ends: list[int]) -> list[list[int
 @pytest.mark.parametrize("kind", ["torch", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_engines_and_exports_say_what_the_policy_finds_likeliest(world, adapted, tmp_path, kind):
     path = world.path("model")
-    prompts = [problem.prompt_ids for problem in load_problems(world.path("test.jsonl"))[:6]]
-    ends = rollout.end_tokens(find_model(path))
+    prompts = [problem.prompt_ids for problem in problems_in(world.path("test.jsonl"))[:6]]
+    ends = end_tokens(find_model_in(path))
     expected = likeliest(adapted_policy(path).model, prompts, ends)
     base = AutoModelForCausalLM.from_pretrained(path)
     assert likeliest(base, prompts, ends) != expected, "the adapters change what is said"
@@ -205,10 +207,10 @@ def test_engines_and_exports_say_what_the_policy_finds_likeliest(world, adapted,
     assert [episode.response_ids for episode in episodes] == expected
     if kind == "vllm":
         return
-    runs.export_policy(adapted, torch.float32, [None], tmp_path / "policy")
+    export_policy(adapted, torch.float32, [None], tmp_path / "policy")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert likeliest(exported, prompts, ends) == expected
-    runs.export_adapter(adapted, path, tmp_path / "adapter")
+    export_adapter(adapted, path, tmp_path / "adapter")
     beside = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert likeliest(beside, prompts, ends) == expected
 
@@ -240,8 +242,8 @@ def test_a_vision_language_model_learns_in_its_decoder_alone(config, image_world
     images = {"model": image_world.path("model"), "data": image_world.path("train.jsonl")}
     options = {"problem_column": "prompt", "steps": 1, "save_every": 0, "rehearse": True}
     train_rl.main(change(config, folder=str(folder), **images, **options))
-    before = rlfr.load_policy(images["model"]).model.state_dict()
-    after = rlfr.load_policy(str(folder / "policy")).model.state_dict()
+    before = load_policy(images["model"]).model.state_dict()
+    after = load_policy(str(folder / "policy")).model.state_dict()
     assert before.keys() == after.keys()
     for name, weight in before.items():
         is_adapted = re.search(r"language_model\.layers\..*_proj\.weight$", name) is not None
@@ -273,7 +275,7 @@ def test_a_killed_run_goes_on_bit_for_bit(one, config, tmp_path):
 
 def test_a_checkpoint_is_exported(one, tmp_path):
     """As the run itself exported it at its end."""
-    runs.export_checkpoint(one, 4, str(tmp_path))
+    export_checkpoint(one, 4, str(tmp_path))
     for file in ("policy/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / file).read_bytes() == (Path(one) / file).read_bytes(), file
 
@@ -289,7 +291,7 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
     results = []
     for options in ({}, {"compile": "on", "gradient_checkpointing": True}):
         policy = train_rl.make_policy(
-            change(config, freeze="none", lora_alpha=ALPHA, **options), find_model(config.model)
+            change(config, freeze="none", lora_alpha=ALPHA, **options), find_model_in(config.model)
         )
         for layer in lora.adapted_layers(policy).values():
             torch.nn.init.constant_(layer.lora_B[lora.ADAPTER].weight, 0.1)
@@ -351,7 +353,7 @@ def test_a_resumed_run_keeps_its_adapters(one, config, options):
 )
 def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, capsys):
     sizes = []
-    forward = rlfr.Policy.forward
+    forward = Policy.forward
 
     def spy(policy, batch, *arguments, **named):
         learns = torch.is_grad_enabled()
@@ -359,7 +361,7 @@ def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, cap
         sizes.append((learns, n_prompts, *batch.input_ids.shape, batch.response_mask.shape[1]))
         return forward(policy, batch, *arguments, **named)
 
-    monkeypatch.setattr(rlfr.Policy, "forward", spy)
+    monkeypatch.setattr(Policy, "forward", spy)
     for name, rehearsed in (("plain", False), ("rehearsed", True)):
         sizes.clear()
         folder = str(tmp_path / name)
@@ -371,7 +373,7 @@ def test_a_rehearsal_changes_nothing(config, tmp_path, options, monkeypatch, cap
             assert torch.equal(rehearsed[name], value), name
     # 300 tokens have room for 3 rows of 80, scored and then learnt from, and for more short ones
     assert (False, 3, 3, 80, 16) in sizes and (True, 3, 3, 80, 16) in sizes
-    shortest = len(min(load_problems(config.data), key=lambda p: len(p.prompt_ids)).prompt_ids)
+    shortest = len(min(problems_in(config.data), key=lambda p: len(p.prompt_ids)).prompt_ids)
     widths = {size[3] for size in sizes if size[2] > 3 and size[4] == 16}
     assert any(shortest + 16 <= width < 80 for width in widths)
     assert "rehearsed an update at 64 + 16 tokens; there is no GPU" in capsys.readouterr().out
@@ -383,7 +385,7 @@ def test_what_does_not_fit_names_the_settings_to_lower(config, tmp_path, monkeyp
     def is_full(*_arguments, **_named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(rlfr.Policy, "forward", is_full)
+    monkeypatch.setattr(Policy, "forward", is_full)
     with pytest.raises(MemoryError) as caught:
         train_rl.main(change(config, folder=str(tmp_path / "run"), rehearse=True))
     for setting in ("--tokens-per-gpu (now 300)", "--max-tokens (now 16)", "--lora-rank (now 4)"):
@@ -427,7 +429,7 @@ def test_the_table_of_memory(name, rank):
     config = AutoConfig.for_model("qwen2", **SHAPES[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        policy = rlfr.Policy(model, rlfr.PACKED)  # it has no weights that could tell
+        policy = Policy(model, PACKED)  # it has no weights that could tell
         flow = fl.Flow(fl.FlowConfig(config.hidden_size, 6 if name == "Qwen2.5-7B" else 4))
     engine = n_bytes(policy.parameters())
     if rank:

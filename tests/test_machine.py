@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel
 import train_rl
 from grading import Pool
-from infra import cores
+from infra import cores, parallel
 from rewards import Grader
 
 GROUP = "0::/slice/job\n"

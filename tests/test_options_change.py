@@ -16,7 +16,8 @@ import flow as fl
 import rlfr
 import train_flow
 import train_rl
-from run import change
+from infra.settings import change
+from policy import load_policy
 
 
 def differ(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -60,7 +61,7 @@ def test_an_option_changes_the_policy(config, both, options):
     config = change(config, **both)
     train_rl.main(change(config, folder=config.folder + "-a"))
     train_rl.main(change(config, folder=config.folder + "-b", **options))
-    policies = [rlfr.load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
+    policies = [load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
     assert differ(*policies)
 
 

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 import flow as fl
 import rlfr
+from infra import batching
+from infra.logprobs import TokenLogProbs
+from policy import tap_layers
 from rewards import Grader
 
 ORACLE = Path(os.environ.get("ORACLE_DIR", Path(__file__).with_name("oracle")))
@@ -283,7 +286,7 @@ def test_vi_kl_and_log_probs():
     logits = x["in.logits"].flatten(0, 1)
     head = torch.eye(logits.shape[1])  # the hidden states are the logits
     labels = x["in.labels"].flatten()
-    logp, entropy = rlfr.TokenLogProbs.apply(logits, head, labels, 1.0, None)
+    logp, entropy = TokenLogProbs.apply(logits, head, labels, 1.0, None)
     near(logp.view_as(x["out.log_probs_from_logits"]), x["out.log_probs_from_logits"])
     near(entropy.view_as(x["out.entropy_from_logits"]), x["out.entropy_from_logits"])
 
@@ -292,7 +295,7 @@ def test_vii_taps():
     facts, _ = fixture("vii_hook_layers")
     assert facts["rows"]
     for row in facts["rows"]:
-        taps = rlfr.tap_layers(row["num_hidden_layers"], row["percentiles"])
+        taps = tap_layers(row["num_hidden_layers"], row["percentiles"])
         assert taps == row["hook_layers"]
         assert [tap / row["num_hidden_layers"] for tap in taps] == pytest.approx(row["layer_input"])
 
@@ -341,7 +344,7 @@ def test_viii_official_rewards():
 
 
 def test_viii_templates():
-    from rollout import TEMPLATES
+    from infra.data import TEMPLATES
 
     facts, _ = fixture("viii_scoring")
     for ours, theirs in {"qwen": "qwen_box_text", "llama": "llama_text", "none": "no"}.items():
@@ -354,8 +357,8 @@ def test_ix_tokens_are_kept():
     n_rewritten = 0
     for case in cases:
         start = case["input_len"]
-        rows = [rlfr.Row(ids[:start], ids[start:]) for ids in case["seq"]]
-        batch = rlfr.collate(rows)
+        rows = [batching.Row(ids[:start], ids[start:]) for ids in case["seq"]]
+        batch = batching.collate(rows)
         assert batch.input_ids.tolist() == case["seq"]
         sampled = [token for row in rows for token in row.response_ids]
         assert batch.input_ids[batch.targets].tolist() == sampled

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_problems, torch_engine
+from conftest import problems_in, torch_engine
 
 import inspector
 import rollout
 import train_rl
+from engines.choice import make_engine
+from engines.torch_engine import TorchEngine
 
 MESSAGE = r"/model: the engine's log-probs differ from the trainer's by \d+\.\d\d in the mean"
 
@@ -16,14 +18,14 @@ MESSAGE = r"/model: the engine's log-probs differ from the trainer's by \d+\.\d\
 @pytest.fixture
 def disturbed(monkeypatch):
     """Engines that lose a part of the model when they take weights."""
-    load_weights = rollout.TorchEngine.load_weights
+    load_weights = TorchEngine.load_weights
 
     def disturb(engine, weights):
         load_weights(engine, weights)
         for layer in engine.model.model.layers:
             layer.self_attn.o_proj.weight.data.zero_()
 
-    monkeypatch.setattr(rollout.TorchEngine, "load_weights", disturb)
+    monkeypatch.setattr(TorchEngine, "load_weights", disturb)
 
 
 def test_training_ends_before_a_step_if_the_engine_has_another_model(config, disturbed):
@@ -47,7 +49,7 @@ def test_probes_fit_into_the_shortest_settings(world, policy):
 
 @pytest.mark.parametrize("difference", [0.2, -0.2, float("nan")])
 def test_a_difference_of_log_probs(world, difference):
-    problem = load_problems(world.path("test.jsonl"))[0]
+    problem = problems_in(world.path("test.jsonl"))[0]
     probe = rollout.Episode(problem.prompt_ids, [1, 2], [-1.0, -2.0], "stop", "")
     logp = torch.tensor([-1.01, -1.99])
     rollout.check_log_probs([probe], logp, "model")
@@ -62,9 +64,9 @@ def test_an_engine_that_takes_minutes_says_so_first(world, monkeypatch, capsys):
         said.append(capsys.readouterr().out)
         return "engine"
 
-    monkeypatch.setattr(rollout, "VllmEngine", start)
+    monkeypatch.setattr("engines.choice.VllmEngine", start)
     settings = rollout.EngineSettings(engine="vllm")
     cuda = torch.device("cuda", 0)
     capacity = rollout.Capacity(100)
-    rollout.make_engine("model", settings, capacity, cuda, torch.bfloat16, can_sleep=True)
+    make_engine("model", settings, capacity, cuda, torch.bfloat16, can_sleep=True)
     assert said == ["vLLM starts, which takes one to four minutes\n"]

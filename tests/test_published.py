@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import find_model, read_lines
+from conftest import find_model_in, read_lines
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -18,14 +18,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import rlfr
-import rollout
-import run as runs
-import toy
 import train_flow
 import train_rl
 from infra import memory
-from run import change
+from infra.data import DataSettings, ProblemSettings, load_problems, load_rows, make_prompts
+from infra.models import Model
+from infra.settings import change, flatten, parse_config
+from worlds import toy
 
 CONFIGS = {
     "Qwen/Qwen2.5-Math-1.5B": Qwen2Config(
@@ -115,10 +114,8 @@ def test_model_and_data_are_enough(
         monkeypatch.setattr(
             sys, "argv", ["train_rl.py", "--model", given, "--data", "problems.jsonl"]
         )
-        rl, model = train_rl.resolve(runs.parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
-        offline, _ = train_flow.resolve(
-            runs.parse_config(train_flow.Config, toy.PRESETS["train_flow"])
-        )
+        rl, model = train_rl.resolve(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
+        offline, _ = train_flow.resolve(parse_config(train_flow.Config, toy.PRESETS["train_flow"]))
         assert model.path == name
     said = capsys.readouterr().out
     assert (
@@ -129,12 +126,12 @@ def test_model_and_data_are_enough(
     )
     has_vision = "VL" in name
     assert offline.batch_size == 128 and offline.epochs == 2 and offline.lr == 1e-4
-    assert runs.flatten(offline).items() >= {
+    assert flatten(offline).items() >= {
         "flow_blocks": blocks, "noise_repeats": repeats, "template": template, "warmup": 0.1,
         "weight_decay": 0.01, "cutoff": 16384 if has_vision else 8192, "max_pixels": 262_144,
         "flow_times": "random",
     }.items()  # fmt: skip
-    assert runs.flatten(rl).items() >= {
+    assert flatten(rl).items() >= {
         "max_tokens": tokens, "template": template, "max_prompt_tokens": 3000, "max_pixels": 640 * 28**2,
         "reward": ("vlm", "tags=0.5") if has_vision else ("binary",), "prompts": 128,
         "group_size": 8, "train_batch": 128, "lr": 1e-6, "warmup": 0.03,
@@ -153,7 +150,7 @@ def test_the_memory_of_an_update_is_what_an_h100_measured(monkeypatch, recompute
 
     With a budget of 16,384, the largest micro-batch of those episodes had 16,128 padded tokens.
     """
-    monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
+    monkeypatch.setattr("infra.logprobs.CHUNK_LOGITS", 2**28)  # as on a GPU
     sizes = CONFIGS["Qwen/Qwen2.5-Math-1.5B"]
     estimate = memory.update_bytes(sizes, 1.608e9, 16_128, 1, recompute)
     assert estimate == pytest.approx(measured, rel=0.05)
@@ -185,8 +182,8 @@ N_PARAMETERS = {  # without an untied head
     ],
 )
 def test_which_models_recompute_activations(monkeypatch, name, options, n_ranks, room, recompute):
-    monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 2**28)  # as on a GPU
-    model = rollout.Model("", CONFIGS[name], N_PARAMETERS[name], None)
+    monkeypatch.setattr("infra.logprobs.CHUNK_LOGITS", 2**28)  # as on a GPU
+    model = Model("", CONFIGS[name], N_PARAMETERS[name], None)
     settings = {"tokens_per_gpu": 16_384, "max_prompt_tokens": 3000, "max_tokens": 1024, **options}
     config = change(train_rl.Config(), **settings)
     assert memory.recomputes_activations(config, model, n_ranks, room) == recompute
@@ -232,7 +229,7 @@ def test_settings_of_ranks_and_engines(options, words):
 
 
 def test_an_engine_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("rollout.find_spec", lambda name: None)
+    monkeypatch.setattr("engines.choice.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="--engine vllm: vLLM is not installed; pip install -r requirements.txt"
     ):
@@ -241,12 +238,12 @@ def test_an_engine_that_is_not_installed(monkeypatch):
 
 def test_placeholders_of_images_are_refused(world):
     """Regression: an engine expands a placeholder without an image, or expands expanded ones again, silently."""
-    model = find_model(world.path("model"))
-    settings = rollout.DataSettings(template="none", max_prompt_tokens=64)
+    model = find_model_in(world.path("model"))
+    settings = DataSettings(template="none", max_prompt_tokens=64)
     with pytest.raises(
         ValueError, match=r"row 1 has 0 images and 1 tokens <\|image_pad\|> in its prompt; drop"
     ):
-        rollout.make_prompts(["a", "b <|image_pad|>"], [(), ()], model, settings)
+        make_prompts(["a", "b <|image_pad|>"], [(), ()], model, settings)
 
 
 # ---- Expert solutions
@@ -264,7 +261,7 @@ def test_placeholders_of_images_are_refused(world):
 def test_an_expert_solution_ends_as_a_turn_does(world, tmp_path, template, end):
     data = tmp_path / "expert.jsonl"
     data.write_text('{"problem": "1+1>", "solution": "2"}\n')
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     model.tokenizer.chat_template = CHAT
     settings = train_flow.SolutionSettings(
         template=template, problem_column="problem", max_prompt_tokens=300, cutoff=400
@@ -285,7 +282,7 @@ def test_chats_are_expert_solutions(world, tmp_path):
         {"role": "assistant", "content": "3"},
     ]
     conversations = [{"from": "human", "value": "1+1>"}, {"from": "gpt", "value": "2"}]
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     settings = train_flow.SolutionSettings(
         template="none", problem_column="problem", max_prompt_tokens=300, cutoff=400
     )
@@ -332,7 +329,7 @@ def test_subsets_of_a_hub_data_set(tmp_path):
         f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "hard")
     )
     (folder / "README.md").write_text(card + "---\n")
-    rows = rollout.load_rows(str(folder), ("problem", "answer"), "train", "hard")
+    rows = load_rows(str(folder), ("problem", "answer"), "train", "hard")
     assert [row["answer"] for row in rows] == ["2"]
 
 
@@ -350,9 +347,9 @@ def test_the_subset_of_the_settings_is_read(world, tmp_path, monkeypatch):
         f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("main", "hard")
     )
     (folder / "README.md").write_text(card + "---\n")
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     common = dict(subset="hard", template="none", problem_column="problem", max_prompt_tokens=300)
-    (problem,) = rollout.load_problems(str(folder), rollout.ProblemSettings(**common), model)
+    (problem,) = load_problems(str(folder), ProblemSettings(**common), model)
     assert problem.answer == "2"
     settings = train_flow.SolutionSettings(**common, cutoff=400)
     (solution,) = train_flow.load_solutions(str(folder), settings, model)
@@ -360,9 +357,9 @@ def test_the_subset_of_the_settings_is_read(world, tmp_path, monkeypatch):
 
 
 def test_the_bare_template_adds_no_instruction(world):
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     model.tokenizer.chat_template = CHAT
-    settings = rollout.DataSettings(template="bare", max_prompt_tokens=300)
-    (ids,) = rollout.make_prompts(["1+1?"], [()], model, settings)
+    settings = DataSettings(template="bare", max_prompt_tokens=300)
+    (ids,) = make_prompts(["1+1?"], [()], model, settings)
     expected = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     assert model.tokenizer.decode(ids) == expected

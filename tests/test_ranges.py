@@ -8,12 +8,12 @@ import pytest
 
 import eval as evaluation
 import inspector
-import toy
 import train_flow
 import train_rl
 from grading import pairs
 from infra.ranges import Range, check_values, parts_of, range_of
-from run import change, flatten
+from infra.settings import change, flatten
+from worlds import toy
 
 CONFIGS = {
     "train_rl": train_rl.Config(),

@@ -63,7 +63,7 @@ import torch.distributed as dist
 from infra import ranks, stopping
 
 ranks.INTERVAL, ranks.PATIENCE, stopping.GRACE = 0.2, 1.0, 0.2
-import parallel
+from infra import parallel
 
 parallel.start()
 stopping.listen()
@@ -112,7 +112,7 @@ import subprocess, sys
 
 subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
-RANK = "import time, parallel; parallel.start(); print('started', flush=True); time.sleep(120)"
+RANK = "import time; from infra import parallel; parallel.start(); print('started', flush=True); time.sleep(120)"
 
 
 def test_a_rank_ends_with_its_torchrun():

@@ -17,7 +17,7 @@ from conftest import ROOT, figures
 import flow as fl
 import train_flow
 import train_rl
-from run import change
+from infra.settings import change
 
 pytestmark = pytest.mark.real
 

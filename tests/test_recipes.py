@@ -11,12 +11,12 @@ import pytest
 from conftest import ROOT
 from test_published import CONFIGS, save_tokenizer, set_chat_template, snapshot
 
-import run as runs
-import toy
 import train_flow
 import train_rl
-from flow import as_tuple
+from infra.kinds import as_tuple
 from infra.ranges import check_values
+from infra.settings import change, flatten, parse_config
+from worlds import toy
 
 RECIPES = sorted((ROOT / "recipes").glob("official-*.json"))
 # flow blocks, noise repeats, response tokens, template
@@ -171,11 +171,11 @@ def test_a_recipe_is_accepted_and_is_what_the_flags_of_the_page_say(world, monke
     save_model(world, recipe["model"])
     commands = commands_of_the_page(recipe["model"])
     for script, module in {"train_flow": train_flow, "train_rl": train_rl}.items():
-        config = runs.change(module.Config(), model=recipe["model"], **recipe[script])
+        config = change(module.Config(), model=recipe["model"], **recipe[script])
         check_values(config)
         resolved, _ = module.resolve(config)
-        values = runs.flatten(resolved)
+        values = flatten(resolved)
         assert {key: values[key] for key in recipe[script]} == recipe[script]
         monkeypatch.setattr(sys, "argv", [script, *commands[script]])
-        flags = runs.parse_config(module.Config, toy.PRESETS[script])
+        flags = parse_config(module.Config, toy.PRESETS[script])
         assert module.resolve(flags)[0] == resolved

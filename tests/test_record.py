@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, figures
 
-import record
-import rlfr
-import toy
 import train_rl
+from infra import record
+from infra.settings import change
 from pages import describe
-from run import change
+from policy import tap_layers
+from worlds import toy
 
 sys.path.append(str(ROOT / "benchmarks"))
 import recording  # noqa: E402
@@ -55,7 +55,7 @@ def test_records_hold_the_tensors_of_the_step(config, seen):
             assert one["problem"] == episodes[i].problem.id
             assert one["prompt"] == one["question"] == episodes[i].problem.text
         assert len({one["prompt"] for one in records}) == 2
-    taps = rlfr.tap_layers(3, (0.25, 0.5, 0.75))
+    taps = tap_layers(3, (0.25, 0.5, 0.75))
     assert records[0]["taps"] == taps
 
 

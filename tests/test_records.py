@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import record
-import run as runs
 from evals.compare import compare
+from infra import record, runs
 from infra.metrics import read_metrics
+from infra.settings import stored_settings
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run
 
@@ -92,4 +92,4 @@ def test_samples_that_are_wrong(tmp_path, content):
 def test_settings_of_a_resumed_run_that_are_none(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="config.json: .*expected the settings of a run"):
-        runs.stored_settings(tmp_path)
+        stored_settings(tmp_path)

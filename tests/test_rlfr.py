@@ -9,20 +9,23 @@ import transformers as hf
 from conftest import FAMILIES, PLAIN_FAMILIES, TINY, plain_model, tiny_model
 
 import flow as fl
-import parallel
 import rlfr
-from infra import families, memory
+from infra import batching, families, memory, parallel
+from infra.attention import attend
+from infra.logprobs import CHUNK_LOGITS, TokenLogProbs
+from infra.seeds import group_order
+from policy import Policy, find_attention, load_policy, tap_layers
 
 EPISODES = [
-    rlfr.Row([5, 6, 7], [8, 9]),
-    rlfr.Row([10], [11, 12, 13, 14, 15]),
-    rlfr.Row([20, 21, 22, 23, 24, 25], [26, 27, 28]),
-    rlfr.Row([30, 31], [32]),
+    batching.Row([5, 6, 7], [8, 9]),
+    batching.Row([10], [11, 12, 13, 14, 15]),
+    batching.Row([20, 21, 22, 23, 24, 25], [26, 27, 28]),
+    batching.Row([30, 31], [32]),
 ]
 
 
-def tiny_policy(family: str) -> rlfr.Policy:
-    return rlfr.Policy(tiny_model(family))
+def tiny_policy(family: str) -> Policy:
+    return Policy(tiny_model(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,7 +36,7 @@ def test_one_forward_gives_what_hugging_face_gives(family):
     plain = plain_model(family)
     taps = [1, 2, 3]
     error = 0.0
-    scored = policy(rlfr.collate(EPISODES), temperature=0.7, taps=taps)
+    scored = policy(batching.collate(EPISODES), temperature=0.7, taps=taps)
     for row, (prompt, response, _) in enumerate(EPISODES):
         n = len(response)
         ids = torch.tensor([prompt + response])
@@ -58,7 +61,7 @@ def test_one_forward_gives_what_hugging_face_gives(family):
 def test_padding_needs_no_mask(family):
     """Hidden states of all tokens are those under the padding mask."""
     policy = tiny_policy(family)
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
     states = policy.run_decoder(batch, is_token)
     masked = plain_model(family).base_model(batch.input_ids, attention_mask=is_token)
@@ -71,7 +74,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
     """Of a random combination of all tokens' states, for all parameters of the body."""
     policy = tiny_policy(family)
     plain = plain_model(family)
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
     states = policy.run_decoder(batch, is_token)
     masked = plain.base_model(batch.input_ids, attention_mask=is_token)
@@ -86,7 +89,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
 
 
 def test_packing_keeps_every_token():
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     packed = torch.arange(len(batch.packing.places))
     assert len(packed) == batch.attention_mask.sum()
     padded = batch.packing.pad(packed)
@@ -94,12 +97,12 @@ def test_packing_keeps_every_token():
 
 
 PROMPTS_SHARED = [
-    rlfr.Row([5, 6, 7], [8, 9]),
-    rlfr.Row([10], [11, 12, 13]),
-    rlfr.Row([5, 6, 7], [20, 21, 22, 23]),
-    rlfr.Row([5, 6], [7, 8, 9]),  # begins like the first
-    rlfr.Row([10], [14]),
-    rlfr.Row([5, 6, 7], [8]),
+    batching.Row([5, 6, 7], [8, 9]),
+    batching.Row([10], [11, 12, 13]),
+    batching.Row([5, 6, 7], [20, 21, 22, 23]),
+    batching.Row([5, 6], [7, 8, 9]),  # begins like the first
+    batching.Row([10], [14]),
+    batching.Row([5, 6, 7], [8]),
 ]
 
 
@@ -110,12 +113,12 @@ def test_a_prompt_of_several_rows_is_computed_once(family):
     alone = tiny_policy(family)
     seen = []
     policy.layers[0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0].shape[:2]))
-    shared = policy(rlfr.collate(PROMPTS_SHARED), 0.7, taps=[1, 2])
+    shared = policy(batching.collate(PROMPTS_SHARED), 0.7, taps=[1, 2])
     n_packed = 3 + 1 + 2 + 2 + 3 + 4 + 3 + 1 + 1
     assert seen == [(1, n_packed) if policy.packs else (6, 7)]
     (shared.logp.sum() + shared.entropy.square().sum()).backward()
     for i, row in enumerate(PROMPTS_SHARED):
-        one = alone(rlfr.collate([row]), 0.7, taps=[1, 2])
+        one = alone(batching.collate([row]), 0.7, taps=[1, 2])
         (one.logp.sum() + one.entropy.square().sum()).backward()
         n = len(row.response_ids)
         torch.testing.assert_close(shared.logp[i, :n], one.logp[0], rtol=1e-5, atol=1e-5)
@@ -129,12 +132,12 @@ def test_a_prompt_of_several_rows_is_computed_once(family):
 
 def test_rows_of_a_prompt_go_to_one_rank():
     """Four groups of two rows, dealt 0 1 1 0."""
-    rows = [rlfr.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
+    rows = [batching.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
     plans = []
     for rank in range(2):
-        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 100, rank, n_ranks=2)])
+        plans.append([indices for indices, _ in batching.micro_batches(rows, 100, rank, n_ranks=2)])
     assert plans == [[[3, 7, 0, 4]], [[2, 6, 1, 5]]]
-    assert rlfr.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert batching.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 @pytest.mark.parametrize(
@@ -150,17 +153,17 @@ def test_rows_of_a_prompt_go_to_one_rank():
     ],
 )
 def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, groups):
-    rows = [rlfr.Row([ord(prompt)], [2]) for prompt in prompts]
-    assert rlfr.prompt_groups(rows, n_ranks) == groups
-    plans = rlfr.plan_batches(groups, [2] * len(rows), 100, n_ranks)
+    rows = [batching.Row([ord(prompt)], [2]) for prompt in prompts]
+    assert batching.prompt_groups(rows, n_ranks) == groups
+    plans = batching.plan_batches(groups, [2] * len(rows), 100, n_ranks)
     by_rank = [sorted(sum(plan, [])) for plan in plans]
     assert sorted(sum(by_rank, [])) == list(range(len(rows)))
     assert len({len(indices) for indices in by_rank}) == 1
 
 
 def test_parts_of_a_prompts_rows_are_of_like_lengths():
-    rows = [rlfr.Row([1], [2] * n) for n in (1, 2, 9, 9)]
-    assert rlfr.prompt_groups(rows, 2) == [[2, 1], [3, 0]]
+    rows = [batching.Row([1], [2] * n) for n in (1, 2, 9, 9)]
+    assert batching.prompt_groups(rows, 2) == [[2, 1], [3, 0]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,9 +200,9 @@ def test_a_layer_that_mixes_tokens_is_found_and_not_packed(strength):
     for model in models:
         layer = model.model.layers[2]
         layer.mlp = LooksBack(layer.mlp, strength)
-    policy = rlfr.Policy(models[0])
+    policy = Policy(models[0])
     assert not policy.packs
-    logp = policy(rlfr.collate(EPISODES)).logp
+    logp = policy(batching.collate(EPISODES)).logp
     for row, (prompt, response, _) in enumerate(EPISODES):
         logits = models[1](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(response)[:, None])[:, 0]
@@ -208,7 +211,7 @@ def test_a_layer_that_mixes_tokens_is_found_and_not_packed(strength):
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5", "qwen3_next", "lfm2", "falcon_h1"])
 def test_families_are_told_apart_by_small_weights_too(family):
-    assert not rlfr.Policy(tiny_model(family, initializer_range=0.02)).packs
+    assert not Policy(tiny_model(family, initializer_range=0.02)).packs
 
 
 def test_a_window_that_rows_of_a_check_would_not_fill_is_checked(monkeypatch):
@@ -217,14 +220,12 @@ def test_a_window_that_rows_of_a_check_would_not_fill_is_checked(monkeypatch):
     model.config.sliding_window = 4096
     for layer in model.model.layers:
         layer.self_attn.sliding_window = 4096
-    assert rlfr.find_attention(model) == "packed"
-    attend = rlfr.attend
+    assert find_attention(model) == "packed"
     monkeypatch.setattr(
-        rlfr,
-        "attend",
+        "infra.attention.attend",
         lambda *inputs, **settings: attend(*inputs[:5], None, **settings),
     )
-    assert rlfr.find_attention(model) == "sdpa"
+    assert find_attention(model) == "sdpa"
     assert model.config.sliding_window == 4096, "the model itself stays as it is"
 
 
@@ -245,7 +246,7 @@ def test_a_large_model_costs_the_check_one_layer_and_few_words():
     weights = list(small.parameters())
     assert {weight.dtype for weight in weights} == {torch.float32}
     assert sum(weight.numel() for weight in weights) < 4096 * 32 + 10_000
-    assert rlfr.Policy(model).packs
+    assert Policy(model).packs
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert all(weight.requires_grad for weight in model.parameters())
 
@@ -256,7 +257,7 @@ def test_a_family_that_is_scored_otherwise_is_refused_when_it_is_loaded(tmp_path
     with pytest.raises(
         ValueError, match="its log-probs differ by .*; expected a plain linear"
     ) as e:
-        rlfr.load_policy(str(tmp_path))
+        load_policy(str(tmp_path))
     assert str(tmp_path) in str(e.value)
 
 
@@ -266,16 +267,16 @@ def test_weights_that_say_nothing_and_weights_that_are_broken(value):
     torch.nn.init.constant_(model.model.layers[0].mlp.down_proj.weight, value)
     torch.nn.init.constant_(model.model.norm.weight, value)
     if value == 0:
-        assert rlfr.Policy(model).packs
+        assert Policy(model).packs
     else:
         with pytest.raises(ValueError, match="LlamaForCausalLM: its hidden states are not finite"):
-            rlfr.Policy(model)
+            Policy(model)
 
 
 def test_layers_that_cannot_be_tapped_are_refused():
     config = hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4)
     with pytest.raises(ValueError, match="GPT2LMHeadModel: its decoder has no list `layers`"):
-        rlfr.Policy(hf.AutoModelForCausalLM.from_config(config))
+        Policy(hf.AutoModelForCausalLM.from_config(config))
 
 
 def test_padding_costs_the_decoder_nothing():
@@ -283,7 +284,7 @@ def test_padding_costs_the_decoder_nothing():
     policy = tiny_policy("qwen2")
     seen = []
     policy.layers[0].register_forward_hook(lambda _m, _i, output: seen.append(output.shape[:2]))
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     policy(batch)
     assert batch.input_ids.shape == (4, 9)
     assert seen == [(1, 23)]
@@ -292,7 +293,7 @@ def test_padding_costs_the_decoder_nothing():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
     policy = tiny_policy(family)
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     taps = [1, 2]
     ran = []
     policy.layers[3].register_forward_hook(lambda *_: ran.append(3))
@@ -309,7 +310,7 @@ def test_early_exit_gives_the_same_latents_and_runs_nothing_above(family):
 def test_compiled_parts_of_layers_give_the_same():
     """All layers share what is compiled of one; hooks on the layers go on working."""
     policy = tiny_policy("qwen2")
-    batch = rlfr.collate(EPISODES)
+    batch = batching.collate(EPISODES)
     torch._dynamo.reset()  # what earlier tests compiled counts towards a limit
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
@@ -325,7 +326,7 @@ def test_compiled_parts_of_layers_give_the_same():
 
 
 def test_taps_may_coincide():
-    latents = tiny_policy("qwen2")(rlfr.collate(EPISODES), taps=[1, 1, 3]).latents
+    latents = tiny_policy("qwen2")(batching.collate(EPISODES), taps=[1, 1, 3]).latents
     assert len(latents) == 3 and torch.equal(latents[0], latents[1])
 
 
@@ -333,8 +334,8 @@ def test_taps_may_coincide():
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, monkeypatch):
     """Also when the graph is kept for a second backward."""
-    monkeypatch.setattr(rlfr, "CHUNK_LOGITS", 13 * 3)  # chunks of 3 rows
-    monkeypatch.setattr(rlfr, "KEPT_LOGITS", 13 * 3 * n_kept_chunks)
+    monkeypatch.setattr("infra.logprobs.CHUNK_LOGITS", 13 * 3)  # chunks of 3 rows
+    monkeypatch.setattr("infra.logprobs.KEPT_LOGITS", 13 * 3 * n_kept_chunks)
     torch.manual_seed(0)
     hidden = torch.randn(8, 6, requires_grad=True)
     weight = torch.randn(13, 6, requires_grad=True)
@@ -348,7 +349,7 @@ def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, mon
     log_p = (logits / 0.7).log_softmax(dim=-1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(dim=1)
-    got = rlfr.TokenLogProbs.apply(hidden, weight, targets, 0.7, softcap)
+    got = TokenLogProbs.apply(hidden, weight, targets, 0.7, softcap)
     torch.testing.assert_close(got, (logp, entropy), rtol=1e-5, atol=1e-5)
 
     inputs = (hidden, weight)
@@ -359,14 +360,14 @@ def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, mon
 
 
 def test_groups_stay_together_in_a_random_order():
-    order = rlfr.group_order(10, 4, "a", 1)  # the last group is short
+    order = group_order(10, 4, "a", 1)  # the last group is short
     groups = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     starts = [order.index(group[0]) for group in groups]
     assert [
         order[start : start + len(g)] for start, g in zip(starts, groups, strict=True)
     ] == groups
-    assert rlfr.group_order(10, 4, "a", 1) == order
-    orders = {tuple(rlfr.group_order(40, 4, "a", step)) for step in range(9)}
+    assert group_order(10, 4, "a", 1) == order
+    orders = {tuple(group_order(40, 4, "a", step)) for step in range(9)}
     assert len(orders) == 9 and all(sorted(one) == list(range(40)) for one in orders)
 
 
@@ -390,7 +391,7 @@ def test_groups_stay_together_in_a_random_order():
 def test_rows_without_a_gradient_are_left_out(has_gradient, group_size, n_ranks, expected):
     tokens = torch.zeros(len(has_gradient), 3, dtype=torch.bool)
     tokens[:, 1] = torch.tensor(has_gradient)
-    rows = rlfr.rows_to_run(tokens, group_size, n_ranks)
+    rows = batching.rows_to_run(tokens, group_size, n_ranks)
     assert rows.tolist() == [bool(value) for value in expected]
 
 
@@ -410,19 +411,19 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_logits_of_the_whole_batch_are_made():
     """The largest tensor that scoring makes stays below rows x vocabulary."""
     config = hf.Qwen2Config(**{**TINY, "vocab_size": 20_000})
-    policy = rlfr.Policy(hf.AutoModelForCausalLM.from_config(config))
-    episode = rlfr.Row([1, 2], list(range(3, 203)))
-    batch = rlfr.collate([episode] * 20)  # 4,000 response tokens: 80 M logits
+    policy = Policy(hf.AutoModelForCausalLM.from_config(config))
+    episode = batching.Row([1, 2], list(range(3, 203)))
+    batch = batching.collate([episode] * 20)  # 4,000 response tokens: 80 M logits
     with LargestTensor() as largest:
         policy(batch).logp.sum().backward()
-    assert largest.size <= rlfr.CHUNK_LOGITS < 4000 * 20_000
+    assert largest.size <= CHUNK_LOGITS < 4000 * 20_000
 
 
 def test_scaled_or_biased_heads_are_refused():
     model = hf.AutoModelForCausalLM.from_config(hf.Qwen2Config(**TINY))
     model.lm_head = torch.nn.Linear(32, 96, bias=True)
     with pytest.raises(ValueError, match="a bias on its logits; expected a plain linear head"):
-        rlfr.Policy(model)
+        Policy(model)
 
 
 def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
@@ -433,13 +434,13 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
     for i in range(8):
         prompt = torch.randint(200, (3 + i,), generator=generator).tolist()
         response = torch.randint(200, (2 + 3 * i,), generator=generator).tolist()
-        episodes.append(rlfr.Row(prompt, response))
-    taps = rlfr.tap_layers(policy.n_layers, flow.config.percentiles)
+        episodes.append(batching.Row(prompt, response))
+    taps = tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
 
     def score(group: list[int]) -> dict[int, torch.Tensor]:
         """Return log-probs, flow scores and flow rewards (3, tokens) of each episode."""
-        batch = rlfr.collate([episodes[i] for i in group])
+        batch = batching.collate([episodes[i] for i in group])
         logp, _, latents = policy(batch, 0.9, taps)
         rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
         keys = [("noise", 0, 0, i) for i in group]
@@ -472,9 +473,9 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
 
 def test_micro_batches_keep_to_the_budget():
     lengths = [(3, 4), (1, 1), (5, 5), (2, 1), (9, 30)]
-    rows = [rlfr.Row([1] * prompt, [2] * response) for prompt, response in lengths]
+    rows = [batching.Row([1] * prompt, [2] * response) for prompt, response in lengths]
     seen = []
-    for indices, batch in rlfr.micro_batches(rows, 20, rank=0, n_ranks=1):
+    for indices, batch in batching.micro_batches(rows, 20, rank=0, n_ranks=1):
         seen += indices
         assert len(indices) == 1 or batch.attention_mask.sum() <= 20
         assert batch.targets.sum() == sum(len(rows[i].response_ids) for i in indices)
@@ -483,25 +484,25 @@ def test_micro_batches_keep_to_the_budget():
 
 def test_micro_batches_share_rows_out():
     """Rows are dealt 0 1 1 0, the longest first; a rank with fewer batches halves its largest."""
-    rows = [rlfr.Row([prompt], [2] * n) for prompt, n in enumerate((1, 2, 9, 9))]
+    rows = [batching.Row([prompt], [2] * n) for prompt, n in enumerate((1, 2, 9, 9))]
     plans = []
     for rank in range(2):
-        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 11, rank, n_ranks=2)])
+        plans.append([indices for indices, _ in batching.micro_batches(rows, 11, rank, n_ranks=2)])
     assert plans == [[[2], [0]], [[3], [1]]]
-    rows = [rlfr.Row([prompt], [2] * n) for prompt, n in enumerate((9, 2, 2, 2))]
+    rows = [batching.Row([prompt], [2] * n) for prompt, n in enumerate((9, 2, 2, 2))]
     plans = []
     for rank in range(2):
-        plans.append([indices for indices, _ in rlfr.micro_batches(rows, 12, rank, n_ranks=2)])
+        plans.append([indices for indices, _ in batching.micro_batches(rows, 12, rank, n_ranks=2)])
     assert plans == [[[0], [3]], [[1], [2]]]
 
 
 def test_micro_batches_are_of_like_size():
     """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 23, 28 and 3 tokens."""
-    rows = [rlfr.Row([1], [2] * 9)] * 5
-    sizes = [len(indices) for indices, _ in rlfr.micro_batches(rows, 40, rank=0, n_ranks=1)]
+    rows = [batching.Row([1], [2] * 9)] * 5
+    sizes = [len(indices) for indices, _ in batching.micro_batches(rows, 40, rank=0, n_ranks=1)]
     assert sizes == [3, 2]
-    rows = [rlfr.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
-    plan = [indices for indices, _ in rlfr.micro_batches(rows, 30, rank=0, n_ranks=1)]
+    rows = [batching.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
+    plan = [indices for indices, _ in batching.micro_batches(rows, 30, rank=0, n_ranks=1)]
     assert plan == [[0], [1, 2], [3, 4, 5, 6]]  # 12, 21 and 21 tokens
 
 

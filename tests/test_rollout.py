@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import (
     FAMILIES,
-    find_model,
-    load_problems,
+    find_model_in,
     plain_model,
+    problems_in,
     requests,
     tiny_model,
     torch_engine,
@@ -23,8 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 import eval as evaluation
 import rollout
 import train_flow
+from engines import vllm_engine
+from engines.choice import make_engine
+from engines.torch_engine import choose
+from infra.data import DataSettings, ProblemSettings, load_problems, load_rows, make_prompts
+from infra.defaults import choose_template, fill_in
+from infra.models import end_tokens
+from infra.settings import change
 from rollout import Sampling
-from run import change
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def engine(world, tokenizer):
 
 @pytest.fixture(scope="module")
 def prompts(world, tokenizer):
-    return [problem.prompt_ids for problem in load_problems(world.path("test.jsonl"))]
+    return [problem.prompt_ids for problem in problems_in(world.path("test.jsonl"))]
 
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
@@ -58,12 +64,9 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
     (tmp_path / "folder").mkdir()
     data.to_parquet(tmp_path / "folder" / "train.parquet")
     for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
-        assert (
-            rollout.load_rows(str(tmp_path / name), ("problem", "answer"), "train", None) == ROWS
-        ), name
+        assert load_rows(str(tmp_path / name), ("problem", "answer"), "train", None) == ROWS, name
     assert (
-        rollout.load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split, None)
-        == ROWS[:1]
+        load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split, None) == ROWS[:1]
     ), "evaluation reads the test split"
 
 
@@ -83,25 +86,25 @@ def test_columns_that_nobody_needs_do_not_become_python_objects(tmp_path, world)
         table = table.append_column(name, unreadable(len(rows)))
     file = str(tmp_path / "data.parquet")
     pyarrow.parquet.write_table(table, file)
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     common = {"template": "none", "problem_column": "problem", "max_prompt_tokens": 64}
-    problems = rollout.load_problems(file, rollout.ProblemSettings(**common), model)
+    problems = load_problems(file, ProblemSettings(**common), model)
     assert [(problem.id, problem.answer) for problem in problems] == [("a", "2")] * 3
     settings = train_flow.SolutionSettings(**common, cutoff=100)
     solutions = train_flow.load_solutions(file, settings, model)
     decoded = model.tokenizer.decode(solutions[2].response_ids, skip_special_tokens=True)
     assert decoded == "It is 2"
     with pytest.raises(UnicodeDecodeError):  # such a column cannot be read at all
-        rollout.load_rows(file, ("generations",), "train", None)
+        load_rows(file, ("generations",), "train", None)
 
 
 def test_an_answer_may_be_a_list_or_a_number(tmp_path, world):
     file = tmp_path / "data.jsonl"
     file.write_text('{"q": "a\\u2028", "gold": ["1", 2]}\n{"q": "b", "gold": 3}\n')
-    settings = rollout.ProblemSettings(
+    settings = ProblemSettings(
         template="none", problem_column="q", answer_column="gold", max_prompt_tokens=64
     )
-    problems = rollout.load_problems(str(file), settings, find_model(world.path("model")))
+    problems = load_problems(str(file), settings, find_model_in(world.path("model")))
     assert [problem.answer for problem in problems] == [["1", "2"], "3"]
 
 
@@ -131,14 +134,14 @@ def test_bad_data(tmp_path, content, words):
     file = tmp_path / "data.jsonl"
     file.write_text(content)
     with pytest.raises(ValueError, match=words):
-        rollout.load_rows(str(file), ("problem", "answer"), "train", None)
+        load_rows(str(file), ("problem", "answer"), "train", None)
 
 
 def test_benchmarks_of_eval_are_not_data_to_train_on():
     with pytest.raises(
         ValueError, match="x.tsv: a TSV file is a vision-language benchmark for eval"
     ):
-        rollout.load_rows("x.tsv", ("problem",), "train", None)
+        load_rows("x.tsv", ("problem",), "train", None)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.jsonl.gz"])
@@ -146,7 +149,7 @@ def test_a_file_of_no_known_format_is_not_looked_for_on_the_hub(tmp_path, name):
     """Half a minute of attempts to reach a repository `txt`, where there is no network."""
     (tmp_path / name).write_text("text")
     with pytest.raises(ValueError, match=f"{name}: no format .* ends in .json, .jsonl, .csv"):
-        rollout.load_rows(str(tmp_path / name), (), "train", None)
+        load_rows(str(tmp_path / name), (), "train", None)
 
 
 def test_unknown_data_and_models():
@@ -155,13 +158,13 @@ def test_unknown_data_and_models():
             ValueError,
             match=f"no data at '{source}'.*expected a JSONL or Parquet file, a folder or a hub id",
         ):
-            rollout.load_rows(source, (), "train", None)
+            load_rows(source, (), "train", None)
     for model, tried in {"Qwen9-1B": "Qwen/Qwen9-1B", "./missing": "./missing"}.items():
         with pytest.raises(
             ValueError,
             match=f"model '{model}': '{tried}' cannot be loaded.*a short name such as Qwen2.5-7B",
         ):
-            find_model(model)
+            find_model_in(model)
 
 
 def test_long_prompts_are_counted(world):
@@ -169,21 +172,21 @@ def test_long_prompts_are_counted(world):
         ValueError,
         match="2 of 3 prompts are longer than 4 tokens, e.g. row 1 with 5, 'abcde'; raise --max-prompt-tokens",
     ):
-        rollout.make_prompts(
+        make_prompts(
             ["abc", "abcde", "abcdef"],
             [(), (), ()],
-            find_model(world.path("model")),
-            rollout.DataSettings(template="none", max_prompt_tokens=4),
+            find_model_in(world.path("model")),
+            DataSettings(template="none", max_prompt_tokens=4),
         )
 
 
 def test_templates(world, tokenizer, tmp_path):
     def text(template, model_type=""):
-        model = find_model(world.path("model"))._replace(tokenizer=tokenizer)
+        model = find_model_in(world.path("model"))._replace(tokenizer=tokenizer)
         model.config.model_type = model_type
-        template = rollout.choose_template(template, model)
-        settings = rollout.DataSettings(template=template, max_prompt_tokens=300)
-        return tokenizer.decode(rollout.make_prompts(["1+1?"], [()], model, settings)[0])
+        template = choose_template(template, model)
+        settings = DataSettings(template=template, max_prompt_tokens=300)
+        return tokenizer.decode(make_prompts(["1+1?"], [()], model, settings)[0])
 
     assert text("none") == "1+1?"
     assert text("qwen").startswith("<|im_start|>system\nPlease reason") and text("qwen").endswith(
@@ -219,13 +222,13 @@ def test_templates(world, tokenizer, tmp_path):
 
 def test_the_models_eos_alone_can_end_a_response(world):
     """As officially; by default the ends of turns do, too."""
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     vocabulary = model.tokenizer.get_vocab()
     eos = vocabulary["<|im_end|>"]
-    assert rollout.end_tokens(model) == sorted({eos, vocabulary["<|endoftext|>"]})
-    assert rollout.end_tokens(model, "eos") == [eos]
+    assert end_tokens(model) == sorted({eos, vocabulary["<|endoftext|>"]})
+    assert end_tokens(model, "eos") == [eos]
     settings = rollout.EngineSettings(engine="torch", stop_tokens="eos")
-    engine = rollout.make_engine(
+    engine = make_engine(
         model,
         settings,
         rollout.Capacity(64),
@@ -268,13 +271,13 @@ def test_samples_do_not_depend_on_the_batch(engine, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_trainer(engine, prompts, policy, temperature):
-    import rlfr
+    from infra import batching
 
     episodes = engine.generate(
         requests(prompts, range(0, 9 * len(prompts), 9)),
         Sampling(n=2, temperature=temperature, max_tokens=24),
     )
-    logp = policy(rlfr.collate(episodes), temperature).logp
+    logp = policy(batching.collate(episodes), temperature).logp
     for row, episode in enumerate(episodes):
         torch.testing.assert_close(
             torch.tensor(episode.logp),
@@ -319,7 +322,7 @@ def test_sampling_follows_the_distribution():
     uniform = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def frequencies(**options):
-        token, logp = rollout.choose(logits.expand(len(uniform), 4), uniform, Sampling(**options))
+        token, logp = choose(logits.expand(len(uniform), 4), uniform, Sampling(**options))
         p = token.bincount(minlength=4) / len(uniform)
         torch.testing.assert_close(
             logp.exp().double().mean(), (p * p).double().sum(), rtol=0.05, atol=0.01
@@ -362,14 +365,14 @@ def test_length_finish_and_weights(engine, prompts, world, tokenizer):
 
 def test_the_cache_by_hand(world):
     """Room for all sequences, or a share of what is free; too little for one is an error."""
-    model = find_model(world.path("model"))
+    model = find_model_in(world.path("model"))
     model.config.update({"num_key_value_heads": 2, "head_dim": 16})  # of 3 layers
     token_bytes = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, their size, float32
     sequence_bytes = (72 + 128) * token_bytes
 
     def cache_bytes(free: float, **settings) -> int:
         settings = rollout.EngineSettings(max_sequences=10, cache_share=0.5, **settings)
-        return rollout.cache_bytes(model, settings, 72, torch.float32, free)
+        return vllm_engine.cache_bytes(model, settings, 72, torch.float32, free)
 
     assert cache_bytes(math.inf) == cache_bytes(40 * sequence_bytes) == 10 * sequence_bytes
     assert cache_bytes(8 * sequence_bytes) == 4 * sequence_bytes
@@ -384,13 +387,13 @@ def test_ranks_that_cannot_share_the_heads(world):
     config = change(evaluation.Config(), tensor_parallel=2)
     words = "tensor_parallel=2 does not divide the model's 1 attention heads"
     with pytest.raises(ValueError, match=words):
-        rollout.fill_in(config, find_model(world.path("model")))
+        fill_in(config, find_model_in(world.path("model")))
 
 
 def test_what_differs_on_a_gpu():
     """Chunks of prompts are off on a CPU alone; only an engine that sleeps takes vLLM's pool."""
-    cpu = rollout.device_options(torch.device("cpu"), can_sleep=True)
+    cpu = vllm_engine.device_options(torch.device("cpu"), can_sleep=True)
     assert cpu == {"enforce_eager": True, "enable_chunked_prefill": False}
     gpu = torch.device("cuda", 0)
-    assert rollout.device_options(gpu, can_sleep=True) == {"enable_sleep_mode": True}
-    assert rollout.device_options(gpu, can_sleep=False) == {"enable_sleep_mode": False}
+    assert vllm_engine.device_options(gpu, can_sleep=True) == {"enable_sleep_mode": True}
+    assert vllm_engine.device_options(gpu, can_sleep=False) == {"enable_sleep_mode": False}

@@ -5,15 +5,17 @@ import shutil
 
 import pyarrow
 import pytest
-from conftest import find_model
+from conftest import find_model_in
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import rollout
 import train_flow
-import vision
+from engines.torch_engine import TorchEngine
 from evals import sets
+from infra import vision
+from infra.data import ProblemSettings, load_problems, load_rows, template_pattern
+from infra.defaults import choose_template
 from infra.rows import check_answers, read_rows
 
 GOOD = {"problem": "1 +2>", "answer": "3", "solution": r"\boxed{3}"}
@@ -64,16 +66,16 @@ def write(folder, name: str, content: str | bytes) -> str:
 
 @pytest.fixture(scope="module")
 def model(world):
-    return find_model(world.path("model"))
+    return find_model_in(world.path("model"))
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files(model, tmp_path, kind):
     name, content, words = BAD_FILES[kind]
     file = write(tmp_path, name, content)
-    settings = rollout.ProblemSettings(**SETTINGS)
+    settings = ProblemSettings(**SETTINGS)
     for load in (
-        lambda: rollout.load_problems(file, settings, model),
+        lambda: load_problems(file, settings, model),
         lambda: sets.load_sets([f"mine={file}"], settings, model),
         lambda: train_flow.load_solutions(
             file, train_flow.SolutionSettings(cutoff=128, **SETTINGS), model
@@ -103,7 +105,7 @@ BAD_ANSWERS += [["1", None], ["1", " "], [["1"]], float("nan"), float("inf")]
 def test_an_answer_that_nothing_can_meet(model, tmp_path, answer):
     file = write(tmp_path, "d.jsonl", lines(GOOD, GOOD | {"answer": answer}))
     with pytest.raises(ValueError, match="row 1") as refused:
-        rollout.load_problems(file, rollout.ProblemSettings(**SETTINGS), model)
+        load_problems(file, ProblemSettings(**SETTINGS), model)
     assert "answer" in str(refused.value) and file in str(refused.value)
 
 
@@ -121,7 +123,7 @@ def test_answers_that_can_be_met():
 
 def test_csv_keeps_long_integers_and_leading_zeros(model, tmp_path):
     file = write(tmp_path, "d.csv", '﻿problem,answer\n"a, b",123456789012345678\nc,007\n')
-    problems = rollout.load_problems(file, rollout.ProblemSettings(**SETTINGS), model)
+    problems = load_problems(file, ProblemSettings(**SETTINGS), model)
     assert [problem.answer for problem in problems] == ["123456789012345678", "007"]
     assert problems[0].text == "a, b"
 
@@ -141,21 +143,21 @@ def test_names_that_look_like_patterns(tmp_path, name):
         table = pyarrow.table({"problem": [stem], "answer": ["1"]})
         parquet.write_table(table, tmp_path / f"{stem}.parquet")
     file = str(tmp_path / f"{name}.parquet")
-    (row,) = rollout.load_rows(file, ("problem",), "train", None)
+    (row,) = load_rows(file, ("problem",), "train", None)
     assert row["problem"] == name
     folder = tmp_path / name
     folder.mkdir()
     shutil.copy(file, folder / "train.parquet")
     with pytest.raises(ValueError, match="a pattern: rename it"):
-        rollout.load_rows(str(folder), ("problem",), "train", None)
+        load_rows(str(folder), ("problem",), "train", None)
 
 
 def test_data_without_a_name(model):
     with pytest.raises(ValueError, match="data '' has no name"):
-        rollout.load_rows("", (), "train", None)
+        load_rows("", (), "train", None)
     for specification, words in {"": "is called ''", "  ": "has no name"}.items():
         with pytest.raises(ValueError, match=words):
-            sets.load_sets([specification], rollout.ProblemSettings(**SETTINGS), model)
+            sets.load_sets([specification], ProblemSettings(**SETTINGS), model)
 
 
 CHATS = [None, 5, "text", [5], [{"role": "user"}], [{"role": "user", "content": "a"}]]
@@ -184,14 +186,14 @@ def test_templates_that_are_none(tmp_path, content, words):
     file = tmp_path / "template"
     file.mkdir() if content is None else file.write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        rollout.template_pattern(str(file))
+        template_pattern(str(file))
 
 
 def test_a_chat_template_that_the_tokenizer_does_not_have(model):
     with pytest.raises(
         ValueError, match="template 'chat': the tokenizer of .* has no chat template"
     ):
-        rollout.choose_template("chat", model)
+        choose_template("chat", model)
 
 
 def remove_tokenizer(folder):
@@ -225,7 +227,7 @@ def test_bad_models(world, tmp_path, kind):
     shutil.copytree(world.path("model"), folder)
     damage(folder)
     with pytest.raises(ValueError, match=f"model '{folder}': .*{words}") as refused:
-        find_model(folder)
+        find_model_in(folder)
     assert "\n" not in str(refused.value)
 
 
@@ -254,4 +256,4 @@ def test_weights_of_other_sizes(world, tmp_path):
     shutil.copytree(world.path("model"), folder)
     set_value("vocab_size", 300)(folder)
     with pytest.raises(ValueError, match="the weights of .* cannot be loaded"):
-        rollout.TorchEngine(find_model(folder), 4, "cpu", None)
+        TorchEngine(find_model_in(folder), 4, "cpu", None)

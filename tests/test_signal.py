@@ -1,5 +1,7 @@
 """The measurements of the flow's score: statistics and labels by hand, and a tiny run."""
 
+# ruff: noqa: E402
+
 import json
 import shutil
 import sys
@@ -10,13 +12,13 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 import flow as fl
-import toy
+from worlds import toy
 
 sys.path.append(str(ROOT / "benchmarks"))
-import flow_signal  # noqa: E402
-import last_number_reward  # noqa: E402
-import text_signal  # noqa: E402
-import word_problems  # noqa: E402
+import flow_signal
+import last_number_reward
+import text_signal
+import word_problems
 
 ONCE = np.ones((1, 5))
 

@@ -13,13 +13,13 @@ from conftest import BY_LENGTH, ROOT, figures, flags, small_run
 from test_distributed import check_exit, start
 
 import eval as evaluation
-import toy
 import train_flow
 import train_rl
 from evals.held_out import HeldOut
 from infra import stopping
+from infra.settings import change
 from infra.stopping import Stop
-from run import change
+from worlds import toy
 
 # A reward whose first call sends a signal to the process that grades; threads call it
 SIGNALS_ITSELF = """

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, experience_of, find_model, read_lines, small_run
+from conftest import ROOT, experience_of, find_model_in, read_lines, small_run
 
 sys.path.append(str(ROOT / "benchmarks"))
 import controls
 import dense
 import evidence
-import run as runs
 import study
 import train_flow
 import train_rl
+from infra.settings import change, flatten, parse_config
 from rewards import Grader
 
 
@@ -135,7 +135,7 @@ def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
         paths = dict.fromkeys(("base", "problems", "solutions", "evaluation", "benchmarks"), "x")
         paths |= dict.fromkeys((*study.PREPARATIONS, "n_held_out"), "x")
         assert job.command(paths)
-    flow_settings = runs.flatten(train_flow.Config())
+    flow_settings = flatten(train_flow.Config())
     for name, preparation in study.PREPARATIONS.items():
         if preparation.script == ("train_flow.py",):
             assert preparation.settings.keys() <= flow_settings.keys(), name
@@ -222,7 +222,7 @@ def test_a_control_changes_the_scores_of_every_step(config, flow_folder, monkeyp
 
     controls.change_scores(level)
     settings = {"shaping": "flow", "flow": flow_folder, "steps": 2}
-    train_rl.main(runs.change(config, **settings))
+    train_rl.main(change(config, **settings))
     assert steps == [(0, 16), (1, 16)]
     for line in read_lines(Path(config.folder, "metrics.jsonl")):
         assert line["flow/score"] == 1 and line["flow/tokens"] == 0
@@ -265,7 +265,7 @@ def test_hasty_solutions_are_wrong(world, tmp_path):
         train_flow.SolutionSettings(
             problem_column="problem", template="none", max_prompt_tokens=64, cutoff=200
         ),
-        find_model(world.path("model")),
+        find_model_in(world.path("model")),
     )
     assert len(training) == len(rows)
 
@@ -296,7 +296,7 @@ def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
     threading.Thread(target=stop_once_begun, args=(metrics,), daemon=True).start()
     assert study.main(asked) == 1
     interrupted = study.read_study(asked.json_file)
-    rest = runs.change(asked, arms=asked.arms[1:])
+    rest = change(asked, arms=asked.arms[1:])
     assert study.main(rest) == 0
     return rest, interrupted
 
@@ -315,10 +315,10 @@ def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monke
     begun = {run["arm"]: run for run in interrupted["runs"]}["rlvr"]["series"]["correct"]
     assert 0 < len(begun) < 3
     job = study.make_run("rlvr", 0, asked)
-    elsewhere = runs.change(job, folder=tmp_path / "run")
+    elsewhere = change(job, folder=tmp_path / "run")
     command = elsewhere.command(study.find_paths(asked, world))
     monkeypatch.setattr(sys, "argv", command[1:])
-    train_rl.main(runs.parse_config(train_rl.Config, {}))
+    train_rl.main(parse_config(train_rl.Config, {}))
     uninterrupted = study.read_series(study.read_steps(tmp_path / "run" / "metrics.jsonl"))
     assert whole["rlvr"]["series"] == uninterrupted
     assert whole["rlvr"]["held_out"].keys() == {"before", "after"}
@@ -330,10 +330,10 @@ def test_a_finished_study_runs_nothing_and_keeps_its_figures(small_study, tmp_pa
     before = asked.json_file.read_bytes()
     assert study.main(asked) == 0
     assert asked.json_file.read_bytes() == before
-    collected = runs.change(asked, collect=True, json=str(tmp_path / "collected.json"))
+    collected = change(asked, collect=True, json=str(tmp_path / "collected.json"))
     assert study.main(collected) == 0
     assert collected.json_file.read_bytes() == before
-    merged = runs.change(asked, merge=(str(asked.json_file),), json=collected.json)
+    merged = change(asked, merge=(str(asked.json_file),), json=collected.json)
     assert study.main(merged) == 0
     assert merged.json_file.read_bytes() == before
 
@@ -341,9 +341,9 @@ def test_a_finished_study_runs_nothing_and_keeps_its_figures(small_study, tmp_pa
 def test_a_folder_holds_one_study(small_study):
     asked, _ = small_study
     with pytest.raises(ValueError, match="name another --folder, or remove that run"):
-        study.main(runs.change(asked, steps=5))
+        study.main(change(asked, steps=5))
     with pytest.raises(ValueError, match="their runs are not comparable"):
-        study.main(runs.change(asked, eval_problems=3))
+        study.main(change(asked, eval_problems=3))
 
 
 def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
@@ -355,7 +355,7 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     assert (tmp_path / evidence.PAGE).read_text() == empty
     for name in ("study", "tuning"):
         shutil.copy(asked.json_file, tmp_path / f"{name}.json")
-    checking = runs.change(settings, check=True)
+    checking = change(settings, check=True)
     assert evidence.main(checking) == 1
     assert evidence.main(settings) == 0
     assert evidence.main(checking) == 0
@@ -373,7 +373,7 @@ def test_flags_that_the_page_names():
     page = (ROOT / "docs" / evidence.PAGE).read_text()
     known = {"--expert-policy", "--expert-solutions", "--check"}
     for config in (train_rl.Config(), train_flow.Config(), study.Study()):
-        for name in runs.flatten(config):
+        for name in flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= known
 

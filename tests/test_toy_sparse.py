@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_lines
 
-import run as runs
-import toy
 import train_rl
+from infra.settings import change
 from rewards import Grader
+from worlds import toy
 
 PROBLEM = "7 +5 *3 -4>"
 RIGHT = r"7+5=2,2*3=6,6-4=2. \boxed{2}"
@@ -130,8 +130,8 @@ def test_process_reward_beside_the_verdict():
 def test_process_reward_in_a_run_from_another_folder(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
-    preset = runs.change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy-sparse"])
-    config = runs.change(
+    preset = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy-sparse"])
+    config = change(
         preset,
         model=world.path("model"),
         data=world.path("train.jsonl"),

@@ -20,7 +20,7 @@ from conftest import (
     files_of_at_most,
     flags,
     last_state,
-    load_problems,
+    problems_in,
     read_lines,
     save_flow,
     small_run,
@@ -30,18 +30,19 @@ from conftest import (
 from transformers import AutoTokenizer
 
 import flow as fl
-import parallel
 import rlfr
 import rollout
-import run as runs
-import toy
 import train_flow
 import train_rl
 from evals import sets
 from evals.figures import summarise
-from infra import files
+from infra import files, parallel, runs
+from infra.data import make_prompts
+from infra.settings import change, parse_config, stored_settings
+from policy import Policy, load_policy
 from rewards import Grader
-from run import change
+from run import export_checkpoint
+from worlds import toy
 
 
 @pytest.fixture
@@ -69,9 +70,9 @@ def same_state(a: dict, b: dict) -> bool:
 
 
 def test_offline_start_learns_and_stops_at_the_last_tap(flow_config, monkeypatch):
-    asked, forward = [], rlfr.Policy.forward
+    asked, forward = [], Policy.forward
     monkeypatch.setattr(
-        rlfr.Policy,
+        Policy,
         "forward",
         lambda *a, **k: (asked.append(k["latents_only"]), forward(*a, **k))[1],
     )
@@ -95,10 +96,11 @@ def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
 
 def test_offline_start_and_training_share_the_prompts(flow_config, config, world, monkeypatch):
     """Regression: the official templates differ between the two."""
-    made, make_prompts = [], rollout.make_prompts
-    monkeypatch.setattr(
-        rollout, "make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1]
-    )
+    made = []
+    for user in ("infra.data", "train_flow"):
+        monkeypatch.setattr(
+            f"{user}.make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1]
+        )
     template = {"template": "auto", "max_prompt_tokens": 300}
     train_flow.main(change(flow_config, epochs=1, **template))
     train_rl.main(change(config, data=world.path("expert.jsonl"), steps=1, **template))
@@ -127,7 +129,7 @@ def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
     for name, parameter in before.named_parameters():
         assert not torch.equal(parameter, after.get_parameter(name)), f"{name} did not move"
     base, policy = (
-        rlfr.load_policy(path) for path in (config.model, str(Path(config.folder) / "policy"))
+        load_policy(path) for path in (config.model, str(Path(config.folder) / "policy"))
     )
     assert any(
         not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True)
@@ -155,7 +157,7 @@ def test_a_family_whose_rows_cannot_be_packed_is_trained(config, world, tmp_path
     assert "lfm2: rows are padded" in capsys.readouterr().out
     lines = figures(config.folder)
     assert [line["mismatch/ratio_max"] for line in lines] == [pytest.approx(1, abs=1e-3)] * 2
-    trained = rlfr.load_policy(f"{config.folder}/policy").model
+    trained = load_policy(f"{config.folder}/policy").model
     change_of = [
         (new - old).abs().max().item()
         for new, old in zip(trained.parameters(), model.parameters(), strict=True)
@@ -195,19 +197,19 @@ def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, tra
     settings = {"train_batch": train_batch, "mismatch": "token", "steps": 2}
     config = change(config, shaping="none", **SOME_GROUPS, **settings)
     n_trained = []
-    forward = rlfr.Policy.forward
+    forward = Policy.forward
 
     def count(policy, batch, *arguments, **options):
         if torch.is_grad_enabled():
             n_trained.append(len(batch.targets))
         return forward(policy, batch, *arguments, **options)
 
-    monkeypatch.setattr(rlfr.Policy, "forward", count)
+    monkeypatch.setattr(Policy, "forward", count)
     train_rl.main(change(config, folder=config.folder + "-some"))
     n_some = sum(n_trained)
     n_trained.clear()
     monkeypatch.setattr(
-        rlfr, "rows_to_run", lambda rows, *_: torch.ones(len(rows), dtype=torch.bool)
+        "infra.batching.rows_to_run", lambda rows, *_: torch.ones(len(rows), dtype=torch.bool)
     )
     train_rl.main(change(config, folder=config.folder + "-all"))
     assert 0 < n_some < 0.8 * sum(n_trained)
@@ -225,13 +227,13 @@ def test_an_entropy_bonus_reaches_groups_of_equal_rewards(config, tmp_path):
     reward.write_text("def reward(problem, response):\n    return 1.0\n")
     settings = {"reward": (str(reward),), "shaping": "none", "normalisation": "token"}
     config = change(config, **settings, train_batch=16, save_every=0)
-    base = rlfr.load_policy(config.model)
+    base = load_policy(config.model)
     lines, has_moved = {}, {}
     for coef in (0.0, 0.1):
         folder = f"{config.folder}-{coef}"
         train_rl.main(change(config, folder=folder, entropy_coef=coef))
         lines[coef] = figures(folder)
-        trained = rlfr.load_policy(f"{folder}/policy")
+        trained = load_policy(f"{folder}/policy")
         pairs = zip(base.parameters(), trained.parameters(), strict=True)
         has_moved[coef] = any(not torch.equal(a, b) for a, b in pairs)
     assert [line["policy/grad_norm"] for line in lines[0.0]] == [0.0] * 3
@@ -246,8 +248,10 @@ def test_an_entropy_bonus_reaches_groups_of_equal_rewards(config, tmp_path):
 THREADS = """
 from pathlib import Path
 import torch
-import parallel, toy, train_rl
-from run import parse_config
+import train_rl
+from infra import parallel
+from worlds import toy
+from infra.settings import parse_config
 
 def of_gloo():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
@@ -325,7 +329,7 @@ def test_every_option_changes_the_policy(config, train_once, both, options):
     config = change(config, reward=(reward,), steps=2, save_every=0, **both)
     without = train_once(config)
     train_rl.main(change(config, **options))
-    policies = [rlfr.load_policy(f"{folder}/policy") for folder in (without, config.folder)]
+    policies = [load_policy(f"{folder}/policy") for folder in (without, config.folder)]
     assert any(
         not torch.equal(a, b) for a, b in zip(*(p.parameters() for p in policies), strict=True)
     )
@@ -473,8 +477,8 @@ if point == "half a checkpoint":
 if point == "before the rename":
     os.fsync = dying(os.fsync, lambda *_: None)
 if point == "between log and checkpoint":
-    import run
-    run.Run.save = dying(run.Run.save, lambda *_: None)
+    from infra import runs
+    runs.Run.save = dying(runs.Run.save, lambda *_: None)
 sys.argv.insert(0, script)
 import runpy
 runpy.run_path(script, run_name="__main__")
@@ -566,13 +570,14 @@ def test_memory_of_the_phases(monkeypatch):
 def test_full_disk_leaves_the_last_checkpoint(config):
     """The second save meets a limit on file size, which ends a write as a full disk does."""
     script = (
-        "import resource, sys, torch, run, runpy\n"
-        "save = run.Run.save\n"
+        "import resource, sys, torch, runpy\n"
+        "from infra import runs\n"
+        "save = runs.Run.save\n"
         "def limited(self, state):\n"
         "    self.wait_for_save()\n"
         "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
         "    save(self, state)\n"
-        "run.Run.save = limited\n"
+        "runs.Run.save = limited\n"
         "runpy.run_path('train_rl.py', run_name='__main__')\n"
     )
     done = subprocess.run(
@@ -671,7 +676,7 @@ def test_the_policy_is_exported_for_hugging_face(config, world):
         change(config, eval_data=(world.path("test.jsonl"),), eval_every=2, eval_samples=2)
     )
     folder = Path(config.folder)
-    problems = load_problems(world.path("test.jsonl"))
+    problems = problems_in(world.path("test.jsonl"))
     engine = torch_engine(folder / "policy")
     state = last_state(folder)
     assert all(
@@ -797,7 +802,7 @@ def test_bad_settings(config, options, words, monkeypatch):
     def slow(*_, **__):
         raise AssertionError("a model was loaded before the error")
 
-    monkeypatch.setattr(rlfr, "load_policy", slow)
+    monkeypatch.setattr(train_rl, "load_policy", slow)
     with pytest.raises(ValueError, match=words):
         train_rl.main(change(config, **options))
     assert not Path(config.folder).exists(), "a run that cannot start leaves nothing behind"
@@ -855,7 +860,7 @@ def test_resuming_with_more_steps_and_other_settings(config, world, capsys):
     assert [path.name for path in (Path(config.folder) / "checkpoints").iterdir()] == ["step-3"]
     summary = json.loads((Path(config.folder) / "summary.json").read_text())
     assert "test" in summary["before"] and "test" in summary["after"]
-    assert runs.stored_settings(config.folder)["lr"] == 1e-4, "the next resume goes on from these"
+    assert stored_settings(config.folder)["lr"] == 1e-4, "the next resume goes on from these"
     old = json.loads((Path(config.folder) / "config-until-step-1.json").read_text())
     assert old["lr"] == 1e-3 and old["steps"] == 1
 
@@ -883,7 +888,7 @@ def test_weights_of_a_checkpoint_are_exported(config, tmp_path):
     command += ["--step", "1", "--out", str(outs[1])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    runs.export_checkpoint(config.folder, 2, str(outs[2]))
+    export_checkpoint(config.folder, 2, str(outs[2]))
     for step, out in outs.items():
         for name in ("policy/model.safetensors", "flow/flow.safetensors"):
             in_between = folder / "exports" / f"step-{step}" / name
@@ -892,18 +897,18 @@ def test_weights_of_a_checkpoint_are_exported(config, tmp_path):
     at_the_end = folder / "policy" / "model.safetensors"
     assert at_the_end.read_bytes() == (outs[2] / "policy" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"no checkpoint of step 7, only of \[1, 2\]"):
-        runs.export_checkpoint(config.folder, 7)
+        export_checkpoint(config.folder, 7)
     with pytest.raises(ValueError, match="has no config.json"):
-        runs.export_checkpoint("nowhere")
+        export_checkpoint("nowhere")
     whole = at_the_end.read_bytes()
     with pytest.raises(ValueError, match="policy has files in it, which stay .*--overwrite"):
-        runs.export_checkpoint(config.folder, 1, config.folder)
+        export_checkpoint(config.folder, 1, config.folder)
     assert at_the_end.read_bytes() == whole
     refused = pytest.raises(OSError, match="could not write .*policy .*MB free there")
     with refused, files_of_at_most(8000):
-        runs.export_checkpoint(config.folder, 1, config.folder, overwrite=True)
+        export_checkpoint(config.folder, 1, config.folder, overwrite=True)
     assert at_the_end.read_bytes() == whole and not list(folder.glob("*.writing"))
-    runs.export_checkpoint(config.folder, 1, config.folder, overwrite=True)
+    export_checkpoint(config.folder, 1, config.folder, overwrite=True)
     assert at_the_end.read_bytes() == (outs[1] / "policy" / "model.safetensors").read_bytes()
 
 
@@ -922,7 +927,7 @@ def test_an_export_that_a_kill_cut_off_is_made_up(config):
 def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
-        return runs.parse_config(train_rl.Config, {"toy": toy.TRAIN_RL})
+        return parse_config(train_rl.Config, {"toy": toy.TRAIN_RL})
 
     assert parse() == change(train_rl.Config(), **toy.TRAIN_RL) and parse().lr == 3e-4
     assert (
@@ -935,7 +940,7 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
     stored.begin({})
     monkeypatch.setattr(sys, "argv", ["train_flow.py", "--resume", stored.config.folder])
     with pytest.raises(ValueError, match=r"another script or version \(answer_column, .* more\)"):
-        runs.parse_config(train_flow.Config, {})
+        parse_config(train_flow.Config, {})
     assert parse("--resume", stored.config.folder) == change(
         stored.config, resume=stored.config.folder
     )
@@ -953,12 +958,14 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
 
 def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     folder = tmp_path / "toy"
-    command = [sys.executable, "-u", str(ROOT / "toy.py"), "--folder", str(folder)]
+    command = [sys.executable, "-u", "-m", "worlds.toy", "--folder", str(folder)]
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )
     with files.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
-        process = subprocess.Popen([*command, *size.split()], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, *size.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()
     output, _ = process.communicate(timeout=600)

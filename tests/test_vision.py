@@ -20,7 +20,7 @@ from conftest import (
     ROOT,
     drawing,
     figures,
-    find_model,
+    find_model_in,
     flags,
     last_state,
     read_lines,
@@ -34,29 +34,30 @@ from test_published import snapshot
 from transformers import AutoModelForImageTextToText
 
 import eval as evaluation
-import parallel
-import record
-import rlfr
 import rollout
-import toy
 import train_flow
 import train_rl
-import vision
+from infra import batching, parallel, record, vision
+from infra.data import ProblemSettings, load_problems, make_prompts
+from infra.defaults import choose_template
+from infra.models import LoadingSettings, Model, find_model
+from infra.settings import change
 from pages.rollouts import inspect_run
-from rollout import LoadingSettings, ProblemSettings, Request, Sampling
-from run import change
+from policy import Policy, load_policy, see_images
+from rollout import Request, Sampling
+from worlds import toy
 
 PROCESSOR = toy.make_processor()
 TOKENIZER = toy.make_tokenizer(images=True)
 PAD = TOKENIZER.convert_tokens_to_ids(vision.PAD)
-MODEL = rollout.Model("", None, 0, TOKENIZER, PROCESSOR)
+MODEL = Model("", None, 0, TOKENIZER, PROCESSOR)
 SETTINGS = ProblemSettings(template="none", problem_column="prompt", max_prompt_tokens=4096)
 
 
 def make_prompt(text: str, *images: vision.Image, template: str = "none") -> list[int]:
     """The tokens of a prompt with images."""
     settings = change(SETTINGS, template=template)
-    return rollout.make_prompts([text], [images], MODEL, settings)[0]
+    return make_prompts([text], [images], MODEL, settings)[0]
 
 
 def inputs_of_images(ids: torch.Tensor, images) -> dict[str, torch.Tensor]:
@@ -69,34 +70,34 @@ def inputs_of_images(ids: torch.Tensor, images) -> dict[str, torch.Tensor]:
     }
 
 
-def with_images(episodes, requests) -> list[rlfr.Row]:
+def with_images(episodes, requests) -> list[batching.Row]:
     """Rows of episodes with the images of their requests, which an engine does not hand back."""
     n = len(episodes) // len(requests)
     rows = []
     for i, episode in enumerate(episodes):
         images = requests[i // n].images
-        rows.append(rlfr.Row(episode.prompt_ids, episode.response_ids, images))
+        rows.append(batching.Row(episode.prompt_ids, episode.response_ids, images))
     return rows
 
 
-def seen(policy: rlfr.Policy, rows: list[rlfr.Row]) -> list:
+def seen(policy: Policy, rows: list[batching.Row]) -> list:
     """The rows as training has them: with a frozen tower, their images are features."""
     episodes = []
     for row in rows:
         episodes.append(
             rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
         )
-    return rlfr.see_images(policy, episodes, token_budget=4)
+    return see_images(policy, episodes, token_budget=4)
 
 
-def rows() -> list[rlfr.Row]:
+def rows() -> list[batching.Row]:
     """Episodes with one image, none, and two; two of the responses have a placeholder in them that was sampled."""
     one = drawing("1 +2 +3>", PROCESSOR)
     two = drawing("4 +5>", PROCESSOR)
     return [
-        rlfr.Row(make_prompt("look <image> here", one), [8, 9], (one,)),
-        rlfr.Row(make_prompt("text"), [11, 12, PAD, 14, 15]),
-        rlfr.Row(make_prompt("<image>a<image>b", two, one), [26, PAD, 27, 28], (two, one)),
+        batching.Row(make_prompt("look <image> here", one), [8, 9], (one,)),
+        batching.Row(make_prompt("text"), [11, 12, PAD, 14, 15]),
+        batching.Row(make_prompt("<image>a<image>b", two, one), [26, PAD, 27, 28], (two, one)),
     ]
 
 
@@ -148,12 +149,12 @@ def with_torchvision(request, tmp_path_factory):
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_a_batch_equals_its_rows_and_what_hugging_face_gives(family):
-    policy = rlfr.Policy(tiny_vlm(family))
+    policy = Policy(tiny_vlm(family))
     plain = tiny_vlm(family)
     taps = [1, 2]
-    batched = policy(rlfr.collate(rows()), temperature=0.7, taps=taps)
+    batched = policy(batching.collate(rows()), temperature=0.7, taps=taps)
     for i, row in enumerate(rows()):
-        alone = policy(rlfr.collate([row]), temperature=0.7, taps=taps)
+        alone = policy(batching.collate([row]), temperature=0.7, taps=taps)
         n = len(row.response_ids)
         torch.testing.assert_close(batched.logp[i, :n], alone.logp[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(batched.entropy[i, :n], alone.entropy[0], rtol=0, atol=1e-5)
@@ -174,9 +175,9 @@ def test_packed_rows_have_the_states_of_padded_ones(family):
     for row in rows():  # a sampled placeholder has a test of its own
         words = [13 if token == PAD else token for token in row.response_ids]
         chosen.append(row._replace(response_ids=words))
-    batch = rlfr.collate(chosen)
+    batch = batching.collate(chosen)
     is_token = batch.attention_mask
-    states = rlfr.Policy(tiny_vlm(family)).run_decoder(batch, is_token)
+    states = Policy(tiny_vlm(family)).run_decoder(batch, is_token)
     images = [image for row in chosen for image in row.images]
     masked = tiny_vlm(family).base_model(
         batch.input_ids, attention_mask=is_token, **inputs_of_images(batch.input_ids, images)
@@ -188,11 +189,11 @@ def test_packed_rows_have_the_states_of_padded_ones(family):
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_images_of_a_shared_prompt_go_through_the_model_once(family):
     """Four rows of three prompts; log-probs are those of the rows one by one."""
-    policy = rlfr.Policy(tiny_vlm(family))
+    policy = Policy(tiny_vlm(family))
     shared = rows()
     shared.insert(1, shared[0]._replace(response_ids=[5, 6, 7, 8, 9]))
-    batch = rlfr.collate(shared)
-    alone = [rlfr.collate([row]) for row in shared]
+    batch = batching.collate(shared)
+    alone = [batching.collate([row]) for row in shared]
     images = [len(one.images_once) for one in alone]
     assert images == [1, 1, 0, 2]
     assert len(batch.image_inputs.grids) == 3
@@ -205,14 +206,14 @@ def test_images_of_a_shared_prompt_go_through_the_model_once(family):
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_positions_of_an_image_are_its_rows_and_columns(family):
     """Also packed, behind other rows; as positions of text the log-probs would be others."""
-    policy = rlfr.Policy(tiny_vlm(family))
+    policy = Policy(tiny_vlm(family))
     passed = []
 
     def see(_module, _arguments, inputs) -> None:
         passed.append(inputs["position_ids"])
 
     policy.model.base_model.register_forward_pre_hook(see, with_kwargs=True)
-    logp = policy(rlfr.collate(rows())).logp
+    logp = policy(batching.collate(rows())).logp
     expected = []
     for row in rows():
         ids = torch.tensor([row.prompt_ids + row.response_ids])
@@ -228,18 +229,21 @@ def test_positions_of_an_image_are_its_rows_and_columns(family):
     assert not torch.equal(passed[0][0], passed[0][2])
 
     def as_text(_module, arguments, inputs):
-        return arguments, {**inputs, "position_ids": rlfr.collate(rows()).packing.positions()[None]}
+        return arguments, {
+            **inputs,
+            "position_ids": batching.collate(rows()).packing.positions()[None],
+        }
 
     policy.model.base_model.register_forward_pre_hook(as_text, with_kwargs=True)
-    assert (policy(rlfr.collate(rows())).logp - logp).abs().max() > 1e-3
+    assert (policy(batching.collate(rows())).logp - logp).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
 @pytest.mark.parametrize("freeze", ["none", "vision"])
 def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
-    policy = rlfr.load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
+    policy = load_policy(save_vlm(tiny_vlm(family), tmp_path), freeze=freeze)
     tower = list(policy.model.model.visual.parameters())
-    policy(rlfr.collate(seen(policy, rows()))).logp.sum().backward()
+    policy(batching.collate(seen(policy, rows()))).logp.sum().backward()
     if freeze == "vision":
         assert all(p.grad is None for p in tower)
     else:
@@ -247,7 +251,7 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
     assert all(p.grad is not None for p in policy.layers.parameters())
     policy.zero_grad()
     # without an image all gradients of the tower are there, and zero
-    policy(rlfr.collate(rows()[1:2])).logp.sum().backward()
+    policy(batching.collate(rows()[1:2])).logp.sum().backward()
     if freeze == "vision":
         assert all(p.grad is None for p in tower)
     else:
@@ -258,8 +262,8 @@ def test_the_tower_learns_unless_frozen(family, freeze, tmp_path):
 def test_a_frozen_tower_sees_an_image_once(family, tmp_path):
     """Log-probs, latents and gradients are those of a tower that runs with every batch."""
     folder = save_vlm(tiny_vlm(family), tmp_path)
-    every_time = rlfr.load_policy(folder)
-    once = rlfr.load_policy(folder, freeze="vision")
+    every_time = load_policy(folder)
+    once = load_policy(folder, freeze="vision")
     unseen = rows()
     unseen.append(unseen[0]._replace(response_ids=[5, 6, 7]))  # of four images two differ
     ran = []
@@ -267,8 +271,8 @@ def test_a_frozen_tower_sees_an_image_once(family, tmp_path):
     shown = seen(once, unseen)
     assert ran == [12, 8], "patches, a batch for each as the two have more vectors than the budget"
     for chosen in ([0, 1, 2, 3], [3, 2], [1]):
-        expected = every_time(rlfr.collate([unseen[i] for i in chosen]), 0.7, taps=[0, 1, 2])
-        output = once(rlfr.collate([shown[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        expected = every_time(batching.collate([unseen[i] for i in chosen]), 0.7, taps=[0, 1, 2])
+        output = once(batching.collate([shown[i] for i in chosen]), 0.7, taps=[0, 1, 2])
         torch.testing.assert_close(output.logp, expected.logp, rtol=0, atol=1e-5)
         for latent, other in zip(output.latents, expected.latents, strict=True):
             assert (latent - other).abs().max() <= 1e-5 * other.abs().max()
@@ -282,13 +286,13 @@ def test_a_frozen_tower_sees_an_image_once(family, tmp_path):
             assert difference.abs().max() <= 1e-5 * gradient.abs().max(), name
     assert len(ran) == 2, "no forward ran the tower"
     with pytest.raises(AssertionError, match="the frozen tower has not seen these images"):
-        once(rlfr.collate(unseen))
+        once(batching.collate(unseen))
     assert "forward" not in vars(once.tower)
 
 
 def test_the_offline_start_stops_at_the_last_tap():
-    policy = rlfr.Policy(tiny_vlm("qwen3_vl"))
-    batch = rlfr.collate(rows())
+    policy = Policy(tiny_vlm("qwen3_vl"))
+    batch = batching.collate(rows())
     ran = []
     full = policy(batch, taps=[1, 2]).latents
     policy.layers[3].register_forward_hook(lambda *_: ran.append(3))
@@ -327,9 +331,9 @@ def test_the_torch_engine_sees(family, tmp_path):
     episodes = engine.generate(requests, sampling)
     alone = [episode for request in requests for episode in engine.generate([request], sampling)]
     assert [e.response_ids for e in episodes] == [e.response_ids for e in alone]
-    batch = rlfr.collate(with_images(episodes, requests))
+    batch = batching.collate(with_images(episodes, requests))
     with torch.no_grad():
-        logp = rlfr.load_policy(folder)(batch, 0.7).logp
+        logp = load_policy(folder)(batch, 0.7).logp
     for row, episode in enumerate(episodes):
         torch.testing.assert_close(
             torch.tensor(episode.logp), logp[row, : len(episode.logp)], rtol=1e-4, atol=2e-5
@@ -383,7 +387,7 @@ def test_limits_on_pixels(tmp_path):
     }
     for (smallest, largest), grid in grids.items():
         loading = LoadingSettings(min_pixels=smallest, max_pixels=largest)
-        processor = rollout.find_model(str(tmp_path), loading).processor
+        processor = find_model(str(tmp_path), loading).processor
         (image,) = load({"images": png()}, processor)[0]
         assert image.grid == grid and len(image.pixel_values()) == grid[1] * grid[2]
     for smallest, largest in ((50_000, None), (None, -1)):
@@ -392,7 +396,7 @@ def test_limits_on_pixels(tmp_path):
             ValueError,
             match="min_pixels=.*: expected two positive numbers, the first not the larger",
         ):
-            rollout.find_model(str(tmp_path), loading)
+            find_model(str(tmp_path), loading)
 
 
 def test_thin_images_are_asked_for_twice():
@@ -440,7 +444,7 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     saved.to_parquet(tmp_path / "data.parquet")
     saved.save_to_disk(tmp_path / "saved")
     for name in ("data.jsonl", "data.parquet", "saved"):
-        (problem,) = rollout.load_problems(str(tmp_path / name), SETTINGS, MODEL)
+        (problem,) = load_problems(str(tmp_path / name), SETTINGS, MODEL)
         assert torch.equal(problem.images[0].pixel_values(), loaded[0][0].pixel_values()), name
         assert problem.prompt_ids.count(PAD) == 6
     moved = change(SETTINGS, media_dir=str(tmp_path / "media"))
@@ -448,7 +452,7 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
         ValueError,
         match=r"row 0: .*no file '.*media/media/a.png'; put it there, or name another --media-dir",
     ):
-        rollout.load_problems(str(tmp_path / "data.jsonl"), moved, MODEL)
+        load_problems(str(tmp_path / "data.jsonl"), moved, MODEL)
 
 
 def test_placeholders():
@@ -475,9 +479,9 @@ def test_placeholders():
         )
     tokenizer = toy.make_tokenizer(images=True)
     model = MODEL._replace(config=tiny_vlm("qwen2_5_vl").config, tokenizer=tokenizer)
-    assert rollout.choose_template("auto", model) == "none"
+    assert choose_template("auto", model) == "none"
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert rollout.choose_template("auto", model) == "bare", "no instruction of ours, as published"
+    assert choose_template("auto", model) == "bare", "no instruction of ours, as published"
 
 
 @pytest.mark.parametrize(
@@ -499,9 +503,9 @@ def test_placeholders():
 )  # fmt: skip
 def test_bad_images_say_their_row_before_training(tmp_path, monkeypatch, row, words):
     good = {"prompt": "q", "answer": "1", "images": [png()]}
-    monkeypatch.setattr(rollout, "load_rows", lambda *_: [good, good | row])
+    monkeypatch.setattr("infra.data.load_rows", lambda *_: [good, good | row])
     with pytest.raises(ValueError, match=words):
-        rollout.load_problems("d", SETTINGS, MODEL)
+        load_problems("d", SETTINGS, MODEL)
 
 
 def test_a_missing_column_and_transparent_images(tmp_path):
@@ -531,7 +535,7 @@ def test_images_for_a_model_without_eyes(world, tmp_path):
     with pytest.raises(
         ValueError, match="row 0 has images, and the model takes none; expected a model of qwen2_vl"
     ):
-        rollout.load_problems(str(file), settings, find_model(world.path("model")))
+        load_problems(str(file), settings, find_model_in(world.path("model")))
 
 
 # ---- Training
@@ -594,7 +598,7 @@ def test_two_ranks_follow_one_process_and_resume(config, train_once, tmp_path, f
         for name, x in a.items()
     )
     base, after = (
-        rlfr.load_policy(path).tower for path in (config.model, str(tmp_path / "two" / "policy"))
+        load_policy(path).tower for path in (config.model, str(tmp_path / "two" / "policy"))
     )
     moved = [
         not torch.equal(x, y) for x, y in zip(base.parameters(), after.parameters(), strict=True)
@@ -614,9 +618,9 @@ def test_where_weights_and_activations_live_changes_nothing(config, train_once, 
 @pytest.mark.parametrize("family", vision.FAMILIES)
 def test_bfloat16(family):
     """Sharded, forward and backward in bfloat16, with and without an image: what a GPU does."""
-    policy = rlfr.Policy(tiny_vlm(family))
+    policy = Policy(tiny_vlm(family))
     parallel.shard(policy, policy.blocks, torch.bfloat16)
-    for batch in (rlfr.collate(rows()), rlfr.collate(rows()[1:2])):
+    for batch in (batching.collate(rows()), batching.collate(rows()[1:2])):
         scored = policy(batch, taps=[1])
         assert scored.latents[0].dtype == torch.bfloat16 and scored.logp.dtype == torch.float32
         scored.logp.sum().backward()
@@ -754,7 +758,7 @@ def test_the_exported_policy_loads_in_hugging_face(config, tmp_path):
         torch.equal(t, state[f"['policy']['module']['model.{name}']"])
         for name, t in model.state_dict().items()
     )
-    exported = find_model(folder)
+    exported = find_model_in(folder)
     assert exported.processor.size["longest_edge"] == 28 * 28 * 8, "the limits of the training"
     with pytest.raises(ValueError, match="that run has max_pixels=6272, this one asks for None"):
         train_rl.main(change(run, resume=run.folder, max_pixels=None))
@@ -771,7 +775,10 @@ def test_with_torchvision(with_torchvision):
 
 
 def test_vllm_without_torchvision(config, monkeypatch):
-    monkeypatch.setattr(rollout, "find_spec", lambda name: None if name == "torchvision" else True)
+    for user in ("choice", "vllm_engine"):
+        monkeypatch.setattr(
+            f"engines.{user}.find_spec", lambda name: None if name == "torchvision" else True
+        )
     with pytest.raises(ValueError, match="--engine vllm needs torchvision for images"):
         train_rl.main(change(config, engine="vllm", folder=config.folder + "-vllm"))
 

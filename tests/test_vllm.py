@@ -12,8 +12,8 @@ import torch
 from conftest import (
     BY_LENGTH,
     figures,
-    find_model,
-    load_problems,
+    find_model_in,
+    problems_in,
     read_lines,
     requests,
     run_with_vllm,
@@ -23,12 +23,13 @@ from conftest import (
 )
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import parallel
-import rlfr
 import rollout
 import train_rl
+from infra import batching, parallel
+from infra.models import end_tokens
+from infra.settings import change
+from policy import load_policy
 from rollout import Sampling
-from run import change
 
 pytestmark = pytest.mark.vllm
 LENGTH = 352  # prompt + response
@@ -65,10 +66,10 @@ def engine(folder, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(world) -> list[list[int]]:
     """Ten prompts with a long common beginning: vLLM keeps its keys and values from one call to the next."""
-    problems = load_problems(world.path("test.jsonl"))[:10]
+    problems = problems_in(world.path("test.jsonl"))[:10]
     shared = [
         token
-        for problem in load_problems(world.path("train.jsonl"))[:20]
+        for problem in problems_in(world.path("train.jsonl"))[:20]
         for token in problem.prompt_ids
     ][:256]
     return [shared + problem.prompt_ids for problem in problems]
@@ -76,14 +77,14 @@ def prompts(world) -> list[list[int]]:
 
 @pytest.fixture
 def learner(folder) -> parallel.Learner:
-    policy = rlfr.load_policy(folder)
+    policy = load_policy(folder)
     parallel.shard(policy, policy.layers, torch.float32)
     return parallel.Learner(policy, (0.9, 0.95), 0.0)
 
 
 def move(learner: parallel.Learner, episodes: list[rollout.Episode]) -> None:
     """Take an optimiser step that makes the episodes less likely."""
-    learner.module(rlfr.collate(episodes)).logp.mean().backward()
+    learner.module(batching.collate(episodes)).logp.mean().backward()
     learner.step(lr=3e-3, max_norm=1.0)
 
 
@@ -155,7 +156,7 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, temperatur
     sync(engine, learner)
     episodes = engine.generate(requests(prompts, range(0, 1000, 100)), Sampling(2, temperature, 48))
     with torch.no_grad():
-        logp = learner.module(rlfr.collate(episodes), temperature).logp
+        logp = learner.module(batching.collate(episodes), temperature).logp
     for row, episode in enumerate(episodes):
         sampled = torch.tensor(episode.logp)
         assert (sampled - logp[row, : len(sampled)]).abs().max() <= 2e-5
@@ -192,7 +193,7 @@ def test_seeds_and_the_order_of_children(engine, learner, prompts):
 def test_ends_are_kept_and_nothing_else(engine, learner, prompts, tokenizer):
     sync(engine, learner)
     episodes = engine.generate(requests(prompts, range(0, 1000, 100)), Sampling(6, 1.0, 48))
-    ends = rollout.end_tokens(find_model(engine.llm.model_config.model))
+    ends = end_tokens(find_model_in(engine.llm.model_config.model))
     for episode in episodes:
         stopped = episode.response_ids[-1] in ends
         assert len(episode.logp) == len(episode.response_ids) and not set(
@@ -361,7 +362,7 @@ def test_the_exported_policy_loads_everywhere(config, world, tmp_path, prompts):
         per_device_train_batch_size=8,
     )
     data = Dataset.from_list(
-        [{"prompt": problem.text} for problem in load_problems(world.path("train.jsonl"))]
+        [{"prompt": problem.text} for problem in problems_in(world.path("train.jsonl"))]
     )
     trainer = GRPOTrainer(
         folder,

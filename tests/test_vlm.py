@@ -23,8 +23,9 @@ from PIL import Image
 import eval as evaluation
 from evals import vlm
 from evals.figures import average_sets, score_points
+from evals.question import Question
 from grading import Pool
-from run import change
+from infra.settings import change
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def pool():
         yield pool
 
 
-def mean_of_points(name: str, questions: list[vlm.Question], records: list[dict]) -> float:
+def mean_of_points(name: str, questions: list[Question], records: list[dict]) -> float:
     """The score as an average over sets has it."""
     read = {"correct": True, "wrong": False, "unjudged": None}
     judged = [read[record["verdict"]] for record in records]

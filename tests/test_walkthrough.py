@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, figures
 
-import toy
 import train_rl
-from run import change
+from infra.settings import change
+from worlds import toy
 
 sys.path.append(str(ROOT / "benchmarks"))
 import walkthrough  # noqa: E402
@@ -107,10 +107,10 @@ def test_the_walk_is_a_step_of_training(config, seen):
 
 
 def test_functions_that_the_page_links():
-    links = re.findall(r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(\.\./(\w+)\.py\)", PAGE)
+    links = re.findall(r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(\.\./([\w/]+)\.py\)", PAGE)
     assert len(links) >= 18
     for module, path, file in links:
-        assert module == file
-        value = importlib.import_module(module)
+        assert module == file.rpartition("/")[2]
+        value = importlib.import_module(file.replace("/", "."))
         for name in path.split("."):
             value = getattr(value, name)

@@ -10,7 +10,7 @@ import torch
 from conftest import (
     ROOT,
     drawing,
-    find_model,
+    find_model_in,
     run_with_vllm,
     save_vlm,
     tiny_vlm,
@@ -19,14 +19,13 @@ from conftest import (
 )
 from PIL import Image
 
-import parallel
-import rlfr
-import rollout
-import toy
 import train_rl
-import vision
-from rollout import ProblemSettings, Request, Sampling
-from run import change
+from infra import batching, parallel, vision
+from infra.data import ProblemSettings, load_problems, make_prompts
+from infra.settings import change
+from policy import load_policy
+from rollout import Request, Sampling
+from worlds import toy
 
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
 TEXTS = ["<image>sum>", "what?", "<image>a<image>b", "<image>c"]
@@ -63,18 +62,18 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def requests(folder) -> list[Request]:
     """Prompts with one image, none, two, and the first one again."""
-    model = find_model(folder)
+    model = find_model_in(folder)
     settings = ProblemSettings(template="none", max_prompt_tokens=352)
     images = []
     for problems in DRAWN:
         images.append(tuple(drawing(problem, model.processor) for problem in problems))
-    prompts = rollout.make_prompts(TEXTS, images, model, settings)
+    prompts = make_prompts(TEXTS, images, model, settings)
     return [Request(prompts[i], 100 * i, images[i]) for i in range(len(prompts))]
 
 
 @pytest.fixture
 def learner(folder) -> parallel.Learner:
-    policy = rlfr.load_policy(folder)
+    policy = load_policy(folder)
     parallel.shard(policy, policy.blocks, torch.float32)
     return parallel.Learner(policy, (0.9, 0.95), 0.0)
 
@@ -134,9 +133,9 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, requests):
     rows = []
     for i, episode in enumerate(episodes):
         images = requests[i // 8].images
-        rows.append(rlfr.Row(episode.prompt_ids, episode.response_ids, images))
+        rows.append(batching.Row(episode.prompt_ids, episode.response_ids, images))
     with torch.no_grad():
-        logp = learner.module(rlfr.collate(rows), 2.0).logp
+        logp = learner.module(batching.collate(rows), 2.0).logp
     for row, episode in enumerate(episodes):
         sampled = torch.tensor(episode.logp)
         assert (sampled - logp[row, : len(sampled)]).abs().max() <= 5e-5
@@ -166,8 +165,8 @@ def test_training_with_vllm_and_loading_what_it_exports(image_world, tmp_path):
         lr=1e-3,
     )
     run_with_vllm(train_rl.main, config)
-    policy = find_model(tmp_path / "run" / "policy")
-    problems = rollout.load_problems(config.data, config.problems, policy)[:8]
+    policy = find_model_in(tmp_path / "run" / "policy")
+    problems = load_problems(config.data, config.problems, policy)[:8]
     requests = [Request(problem.prompt_ids, 0, problem.images) for problem in problems]
     engine = vllm_engine(policy.path, 80, max_sequences=8, can_sleep=False)
     reference = torch_engine(policy.path)

@@ -10,25 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    BY_LENGTH,
-    ROOT,
-    figures,
-    flags,
-    load_problems,
-    requests,
-    small_run,
-    vllm_engine,
-)
+from conftest import BY_LENGTH, ROOT, figures, flags, problems_in, requests, small_run, vllm_engine
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import parallel
-import rlfr
-import rollout
 import train_rl
+from engines.vllm_engine import VllmEngine
+from infra import batching, parallel
 from infra.cores import cores_of_rank
+from infra.settings import change
+from policy import Policy, load_policy
 from rollout import Sampling
-from run import change
 
 pytestmark = pytest.mark.gpu
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -63,10 +54,10 @@ def folders(world, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prompts(world) -> list[list[int]]:
-    return [problem.prompt_ids for problem in load_problems(world.path("test.jsonl"))[:10]]
+    return [problem.prompt_ids for problem in problems_in(world.path("test.jsonl"))[:10]]
 
 
-def start_engine(folder: str, can_sleep: bool) -> rollout.VllmEngine:
+def start_engine(folder: str, can_sleep: bool) -> VllmEngine:
     return vllm_engine(
         folder, MAX_LENGTH, MAX_SEQUENCES, parallel.DEVICE, torch.bfloat16, can_sleep
     )
@@ -86,8 +77,8 @@ def other_engine(folders):
     return start_engine(folders[1], can_sleep=False)
 
 
-def sharded(folder: str) -> rlfr.Policy:
-    policy = rlfr.load_policy(folder)
+def sharded(folder: str) -> Policy:
+    policy = load_policy(folder)
     parallel.shard(policy, policy.layers, torch.bfloat16)
     return policy
 
@@ -112,7 +103,7 @@ def used() -> int:
 def test_attention_runs_in_a_fused_causal_kernel(folders):
     """Regression: under a padding mask it does not, and keys and values are repeated."""
     policy = sharded(folders[0])
-    batch = rlfr.collate([rlfr.Row([1] * 20, [2] * 300), rlfr.Row([3] * 10, [4] * 100)])
+    batch = batching.collate([batching.Row([1] * 20, [2] * 300), batching.Row([3] * 10, [4] * 100)])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         policy(batch).logp.sum().backward()
         torch.cuda.synchronize()
@@ -124,10 +115,10 @@ def test_attention_runs_in_a_fused_causal_kernel(folders):
 
 def test_compiled_parts_give_the_same(folders):
     plain = sharded(folders[0])
-    compiled = rlfr.load_policy(folders[0])
+    compiled = load_policy(folders[0])
     parallel.compile_forward(compiled.layer_parts(), "on")
     parallel.shard(compiled, compiled.layers, torch.bfloat16)
-    batch = rlfr.collate([rlfr.Row([1] * 20, [2] * 300), rlfr.Row([3] * 10, [4] * 100)])
+    batch = batching.collate([batching.Row([1] * 20, [2] * 300), batching.Row([3] * 10, [4] * 100)])
     with torch.no_grad():
         expected = plain(batch).logp
         difference = (compiled(batch).logp - expected).abs()
@@ -198,7 +189,7 @@ def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
     sync(engine, policy)
     sampling = Sampling(4, temperature, 128)
     episodes = engine.generate(requests(prompts, range(0, 1000, 100)), sampling)
-    batch = rlfr.collate(episodes)
+    batch = batching.collate(episodes)
     with torch.no_grad():
         logp = policy(batch, temperature).logp[batch.response_mask].cpu()
     sampled = torch.tensor([value for episode in episodes for value in episode.logp])

@@ -20,7 +20,7 @@ In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit i
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
 learns to tell digits apart, as the tower of a published model has learnt to see beforehand.
 
-    python toy.py --folder runs/toy
+    python -m worlds.toy --folder runs/toy
 
 The training scripts make the world that `--model` names by themselves.
 """
@@ -56,13 +56,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import rlfr
-import vision
-from infra import errors
+from infra import batching, errors, vision
 from infra.files import folder_written_whole, locked, read_json
 from infra.folders import is_free
+from infra.parallel import DEVICE
 from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
-from parallel import DEVICE
+from policy import Policy
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
@@ -439,7 +438,7 @@ def train_base(
 ) -> None:
     """Fit the base model to demonstrations of problems that are not forbidden."""
     rng = random.Random(f"demonstrations {world.seed}")
-    policy = rlfr.Policy(model)
+    policy = Policy(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=world.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -450,7 +449,7 @@ def train_base(
         demonstrations = make_demonstrations(
             world, tokenizer, forbidden, rng, habit_at(world, step)
         )
-        batch = rlfr.collate(demonstrations)
+        batch = batching.collate(demonstrations)
         loss = -policy(batch).logp[batch.response_mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -473,7 +472,7 @@ def make_demonstrations(
     forbidden: set[str],
     rng: random.Random,
     habit: Habit | None,
-) -> list[rlfr.Row]:
+) -> list[batching.Row]:
     """Return a batch of demonstrations: prompts, solutions and, in the image world, drawings."""
     candidates = []
     for _ in range(2 * world.batch_size):
@@ -488,7 +487,7 @@ def make_demonstrations(
         if world.images:
             prompt = make_image_prompt(problem)
             images = (make_image(problem, processor, rng),)
-        row = rlfr.Row(tokenizer.encode(prompt), tokenizer.encode(solution), images)
+        row = batching.Row(tokenizer.encode(prompt), tokenizer.encode(solution), images)
         rows.append(row)
     return rows
 

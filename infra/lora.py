@@ -18,8 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-import parallel
-from flow import keyed_seed
+from infra import parallel
+from infra.seeds import keyed_seed
 
 ADAPTER = "default"  # peft's name of a layer's only adapter
 BASE = ".base_layer."  # what peft puts into the names of a layer's own weights

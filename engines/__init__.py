@@ -1,0 +1,1 @@
+"""What samples responses: vLLM, or a plain loop in PyTorch."""

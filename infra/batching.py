@@ -1,0 +1,264 @@
+"""Episodes as batches: rows, how they are packed, cut into micro-batches and dealt to ranks.
+
+Right-padded rows of prompt + response. What is returned for each response token is (B, T), with
+token k of the response in column k.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infra import vision
+from infra.parallel import DEVICE
+
+
+# ---- Batches
+class Row(NamedTuple):
+    """What the policy reads of one episode; any object with these attributes will do."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    images: Sequence[vision.Image] = ()
+
+
+@dataclass
+class Batch:
+    """Right-padded episodes. Example, prompt lengths 1 and 2, responses 2 and 3 (`.` is padding):
+
+    input_ids      p r r . .    attention_mask 1 1 1 0 0    targets 0 1 1 0 0    response_mask 1 1 0
+                   p p r r r                   1 1 1 1 1            0 0 1 1 1                  1 1 1
+    """
+
+    input_ids: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S) bool
+    targets: Tensor  # (B, S) bool, positions of response tokens
+    response_mask: Tensor  # (B, T) bool
+    first_row: Tensor  # (B,) the first row that has the same prompt
+    images: Sequence[vision.Image] = ()  # of all rows, in order
+    images_once: Sequence[vision.Image] = ()  # of first rows
+
+    @cached_property
+    def packing(self) -> "Packing":
+        """Where the tokens are; prompts that rows share are packed once."""
+        rows = torch.arange(len(self.first_row), device=self.first_row.device)
+        has_own_prompt = (self.first_row == rows)[:, None]  # (B, 1)
+        is_packed = self.attention_mask & (has_own_prompt | self.targets)
+        place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
+        source = torch.where(is_packed, place, place[self.first_row])
+        source = source.masked_fill(~self.attention_mask, 0)
+        places = is_packed.flatten().nonzero().squeeze(1)
+        return Packing(places, source)
+
+    @cached_property
+    def image_inputs(self) -> vision.ImageInputs:
+        """What the tower takes of the images of first rows, or what a frozen one has made."""
+        return vision.stack_all(self.images_once, self.images, DEVICE)
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
+        out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
+        out[self.response_mask] = values
+        return out
+
+
+class Packing(NamedTuple):
+    """Where the n tokens of a batch are among its positions: between (n, …) and padded (B, S, …).
+
+    In a causal decoder the tokens of a prompt have the same states whatever follows. So a prompt
+    that several rows share is packed once, and all of these rows read it.
+    Attention alone needs rows, and gets them padded.
+    """
+
+    places: Tensor  # (n,) of B*S, where a packed token comes from
+    source: Tensor  # (B, S) of n, the packed token that a position reads; any, for padding
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Leave out padding and repeated prompts: (B, S, …) -> (n, …)."""
+        return padded.flatten(0, 1)[self.places]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Put tokens in their places: (n, …) -> (B, S, …). What padding gets means nothing."""
+        return take(packed, self.source)
+
+    def positions(self) -> Tensor:
+        """Return each token's position in its row, (n,)."""
+        return self.places % self.source.shape[1]
+
+
+def take(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return tensor[indices] for indices of any shape, by index_select, which is faster."""
+    return tensor.index_select(0, indices.flatten()).unflatten(0, indices.shape)
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Make a batch of episodes; each must have a prompt token and a response token."""
+    prompt_lengths = [len(row.prompt_ids) for row in rows]
+    response_lengths = [len(row.response_ids) for row in rows]
+    assert min(prompt_lengths) > 0, "an episode needs a prompt token"
+    assert min(response_lengths) > 0, "an episode needs a response token"
+
+    token_ids = []
+    images = []
+    images_once = []
+    first_rows: dict[tuple, int] = {}
+    first_row = []
+    for i, row in enumerate(rows):
+        token_ids.append([*row.prompt_ids, *row.response_ids])
+        images.extend(row.images)
+        first_row.append(first_rows.setdefault(prompt_key(row), i))
+        if first_row[i] == i:
+            images_once.extend(row.images)
+    width = max(len(ids) for ids in token_ids)  # S
+    padded_ids = [ids + [0] * (width - len(ids)) for ids in token_ids]
+    input_ids = torch.tensor(padded_ids, device=DEVICE)
+
+    start = torch.tensor(prompt_lengths, device=DEVICE)[:, None]  # (B, 1)
+    n_response = torch.tensor(response_lengths, device=DEVICE)[:, None]  # (B, 1)
+    position = torch.arange(width, device=DEVICE)  # (S,)
+    attention_mask = position < start + n_response
+    targets = attention_mask & (position >= start)
+    response_mask = position[: max(response_lengths)] < n_response
+    first_row = torch.tensor(first_row, device=DEVICE)
+    return Batch(input_ids, attention_mask, targets, response_mask, first_row, images, images_once)
+
+
+def prompt_key(row: Row) -> tuple:
+    """Return what is equal for rows whose prompts are."""
+    return tuple(row.prompt_ids), tuple(row.images)
+
+
+def micro_batches(
+    rows: Sequence[Row], token_budget: int, rank: int, n_ranks: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
+
+    The rows of a batch have as many tokens together as the budget at most (a single row may exceed
+    it). Rows of one prompt go together, see Packing, and else rows of like length, the longest
+    first, as attention pads them. Every rank has the same number of rows, of about the same number
+    of tokens, and yields the same number of batches, because sharded modules run in step: as few as
+    the budget allows, and of about the same size.
+    """
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
+    groups = prompt_groups(rows, n_ranks)
+    for indices in plan_batches(groups, lengths, token_budget, n_ranks)[rank]:
+        yield indices, collate([rows[index] for index in indices])
+
+
+def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
+    """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
+
+    For several ranks all groups are of one size, the largest that allows it. A prompt with more
+    rows, as of a problem that occurs twice in a step, gets several groups, of like lengths.
+    """
+    by_prompt: dict[tuple, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_prompt.setdefault(prompt_key(row), []).append(index)
+    groups = list(by_prompt.values())
+    if n_ranks == 1:
+        return groups
+    size = math.gcd(*(len(group) for group in groups), len(rows) // n_ranks)
+    parts = []
+    for group in groups:
+        n_parts = len(group) // size
+        group = sorted(group, key=lambda index: len(rows[index].response_ids), reverse=True)
+        parts += [group[part::n_parts] for part in range(n_parts)]
+    return parts
+
+
+def plan_batches(
+    groups: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, n_ranks: int
+) -> list[list[list[int]]]:
+    """Return the micro-batches of every rank, as indices of rows with these lengths."""
+    assert len(groups) % n_ranks == 0, f"{len(groups)} groups of rows for {n_ranks} ranks"
+    shares = deal(groups, lengths, n_ranks)
+    n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
+    plans = []
+    for share in shares:
+        batches = pack_evenly(share, lengths, token_budget, n_batches)
+        plans.append(split_to(batches, n_batches))
+    return plans
+
+
+def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
+    """Deal groups of rows to ranks, the longest first, back and forth: 0 1 2 2 1 0 0 1 2 …
+
+    Returns each rank's rows; those of a group follow one another, the longest first.
+    """
+
+    def n_tokens(group: Sequence[int]) -> int:
+        return sum(lengths[index] for index in group)
+
+    shares: list[list[int]] = [[] for _ in range(n_ranks)]
+    for place, group in enumerate(sorted(groups, key=n_tokens, reverse=True)):
+        turn, rank = divmod(place, n_ranks)
+        if turn % 2 == 1:
+            rank = n_ranks - 1 - rank
+        shares[rank] += sorted(group, key=lambda index: lengths[index], reverse=True)
+    return shares
+
+
+def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Cut a rank's rows, in their order, into batches whose tokens keep to the budget."""
+    batches: list[list[int]] = []
+    n_tokens = 0  # of the last batch
+    for index in share:
+        n_tokens += lengths[index]
+        if not batches or n_tokens > token_budget:
+            batches.append([])
+            n_tokens = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def pack_evenly(
+    share: list[int], lengths: Sequence[int], token_budget: int, n_batches: int
+) -> list[list[int]]:
+    """Pack with the smallest budget that still needs n_batches or fewer: no short batch is left."""
+    budgets = range(1, token_budget + 1)  # the larger, the fewer batches
+
+    def is_enough(budget: int) -> bool:
+        return len(pack(share, lengths, budget)) <= n_batches
+
+    smallest = budgets[bisect_left(budgets, True, key=is_enough)]
+    return pack(share, lengths, smallest)
+
+
+def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
+    """Halve the batch with the most rows, again and again, until there are n_batches."""
+    parts = list(batches)
+    while len(parts) < n_batches:
+        sizes = [len(part) for part in parts]
+        place = sizes.index(max(sizes))
+        largest = parts.pop(place)
+        half = len(largest) // 2
+        parts.insert(place, largest[:half])
+        parts.insert(place + 1, largest[half:])
+    return parts
+
+
+# ---- Schedule and order
+def rows_to_run(has_gradient: Tensor, group_size: int, n_ranks: int) -> Tensor:
+    """Return which rows (B,) bool, on the CPU, an optimiser step must run.
+
+    They are those with a gradient at any token, has_gradient (B, T), and as many others as it takes
+    for every rank to get the same number, one at least: a step is taken whatever the gradient.
+    Several ranks run whole groups where these can be dealt out to them, as micro_batches() does,
+    and a prompt is computed once for its responses.
+    """
+    n_rows = len(has_gradient)
+    assert n_rows % n_ranks == 0, f"{n_rows} rows for {n_ranks} ranks"
+    size = 1  # of what is run or left out as a whole
+    if n_ranks > 1 and n_rows % (group_size * n_ranks) == 0:
+        size = group_size
+    chosen = has_gradient.view(n_rows // size, -1).any(dim=1).cpu()
+    n_chosen = int(chosen.sum())
+    n_wanted = max(1, math.ceil(n_chosen / n_ranks)) * n_ranks
+    others = (~chosen).nonzero().squeeze(1)
+    chosen[others[: n_wanted - n_chosen]] = True
+    return chosen.repeat_interleave(size)

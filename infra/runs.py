@@ -1,0 +1,635 @@
+"""A run: start and exit, its folder with metrics and checkpoints, resuming.
+
+    runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
+              rollouts/step-N.jsonl  report.html  rollouts.html
+
+A checkpoint is whole or absent: it is written in the background under another name, then renamed.
+Any number of ranks can read it.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
+
+from infra import checkpoints, children, errors, files, folders, parallel, ranks, record, stopping
+from infra.files import cannot_write, need_keys, read_json, write_json, written_whole
+from infra.metrics import read_lines
+from infra.parallel import is_first, on_first
+from infra.settings import flatten, parse_config, stored_settings
+from infra.stopping import Stop, asked_to_stop
+
+DATA_FILE = "data.json"  # fingerprints of the data that a run began with
+# said of checkpoints of a single process, which are meant to be so
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+# ---- From start to exit
+def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None:
+    """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
+
+    An error of input is shown as one line, a bug as a traceback; --traceback shows it for both.
+    infra/stopping.py says what signals do. The process ends by os._exit, because threads left by
+    libraries crashed one exit in eight, or waited for ranks that were gone.
+    """
+    recorder = get_error_handler()
+    recorder.initialize()
+    in_full = errors.take_flag(sys.argv)
+    try:
+        try:
+            config = parse_config(config_class, presets)
+            stopping.listen()
+            children.follow_parent(stopping.received)
+            main(config)
+            dist.destroy_process_group()
+        except (SystemExit, Stop):  # --help, or a flag that does not exist; a signal
+            raise
+        except BaseException as error:
+            report_error(error, recorder, in_full)
+            leave(1)
+    except Stop:  # perhaps amid an error: the signal has ended another rank, too
+        stopping.leave()
+    leave(0)
+
+
+def report_error(error: BaseException, recorder, in_full: bool) -> None:
+    """Show an error and record it for torchrun, which reports the first one recorded."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
+    if lost_a_peer and ranks.is_any_stopping():
+        stopping.leave()  # nothing is wrong: a signal has ended that rank
+    if lost_a_peer:
+        time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
+    recorder.record_exception(error)
+    is_other_rank = int(os.environ.get("RANK", 0)) > 0
+    if is_other_rank and isinstance(error, ValueError):
+        return  # invalid input fails on every rank, and the first one prints it
+    errors.show(error, in_full)
+
+
+def leave(code: int) -> None:
+    """End the process now, whatever threads still run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- A run's folder
+# Settings that cannot change when a run is resumed, and why; all others act from there on
+OF_THE_MODEL = "the checkpoint holds the weights of that model"
+OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
+OF_THE_SOLUTIONS = "the flow has learnt from those that it would be tested on"
+OF_THE_PROMPTS = "the policy has learnt from other prompts"
+OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
+OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
+WHERE = ("folder", "resume")  # say where a run is, not what it does
+FIXED_AT_START = {
+    "model": OF_THE_MODEL,
+    "trust_remote_code": OF_THE_MODEL,
+    "data": OF_THE_DATA,
+    "split": OF_THE_DATA,
+    "subset": OF_THE_DATA,
+    "problem_column": OF_THE_DATA,
+    "answer_column": OF_THE_DATA,
+    "solution_column": OF_THE_DATA,
+    "drop_empty": OF_THE_DATA,
+    "images_column": OF_THE_DATA,
+    "batch_size": OF_THE_DATA,
+    "held_out": OF_THE_SOLUTIONS,
+    "cutoff": "the flow has learnt from solutions that were cut there",
+    "template": OF_THE_PROMPTS,
+    "min_pixels": OF_THE_PROMPTS,
+    "max_pixels": OF_THE_PROMPTS,
+    "shaping": OF_THE_WEIGHTS,
+    "flow": OF_THE_WEIGHTS,
+    "freeze": OF_THE_WEIGHTS,
+    "lora_rank": OF_THE_WEIGHTS,
+    "lora_alpha": "the adapters have learnt at that scale",
+    "freeze_flow": OF_THE_WEIGHTS,
+    "contexts": OF_THE_WEIGHTS,
+    "other_contexts": OF_THE_WEIGHTS,
+    "percentiles": OF_THE_WEIGHTS,
+    "shift": OF_THE_WEIGHTS,
+    "flow_blocks": OF_THE_WEIGHTS,
+    "standardise": OF_THE_WEIGHTS,
+    "calibrate_at": OF_THE_WEIGHTS,
+    "seed": OF_THE_RANDOMNESS,
+}
+
+
+RESULTS = ("policy", "adapter", "flow")  # folders that a run writes at its end
+FIELDS_OF_LOADING = ("dtype", "min_pixels", "max_pixels")  # of its model
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return a run's whole checkpoints, oldest first."""
+    found = (folder / "checkpoints").glob("step-*")
+    whole = [path for path in found if path.name.removeprefix("step-").isdigit()]
+    return sorted(whole, key=step_of)
+
+
+def find_checkpoint(folder: Path, step: int | None) -> Path:
+    """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
+    found = whole_checkpoints(folder)
+    steps = [step_of(checkpoint) for checkpoint in found]
+    if not found:
+        raise ValueError(f"{folder} has no checkpoint; expected the folder of a run with one")
+    if step is None:
+        return found[-1]
+    if step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {steps}")
+    return found[steps.index(step)]
+
+
+def check_folder(config) -> None:
+    """Raise ValueError if a run cannot begin in --folder, or go on in --resume; change nothing."""
+    if config.resume:
+        folders.check_unused(Path(config.resume))
+        check_beginning(Path(config.resume))
+    elif config.folder:
+        folders.check_unused(Path(config.folder))
+        check_new(Path(config.folder))
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError if a new run cannot begin in a folder, because something is there."""
+    if folders.is_free(folder):
+        return
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a run; go on with --resume {folder}, or name another --folder"
+        )
+    raise ValueError(
+        f"--folder {folder} is a file or has files in it, which stay as they are; name a folder "
+        "that is new or empty"
+    )
+
+
+def check_beginning(folder: Path) -> None:
+    """Raise ValueError if resuming a run would begin anew and replace what it has.
+
+    A run that was killed before its first checkpoint was whole can begin anew.
+    """
+    n_steps = count_lines(folder / "metrics.jsonl")
+    rollouts = record.find_files(folder)
+    n_done = max(n_steps, max(rollouts, default=1) - 1)  # rollouts are written before figures
+    first = stored_settings(folder).get("save_every", 0)  # step of the first checkpoint; 0: none
+    unfinished = folder / "checkpoints" / f"step-{first}{files.UNFINISHED}"
+    results = [name for name in RESULTS if (folder / name).exists()]
+    is_early = n_done == 0 or (first and (n_done <= first or unfinished.exists()))
+    if whole_checkpoints(folder) or (is_early and not results):
+        return
+    present = [f"{n_steps} steps in metrics.jsonl", f"rollouts of {len(rollouts)} steps"]
+    present += [f"{name}/" for name in results]
+    raise ValueError(
+        f"--resume {folder}: no checkpoint to go on from, and a beginning anew would replace "
+        f"{', '.join(present)}; put a checkpoint back, or start a new run: the first command with "
+        "another --folder"
+    )
+
+
+def count_lines(path: Path) -> int:
+    """Return how many lines of a file were written to their end; 0 if there is no file."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def advise(folder: Path, error: checkpoints.DamagedError, damaged: Path) -> ValueError:
+    """Return the error for a damaged checkpoint of a run: it names the newest older one."""
+    for older in reversed(whole_checkpoints(folder)):
+        if step_of(older) < step_of(damaged) and checkpoints.is_whole(older):
+            return ValueError(
+                f"{error}; the older {older.name} is whole: move the damaged folder away "
+                f"(mv {damaged} {damaged}.damaged), then the same command goes on from step "
+                f"{step_of(older)}"
+            )
+    return ValueError(f"{error}; no older one is whole: put a copy back, or start a new run")
+
+
+def check_checkpoint(folder: Path, checkpoint: Path) -> None:
+    """Raise ValueError unless a checkpoint of a run holds what was written; all ranks together."""
+    said = None
+    try:
+        checkpoints.check_sizes(checkpoint)
+        checkpoints.check_contents(checkpoint, dist.get_rank(), dist.get_world_size())
+    except checkpoints.DamagedError as error:
+        said = str(error)
+    found = [text for text in parallel.gather_objects(said) if text]
+    if found:
+        raise advise(folder, checkpoints.DamagedError(found[0]), checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was saved after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+class Run:
+    """One run's folder, the same on all ranks; the first one writes all but checkpoints.
+
+    `config` is a script's settings: `folder` and `resume` at its top, and a group `run`.
+    """
+
+    def __init__(self, config, default_name: str):
+        self.config = config
+        self.default_name = default_name
+        self.data: dict = {}  # fingerprints, see check_data
+        on_first(self.check)
+        self.saving: Future | None = None
+        self.saved_step: int | None = None  # of the last checkpoint, begun or found
+        self.saver = ThreadPoolExecutor(1)
+        self.checkpoint_options = {
+            # a group of its own: checkpoints are written while the run uses the others
+            "process_group": dist.new_group(backend="gloo"),
+            # a single process needs no communication, see parallel.gather_objects
+            "no_dist": dist.get_world_size() == 1,
+        }
+
+    # ---- The folder
+    def check(self) -> None:
+        """Raise ValueError if a run cannot begin, or be resumed, with these settings."""
+        track = self.config.run.track
+        if track != "none" and find_spec(track) is None:
+            raise ValueError(
+                f"track={track!r} is not installed; run `pip install {track}`, or leave --track out"
+            )
+        if self.config.resume:
+            self.check_resume()
+        check_folder(self.config)
+
+    def claim_folder(self) -> Path:
+        """Claim the run's folder, and return it: what others did since check() is seen here."""
+        if not self.config.folder and not self.config.resume:
+            return folders.claim_free(Path(f"runs/{self.default_name}"))
+        folder = Path(self.config.resume or self.config.folder)
+        folders.claim(folder)
+        check_folder(self.config)
+        return folder
+
+    def changes(self) -> dict[str, tuple]:
+        """Return the settings that a resumed run changes: name to old and new value."""
+        stored = stored_settings(self.config.resume)
+        asked = json.loads(json.dumps(flatten(self.config)))
+        # a run that began before there was a setting had its default
+        defaults = json.loads(json.dumps(flatten(type(self.config)())))
+        changed = {}
+        for name, new in asked.items():
+            old = stored.get(name, defaults[name])
+            if name not in WHERE and old != new:
+                changed[name] = (old, new)
+        return changed
+
+    def check_resume(self) -> None:
+        """Say what a resumed run changes; ValueError for settings that a checkpoint fixes."""
+        newest = whole_checkpoints(Path(self.config.resume))[-1:]
+        for checkpoint in newest:
+            try:
+                checkpoints.check_sizes(checkpoint)
+            except checkpoints.DamagedError as error:
+                raise advise(Path(self.config.resume), error, checkpoint) from error
+        for name, (old, new) in self.changes().items():
+            if name in FIXED_AT_START:
+                raise ValueError(
+                    f"--resume {self.config.resume}: that run has {name}={old!r}, this one asks "
+                    f"for {new!r}; {FIXED_AT_START[name]}: leave it, or start a new run"
+                )
+            print(f"resumed with {name}={new!r}, which was {old!r} until here")
+
+    def check_data(self, **data) -> dict:
+        """Note fingerprints of the data, and return those that the run began with.
+
+        Raises ValueError if the data that the run trains on are not those that it began with. A run
+        of an earlier version has no fingerprints, and any data are taken for its own.
+
+        Args:
+            data: by name; `training` is that of the data that the run trains on.
+        """
+        self.data = on_first(lambda: self.stored_data(list(data))) or data
+        if self.data["training"] != data["training"]:
+            raise ValueError(
+                f"--resume {self.config.resume}: {self.config.data} has other rows than when the "
+                f"run began, or the same in another order; {OF_THE_DATA}: put them back, or start "
+                "a new run"
+            )
+        return self.data
+
+    def stored_data(self, names: list[str]) -> dict | None:
+        """Return the fingerprints that a resumed run began with, if it has any: one of each name."""
+        path = Path(self.config.resume or "", DATA_FILE)
+        if not self.config.resume or not path.exists():
+            return None
+        stored = read_json(path, "fingerprints of the data")
+        need_keys([stored], path, names)
+        return stored
+
+    def begin(self, state: dict) -> None:
+        """Make the folder, or go on in it: load the newest checkpoint into `state`.
+
+        state["progress"] is a dict with the `step`; the other values have state_dict() and
+        load_state_dict(). metrics.jsonl is cut back to the step of the checkpoint.
+        """
+        self.folder = on_first(self.claim_folder)
+        newest = on_first(self.newest_checkpoint)
+        stopping.how_to_go_on = f"go on with --resume {self.folder}"
+        if newest:
+            check_checkpoint(self.folder, newest)
+        on_first(lambda: self.prepare_folder(newest))
+        if newest:
+            checkpoints.load(state, newest, **self.checkpoint_options)
+            self.saved_step = step_of(newest)
+        kind = self.config.run.track if is_first() else "none"
+        self.tracker = Tracker(kind, self.folder, asdict(self.config))
+
+    def newest_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint of the folder; None if there is none."""
+        found = whole_checkpoints(self.folder)
+        return found[-1] if found else None
+
+    def prepare_folder(self, newest: Path | None) -> None:
+        """Make the folder, or clear it of what a dead run left after its newest checkpoint."""
+        config_file = self.folder / "config.json"
+        if not self.config.resume:
+            write_json(config_file, asdict(self.config), must_be_new=True)
+        for unfinished in (self.folder / "checkpoints").glob(f"*{files.UNFINISHED}"):
+            shutil.rmtree(unfinished)
+        step = step_of(newest) if newest else 0
+        data_file = self.folder / DATA_FILE
+        if self.data and not newest and not data_file.exists():
+            write_json(data_file, self.data)
+        self.cut_metrics(step)
+        self.cut_rollouts(step)
+        if self.config.resume and self.changes():
+            until_here = self.folder / f"config-until-step-{step}.json"
+            if not until_here.exists():
+                shutil.copy(config_file, until_here)
+            write_json(config_file, asdict(self.config))
+
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop the lines of metrics.jsonl after a step, and an incomplete last line."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for metrics in read_lines(path):
+            if metrics["step"] <= last_step:
+                kept.append(json.dumps(metrics) + "\n")
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def cut_rollouts(self, last_step: int) -> None:
+        """Remove the rollouts of steps after a step."""
+        for step, path in record.find_files(self.folder).items():
+            if step > last_step:
+                path.unlink()
+
+    def write_json(self, name: str, value: dict) -> None:
+        """Write a file of the folder, whole or not at all, on the first rank."""
+        if is_first():
+            write_json(self.folder / name, value)
+
+    # ---- Checkpoints
+    def save(self, state: dict) -> None:
+        """Copy the state to host memory, then write it to checkpoints/step-N in the background."""
+        self.wait_for_save()
+        step = state["progress"]["step"]
+        if step == self.saved_step:
+            return
+        self.check_weights(
+            step, [part.module for part in state.values() if hasattr(part, "module")]
+        )
+        self.saved_step = step
+        folder = self.folder / "checkpoints" / f"step-{step}"
+        writing = folder.with_name(f"{folder.name}{files.UNFINISHED}")
+        written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
+        self.saving = self.saver.submit(self.publish, written, writing, folder)
+
+    def check_weights(self, step: int, modules: Iterable[torch.nn.Module]) -> None:
+        """Raise FloatingPointError if a weight is not finite; all ranks together."""
+        broken = [name for module in modules for name in parallel.not_finite(module)]
+        if broken:
+            self.wait_for_save()
+            raise FloatingPointError(
+                f"the weights after step {step} are not finite ({broken[0]}, {len(broken)} "
+                f"tensors) and are not written. {self.last_checkpoint()}"
+            )
+
+    def last_checkpoint(self) -> str:
+        """Return a text that names the last checkpoint, for an error of the figures or weights."""
+        found = whole_checkpoints(self.folder) or ["none"]
+        return (
+            f"Last checkpoint: {found[-1]}; look at the data, or start anew with a lower learning "
+            "rate"
+        )
+
+    def publish(self, written: Future, writing: Path, folder: Path) -> None:
+        """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
+        try:
+            written.result()  # on the first rank: once all ranks have written
+            if is_first():
+                writing.rename(folder)
+                for old in whole_checkpoints(self.folder)[: -self.config.run.keep]:
+                    outdated = old.rename(old.with_name(f"{old.name}{files.UNFINISHED}"))
+                    shutil.rmtree(outdated)  # a checkpoint is never half there under its name
+        except BaseException as error:  # the checkpoint library's own error is no Exception
+            shutil.rmtree(writing, ignore_errors=True)
+            raise cannot_write(folder, error) from error
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is in its place; raise the error that kept it out."""
+        if self.saving:
+            self.saving.result()
+
+    def end(self, state: dict, total_steps: int) -> bool:
+        """Wait for the last checkpoint; return whether the run is complete.
+
+        The last step is saved if save_every is set. It is saved in any case if a signal stopped the
+        run, which is then not complete. Once it is saved, a signal need not wait for what follows.
+        """
+        step = state["progress"]["step"]
+        is_complete = step >= total_steps and not asked_to_stop()
+        if self.config.run.save_every or not is_complete:
+            self.save(state)
+        self.wait_for_save()
+        if not is_complete and is_first():
+            print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
+        self.tracker.close()
+        if not is_complete:
+            folders.release(self.folder)
+        elif self.saved_step == step:
+            stopping.end_work()
+        return is_complete
+
+    def release(self) -> None:
+        """Let others use the folder: all results are written."""
+        folders.release(self.folder)
+
+    # ---- Exports for other programs
+    def is_export_due(self, step: int) -> bool:
+        """Return whether --export-every asks for an export after a step."""
+        every = self.config.run.export_every
+        return bool(every) and step > 0 and step % every == 0
+
+    def lacks_export(self, step: int) -> bool:
+        """Return whether the export after a step is due and not there: a kill cut it off."""
+        return self.is_export_due(step) and not on_first(self.export_folder(step).exists)
+
+    def export_folder(self, step: int) -> Path:
+        """Return the folder for what is exported after a step."""
+        return self.folder / "exports" / f"step-{step}"
+
+    def export(self, step: int, write: Callable[[Path], None]) -> None:
+        """Make exports/step-N by write(folder), whole or not at all; all ranks together."""
+        folder = self.export_folder(step)
+        unfinished = folder.with_name(f"{folder.name}{files.UNFINISHED}")
+        on_first(lambda: files.remove(unfinished))  # what a kill left
+        write(unfinished)
+        on_first(lambda: files.put_in_place(unfinished, folder))
+
+    # ---- Figures
+    def log(self, step: int, metrics: dict[str, float], state: dict) -> None:
+        """Append a line to metrics.jsonl and the tracker; a figure that is not finite is null there.
+
+        Such a figure is warned of, and the run goes on. Raises FloatingPointError where a loss or
+        the norm of a gradient is not finite: its optimiser step has changed no weight, and `state`
+        is saved first.
+        """
+        if self.saving and self.saving.done():
+            self.wait_for_save()
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if is_first():
+            known = {name: None if name in broken else value for name, value in metrics.items()}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **known}) + "\n")
+            if broken:
+                tqdm.write(f"step {step}: {', '.join(broken)} not finite")
+        self.tracker.log(metrics, step)
+        if any(name.endswith(("loss", "grad_norm")) for name in broken):
+            self.save(state)
+            self.wait_for_save()
+            raise FloatingPointError(
+                f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "
+                f"{self.last_checkpoint()}"
+            )
+
+    def log_rollouts(self, step: int, records: list[dict]) -> None:
+        """Write the records of a step's rollouts, and send the tracker a table; on one rank."""
+        with written_whole(self.folder / record.FOLDER / f"step-{step}.jsonl") as temporary:
+            compact = (",", ":")  # a tenth smaller than with spaces
+            lines = []
+            for one in records:
+                lines.append(json.dumps({"step": step, **one}, separators=compact) + "\n")
+            temporary.write_text("".join(lines))
+        self.tracker.log_rollouts(*record.summary_rows(records), step)
+
+
+class Tracker:
+    """Sends figures to tensorboard or wandb, besides metrics.jsonl; `none` sends nothing."""
+
+    def __init__(self, kind: str, folder: Path, settings: dict):
+        self.writer = None
+        self.wandb_run = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard")
+        if kind == "wandb":
+            import wandb
+
+            self.wandb_run = wandb.init(
+                project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
+            )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Send the figures of a step."""
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+        if self.wandb_run:
+            self.wandb_run.log(metrics, step=step)
+
+    def log_rollouts(self, columns: list[str], rows: list[list], step: int) -> None:
+        """Send a table of a step's episodes, a row each."""
+        if self.writer:
+            self.writer.add_text("rollouts", markdown_table(columns, rows), step)
+        if self.wandb_run:
+            import wandb
+
+            cells = [[to_cell(value) for value in row] for row in rows]
+            self.wandb_run.log({"rollouts": wandb.Table(columns, cells)}, step=step)
+
+    def close(self) -> None:
+        """Send what is still on its way: the process ends without waiting for anybody's threads."""
+        if self.writer:
+            self.writer.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def to_cell(value) -> str | float | None:
+    """Return a value of a table as a column of one type takes it: an answer may be a list."""
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Lay out a table in Markdown; a cell is JSON, in which no text ends a row."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([json.dumps(value).replace("|", "\\|").replace("<", "&lt;") for value in row])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+class Stopwatch:
+    """Seconds of the phases of a step, laps of one clock: they add up to time/step.
+
+    `peaks` holds the size of all tensors on the GPU at its largest in each phase, in bytes.
+    """
+
+    def __init__(self):
+        parallel.take_peak_memory()
+        self.began = self.last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self.used_in_roll_out = 0
+
+    def note_memory(self) -> None:
+        """Note all that is in use of the GPU's memory at the end of a rollout, by the engine, too."""
+        self.used_in_roll_out = parallel.used_memory()
+
+    def lap(self, phase: str) -> None:
+        """End a phase, which began where the last one ended, when the GPU has done its work."""
+        self.peaks[phase] = parallel.take_peak_memory()
+        now = time.perf_counter()
+        self.phases[phase] = now - self.last
+        self.last = now
+
+    def seconds(self) -> float:
+        """Return the seconds of all phases together."""
+        return self.last - self.began
+
+    def metrics(self, held_by_engine: int) -> dict[str, float]:
+        """Return the seconds of each phase and of the whole step, and a GPU's memory in GB.
+
+        While a step scores and updates, its peaks are the trainer's tensors: the engine sleeps
+        then, but torch counts what it holds.
+        """
+        metrics = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
+        metrics["time/step"] = self.seconds()
+        if parallel.DEVICE.type != "cpu":
+            metrics["memory/roll_out_gb"] = self.used_in_roll_out / 1e9
+            for phase in ("score", "update"):
+                metrics[f"memory/{phase}_gb"] = (self.peaks[phase] - held_by_engine) / 1e9
+        return metrics
