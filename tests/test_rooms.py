@@ -1,0 +1,59 @@
+"""Who imports whom, against the table of floors in the README: no lower room knows an upper one."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def floors() -> dict[str, int]:
+    """Return the floor of each root file and package, from the README's table, the lowest first."""
+    found = {}
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for floor, names in rows:
+        for name in re.findall(r"`(\w+)(?:/|\.py)`", names):
+            found[name] = int(floor)
+    return found
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the root files and packages that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def files_of(name: str) -> list[Path]:
+    """Return the Python files of a root file's or a package's name."""
+    if (ROOT / name).is_dir():
+        return sorted((ROOT / name).rglob("*.py"))
+    return [ROOT / f"{name}.py"]
+
+
+def test_every_file_has_a_floor():
+    known = floors()
+    roots = {file.stem for file in ROOT.glob("*.py")}
+    packages = {file.parent.name for file in ROOT.glob("*/*.py")} - {"tests", "benchmarks"}
+    assert roots | packages <= known.keys()
+    assert all(file.exists() for name in known for file in files_of(name))
+    assert len(roots) <= 11
+
+
+def test_no_file_imports_from_a_floor_above_its_own():
+    known = floors()
+    upward = []
+    for name, floor in known.items():
+        for file in files_of(name):
+            for imported in imports_of(file):
+                if known.get(imported, 0) > floor:
+                    upward.append(f"{file.relative_to(ROOT)} imports {imported}")
+    assert not upward
+
+
+def test_the_algorithm_imports_no_file_of_ours():
+    assert not imports_of(ROOT / "rlfr.py") & floors().keys()
