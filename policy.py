@@ -214,7 +214,7 @@ class Policy(nn.Module):
         return batching.take(output.last_hidden_state[0], packing.source[wanted])
 
     @torch.no_grad()
-    def see(self, images: Sequence[vision.Image]) -> Tensor:
+    def encode(self, images: Sequence[vision.Image]) -> Tensor:
         """Return what the vision tower makes of images, (n_vectors, K, D), without a gradient.
 
         Of each vector there are K levels: the first stands in the place of the word's embedding;
@@ -253,7 +253,7 @@ class Policy(nn.Module):
         return self.run_tower(blank, grid).sum() * 0
 
 
-def see_images(
+def encode_images(
     policy: Policy, episodes: Sequence[batching.Row], token_budget: int
 ) -> list[batching.Row]:
     """Run a frozen vision tower over the episodes' images; return the episodes with its features.
@@ -274,7 +274,7 @@ def see_images(
     for batches in zip(*plans, strict=True):  # one of each rank
         mine = [images[index] for index in batches[dist.get_rank()]]
         counts = [sum(sizes[index] for index in batch) for batch in batches]
-        gathered = gather_rows(policy.see(mine), counts)
+        gathered = gather_rows(policy.encode(mine), counts)
         for batch, features in zip(batches, gathered, strict=True):
             parts = features.cpu().split([sizes[index] for index in batch])
             for index, part in zip(batch, parts, strict=True):
@@ -287,7 +287,7 @@ def see_images(
 
 @contextmanager
 def tower_output(tower: nn.Module, features: Tensor | None) -> Iterator[None]:
-    """Let a vision tower return features (n_vectors, K, D), as Policy.see() gave them, unrun.
+    """Let a vision tower return features (n_vectors, K, D), as Policy.encode() gave them, unrun.
 
     Everything else of the model's own forward stays as it is: placeholders, positions, deepstack.
     Without features the tower runs.

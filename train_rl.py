@@ -60,7 +60,7 @@ from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
 from pages.describe import describe, describe_size, is_due
 from pages.of_a_run import write_pages, write_report
-from policy import Freeze, Policy, load_policy, see_images
+from policy import Freeze, Policy, encode_images, load_policy
 from rewards import Grader, RewardSettings
 from worlds import offline_start, toy
 
@@ -277,14 +277,14 @@ def make_policy(config: Config, model: Model) -> Policy:
         lora.add_adapters(policy.model, policy.layers, *sizes, config.seed)
     parallel.compile_forward(policy.layer_parts(), config.compute.compile)
     dtype = parallel.compute_dtype(config.loading.dtype)
-    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload, methods=["see"])
+    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload, methods=["encode"])
     return policy
 
 
-def make_reference(policy: Policy, config: Config, model: Model) -> Policy | lora.Base:
+def make_reference(policy: Policy, config: Config, model: Model) -> Policy | lora.WithoutAdapters:
     """Return the initial policy, for a KL: without the adapters the policy itself, or a copy."""
     if config.optimisation.lora_rank:
-        return lora.Base(policy)
+        return lora.WithoutAdapters(policy)
     reference = load_policy(
         model.path,
         config.loading.trust_remote_code,
@@ -300,7 +300,7 @@ class Models(NamedTuple):
     """What a step scores with, and what learns in it."""
 
     policy: Policy
-    reference: Policy | lora.Base | None  # the initial policy, for a KL
+    reference: Policy | lora.WithoutAdapters | None  # the initial policy, for a KL
     dense: dense.FlowReward | None
     learners: dict[str, parallel.Learner]  # of the policy, and of the dense reward if it learns
 
@@ -430,7 +430,7 @@ def score(
     """
     policy, reference, dense_reward, _ = models
     taps = dense_reward.taps if dense_reward else []
-    episodes = see_images(policy, episodes, token_budget)
+    episodes = encode_images(policy, episodes, token_budget)
     experience = Experience.before_scoring(episodes, len(taps))
     if dense_reward:
         dense_reward.begin_scoring(step, experience.correct)

@@ -129,7 +129,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def prompt_key(row: Row) -> tuple:
-    """Return what is equal for rows whose prompts are."""
+    """Return a key that two rows share if their prompts are the same."""
     return tuple(row.prompt_ids), tuple(row.images)
 
 

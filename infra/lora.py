@@ -113,7 +113,7 @@ def adapter_weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tenso
 
 
 # ---- The model before it learnt
-class Base:
+class WithoutAdapters:
     """A policy without its adapters: what a second copy of the model would be, without its memory."""
 
     def __init__(self, policy: nn.Module):

@@ -75,8 +75,8 @@ DEVICE = find_device()
 
 # ---- Ranks
 PATIENCE = timedelta(hours=4)  # as when the others sample, or the first rank writes
-# A group of all ranks that waits for hours, on GPUs. The default group does not there: where NCCL
-# waits long, a rank hangs. None: the default group.
+# On GPUs, a group of all ranks that waits for hours. The default group there is NCCL's, whose ranks
+# hang if it waits long. None: the default group waits for hours itself
 patient_group: dist.ProcessGroup | None = None
 
 

@@ -35,7 +35,7 @@ from infra.settings import flatten, parse_config, stored_settings
 from infra.stopping import Stop, asked_to_stop
 
 DATA_FILE = "data.json"  # fingerprints of the data that a run began with
-# said of checkpoints of a single process, which are meant to be so
+# A single process saves its checkpoints without torch.distributed, and torch warns of it
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 

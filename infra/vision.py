@@ -3,7 +3,7 @@
 An image stays encoded in memory, or in its file, until a batch needs its pixel values. All images
 are decoded once before training starts, so that a missing or corrupt one is reported with its row
 at the beginning and not hours later. A frozen vision tower makes the same of an image every time:
-it sees each image of a step once (`policy.see_images`), and batches hold the features.
+it sees each image of a step once (`policy.encode_images`), and batches hold the features.
 
 In the text of a problem an image stands where `<image>` stands, or in front of the text if there
 is no `<image>`. In the token ids of a prompt it is one <|image_pad|> for each vector that the
@@ -130,7 +130,7 @@ class Image:
     source: Source
     processor: Callable
     grid: Grid
-    features: Tensor | None = None  # (n_tokens, K, D) of a frozen tower, see policy.Policy.see
+    features: Tensor | None = None  # (n_tokens, K, D) of a frozen tower, see policy.Policy.encode
 
     @property
     def n_tokens(self) -> int:

@@ -217,7 +217,7 @@ def test_engines_and_exports_say_what_the_policy_finds_likeliest(world, adapted,
 
 def test_the_base_is_the_model_before_it_learnt(world, policy, batch):
     adapted = sharded(adapted_policy(world.path("model")))
-    base = lora.Base(adapted)
+    base = lora.WithoutAdapters(adapted)
     with torch.no_grad():
         torch.testing.assert_close(base(batch, 0.7).logp, policy(batch, 0.7).logp)
         assert not torch.allclose(adapted(batch, 0.7).logp, policy(batch, 0.7).logp)
@@ -297,7 +297,7 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
             torch.nn.init.constant_(layer.lora_B[lora.ADAPTER].weight, 0.1)
         output = policy(batch, 0.7, taps=[1])
         with torch.no_grad():
-            base = lora.Base(policy)(batch, 0.7).logp
+            base = lora.WithoutAdapters(policy)(batch, 0.7).logp
         output.logp.sum().backward()
         gradients = [parallel.gather(p.grad) for p in policy.parameters() if p.grad is not None]
         results.append([output.logp, base, output.latents[0], *gradients])

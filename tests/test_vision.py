@@ -43,7 +43,7 @@ from infra.defaults import choose_template
 from infra.models import LoadingSettings, Model, find_model
 from infra.settings import change
 from pages.rollouts import inspect_run
-from policy import Policy, load_policy, see_images
+from policy import Policy, encode_images, load_policy
 from rollout import Request, Sampling
 from worlds import toy
 
@@ -87,7 +87,7 @@ def seen(policy: Policy, rows: list[batching.Row]) -> list:
         episodes.append(
             rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
         )
-    return see_images(policy, episodes, token_budget=4)
+    return encode_images(policy, episodes, token_budget=4)
 
 
 def rows() -> list[batching.Row]:

@@ -110,7 +110,7 @@ TRAIN_RL_SPARSE = {
     "lr": 2e-4,
     "max_tokens": 80,
 }
-# Drawn problems keep the longer training, and the shorter start, that their figures are of
+# The published figures of drawn problems come from a longer training and a shorter offline start
 TRAIN_RL_IMAGES = {**TRAIN_RL, "steps": 140}
 TRAIN_FLOW = {
     "lr": 2e-3,
