@@ -229,8 +229,8 @@ def test_a_kl_to_the_base(config, tmp_path):
     settings = {"kl_coef": 0.1, "steps": 2, "train_batch": 16, "save_every": 0, "offload": True}
     train_rl.main(change(config, folder=str(tmp_path / "run"), **settings))
     first, second = figures(tmp_path / "run")
-    assert first["policy/kl"] == 0.0, "B is zero"
-    assert second["policy/kl"] > 0.0
+    assert first["policy/kl"] == pytest.approx(0.0, abs=1e-9), "B is zero"
+    assert second["policy/kl"] > 1e-6
 
 
 # ---- Runs
