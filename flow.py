@@ -604,7 +604,6 @@ def export_flow(flow: Flow, folder: Path) -> None:
     on_first(write)
 
 
-# ---- python run.py export RUN
 def load_flow(
     path: str | Path, dim: int, norm_eps: float = 1e-6, other_contexts: bool = False, **expected
 ) -> Flow:
