@@ -22,7 +22,6 @@ from infra.parallel import start
 from infra.settings import stored_settings
 
 
-# ---- What a run leaves behind, in formats that others read
 # ---- python run.py export RUN
 def export_checkpoint(
     run: tyro.conf.Positional[str],

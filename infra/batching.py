@@ -242,7 +242,6 @@ def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
     return parts
 
 
-# ---- Schedule and order
 def rows_to_run(has_gradient: Tensor, group_size: int, n_ranks: int) -> Tensor:
     """Return which rows (B,) bool, on the CPU, an optimiser step must run.
 

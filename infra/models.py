@@ -129,7 +129,7 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, n_embeddings
         )
 
 
-# ---- The phases of a step: problems in, graded episodes out
+# ---- What ends a response
 def end_tokens(model: Model, stop_tokens: StopTokens = "turn-ends") -> list[int]:
     """Return the tokens that end a response: the model's, the tokenizer's, maybe ends of turns."""
     try:

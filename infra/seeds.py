@@ -5,7 +5,6 @@ import hashlib
 import torch
 
 
-# ---- Noise
 def keyed_seed(*key: int | str) -> int:
     """Derive a 63-bit seed from a key, e.g. ("noise", seed, step, episode).
 
