@@ -4,7 +4,7 @@ Shapes as in flow.py. Tensors in, tensors out: this file imports none of ours.
 
 Equations, each with its function:
     s' = (s - min)/(max - min) per response or group                     normalise
-    keep s' > threshold, then the top k (times -coef in train_rl.py)     select
+    keep s' > threshold, then the top k (times -coef in dense.py)        select
     s' = clamp(excess over expert tokens, 0, cap)/cap (ours)             clamp_excess
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
