@@ -4,7 +4,7 @@
     python benchmarks/peers.py --model runs/rl-toy-flow/policy --data runs/toy/train.jsonl \\
         --flow runs/flow-toy/flow                                         # its trained policy
     python benchmarks/peers.py --model runs/smollm2 --data runs/words/train.jsonl \\
-        --template runs/words/template.txt --reward benchmarks/last_number_reward.py --lr 1e-5 \\
+        --template runs/words/template.txt --reward study/rewards/last_number_reward.py --lr 1e-5 \\
         --prompts 4 --group-size 4 --max-tokens 48 --steps 4 --skip 1 --rounds 1   # a language model
 
 (smollm2.py and word_problems.py make the folders of the last one.)
@@ -61,7 +61,7 @@ class Settings:
     model: str = "toy"  # toy, or a folder in Hugging Face format
     data: str | None = None  # Problems, a JSONL file; by default the embedded world's
     template: str = "none"  # As --template of train_rl.py
-    reward: str = str(ROOT / "benchmarks" / "boxed_reward.py")  # File with the function that grades
+    reward: str = str(ROOT / "study" / "rewards" / "boxed_reward.py")  # File whose function grades
     flow: str | None = (
         None  # Flow for the variant with one; toy makes its own; None: no such variant
     )

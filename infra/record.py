@@ -1,6 +1,6 @@
 """Rollouts as a record: what a step computed of some episodes, one JSON object an episode.
 
-    runs/NAME/rollouts/step-N.jsonl      inspector.py shows them, benchmarks/behaviour.py counts
+    runs/NAME/rollouts/step-N.jsonl      inspector.py shows them, study/behaviour.py counts
 
 An episode has
     step group sample          where it comes from; group counts the step's problems

@@ -1,4 +1,4 @@
-"""What benchmarks/behaviour.py counts, by hand, and its page of a small run."""
+"""What study/behaviour.py counts, by hand, and its page of a small run."""
 
 # ruff: noqa: E402
 
@@ -13,7 +13,7 @@ from test_inspector import one_record
 import train_rl
 from infra.settings import change
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "study"))
 import behaviour
 import common
 
@@ -90,7 +90,8 @@ def test_tokens_are_shown_without_ending_a_cell():
 
 def test_the_page_of_a_run(config, tmp_path, capsys):
     train_rl.main(change(config, steps=3, log_rollouts=1))
-    behaviour.main(behaviour.Settings(config.folder, str(tmp_path / "out"), "small"))
+    settings = behaviour.Settings(config.folder, out=str(tmp_path / "out"), name="small")
+    behaviour.main(settings)
     page = tmp_path / "out" / "behaviour-small.md"
     assert capsys.readouterr().out.splitlines()[-1] == f"open {page}"
     text = page.read_text()
@@ -99,6 +100,10 @@ def test_the_page_of_a_run(config, tmp_path, capsys):
     for subject in ("tokens", "outcomes", "places", "training"):
         picture = f"behaviour-small-{subject}.png"
         assert f"({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 1000
+
+    behaviour.main(change(settings, pictures=str(tmp_path / "pictures")))
+    assert "![places](../pictures/behaviour-small-places.png)" in page.read_text()
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
 
 
 def test_a_run_without_a_flow_is_refused(config):

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 FOLDER = ROOT / "benchmarks"
-sys.path.append(str(FOLDER))
+sys.path += [str(FOLDER), str(ROOT / "study" / "rewards")]
 import boxed_reward
 import busy
 import gpu
@@ -34,27 +34,17 @@ SMALL = {
 
 # What has tests of its own, or is no benchmark by itself
 OTHERS = {
-    "behaviour",
-    "boxed_reward",
     "busy",
     "common",
-    "controls",
-    "evidence",
-    "flow_signal",
     "gpu",
-    "last_number_reward",
-    "length_reward",
     "peer_ours",
     "peer_trl",
     "peers",
-    "process_reward",
     "recording",
     "repository",
     "rl_step",
     "smollm2",
     "steps",
-    "study",
-    "text_signal",
     "walkthrough",
     "word_problems",
 }

@@ -25,7 +25,7 @@ PAGES = (
     "docs/walkthrough.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py and benchmarks/
+# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -53,11 +53,12 @@ def test_functions_that_the_readme_links():
             value = getattr(value, name)
 
 
-def test_the_page_of_infra_names_each_of_its_files():
-    named = re.findall(
-        r"^\| `(\w+\.py)` \|", (ROOT / "infra" / "README.md").read_text(), re.MULTILINE
-    )
-    files = {path.name for path in (ROOT / "infra").glob("*.py")} - {"__init__.py"}
+@pytest.mark.parametrize("name", ["infra", "benchmarks", "study"])
+def test_the_page_of_a_folder_names_each_of_its_files(name):
+    folder = ROOT / name
+    page = (folder / "README.md").read_text()
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", page, re.MULTILINE)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*.py")} - {"__init__.py"}
     assert sorted(named) == sorted(files)
 
 

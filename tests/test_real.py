@@ -96,7 +96,7 @@ def test_rl(model, words, flow_run, tmp_path, shaping):
             data=str(words / "train.jsonl"),
             eval_data=(),
             template=str(words / "template.txt"),
-            reward=(str(ROOT / "benchmarks" / "last_number_reward.py"),),
+            reward=(str(ROOT / "study" / "rewards" / "last_number_reward.py"),),
             flow=str(flow_run / "flow"),
             prompts=2,
             group_size=4,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import flow as fl
 from worlds import toy
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "study"), str(ROOT / "study" / "rewards")]
 import flow_signal
 import last_number_reward
 import text_signal

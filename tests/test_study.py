@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, experience_of, find_model_in, read_lines, small_run
 
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "study"))
 import controls
 import dense
 import evidence
@@ -24,6 +24,8 @@ import train_flow
 import train_rl
 from infra.settings import change, flatten, parse_config
 from rewards import Grader
+
+PAGE = ROOT / "docs" / "evidence.md"
 
 
 # ---- Statistics, by hand
@@ -132,7 +134,7 @@ def test_studies_are_merged():
 def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
     for name in study.ARMS:
         job = study.make_run(name, 0, study.Study())
-        paths = dict.fromkeys(("base", "problems", "solutions", "evaluation", "benchmarks"), "x")
+        paths = dict.fromkeys(("base", "problems", "solutions", "evaluation", "rewards"), "x")
         paths |= dict.fromkeys((*study.PREPARATIONS, "n_held_out"), "x")
         assert job.command(paths)
     flow_settings = flatten(train_flow.Config())
@@ -161,7 +163,7 @@ def test_preparations_come_before_what_needs_them():
 
 
 def test_length_reward():
-    file = ROOT / "benchmarks" / "length_reward.py"
+    file = ROOT / "study" / "rewards" / "length_reward.py"
     with Grader(("binary", f"{file}=0.3")) as grader:
         short, long = (grader.grade("1 +2>", "3", "x" * n, finished=True) for n in (25, 90))
     assert (short.reward, long.reward) == pytest.approx((0.15, 0.3))
@@ -348,19 +350,18 @@ def test_a_folder_holds_one_study(small_study):
 
 def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     asked, _ = small_study
-    shutil.copy(ROOT / "docs" / evidence.PAGE, tmp_path)
-    settings = evidence.Settings(folder=str(tmp_path))
-    empty = (tmp_path / evidence.PAGE).read_text()
+    page = shutil.copy(PAGE, tmp_path)
+    settings = evidence.Settings(folder=str(tmp_path), page=str(page))
     assert evidence.main(settings) == 0  # there are no figures yet
-    assert (tmp_path / evidence.PAGE).read_text() == empty
+    assert page.read_text() == PAGE.read_text()
     for name in ("study", "tuning"):
         shutil.copy(asked.json_file, tmp_path / f"{name}.json")
     checking = change(settings, check=True)
     assert evidence.main(checking) == 1
     assert evidence.main(settings) == 0
     assert evidence.main(checking) == 0
-    page = (tmp_path / evidence.PAGE).read_text()
-    assert page.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
+    text = page.read_text()
+    assert text.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
     for name in evidence.PICTURES:
         assert 3_000 < (tmp_path / name).stat().st_size < 150_000
 
@@ -370,12 +371,11 @@ def test_the_committed_page_has_the_tables_of_the_committed_figures():
 
 
 def test_flags_that_the_page_names():
-    page = (ROOT / "docs" / evidence.PAGE).read_text()
     known = {"--expert-policy", "--expert-solutions", "--check"}
     for config in (train_rl.Config(), train_flow.Config(), study.Study()):
         for name in flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", PAGE.read_text())) <= known
 
 
 def test_figures_that_some_steps_lack(tmp_path):

@@ -14,7 +14,7 @@ from worlds import toy
 
 PROBLEM = "7 +5 *3 -4>"
 RIGHT = r"7+5=2,2*3=6,6-4=2. \boxed{2}"
-PROCESS_REWARD = ROOT / "benchmarks" / "process_reward.py"
+PROCESS_REWARD = ROOT / "study" / "rewards" / "process_reward.py"
 
 
 def labels(response: str, problem: str = PROBLEM) -> list[tuple[str, bool]]:

@@ -17,6 +17,7 @@ def is_script(file) -> bool:
 
 SCRIPTS = [str(file) for file in sorted(ROOT.glob("*.py")) if is_script(file)]
 BENCHMARKS = [str(file) for file in sorted(ROOT.glob("benchmarks/*.py")) if is_script(file)]
+STUDY = [str(file) for file in sorted(ROOT.glob("study/*.py")) if is_script(file)]
 # Runs each script up to its import of torch, and says what the environment held then
 UP_TO_TORCH = """
 import json, os, runpy, sys
@@ -50,7 +51,7 @@ print(json.dumps(held))
 @pytest.fixture(scope="module")
 def held() -> dict[str, list]:
     """By script, where it was stopped and what the variable held there."""
-    command = [sys.executable, "-c", UP_TO_TORCH, str(ROOT), *SCRIPTS, *BENCHMARKS]
+    command = [sys.executable, "-c", UP_TO_TORCH, str(ROOT), *SCRIPTS, *BENCHMARKS, *STUDY]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

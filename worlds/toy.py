@@ -14,7 +14,7 @@ adds zero in place of the problem's operation, `7+5=2,2+0=2,2-4=8`. Such a solut
 as any other, and each is calculated well, but it solves another problem. Whole chains without an
 idle step are so rare that nearly all right answers are luck, one in ten, and an outcome reward says
 next to nothing. Each further step that does its work is progress all the same: label_steps() knows
-which are right, and `--reward binary benchmarks/process_reward.py` rewards them.
+which are right, and `--reward binary study/rewards/process_reward.py` rewards them.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first

@@ -1,13 +1,13 @@
 """Does the flow reward help? Arms that differ in one thing, on the same seeds, with controls.
 
-    python benchmarks/study.py --jobs 15 --json docs/study.json     all arms, seeds 0 to 7
-    python benchmarks/study.py --arms rlvr calibrated --seeds 2     some of them
-    python benchmarks/study.py --collect --json docs/study.json     the figures of unfinished runs
-    python benchmarks/study.py --merge other.json --json docs/study.json
-    python benchmarks/evidence.py                                   tables and figures
+    python study/study.py --jobs 15 --json study/study.json     all arms, seeds 0 to 7
+    python study/study.py --arms rlvr calibrated --seeds 2          some of them
+    python study/study.py --collect --json study/study.json     the figures of unfinished runs
+    python study/study.py --merge other.json --json study/study.json
+    python study/evidence.py                                        tables and figures
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
-changed: --first-seed 100 --arms rlvr calibrated:flow_coef=0.1,flow_cap=5 --json docs/tuning.json.
+changed: --first-seed 100 --arms rlvr calibrated:flow_coef=0.1,flow_cap=5 --json study/tuning.json.
 
 Every run is a process of its own, with one thread and no GPU:
 
@@ -89,7 +89,7 @@ class Arm:
 
     asks: str
     settings: dict[str, object]
-    control: tuple[str, ...] = ()  # arguments of benchmarks/controls.py, which changes train_rl.py
+    control: tuple[str, ...] = ()  # arguments of study/controls.py, which changes train_rl.py
     beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
 
 
@@ -102,7 +102,7 @@ ARMS = {
     ),
     "process": Arm(
         "What would a perfect dense reward achieve? The share of right steps, the ceiling.",
-        {**RLVR, "reward": ("binary", "{benchmarks}/process_reward.py")},
+        {**RLVR, "reward": ("binary", "{rewards}/process_reward.py")},
     ),
     "sft": Arm(
         "What do the expert solutions achieve as mere training data? As many solutions a step as "
@@ -152,7 +152,7 @@ ARMS = {
     ),
     "length": Arm(
         "Is it a reward for length?",
-        {**RLVR, "reward": ("binary", f"{{benchmarks}}/length_reward.py={COEFFICIENT}")},
+        {**RLVR, "reward": ("binary", f"{{rewards}}/length_reward.py={COEFFICIENT}")},
         beside="calibrated",
     ),
     "logprob": Arm(
@@ -192,7 +192,7 @@ class Preparation:
 
 
 FLOW = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
-CONTROLS = "benchmarks/controls.py"
+CONTROLS = "study/controls.py"
 PREPARATIONS = {
     "flow": Preparation(("train_flow.py",), FLOW, "flow", "train_flow"),
     "standardised_flow": Preparation(
@@ -438,7 +438,7 @@ def find_paths(study: Study, world: toy.World) -> dict[str, str]:
         "problems": world.path("train.jsonl"),
         "solutions": world.path("expert.jsonl"),
         "evaluation": str(prepared / "evaluation.jsonl"),
-        "benchmarks": str(ROOT / "benchmarks"),
+        "rewards": str(ROOT / "study" / "rewards"),
         "n_held_out": str(study.held_out),
     }
     for name, preparation in PREPARATIONS.items():
@@ -698,7 +698,7 @@ def read_study(file: str | Path) -> dict:
     """Read a file of figures; ValueError if it is none."""
     study = json.loads(Path(file).read_text())
     if "runs" not in study:
-        raise ValueError(f"{file} holds no runs; expected a file that benchmarks/study.py wrote")
+        raise ValueError(f"{file} holds no runs; expected a file that study/study.py wrote")
     return study
 
 
@@ -727,7 +727,7 @@ def report(statuses: dict[str, str], study: Study) -> int:
     """Say what failed or was stopped; return the exit code, 0 if all is finished."""
     counts = Counter(statuses.values())
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{said}; the figures are in {study.json_file}; next: python benchmarks/evidence.py")
+    print(f"{said}; the figures are in {study.json_file}; next: python study/evidence.py")
     for name, status in statuses.items():
         if status != "finished":
             print(f"{status}: {name}, see its .log in {study.folder}")

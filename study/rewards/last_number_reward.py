@@ -1,6 +1,6 @@
 """A reward for problems whose answer is a number: 1 if the last number of a response is the answer.
 
-    python train_rl.py … --reward benchmarks/last_number_reward.py
+    python train_rl.py … --reward study/rewards/last_number_reward.py
 
 Small models write no box, unless they are taught to; this reward asks for none.
 """

@@ -1,6 +1,6 @@
 """A reward for length alone, up to about the length of an expert solution: a control.
 
-python train_rl.py --model toy-sparse --shaping none --reward binary benchmarks/length_reward.py
+python train_rl.py --model toy-sparse --shaping none --reward binary study/rewards/length_reward.py
 """
 
 EXPERT_LENGTH = 50  # characters; solutions of 6 to 8 operations have 47 to 59

@@ -1,9 +1,9 @@
 """Controls of the study that are no settings of train_rl.py: each is that script, but for one part.
 
-    python benchmarks/controls.py shuffled-tokens FLAGS of train_rl.py
-    python benchmarks/controls.py shuffled-responses FLAGS
-    python benchmarks/controls.py logprob --expert-policy FOLDER --expert-solutions FILE FLAGS
-    python benchmarks/controls.py sft --expert-solutions FILE FLAGS
+    python study/controls.py shuffled-tokens FLAGS of train_rl.py
+    python study/controls.py shuffled-responses FLAGS
+    python study/controls.py logprob --expert-policy FOLDER --expert-solutions FILE FLAGS
+    python study/controls.py sft --expert-solutions FILE FLAGS
 
     shuffled-tokens     the flow's scores of a response, dealt out anew among its tokens
     shuffled-responses  mean scores of responses, dealt out anew among the responses of the step
@@ -16,7 +16,7 @@ Shuffled tokens leave the mean of a response as it is: for a flow reward on the 
 is that of shuffled responses. Of the expert solutions the last --held-out are those that flows are
 calibrated on: sft does not learn from them, logprob is calibrated on them as flows are.
 
-    python benchmarks/controls.py hasty-solutions --model FOLDER --data FILE --like FILE --folder F
+    python study/controls.py hasty-solutions --model FOLDER --data FILE --like FILE --folder F
 
 samples wrong responses of a model, as many as FILE has solutions, to fit a flow to.
 """
@@ -268,6 +268,9 @@ def replace_parts(control: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the control that the command line names."""
+    if sys.argv[1:] == ["--help"]:
+        print(__doc__)  # behind a control's name, --help is train_rl.py's
+        return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     controls = ("shuffled-tokens", "shuffled-responses", "logprob", "sft", "hasty-solutions")
     parser.add_argument("control", choices=controls)

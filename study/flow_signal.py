@@ -1,7 +1,7 @@
 """What the flow's score knows: does it tell wrong steps from right ones, short work from careful?
 
-    python benchmarks/flow_signal.py --json docs/signal.json
-    python benchmarks/flow_signal.py --render docs/signal.json      the tables of a file, again
+    python study/flow_signal.py --json study/signal.json
+    python study/flow_signal.py --render study/signal.json      the tables of a file, again
 
 In the embedded worlds it is known which steps of a response are right. The base policy answers
 training problems; flows that were fitted in different ways score the answers. In the sparse world,
@@ -17,7 +17,7 @@ with a 95 % bootstrap interval over problems:
     the same along a run of train_rl.py, with the flow that it updated and with the offline one
 
 Responses and flows are kept in a folder: a command that was stopped goes on where it was.
-benchmarks/text_signal.py asks the same of a real language model.
+study/text_signal.py asks the same of a real language model.
 """
 
 import repository  # noqa: F401
@@ -593,7 +593,7 @@ def run_rl(world: str, n_steps: int, flow: Path, folder: Path) -> None:
 
 # ---- Tables
 def tables(path: str | Path) -> str:
-    """Return the tables of a file of figures as Markdown; also of benchmarks/text_signal.py's."""
+    """Return the tables of a file of figures as Markdown; also of study/text_signal.py's."""
     result = json.loads(Path(path).read_text())
     if "text" in result:
         return text_tables(result["text"])
@@ -754,7 +754,7 @@ def drift_table(rows: list[dict]) -> str:
 
 
 def text_tables(found: dict) -> str:
-    """Return the tables of benchmarks/text_signal.py."""
+    """Return the tables of study/text_signal.py."""
     columns = ("place", "place in pairs", "others", "responses in pairs")
     rows = []
     for row in found["rows"]:

@@ -3,7 +3,7 @@
 It is what a dense reward could reach at best, beside which others are measured. The world itself
 labels the steps; see label_steps of worlds/toy.py.
 
-    python train_rl.py --model toy-sparse --shaping none --reward binary benchmarks/process_reward.py
+    python train_rl.py --model toy-sparse --shaping none --reward binary study/rewards/process_reward.py
 """
 
 from worlds import toy

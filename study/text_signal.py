@@ -1,8 +1,8 @@
 """Does the flow's score see a wrong number in a real language model's latents?
 
     python benchmarks/smollm2.py --folder runs/smollm2
-    python benchmarks/text_signal.py --solutions GSM8K_TRAIN.jsonl --json docs/signal-text.json
-    python benchmarks/flow_signal.py --render docs/signal-text.json
+    python study/text_signal.py --solutions GSM8K_TRAIN.jsonl --json study/signal-text.json
+    python study/flow_signal.py --render study/signal-text.json
 
 Flows are fitted to solutions (columns problem, solution). In each of some others one result, a
 number after `=`, is changed to another of as many digits. The figures compare the two:

@@ -1,17 +1,17 @@
-"""Tables and figures of the study, drawn from the figures in docs/.
+"""Tables and pictures of the study, drawn from the figures in study/.
 
-    python benchmarks/evidence.py            tables into docs/evidence.md, figures beside it
-    python benchmarks/evidence.py --check    fails if the tables are not those of the figures
+    python study/evidence.py            tables into docs/evidence.md, pictures into study/
+    python study/evidence.py --check    fails if the tables are not those of the figures
 
 Tables stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose
 around them stays. What is read, each if it is there:
 
-    docs/study*.json            of benchmarks/study.py; their runs are put together. Seeds from 100
-                                on, on which settings were chosen, are left out
-    docs/tuning.json            of benchmarks/study.py, on those seeds
-    docs/toy-study.json         of benchmarks/study.py, in the world toy
-    docs/signal.json            of benchmarks/flow_signal.py
-    docs/signal-text.json       of benchmarks/text_signal.py
+    study/study*.json           of study.py; their runs are put together. Seeds from 100 on, on
+                                which settings were chosen, are left out
+    study/tuning.json           of study.py, on those seeds
+    study/toy-study.json        of study.py, in the world toy
+    study/signal.json           of flow_signal.py
+    study/signal-text.json      of text_signal.py
 
 Measures of a run, from its training accuracy in each step:
     accuracy        mean of the last 10 steps, the primary measure       last_accuracy
@@ -56,15 +56,15 @@ LEVELS = (0.3, 0.5, 0.7)
 ESCAPED = 0.5  # accuracy above which a run has escaped the base model's habit
 N_RESAMPLES = 10_000  # of a bootstrap
 FIRST_TUNING_SEED = 100
-PAGE = "evidence.md"
 N_COLUMNS = 3  # of panels
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Write the tables and figures of the study."""
+    """Write the tables and pictures of the study."""
 
-    folder: str = str(ROOT / "docs")  # Where figures are read, and the page and pictures written
+    folder: str = str(ROOT / "study")  # Where figures are read, and pictures written
+    page: str = str(ROOT / "docs" / "evidence.md")  # Page that holds the tables
     check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
 
 
@@ -506,7 +506,7 @@ def other_tables(folder: Path) -> dict[str, str]:
 
 
 def main(settings: Settings) -> int:
-    """Write the page's tables and the figures, or check the tables; return the exit code."""
+    """Write the page's tables and the pictures, or check the tables; return the exit code."""
     folder = Path(settings.folder)
     study = load_study(folder)
     runs = reported_runs(study) if study else {}
@@ -515,12 +515,12 @@ def main(settings: Settings) -> int:
         tables.update(study_tables(study, runs))
     else:
         print(f"no finished runs in {folder}/study*.json: the study's tables stay as they are")
-    page = folder / PAGE
+    page = Path(settings.page)
     written = page.read_text()
     drawn = put_tables(written, tables)
     if settings.check:
         if drawn != written:
-            print(f"the tables of {page} are not those of the figures; run benchmarks/evidence.py")
+            print(f"the tables of {page} are not those of the figures; run study/evidence.py")
         return int(drawn != written)
     page.write_text(drawn)
     print(f"{page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")

@@ -1,7 +1,9 @@
 """What the flow rewards, counted over the rollouts of a run: tokens, outcomes, places, training.
 
-    python benchmarks/behaviour.py runs/rl-toy-flow                       tables and pictures of a run
-    python benchmarks/behaviour.py runs/rl-toy-flow --out docs --name toy  as docs/behaviour-toy.md
+    python study/behaviour.py runs/rl-toy-flow      tables and pictures, into the run's folder
+    python study/behaviour.py runs/rl-toy-flow --out docs --pictures study --name toy
+
+The second command wrote docs/behaviour-toy.md.
 
 It reads rollouts/step-N.jsonl and metrics.jsonl. Early is the first third of the recorded steps,
 late is the last third.
@@ -21,6 +23,7 @@ import repository  # noqa: F401
 
 # isort: split
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -51,7 +54,8 @@ class Settings:
     """Count what the flow rewards in the rollouts of a run."""
 
     run: tyro.conf.Positional[str]  # Run folder
-    out: str | None = None  # Folder for the page and its pictures; by default the run's
+    out: str | None = None  # Folder for the page; by default the run's
+    pictures: str | None = None  # Folder for its pictures; by default that of the page
     name: str | None = None  # Files are behaviour-NAME.*; by default behaviour.*
 
 
@@ -379,15 +383,15 @@ def split_periods(run: str) -> dict[str, list[dict]]:
 
 
 def make_page(settings: Settings, periods: dict[str, list[dict]], pictures: dict[str, str]) -> str:
-    """Return the page in Markdown; pictures are file names by subject."""
+    """Return the page in Markdown; pictures are paths from the page, by subject."""
     arguments = [settings.run]
-    for name in ("out", "name"):
+    for name in ("out", "pictures", "name"):
         value = getattr(settings, name)
         if value is not None:
             arguments.append(f"--{name} {value}")
     parts = [
         f"# What the flow rewards: {Path(settings.run).name}\n",
-        f"`python benchmarks/behaviour.py {' '.join(arguments)}` counted this over the recorded "
+        f"`python study/behaviour.py {' '.join(arguments)}` counted this over the recorded "
         "rollouts of one run. Tokens of a response depend on each other, and responses on the "
         "policy of their step: these are descriptions of this run, not tests of the method.\n",
     ]
@@ -414,7 +418,9 @@ def main(settings: Settings) -> None:
     periods = split_periods(settings.run)
     metrics = read_metrics(Path(settings.run, "metrics.jsonl"))
     folder = Path(settings.out or settings.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    picture_folder = Path(settings.pictures or folder)
+    for needed in (folder, picture_folder):
+        needed.mkdir(parents=True, exist_ok=True)
     stem = "-".join(filter(None, ["behaviour", settings.name]))
     pictures = {}
     with plt.rc_context(STYLE):
@@ -424,8 +430,9 @@ def main(settings: Settings) -> None:
             ("places", draw_places(periods)),
             ("training", draw_training(metrics)),
         ):
-            pictures[subject] = f"{stem}-{subject}.png"
-            save(figure, folder / pictures[subject])
+            picture = picture_folder / f"{stem}-{subject}.png"
+            save(figure, picture)
+            pictures[subject] = os.path.relpath(picture, folder)
     page = folder / f"{stem}.md"
     page.write_text(make_page(settings, periods, pictures), encoding="utf-8")
     print(f"open {page}")

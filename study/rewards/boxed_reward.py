@@ -1,9 +1,9 @@
 """A reward for problems with a short answer: 1 if the last box of a response holds exactly it.
 
-    python train_rl.py … --reward benchmarks/boxed_reward.py
+    python train_rl.py … --reward study/rewards/boxed_reward.py
 
 The embedded worlds need no more: their answers are digits. Two programs that are compared can both
-call this function, see peers.py.
+call this function, see benchmarks/peers.py.
 """
 
 import re
