@@ -350,7 +350,7 @@ def test_a_folder_holds_one_study(small_study):
 
 def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     asked, _ = small_study
-    page = shutil.copy(PAGE, tmp_path)
+    page = Path(shutil.copy(PAGE, tmp_path))
     settings = evidence.Settings(folder=str(tmp_path), page=str(page))
     assert evidence.main(settings) == 0  # there are no figures yet
     assert page.read_text() == PAGE.read_text()
