@@ -138,7 +138,7 @@ def test_annotations_are_taken_out():
 
 
 def test_comparison_of_pairs():
-    rows = [text_signal.rlfr.Row([1], [2, 3]), text_signal.rlfr.Row([1], [4, 5])]
+    rows = [text_signal.batching.Row([1], [2, 3]), text_signal.batching.Row([1], [4, 5])]
     pairs = [text_signal.Pair(row, row, [1]) for row in rows]
     scored = flow_signal.Scored(np.array([0, 0, 1, 1]), np.array([0, 2]), None, None, None)
     comparison = text_signal.Comparison(pairs, np.ones((2, 2)), scored)
