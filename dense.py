@@ -50,12 +50,11 @@ class FlowRewardSettings:
     # Tokens of a response that get a flow reward; None: no limit
     flow_top_k: PositiveInt | None = 15
     # What scores are compared with: those of the response (paper) or of the group, by a min-max;
-    # expert: the flow's own on expert tokens, and threshold, top-k, bilateral and power do not count
+    # expert: the flow's own on expert tokens, and threshold, top-k and bilateral do not count
     flow_scope: Literal["response", "group", "expert"] = "response"
     flow_cap: PositiveFloat = 10.0  # Largest excess over expert tokens, in their spreads
     flow_centre: bool = False  # Subtract the group's mean from the tokens' flow rewards
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
-    flow_power: PositiveFloat = 1.0  # Exponent applied to normalised scores
     gamma: Fraction = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
     # Context modes that the flow must have, or gets if it is new; an official file needs them
     contexts: tuple[str, ...] | None = None
@@ -258,9 +257,7 @@ def token_rewards(
         penalty = rlfr.clamp_excess(score, mask, settings.flow_cap)
     else:
         rows_together = group_size if settings.flow_scope == "group" else 1
-        normalised = rlfr.normalise(
-            score, mask, settings.flow_bilateral, settings.flow_power, rows_together
-        )
+        normalised = rlfr.normalise(score, mask, settings.flow_bilateral, rows_together)
         penalty = rlfr.select(
             normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
         )

@@ -34,14 +34,14 @@ Mismatch = Literal["none", "token", "sequence", "mask"]
 
 # ---- Flow reward (paper: flow reward shaping)
 def normalise(
-    score: Tensor, mask: Tensor, bilateral: bool, power: float, rows_together: int
+    score: Tensor, mask: Tensor, bilateral: bool, rows_together: int, power: float = 1.0
 ) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1]; zero outside mask.
 
     bilateral: to [-1, 1]
-    power: exponent, applied in [0, 1]
     rows_together: how many rows share a minimum and a maximum: 1 (paper), or G to keep what tells
         the responses of a group apart
+    power: exponent, applied in [0, 1]; the official code has it, and training leaves it at 1
     Scores that are all equal become zero.
     """
     scope_mask = mask.view(

@@ -183,6 +183,7 @@ NO_LONGER_SET = {
     "ratio_cap": 3.0,
     "lr_floor": 0.1,
     "eval_split": "test",
+    "flow_power": 1.0,
 }
 
 

@@ -212,7 +212,7 @@ MAY_CHANGE = {
     *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
     *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
-    *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "flow_power", "gamma"),
+    *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "gamma"),
     *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
     *("eval_data", "eval_every", "eval_samples", "log_rollouts", "log_groups"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
@@ -307,6 +307,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["optimisation"].update(lr_floor=0.1, ratio_cap=3.0)
     stored["advantage"].update(entropy_alpha=0.4, entropy_kappa=2.0)
     stored["evaluation"]["eval_split"] = "test"
+    stored["flow_reward"]["flow_power"] = 1.0
     stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
     del stored["optimisation"]["entropy_coef"]
     stored["sampling"].update(dynamic_sampling=False, max_rounds=4)
@@ -350,6 +351,7 @@ def test_usual_settings_of_an_earlier_version(copied, monkeypatch):
     [
         {"flow_optimiser": "official"},
         {"ratio_cap": 2.0},
+        {"flow_power": 2.0},
         {"eval_split": "validation"},
         {"flow_accept": "all", "flow_entropy_quantile": 0.8},
     ],

@@ -176,7 +176,7 @@ def test_iv_normalise(case, bilateral, power, side):
     is_padded = ~mask.all(dim=1)
     assert is_padded.any()
     assert not is_padded.all()
-    got = rlfr.normalise(x["in.score"], mask, bilateral, power, rows_together=1)
+    got = rlfr.normalise(x["in.score"], mask, bilateral, rows_together=1, power=power)
     expected = x[f"out.norm[{case}].{side}"]
     near(got[is_padded], expected[is_padded])
     # Departure: a full row starts from its minimum, not from its second smallest value.

@@ -74,7 +74,6 @@ RL = {
     "flow_scope": "response",
     "flow_centre": False,
     "flow_bilateral": False,
-    "flow_power": 1.0,
     "gamma": 1.0,
     "contexts": ("previous",),  # token_post
     "other_contexts": True,

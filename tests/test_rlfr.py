@@ -448,9 +448,7 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
         noise, _ = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
         target_score, _, _ = fl.score_and_learn(flow, rows, noise, [0.5, 0.8])
         flow_score = batch.unflatten(target_score)
-        unit = rlfr.normalise(
-            flow_score, batch.response_mask, bilateral=False, power=1.0, rows_together=1
-        )
+        unit = rlfr.normalise(flow_score, batch.response_mask, bilateral=False, rows_together=1)
         reward = rlfr.select(unit, threshold=0.6, top_k=15, bilateral=False)
         figures = torch.stack([logp, flow_score, reward]).detach()  # (3, B, T)
         return {i: figures[:, row, : lengths[row]] for row, i in enumerate(group)}
@@ -518,7 +516,7 @@ def test_normalise_by_hand():
     """Regressions: full rows start at their minimum; constant and empty rows are 0, not NaN."""
 
     def normalise(bilateral: bool, power: float) -> torch.Tensor:
-        return rlfr.normalise(SCORE, MASK, bilateral, power, rows_together=1)
+        return rlfr.normalise(SCORE, MASK, bilateral, rows_together=1, power=power)
 
     expected = torch.tensor([[0.0, 0.25, 0.5, 1.0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     torch.testing.assert_close(normalise(bilateral=False, power=1.0), expected)
@@ -528,7 +526,7 @@ def test_normalise_by_hand():
 
 
 def test_group_scope_keeps_what_tells_responses_apart():
-    got = rlfr.normalise(SCORE[:2], MASK[:2], bilateral=False, power=1.0, rows_together=2)
+    got = rlfr.normalise(SCORE[:2], MASK[:2], bilateral=False, rows_together=2)
     torch.testing.assert_close(got, torch.tensor([[0, 0.25, 0.5, 1.0], [0.75, 0.25, 0, 0]]))
 
 

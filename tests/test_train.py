@@ -306,7 +306,6 @@ OPTIONS = [  # what both runs have, what one has besides
     ({}, {"flow_threshold": 0.0}),
     ({}, {"flow_top_k": 1}),
     ({}, {"flow_bilateral": True}),
-    ({}, {"flow_power": 3.0}),
     ({}, {"flow_scope": "group"}),
     ({}, {"flow_after": 1}),
     ({}, {"shaping": "entropy"}),
