@@ -49,9 +49,8 @@ def sample_and_inspect(config: Config) -> None:
             f"--resume {config.resume}: inspector.py samples into a folder of its own; give "
             f"--model {config.resume}/policy, or the run alone to see the rollouts that it has"
         )
-    prompts = config.sampling.prompts
-    n_episodes = prompts * config.sampling.group_size
-    config = change(config, freeze_flow=True, train_batch=n_episodes, log_groups=prompts)
+    n_episodes = config.sampling.prompts * config.sampling.group_size
+    config = change(config, freeze_flow=True, train_batch=n_episodes)
     config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")
     problems = load_problems(config.data, config.problems, model)
@@ -63,7 +62,12 @@ def sample_and_inspect(config: Config) -> None:
     if parallel.is_first():
         shaped = {"advantage": advantage, "flow_reward": reward}
         records = train_rl.describe_rollouts(
-            models, experience, shaped, config=config, tokenizer=model.tokenizer
+            models,
+            experience,
+            shaped,
+            group_size=config.sampling.group_size,
+            n_groups=config.sampling.prompts,
+            tokenizer=model.tokenizer,
         )
         run.log_rollouts(1, records)
         print(f"open {inspect_run(run.folder)}")

@@ -37,7 +37,7 @@ from engines.choice import check_engine, make_engine
 from engines.waking import awake
 from evals import sets
 from evals.held_out import HeldOut
-from infra import batching, fingerprints, lora, memory, parallel, rehearsal
+from infra import batching, fingerprints, lora, memory, parallel, record, rehearsal
 from infra.data import Problem, ProblemSettings, load_problems, template_pattern
 from infra.defaults import fill_in, published_settings
 from infra.exports import export_adapter, export_policy
@@ -120,7 +120,6 @@ class RecordSettings:
     """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see infra/record.py."""
 
     log_rollouts: NonNegativeInt = 10  # Steps between those whose rollouts are written; 0: none
-    log_groups: PositiveInt = 4  # Groups of such a step that are written, each as a whole
 
 
 @dataclass(frozen=True)
@@ -618,7 +617,8 @@ def describe_rollouts(
     models: Models,
     experience: Experience,
     shaped: dict[str, Tensor],
-    config: Config,
+    group_size: int,
+    n_groups: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
     """Return the record of a step's first groups, out of the tensors of the step.
@@ -634,8 +634,7 @@ def describe_rollouts(
     deviation = experience.deviation.masked_fill(~experience.scored, torch.nan)
     taps = models.dense.taps if models.dense else []
     by_tap = list(zip(taps, deviation, strict=True))  # taps may coincide
-    group_size = config.sampling.group_size
-    chosen = experience.episodes[: config.record.log_groups * group_size]
+    chosen = experience.episodes[: n_groups * group_size]
     return describe(chosen, group_size, per_token, by_tap, tokenizer=tokenizer)
 
 
@@ -733,7 +732,7 @@ def main(config: Config) -> None:
             f"{parallel.DEVICE} in {dtype}, run folder {run.folder}"
         )
         if config.record.log_rollouts:
-            n_episodes = min(config.record.log_groups, sampling.prompts) * sampling.group_size
+            n_episodes = min(record.N_GROUPS, sampling.prompts) * sampling.group_size
             every = config.record.log_rollouts
             print(describe_size(total_steps, every, n_episodes, sampling.max_tokens))
     held_out = HeldOut(held_out_problems, run, grader, ways_to_sample(config))
@@ -794,7 +793,12 @@ def main(config: Config) -> None:
         if is_first() and is_due(step, total_steps, config.record.log_rollouts):
             shaped = {"advantage": advantage, "flow_reward": dense_reward}
             records = describe_rollouts(
-                models, experience, shaped, config=config, tokenizer=engine.tokenizer
+                models,
+                experience,
+                shaped,
+                group_size=sampling.group_size,
+                n_groups=record.N_GROUPS,
+                tokenizer=engine.tokenizer,
             )
             run.log_rollouts(step + 1, records)
         clock.lap("record")

@@ -15,7 +15,7 @@ An episode has
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
 stands for a number that is not there: a token without a context has no deviation.
 
-A token takes about 100 bytes. A file holds at most log_groups * group_size * max_tokens of them.
+A token takes about 100 bytes. A file holds at most N_GROUPS * group_size * max_tokens of them.
 """
 
 import re
@@ -25,6 +25,7 @@ from pathlib import Path
 from infra.files import need_keys, read_json_lines
 
 FOLDER = "rollouts"  # in a run's folder
+N_GROUPS = 4  # of a step that are written, the first ones, each as a whole
 
 
 # ---- Tables

@@ -174,6 +174,8 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
     return upgraded(flat, path)
 
 
+# Settings that earlier versions had, and that say nothing of what a run computes
+OF_NO_EFFECT = ("log_groups",)
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {
     "flow_optimiser": "rollout",
@@ -192,7 +194,7 @@ def upgraded(stored: dict[str, object], path: Path) -> dict[str, object]:
 
     Raises ValueError for a value that this version cannot take.
     """
-    stored = dict(stored)
+    stored = {name: value for name, value in stored.items() if name not in OF_NO_EFFECT}
     max_rounds = stored.pop("max_rounds", 4)
     if isinstance(stored.get("dynamic_sampling"), bool):
         stored["dynamic_sampling"] = max_rounds if stored["dynamic_sampling"] else 0

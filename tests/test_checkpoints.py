@@ -214,7 +214,7 @@ MAY_CHANGE = {
     *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
     *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "gamma"),
     *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
-    *("eval_data", "eval_every", "eval_samples", "log_rollouts", "log_groups"),
+    *("eval_data", "eval_every", "eval_samples", "log_rollouts"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
     *("tokens_per_gpu", "cpu_offload", "compile", "gradient_checkpointing", "offload", "rehearse"),
     *("dtype", "save_every", "keep", "export_every", "track"),
@@ -308,6 +308,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["advantage"].update(entropy_alpha=0.4, entropy_kappa=2.0)
     stored["evaluation"]["eval_split"] = "test"
     stored["flow_reward"]["flow_power"] = 1.0
+    stored["record"]["log_groups"] = 3
     stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
     del stored["optimisation"]["entropy_coef"]
     stored["sampling"].update(dynamic_sampling=False, max_rounds=4)

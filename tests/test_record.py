@@ -22,8 +22,9 @@ import recording  # noqa: E402
 PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
 
 
-def test_records_hold_the_tensors_of_the_step(config, seen):
-    train_rl.main(change(config, log_rollouts=1, log_groups=2))
+def test_records_hold_the_tensors_of_the_step(config, seen, monkeypatch):
+    monkeypatch.setattr(record, "N_GROUPS", 2)
+    train_rl.main(change(config, log_rollouts=1))
     files = record.need_files(config.folder)
     assert list(files) == [1, 2]
     for step, (experience, advantage, flow_reward) in enumerate(seen):
@@ -114,7 +115,7 @@ def test_which_steps_are_written():
 
 
 def test_the_size_that_is_said_holds(config, capsys):
-    train_rl.main(change(config, log_rollouts=1, log_groups=9))
+    train_rl.main(change(config, log_rollouts=1))
     assert "rollouts of 2 steps go to rollouts/, 16 episodes each: at most" in (
         capsys.readouterr().out
     )

@@ -679,8 +679,10 @@ def recorded(config, image_world) -> Path:
     data = folder / "recorded.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = folder / "recorded"
-    settings = {"prompts": 8, "train_batch": 32, "steps": 1, "save_every": 0, "log_groups": 8}
-    train_rl.main(change(config, data=str(data), folder=str(run), **settings))
+    settings = {"prompts": 8, "train_batch": 32, "steps": 1, "save_every": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "N_GROUPS", 8)
+        train_rl.main(change(config, data=str(data), folder=str(run), **settings))
     return run
 
 

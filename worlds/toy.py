@@ -100,7 +100,6 @@ TRAIN_RL = {
     "template": "none",
     "reward": ("binary",),
     "keep": 1,
-    "log_groups": 3,  # the folder stays below 20 MB
 }
 TRAIN_RL_SPARSE = {
     **TRAIN_RL,
