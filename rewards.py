@@ -42,9 +42,9 @@ from typing import Literal, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from grading import DEADLINE, Gold, Pool, boxes, extract, judge_response, tag_format
+from grading import Gold, Pool, boxes, extract, judge_response, tag_format
 from infra.errors import in_short
-from infra.ranges import PositiveFloat, PositiveInt
+from infra.ranges import PositiveInt
 from infra.watch import PATIENCE, Watch
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
@@ -68,7 +68,6 @@ class RewardSettings:
     # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
     overlong_buffer: PositiveInt | None = None
     grade_truncated: bool = False  # Let a response that ran out of room score
-    grader_deadline: PositiveFloat = DEADLINE  # Seconds for grading one answer
 
 
 # ---- Parts
@@ -423,7 +422,7 @@ class Grader(AbstractContextManager):
             self.overlong_buffer = max_tokens // 5
         if "overlong" in self.names:
             self.check_overlong()
-        self.pool = Pool(n_workers, settings.grader_deadline)
+        self.pool = Pool(n_workers)
         self.counts = self.pool.counts
 
     def check_overlong(self) -> None:

@@ -175,7 +175,7 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
 
 
 # Settings that earlier versions had, and that say nothing of what a run computes
-OF_NO_EFFECT = ("log_groups",)
+OF_NO_EFFECT = ("log_groups", "grader_deadline")
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {
     "flow_optimiser": "rollout",

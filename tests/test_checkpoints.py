@@ -208,7 +208,7 @@ MAY_CHANGE = {
     *("steps", "epochs", "lr", "warmup", "weight_decay", "clip_norm", "train_batch"),
     *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling"),
     *("media_dir", "max_images", "max_prompt_tokens"),  # data whose place or limits may change
-    *("reward", "overlong_buffer", "grade_truncated", "grader_deadline"),
+    *("reward", "overlong_buffer", "grade_truncated"),
     *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
     *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
@@ -309,6 +309,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["evaluation"]["eval_split"] = "test"
     stored["flow_reward"]["flow_power"] = 1.0
     stored["record"]["log_groups"] = 3
+    stored["grading"]["grader_deadline"] = 7.0
     stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
     del stored["optimisation"]["entropy_coef"]
     stored["sampling"].update(dynamic_sampling=False, max_rounds=4)
