@@ -28,6 +28,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -130,9 +131,11 @@ def main(config: Config) -> None:
         # ---- Sample and grade, chunk by chunk
         if n_done < len(chunks):
             # The engine stays until main ends: deleting vLLM's destroys the process group.
-            engine = start_engine(
-                config, model, min(max_length, longest_prompt + config.max_tokens)
+            capacity = rollout.Capacity(
+                min(max_length, longest_prompt + config.max_tokens),
+                rollout.most_images(chain(*problems.values())),
             )
+            engine = start_engine(config, model, capacity)
             sampling = Sampling(
                 config.samples, config.temperature, config.max_tokens, config.top_p, max_length
             )
@@ -217,12 +220,12 @@ def check_positions(positions: int, longest_prompt: int, max_tokens: int) -> Non
         )
 
 
-def start_engine(config: Config, model: Model, max_length: int) -> rollout.Engine:
+def start_engine(config: Config, model: Model, capacity: rollout.Capacity) -> rollout.Engine:
     """Start the engine that samples, with the model's weights."""
     return make_engine(
         model,
         config.engine,
-        rollout.Capacity(max_length, config.problems.max_images),
+        capacity,
         device=parallel.DEVICE,
         dtype=parallel.compute_dtype(config.loading.dtype),
         can_sleep=False,

@@ -87,7 +87,7 @@ def sample_and_score(
     engine = make_engine(
         model,
         config.engine,
-        rollout.Capacity(longest_prompt + max_tokens, config.problems.max_images),
+        rollout.Capacity(longest_prompt + max_tokens, rollout.most_images(problems)),
         device=parallel.DEVICE,
         dtype=dtype,
         can_sleep=True,

@@ -101,6 +101,14 @@ class Capacity(NamedTuple):
     max_images: int = 0  # of a prompt
 
 
+def most_images(problems: Iterable[Problem]) -> int:
+    """Return the largest number of images of a problem, but 1 at least.
+
+    vLLM does not load the vision tower of a model whose prompts have none.
+    """
+    return max([1, *(len(problem.images) for problem in problems)])
+
+
 class Engine(Protocol):
     """Samples with the policy's weights."""
 

@@ -20,6 +20,7 @@ import infra.waiting  # noqa: F401
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -689,10 +690,11 @@ def main(config: Config) -> None:
         host_copy.offload()
     dtype = parallel.compute_dtype(config.loading.dtype)
     longest = config.problems.max_prompt_tokens + sampling.max_tokens
+    all_problems = chain(problems, *held_out_problems.values())
     engine = make_engine(
         model,
         config.engine,
-        rollout.Capacity(longest, config.problems.max_images),
+        rollout.Capacity(longest, rollout.most_images(all_problems)),
         device=parallel.DEVICE,
         dtype=dtype,
         can_sleep=True,

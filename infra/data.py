@@ -15,7 +15,7 @@ from infra import hub, vision
 from infra.errors import in_short
 from infra.files import read_text
 from infra.models import Model
-from infra.ranges import NonNegativeInt, PositiveInt
+from infra.ranges import PositiveInt
 from infra.rows import check_answers, check_texts, final_answer, read_rows
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -64,7 +64,6 @@ class DataSettings:
     images_column: str = "images"  # Column with images, if there are any: paths, base64 or bytes
     # Folder that image paths start from; by default that of the data, or its repository on the hub
     media_dir: str | None = None
-    max_images: NonNegativeInt = 4  # Most images a problem may have
     # auto, qwen, qwen_tag, llama, chat, bare, none, or a file with {problem} in it
     template: str = "auto"
     # Longest prompt accepted; by default 3000
@@ -237,7 +236,7 @@ def read_images(
     """Return each row's images, all ranks together; ValueError names the row of a bad one."""
     names_files = vision.hold_paths(rows, settings.images_column, processor)
     folder = settings.media_dir or hub.media_folder(source, names_files)
-    return vision.load_images(rows, settings.images_column, processor, folder, settings.max_images)
+    return vision.load_images(rows, settings.images_column, processor, folder)
 
 
 def make_prompts(

@@ -174,8 +174,8 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
     return upgraded(flat, path)
 
 
-# Settings that earlier versions had, and that say nothing of what a run computes
-OF_NO_EFFECT = ("log_groups", "grader_deadline")
+# Settings that earlier versions had, and that do not count for a run that goes on
+OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {
     "flow_optimiser": "rollout",

@@ -246,7 +246,7 @@ def fit_grid(processor, width: int, height: int) -> Grid:
 
 
 def load_images(
-    rows: Sequence[Mapping], column: str, processor, media_dir: str, limit: int
+    rows: Sequence[Mapping], column: str, processor, media_dir: str
 ) -> list[tuple[Image, ...]]:
     """Return the images of each row, after decoding each of them once.
 
@@ -257,16 +257,16 @@ def load_images(
         column: the column with a row's images: one, a list of them, or None.
         processor: the model's image processor; None for a model that takes no images.
         media_dir: the folder that paths are relative to.
-        limit: most images a row.
 
     Raises:
-        ValueError: if the column is missing; or with the row that has too many images, one that
-            cannot be read, or any at all where the model takes none.
+        ValueError: if the column is missing; or with the row that has an image that cannot be
+            read, or any at all where the model takes none.
     """
-    if processor is not None:
-        check_column(rows, column)
     values = [as_list(row.get(column)) for row in rows]
-    check_counts(values, limit, model_takes_images=processor is not None)
+    if processor is None:
+        check_empty(values)
+    else:
+        check_column(rows, column)
     images = []
     for row_values, row_grids in zip(values, fit_grids(values, processor, media_dir), strict=True):
         row_images = []
@@ -315,18 +315,13 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def check_counts(values: Sequence[list], limit: int, model_takes_images: bool) -> None:
-    """Raise ValueError for the first row with too many images, or with any if none are taken."""
+def check_empty(values: Sequence[list]) -> None:
+    """Raise ValueError for the first row with images, of a model that takes none."""
     for i, row_values in enumerate(values):
-        if row_values and not model_takes_images:
+        if row_values:
             raise ValueError(
                 f"row {i} has images, and the model takes none; "
                 f"expected a model of {', '.join(FAMILIES)}"
-            )
-        if len(row_values) > limit:
-            raise ValueError(
-                f"row {i} has {len(row_values)} images, more than {limit}; "
-                "raise --max-images or drop it"
             )
 
 

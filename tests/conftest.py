@@ -365,7 +365,6 @@ def drawing(problem: str, processor) -> vision.Image:
         "images",
         processor,
         ".",
-        1,
     )
     return images[0]
 

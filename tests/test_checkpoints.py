@@ -207,7 +207,7 @@ def test_an_empty_name_of_a_run(monkeypatch, arguments):
 MAY_CHANGE = {
     *("steps", "epochs", "lr", "warmup", "weight_decay", "clip_norm", "train_batch"),
     *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling"),
-    *("media_dir", "max_images", "max_prompt_tokens"),  # data whose place or limits may change
+    *("media_dir", "max_prompt_tokens"),  # data whose place or limits may change
     *("reward", "overlong_buffer", "grade_truncated"),
     *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
@@ -310,6 +310,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["flow_reward"]["flow_power"] = 1.0
     stored["record"]["log_groups"] = 3
     stored["grading"]["grader_deadline"] = 7.0
+    stored["problems"]["max_images"] = 8
     stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
     del stored["optimisation"]["entropy_coef"]
     stored["sampling"].update(dynamic_sampling=False, max_rounds=4)

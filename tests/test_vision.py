@@ -44,7 +44,7 @@ from infra.models import LoadingSettings, Model, find_model
 from infra.settings import change
 from pages.rollouts import inspect_run
 from policy import Policy, encode_images, load_policy
-from rollout import Request, Sampling
+from rollout import Request, Sampling, most_images
 from worlds import toy
 
 PROCESSOR = toy.make_processor()
@@ -352,10 +352,10 @@ def png(array=COLOURS, mode: str = "RGB") -> bytes:
 
 
 def load(
-    row: dict | list[dict], processor=PROCESSOR, folder: Path | str = ".", limit: int = 4
+    row: dict | list[dict], processor=PROCESSOR, folder: Path | str = "."
 ) -> list[tuple[vision.Image, ...]]:
     return vision.load_images(
-        row if isinstance(row, list) else [row], "images", processor, str(folder), limit
+        row if isinstance(row, list) else [row], "images", processor, str(folder)
     )
 
 
@@ -484,6 +484,18 @@ def test_placeholders():
     assert choose_template("auto", model) == "bare", "no instruction of ours, as published"
 
 
+def test_the_engine_takes_the_most_images_of_a_problem(tmp_path):
+    """And those of one, if no problem has any: without them vLLM leaves the tower out."""
+    file = tmp_path / "data.jsonl"
+    images = base64.b64encode(png()).decode()
+    rows = [{"prompt": "q", "answer": "1", "images": [images] * n} for n in (0, 5, 2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(file), SETTINGS, MODEL)
+    assert [len(problem.images) for problem in problems] == [0, 5, 2]
+    assert most_images(problems) == 5
+    assert most_images(problems[:1]) == 1
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -494,7 +506,6 @@ def test_placeholders():
         ({"images": [{"bytes": None, "path": None}]}, "row 1: an image cannot be read: None is not an image; expected a path"),
         ({"images": [7]}, "row 1: an image cannot be read: 7 is not an image; expected a path, base64, bytes or a dict"),
         ({"images": [png(np.zeros((1, 300, 3), np.uint8))]}, "row 1: an image cannot be read: .*aspect ratio"),
-        ({"images": [png()] * 5}, "row 1 has 5 images, more than 4; raise --max-images or drop it"),
         ({"prompt": "<image><image>", "images": [png()]}, "row 1 has 1 images and 2 placeholders <image>; expected as many, or none"),
         ({"prompt": "<image>", "images": []}, "row 1 has 0 images and 1 placeholders <image>"),
         ({"prompt": "<|image_pad|>", "images": [png()]}, r"row 1 has 1 images and 2 tokens <\|image_pad\|> in its prompt; drop"),
@@ -510,7 +521,7 @@ def test_bad_images_say_their_row_before_training(tmp_path, monkeypatch, row, wo
 
 def test_a_missing_column_and_transparent_images(tmp_path):
     def load(row: dict, column: str = "images"):
-        return vision.load_images([row], column, PROCESSOR, ".", 1)[0]
+        return vision.load_images([row], column, PROCESSOR, ".")[0]
 
     with pytest.raises(
         ValueError,

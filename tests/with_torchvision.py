@@ -44,8 +44,8 @@ def test_the_same_pixel_values_with_and_without_torchvision(tmp_path):
         file = io.BytesIO()
         Image.fromarray(array).save(file, "png")
         row = [{"images": file.getvalue()}]
-        ((a,),) = vision.load_images(row, "images", with_torchvision, ".", 1)
-        ((b,),) = vision.load_images(row, "images", with_pillow, ".", 1)
+        ((a,),) = vision.load_images(row, "images", with_torchvision, ".")
+        ((b,),) = vision.load_images(row, "images", with_pillow, ".")
         assert a.grid == b.grid and (a.pixel_values() - b.pixel_values()).abs().max() <= 1e-5
 
 
