@@ -76,7 +76,7 @@ class Config:
     top_p: PositiveFraction = 1.0  # Nucleus of the sampling
     chunk: BatchSize = 2048  # Responses between writes: what an interruption loses at most
     seed: Seed = 0  # Seed of the sampling
-    problems: ProblemSettings = ProblemSettings(split="test")
+    problems: ProblemSettings = ProblemSettings()
     # As in the official evaluation, where a response need not have ended by itself
     grading: RewardSettings = RewardSettings(grade_truncated=True)
     engine: EngineSettings = EngineSettings()

@@ -38,6 +38,7 @@ from infra import batching, fingerprints, parallel
 from infra.data import (
     DataSettings,
     check_columns,
+    choose_split,
     find_exchange,
     is_empty,
     load_rows,
@@ -124,7 +125,8 @@ class Config:
     """Fit a flow to the latents of expert solutions."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    # Solutions: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one
+    # Solutions: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one;
+    # :SPLIT after it names the split, by default train
     data: str | None = None
     contexts: tuple[str, ...] = ("previous",)  # Context modes, keys of flow.CONTEXTS
     # Tapped layers, as fractions of the depth
@@ -181,10 +183,11 @@ def load_solutions(source: str, settings: SolutionSettings, model: Model) -> lis
 
 
 def read_solutions(
-    source: str, settings: SolutionSettings, model: Model
+    data: str, settings: SolutionSettings, model: Model
 ) -> tuple[list[str], list[str], list]:
     """Read problems, their solutions and their images, in the order of the rows."""
-    rows = load_rows(source, (), settings.split, settings.subset)
+    source, split = choose_split(data, "train")
+    rows = load_rows(source, (), split, settings.subset)
     columns = (settings.problem_column, settings.solution_column)
     is_chat = takes_chats(rows[0], settings.solution_column)
     if settings.drop_empty:

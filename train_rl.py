@@ -18,7 +18,7 @@ import infra.waiting  # noqa: F401
 
 # isort: split
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -138,7 +138,8 @@ class Config:
     """Train a policy with GRPO and the flow reward."""
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
-    # Problems: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one
+    # Problems: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one;
+    # :SPLIT after it names the split, by default train
     data: str | None = None
     # Sets for evaluation before and after, as --data of eval.py
     eval_data: tuple[str, ...] | None = None
@@ -664,8 +665,7 @@ def main(config: Config) -> None:
             f"{len(problems)} problems in {config.optimisation.epochs} epochs do not fill "
             f"a step of {sampling.prompts}; lower --prompts"
         )
-    evaluation_problems = replace(config.problems, split="test")
-    held_out_problems = sets.load_sets(config.eval_data or (), evaluation_problems, model)
+    held_out_problems = sets.load_sets(config.eval_data or (), config.problems, model)
     run.check_data(training=fingerprints.of_problems(problems))
     grader = Grader(config.reward, config.grading, sampling.max_tokens)
 

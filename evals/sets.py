@@ -7,7 +7,6 @@ To add a set of the Hugging Face hub, add an entry to HUB_SETS.
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import rollout
 from grading import Pool
 from infra import vision
-from infra.data import Problem, ProblemSettings, load_problems
+from infra.data import Problem, ProblemSettings, check_split, cut_split, load_problems
 from infra.models import Model
 from infra.parallel import on_first
 from infra.seeds import keyed_seed
@@ -65,8 +64,8 @@ def load_sets(
     Args:
         specifications: For each set a key of HUB_SETS, NAME=SOURCE, or SOURCE alone: a file, a
             folder or a hub id; :SPLIT after it names the split.
-        settings: How rows become problems, and the split of sets that name none; HUB_SETS knows
-            the split and columns of its own sets.
+        settings: How rows become problems; HUB_SETS knows the columns of its own sets, and their
+            split if none is named. That of the other sets is then `test`.
 
     Raises:
         ValueError: two sets share a name, two problems of a set share an id, or a set cannot be
@@ -117,36 +116,22 @@ def parse_specification(text: str) -> Specification:
     return Specification(Path(source).stem, source, split)
 
 
-# A split, perhaps a part of it such as train[:100], after the last colon that can precede one
-SPLIT = re.compile(r"(.+):(\w[^/:\[\]]*(?:\[[^/\]]*\])?)")
-
-
-def cut_split(source: str) -> tuple[str, str | None]:
-    """Return a source without its split, and the split or None."""
-    match = SPLIT.fullmatch(source)
-    if match is None or os.path.exists(source):
-        return source, None
-    return match[1], match[2]
-
-
 def load_set(text: str, settings: ProblemSettings, model: Model) -> list[Problem]:
     """Load one set of problems; see load_sets."""
     name, source, split = parse_specification(text)
+    usual_split = "test"
     if not source:
         hub_set = HUB_SETS[name]
         source = hub_set.source
+        usual_split = hub_set.split
         settings = replace(
             settings,
             subset=hub_set.subset,
-            split=hub_set.split,
             problem_column=hub_set.problem_column,
             answer_column=hub_set.answer_column,
         )
-    if split is not None:
-        if Path(source).is_file() or Path(source, "state.json").exists():
-            raise ValueError(f"{source} has no splits; leave out :{split}")
-        settings = replace(settings, split=split)
-    problems = load_problems(source, settings, model)
+    check_split(source, split)
+    problems = load_problems(source, settings, model, split or usual_split)
     counts = Counter(problem.id for problem in problems)
     repeated = [i for i, count in counts.items() if count > 1]
     if repeated:

@@ -1,11 +1,12 @@
 """From rows of data to problems: reading, prompt templates, expert solutions, checks of lengths.
 
 Data is a JSON, CSV or Parquet file, a `save_to_disk` folder, a hub id, or ORG/NAME/PATH for a part
-of a hub repository. The templates are the same in the offline start, in training and in evaluation.
+of a hub repository; :SPLIT after it names the split. The templates are the same in the offline start, in training and in evaluation.
 """
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,6 @@ TABLES = (".parquet", ".arrow")  # read by `datasets`, which would look for othe
 class DataSettings:
     """Where rows of data are found, and how they become prompts."""
 
-    split: str = "train"  # Split of a hub data set
     subset: str | None = None  # Subset (configuration) of a hub data set
     # Column with the text; by default problem, for VL models prompt
     problem_column: str | None = None
@@ -75,6 +75,40 @@ class ProblemSettings(DataSettings):
     """Where problems and answers are found, and how problems become prompts."""
 
     answer_column: str = "answer"  # Column with the answer, or a list of accepted answers
+
+
+# ---- Splits
+# A split, perhaps a part of it such as train[:100], after the last colon that can precede one
+SPLIT = re.compile(r"(.+):(\w[^/:\[\]]*(?:\[[^/\]]*\])?)")
+
+
+def cut_split(text: str) -> tuple[str, str | None]:
+    """Return a source without its split, and the split or None."""
+    match = SPLIT.fullmatch(text)
+    if match is None or os.path.exists(text):  # there may be a `:` in the name of a file
+        return text, None
+    return match[1], match[2]
+
+
+def has_splits(source: str) -> bool:
+    """Return whether a source may have splits: a file has none, nor a data set saved without."""
+    return not (Path(source).is_file() or Path(source, "state.json").exists())
+
+
+def choose_split(text: str, usual: str) -> tuple[str, str]:
+    """Return a source and the split that follows it as :SPLIT, or else the usual one.
+
+    Errors as of check_split.
+    """
+    source, split = cut_split(text)
+    check_split(source, split)
+    return source, split or usual
+
+
+def check_split(source: str, split: str | None) -> None:
+    """Raise ValueError if a split is named of a source that has none."""
+    if split is not None and not has_splits(source):
+        raise ValueError(f"{source} has no splits; leave out :{split}")
 
 
 # ---- Problems
@@ -200,10 +234,16 @@ def first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {in_short(error)}"
 
 
-def load_problems(source: str, settings: ProblemSettings, model: Model) -> list[Problem]:
-    """Load problems with answers, images and prompts; errors as of load_rows and make_prompts."""
+def load_problems(
+    data: str, settings: ProblemSettings, model: Model, usual_split: str = "train"
+) -> list[Problem]:
+    """Load problems with answers, images and prompts, from a source that may name its split.
+
+    Errors as of choose_split, load_rows and make_prompts.
+    """
+    source, split = choose_split(data, usual_split)
     columns = (settings.problem_column, settings.answer_column)
-    rows = load_rows(source, columns, settings.split, settings.subset)
+    rows = load_rows(source, columns, split, settings.subset)
     texts, answers = ([row[column] for row in rows] for column in columns)
     check_texts(texts, source, settings.problem_column)
     check_texts([str(row.get("id", i)) for i, row in enumerate(rows)], source, "id")

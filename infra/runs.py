@@ -102,7 +102,6 @@ FIXED_AT_START = {
     "model": OF_THE_MODEL,
     "trust_remote_code": OF_THE_MODEL,
     "data": OF_THE_DATA,
-    "split": OF_THE_DATA,
     "subset": OF_THE_DATA,
     "problem_column": OF_THE_DATA,
     "answer_column": OF_THE_DATA,

@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from infra import parallel
+from infra.data import has_splits
 from infra.files import read_json
 from infra.kinds import as_tuple
 from infra.ranges import NonNegativeInt, PositiveInt
@@ -203,6 +204,10 @@ def upgraded(stored: dict[str, object], path: Path) -> dict[str, object]:
     if stored.get("flow_accept") == "all" and not has_quantile:
         del stored["flow_accept"]
         stored["flow_soft"] = 1.0
+    split = stored.pop("split", "train")
+    data = stored.get("data")
+    if split != "train" and data and has_splits(data):
+        stored["data"] = f"{data}:{split}"
     for name, usual in NO_LONGER_SET.items():
         value = stored.pop(name, usual)
         if value != usual:

@@ -310,7 +310,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["flow_reward"]["flow_power"] = 1.0
     stored["record"]["log_groups"] = 3
     stored["grading"]["grader_deadline"] = 7.0
-    stored["problems"]["max_images"] = 8
+    stored["problems"].update(max_images=8, split="train")
     stored["flow_update"].update(flow_optimiser="rollout", flow_accept="correct")
     del stored["optimisation"]["entropy_coef"]
     stored["sampling"].update(dynamic_sampling=False, max_rounds=4)
@@ -347,6 +347,17 @@ def test_usual_settings_of_an_earlier_version(copied, monkeypatch):
     earlier = resumed(monkeypatch, copied)
     assert earlier == today
     assert type(earlier.sampling.dynamic_sampling) is int
+
+
+def test_the_split_of_an_earlier_version_becomes_part_of_the_data(tmp_path, world):
+    """A file had none, whatever was set."""
+    for data in ("org/set", str(tmp_path), world.path("train.jsonl")):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"data": data, "problems": {"split": "easy"}}))
+        expected = data if data.endswith(".jsonl") else f"{data}:easy"
+        assert stored_settings(tmp_path) == {"data": expected}
+    path.write_text(json.dumps({"data": "org/set", "problems": {"split": "train"}}))
+    assert stored_settings(tmp_path) == {"data": "org/set"}
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,29 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path):
     data.to_parquet(tmp_path / "folder" / "train.parquet")
     for name in ("data.jsonl", "data.parquet", "saved", "dict", "folder"):
         assert load_rows(str(tmp_path / name), ("problem", "answer"), "train", None) == ROWS, name
-    assert (
-        load_rows(str(tmp_path / "dict"), (), evaluation.Config().problems.split, None) == ROWS[:1]
-    ), "evaluation reads the test split"
+
+
+def test_a_split_stands_after_its_data(world, tmp_path):
+    """In training and in the offline start, as in evaluation; by default it is train."""
+    splits = {}
+    for name, n in (("train", 3), ("easy", 2)):
+        rows = [{"problem": f"{i}+1>", "answer": "1", "solution": name} for i in range(n)]
+        splits[name] = datasets.Dataset.from_list(rows)
+    folder = str(tmp_path / "dict")
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    model = find_model_in(world.path("model"))
+    common = {"problem_column": "problem", "template": "none", "max_prompt_tokens": 64}
+    settings = ProblemSettings(**common)
+    solution_settings = train_flow.SolutionSettings(**common, cutoff=100)
+    for data, n in ((folder, 3), (f"{folder}:train", 3), (f"{folder}:easy", 2)):
+        assert len(load_problems(data, settings, model)) == n
+        assert len(train_flow.load_solutions(data, solution_settings, model)) == n
+    with pytest.raises(ValueError, match="no data at .*dict' .split 'hard'"):
+        load_problems(f"{folder}:hard", settings, model)
+    file = world.path("train.jsonl")
+    for load, of in ((load_problems, settings), (train_flow.load_solutions, solution_settings)):
+        with pytest.raises(ValueError, match=f"{file} has no splits; leave out :easy"):
+            load(f"{file}:easy", of, model)
 
 
 def unreadable(n: int) -> pyarrow.Array:
