@@ -45,8 +45,10 @@ def make_engine(
     if kind == "torch":
         sizes = (settings.max_sequences, device, dtype)
         engine = TorchEngine(model, *sizes, settings.stop_tokens)
-    else:
+    elif kind == "vllm":
         engine = VllmEngine(model, settings, capacity, device, dtype, can_sleep)
+    else:
+        raise ValueError(f"engine={kind!r} has no class; start it here")
     if is_first():
         seconds = time.perf_counter() - began
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")
