@@ -51,10 +51,11 @@ def sample_and_inspect(config: Config) -> None:
         )
     n_episodes = config.sampling.prompts * config.sampling.group_size
     config = change(config, freeze_flow=True, train_batch=n_episodes)
+    is_flow_named = config.flow is not None
     config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")
     problems = load_problems(config.data, config.problems, model)
-    models = train_rl.make_models(config, model, is_flow_named=True)
+    models = train_rl.make_models(config, model, is_flow_named)
     run.begin({})
     with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
         experience = sample_and_score(config, model, problems, models, grader)

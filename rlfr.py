@@ -282,7 +282,8 @@ def online_flow_weights(
     The loss is sum_rows(b * sum_tokens(w*loss)/sum_tokens(w)) / sum_rows(b).
     accepted: (B,) bool, rows that have b = 1; the others have b = soft
     entropy: (B, T); tokens that reach the `quantile` of their response have w = 1, the others
-        w = soft; without a quantile all have w = 1. (The official code takes the quantile over padding, too.)
+        w = soft; without a quantile all have w = 1. (The official code takes the quantile over
+        padding, too.)
     Returns w/sum(w), (B, T), and b, (B,); the caller divides by the step's sum of b.
     """
     row_weight = torch.where(accepted, 1.0, soft)

@@ -555,9 +555,7 @@ def main(config: Config) -> None:
             run.export(step + 1, export)
 
     # ---- Write the flow
-    if progress["step"]:
-        write_report(run.folder)
-    if not run.end(state, total_steps):
+    if not run.end(state, total_steps, write_report):
         return
     export(run.folder)
     report = write_pages(run.folder)

@@ -817,9 +817,7 @@ def main(config: Config) -> None:
         keep(step + 1)
 
     # ---- Write the results
-    if progress["step"]:
-        write_report(run.folder)
-    if run.end(state, total_steps):
+    if run.end(state, total_steps, write_report):
         export(run.folder)
         if is_first():
             print(f"the policy is in {run.folder / 'policy'}, the figures in {run.folder}")

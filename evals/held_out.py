@@ -1,4 +1,4 @@
-"""The figures of a run on problems that it does not train on: before training, on the way, after it."""
+"""The figures of a run on problems that it does not train on: before, during and after training."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,8 @@
 """From rows of data to problems: reading, prompt templates, expert solutions, checks of lengths.
 
 Data is a JSON, CSV or Parquet file, a `save_to_disk` folder, a hub id, or ORG/NAME/PATH for a part
-of a hub repository; :SPLIT after it names the split. The templates are the same in the offline start, in training and in evaluation.
+of a hub repository; :SPLIT after it names the split. The templates are the same in the offline
+start, in training and in evaluation.
 """
 
 import glob

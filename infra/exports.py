@@ -1,4 +1,4 @@
-"""What a run leaves behind, in formats that others read: a policy, its adapters, a flow."""
+"""What a run leaves behind, in formats that others read: a policy and its adapters."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -15,7 +15,7 @@ An episode has
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
 stands for a number that is not there: a token without a context has no deviation.
 
-A token takes about 100 bytes. A file holds at most N_GROUPS * group_size * max_tokens of them.
+A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them.
 """
 
 import re

@@ -31,7 +31,7 @@ from infra import checkpoints, children, errors, files, folders, parallel, ranks
 from infra.files import cannot_write, need_keys, read_json, write_json, written_whole
 from infra.metrics import read_lines
 from infra.parallel import is_first, on_first
-from infra.settings import flatten, parse_config, stored_settings
+from infra.settings import flatten, parse_config, stored_settings, upgraded
 from infra.stopping import Stop, asked_to_stop
 
 DATA_FILE = "data.json"  # fingerprints of the data that a run began with
@@ -281,7 +281,7 @@ class Run:
 
     def changes(self) -> dict[str, tuple]:
         """Return the settings that a resumed run changes: name to old and new value."""
-        stored = stored_settings(self.config.resume)
+        stored = upgraded(stored_settings(self.config.resume), self.config.resume)
         asked = json.loads(json.dumps(flatten(self.config)))
         # a run that began before there was a setting had its default
         defaults = json.loads(json.dumps(flatten(type(self.config)())))
@@ -401,8 +401,11 @@ class Run:
             write_json(self.folder / name, value)
 
     # ---- Checkpoints
-    def save(self, state: dict) -> None:
-        """Copy the state to host memory, then write it to checkpoints/step-N in the background."""
+    def save(self, state: dict, keep_all: bool = False) -> None:
+        """Copy the state to host memory, then write it to checkpoints/step-N in the background.
+
+        Older checkpoints go, but for the newest `keep`, unless keep_all is set.
+        """
         self.wait_for_save()
         step = state["progress"]["step"]
         if step == self.saved_step:
@@ -414,7 +417,7 @@ class Run:
         folder = self.folder / "checkpoints" / f"step-{step}"
         writing = folder.with_name(f"{folder.name}{files.UNFINISHED}")
         written = dcp.async_save(state, checkpoint_id=writing, **self.checkpoint_options)
-        self.saving = self.saver.submit(self.publish, written, writing, folder)
+        self.saving = self.saver.submit(self.publish, written, writing, folder, keep_all)
 
     def check_weights(self, step: int, modules: Iterable[torch.nn.Module]) -> None:
         """Raise FloatingPointError if a weight is not finite; all ranks together."""
@@ -434,13 +437,14 @@ class Run:
             "rate"
         )
 
-    def publish(self, written: Future, writing: Path, folder: Path) -> None:
-        """Give a checkpoint its name once all ranks have written; keep the newest `keep`."""
+    def publish(self, written: Future, writing: Path, folder: Path, keep_all: bool) -> None:
+        """Give a checkpoint its name once all ranks have written, and remove outdated ones."""
         try:
             written.result()  # on the first rank: once all ranks have written
             if is_first():
                 writing.rename(folder)
-                for old in whole_checkpoints(self.folder)[: -self.config.run.keep]:
+                outdated_ones = whole_checkpoints(self.folder)[: -self.config.run.keep]
+                for old in [] if keep_all else outdated_ones:
                     outdated = old.rename(old.with_name(f"{old.name}{files.UNFINISHED}"))
                     shutil.rmtree(outdated)  # a checkpoint is never half there under its name
         except BaseException as error:  # the checkpoint library's own error is no Exception
@@ -452,8 +456,10 @@ class Run:
         if self.saving:
             self.saving.result()
 
-    def end(self, state: dict, total_steps: int) -> bool:
+    def end(self, state: dict, total_steps: int, report: Callable[[Path], None]) -> bool:
         """Wait for the last checkpoint; return whether the run is complete.
+
+        report: writes the page of curves into the run's folder
 
         The last step is saved if save_every is set. It is saved in any case if a signal stopped the
         run, which is then not complete. Once it is saved, a signal need not wait for what follows.
@@ -462,6 +468,8 @@ class Run:
         is_complete = step >= total_steps and not asked_to_stop()
         if self.config.run.save_every or not is_complete:
             self.save(state)
+        if step:
+            report(self.folder)
         self.wait_for_save()
         if not is_complete and is_first():
             print(f"stopped after step {step} of {total_steps}; go on with --resume {self.folder}")
@@ -503,8 +511,8 @@ class Run:
         """Append a line to metrics.jsonl and the tracker; a figure that is not finite is null there.
 
         Such a figure is warned of, and the run goes on. Raises FloatingPointError where a loss or
-        the norm of a gradient is not finite: its optimiser step has changed no weight, and `state`
-        is saved first.
+        the norm of a gradient is not finite. An optimiser step with such a gradient has changed no
+        weight. `state` is saved first, beside the checkpoints that are there.
         """
         if self.saving and self.saving.done():
             self.wait_for_save()
@@ -517,7 +525,7 @@ class Run:
                 tqdm.write(f"step {step}: {', '.join(broken)} not finite")
         self.tracker.log(metrics, step)
         if any(name.endswith(("loss", "grad_norm")) for name in broken):
-            self.save(state)
+            self.save(state, keep_all=True)
             self.wait_for_save()
             raise FloatingPointError(
                 f"step {step}: {', '.join(broken)} not finite; figures: {metrics}. "

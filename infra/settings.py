@@ -92,7 +92,7 @@ def parse_config(config_class: type, presets: dict[str, dict]):
     if known.resume == "":
         raise ValueError("--resume is empty; expected the folder of a run, such as runs/NAME")
     if known.resume:
-        values = stored_settings(known.resume)
+        values = upgraded(stored_settings(known.resume), known.resume)
         foreign = sorted(values.keys() - flatten(defaults).keys())
         if foreign:
             raise ValueError(
@@ -156,7 +156,7 @@ def whose_defaults(known: argparse.Namespace, presets: dict[str, dict]) -> str:
 
 
 def stored_settings(folder: str | Path) -> dict[str, object]:
-    """Return the settings that a run was started with, by flag name."""
+    """Return the settings that a run was started with, by flag name; see upgraded()."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json; expected the folder of a run")
@@ -172,26 +172,22 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
             f"{path} holds settings in one flat list, as an earlier version wrote them; expected "
             f"groups of settings: resume with the version that began the run, or start a new one"
         )
-    return upgraded(flat, path)
+    return flat
 
 
 # Settings that earlier versions had, and that do not count for a run that goes on
 OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
 # Settings that earlier versions had, and the value at which those did what every run does now
-NO_LONGER_SET = {
-    "flow_optimiser": "rollout",
-    "flow_accept": "correct",
-    "entropy_alpha": 0.4,
-    "entropy_kappa": 2.0,
-    "ratio_cap": 3.0,
-    "lr_floor": 0.1,
-    "eval_split": "test",
-    "flow_power": 1.0,
+NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test"}
+# The same, where they count for one kind of shaping alone
+NO_LONGER_SET_OF = {
+    "flow": {"flow_optimiser": "rollout", "flow_accept": "correct", "flow_power": 1.0},
+    "entropy": {"entropy_alpha": 0.4, "entropy_kappa": 2.0},
 }
 
 
-def upgraded(stored: dict[str, object], path: Path) -> dict[str, object]:
-    """Return the settings of a run, perhaps of an earlier version, as this one names them.
+def upgraded(stored: dict[str, object], folder: str | Path) -> dict[str, object]:
+    """Return the stored settings of a run that goes on, perhaps of an earlier version, by today's names.
 
     Raises ValueError for a value that this version cannot take.
     """
@@ -208,11 +204,17 @@ def upgraded(stored: dict[str, object], path: Path) -> dict[str, object]:
     data = stored.get("data")
     if split != "train" and data and has_splits(data):
         stored["data"] = f"{data}:{split}"
-    for name, usual in NO_LONGER_SET.items():
+    gone = dict(NO_LONGER_SET)
+    for shaping, names in NO_LONGER_SET_OF.items():
+        if stored.get("shaping") == shaping:
+            gone |= names
+        for name in names.keys() - gone.keys():
+            stored.pop(name, None)
+    for name, usual in gone.items():
         value = stored.pop(name, usual)
         if value != usual:
             raise ValueError(
-                f"{path} has {name}={value!r}, which is no setting any more, and {usual!r} in all "
+                f"{folder}: that run has {name}={value!r}, which is no setting any more, and {usual!r} in all "
                 "runs: resume with the version that began the run, or start a new one"
             )
     return stored

@@ -1,8 +1,8 @@
 """A page to read rollouts by: tokens coloured by what training computed of them, step by step.
 
 The page is rollouts.html, rollouts.css and rollouts.js in the skeleton of page.py; inspector.py is
-the command. Records are those of infra/record.py. The groups of a step lie compressed in the page and are
-unpacked when the reader comes to the step.
+the command. Records are those of infra/record.py. The groups of a step lie compressed in the page
+and are unpacked when the reader comes to the step.
 """
 
 import json

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train_flow
 import train_rl
 from infra import checkpoints, parallel, runs
-from infra.settings import change, flatten, parse_config, stored_settings
+from infra.settings import change, flatten, parse_config, stored_settings, upgraded
 from run import export_checkpoint
 
 
@@ -355,9 +355,9 @@ def test_the_split_of_an_earlier_version_becomes_part_of_the_data(tmp_path, worl
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"data": data, "problems": {"split": "easy"}}))
         expected = data if data.endswith(".jsonl") else f"{data}:easy"
-        assert stored_settings(tmp_path) == {"data": expected}
+        assert upgraded(stored_settings(tmp_path), tmp_path) == {"data": expected}
     path.write_text(json.dumps({"data": "org/set", "problems": {"split": "train"}}))
-    assert stored_settings(tmp_path) == {"data": "org/set"}
+    assert upgraded(stored_settings(tmp_path), tmp_path) == {"data": "org/set"}
 
 
 @pytest.mark.parametrize(
@@ -375,12 +375,17 @@ def test_a_value_that_is_no_longer_possible_is_refused(copied, monkeypatch, sett
     with_old_settings(copied.folder, **settings)
     before = contents(copied.folder)
     name, value = next(iter(settings.items()))
-    message = f"config.json has {name}={value!r}.*resume with the version that began the run"
+    message = f"that run has {name}={value!r}.*resume with the version that began the run"
     with pytest.raises(ValueError, match=message):
         resumed(monkeypatch, copied)
     with pytest.raises(ValueError, match=message):
         train_rl.main(copied)
     assert contents(copied.folder) == before
+
+
+def test_a_value_that_had_no_effect_is_no_hindrance(tmp_path):
+    stored = {"shaping": "none", "entropy_alpha": 0.1, "flow_optimiser": "official"}
+    assert upgraded(stored, tmp_path) == {"shaping": "none"}
 
 
 # ---- Weights that are not finite
