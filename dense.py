@@ -257,7 +257,9 @@ def token_rewards(
         penalty = rlfr.clamp_excess(score, mask, settings.flow_cap)
     else:
         rows_together = group_size if settings.flow_scope == "group" else 1
-        normalised = rlfr.normalise(score, mask, settings.flow_bilateral, rows_together)
+        normalised = rlfr.normalise(
+            score, mask, settings.flow_bilateral, rows_together=rows_together
+        )
         penalty = rlfr.select(
             normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
         )

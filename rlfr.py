@@ -34,19 +34,18 @@ Mismatch = Literal["none", "token", "sequence", "mask"]
 
 # ---- Flow reward (paper: flow reward shaping)
 def normalise(
-    score: Tensor, mask: Tensor, bilateral: bool, rows_together: int, power: float = 1.0
+    score: Tensor, mask: Tensor, bilateral: bool, power: float = 1.0, rows_together: int = 1
 ) -> Tensor:
     """Min-max normalise scores (B, T) over mask (B, T) to [0, 1]; zero outside mask.
 
     bilateral: to [-1, 1]
+    power: exponent, applied in [0, 1]; the official code has it, and training leaves it at 1
     rows_together: how many rows share a minimum and a maximum: 1 (paper), or G to keep what tells
         the responses of a group apart
-    power: exponent, applied in [0, 1]; the official code has it, and training leaves it at 1
     Scores that are all equal become zero.
     """
-    scope_mask = mask.view(
-        -1, rows_together * mask.shape[1]
-    )  # a row is what is normalised together
+    # a row is what is normalised together
+    scope_mask = mask.view(-1, rows_together * mask.shape[1])
     values = score.reshape(scope_mask.shape)
     low = values.masked_fill(~scope_mask, torch.inf).amin(dim=1, keepdim=True)
     high = values.masked_fill(~scope_mask, -torch.inf).amax(dim=1, keepdim=True)

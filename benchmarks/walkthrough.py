@@ -172,7 +172,7 @@ def shape(
     """Return what shaping makes of scores, (B, T) each, from the min-max to the advantage."""
     settings = config.flow_reward
     mask = batch.response_mask
-    normalised = rlfr.normalise(score, mask, settings.flow_bilateral, 1)
+    normalised = rlfr.normalise(score, mask, settings.flow_bilateral)
     selected = rlfr.select(
         normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
     )
