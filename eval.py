@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import rollout
-from engines.choice import check_engine, make_engine
+from engines import check_engine, make_engine
 from evals import figures, sets, vlm
 from evals.compare import compare
 from evals.judge import Judge, make_judge

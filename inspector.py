@@ -22,8 +22,7 @@ import torch
 
 import rollout
 import train_rl
-from engines.choice import make_engine
-from engines.waking import awake
+from engines import awake, make_engine
 from infra import errors, parallel
 from infra.data import Problem, load_problems
 from infra.models import Model

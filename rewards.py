@@ -32,6 +32,7 @@ import infra.waiting  # noqa: F401
 import importlib.util
 import inspect
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -564,10 +565,4 @@ class Grader(AbstractContextManager):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    from grading import pairs
-    from infra import errors
-
-    required_first = (tyro.conf.PositionalRequiredArgs,)
-    errors.run(lambda: pairs.main(tyro.cli(pairs.Settings, config=required_first)))
+    runpy.run_module("grading.pairs", run_name="__main__")

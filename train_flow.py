@@ -68,7 +68,7 @@ from infra.runs import Run, Stopwatch, check_folder, launch
 from infra.seeds import passes
 from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
-from pages.of_a_run import write_pages, write_report
+from pages import write_pages, write_report
 from policy import Policy, load_policy, tap_layers
 from worlds import toy
 

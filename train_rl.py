@@ -34,10 +34,8 @@ import dense
 import flow as fl
 import rlfr
 import rollout
-from engines.choice import check_engine, make_engine
-from engines.waking import awake
-from evals import sets
-from evals.held_out import HeldOut
+from engines import awake, check_engine, make_engine
+from evals import HeldOut, load_sets
 from infra import batching, fingerprints, lora, memory, parallel, record, rehearsal
 from infra.data import Problem, ProblemSettings, load_problems, template_pattern
 from infra.defaults import fill_in, published_settings
@@ -59,8 +57,7 @@ from infra.runs import Run, Stopwatch, check_folder, launch
 from infra.seeds import group_order
 from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
-from pages.describe import describe, describe_size, is_due
-from pages.of_a_run import write_pages, write_report
+from pages import describe_size, is_due, make_records, write_pages, write_report
 from policy import Freeze, Policy, encode_images, load_policy
 from rewards import Grader, RewardSettings
 from worlds import offline_start, toy
@@ -637,7 +634,7 @@ def describe_rollouts(
     taps = models.dense.taps if models.dense else []
     by_tap = list(zip(taps, deviation, strict=True))  # taps may coincide
     chosen = experience.episodes[: n_groups * group_size]
-    return describe(chosen, group_size, per_token, by_tap, tokenizer=tokenizer)
+    return make_records(chosen, group_size, per_token, by_tap, tokenizer=tokenizer)
 
 
 def step_line(step: int, metrics: dict[str, float]) -> str:
@@ -665,7 +662,7 @@ def main(config: Config) -> None:
             f"{len(problems)} problems in {config.optimisation.epochs} epochs do not fill "
             f"a step of {sampling.prompts}; lower --prompts"
         )
-    held_out_problems = sets.load_sets(config.eval_data or (), config.problems, model)
+    held_out_problems = load_sets(config.eval_data or (), config.problems, model)
     run.check_data(training=fingerprints.of_problems(problems))
     grader = Grader(config.reward, config.grading, sampling.max_tokens)
 

@@ -1,1 +1,6 @@
-"""What samples responses: vLLM, or a plain loop in PyTorch."""
+"""What samples responses: vLLM, or a plain loop in PyTorch. Its door; who needs an engine imports this."""
+
+from engines.choice import check_engine, make_engine
+from engines.waking import awake
+
+__all__ = ["awake", "check_engine", "make_engine"]

@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import tyro
+
 from grading.pool import DEADLINE, Pool
+from infra import errors
 from infra.ranges import PositiveFloat, Range, check_values
 
 
@@ -140,3 +143,8 @@ def main(settings: Settings) -> None:
     if settings.json:
         rows = {group: asdict(count) for group, count in counts.items()}
         Path(settings.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    required_first = (tyro.conf.PositionalRequiredArgs,)
+    errors.run(lambda: main(tyro.cli(Settings, config=required_first)))

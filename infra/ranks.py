@@ -26,6 +26,7 @@ from infra.errors import PROJECT, is_of_project
 
 INTERVAL = 10.0  # seconds between two beats
 PATIENCE = 60.0  # seconds until a rank is named
+ANSWERS_WITHIN = 10.0  # seconds until the store counts as gone; a busy machine may be slow
 STOPPING = "stopping"  # key in the store
 THREAD = "beats"
 Trouble = Literal["silent", "awaited"] | None
@@ -34,7 +35,7 @@ Trouble = Literal["silent", "awaited"] | None
 def connect() -> dist.Store:
     """Connect to the store that the ranks have met in, for this purpose alone."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=INTERVAL))
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWERS_WITHIN))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after it, all begin anew
     return dist.PrefixStore(f"beside collectives {attempt}", store)
 

@@ -32,7 +32,7 @@ def describe_size(total_steps: int, every: int, n_episodes: int, max_tokens: int
     )
 
 
-def describe(
+def make_records(
     episodes: Sequence,
     group_size: int,
     per_token: dict[str, Tensor],

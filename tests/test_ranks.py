@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from conftest import ROOT
@@ -100,11 +101,18 @@ def test_a_stuck_and_a_stopped_rank_are_named_and_a_signal_to_another_ends_both(
 
 
 def read_until(process: subprocess.Popen, words: str) -> str:
-    """Return the next line of a process that holds these words."""
-    for line in process.stdout:
-        if words in line:
-            return line
-    raise AssertionError(f"the process ended without {words!r}")
+    """Return the next line of a process that holds these words; a process that hangs is killed."""
+    lines = []
+    watchdog = threading.Timer(TIMEOUT, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if words in line:
+                return line
+    finally:
+        watchdog.cancel()
+    raise AssertionError(f"the process ended without {words!r}: {''.join(lines)}")
 
 
 AGENT = """
