@@ -37,7 +37,6 @@ from torch import Tensor
 
 import rlfr
 import rollout
-import train_flow
 import train_rl
 from engines.torch_engine import TorchEngine
 from infra import batching, parallel
@@ -47,6 +46,7 @@ from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
 from infra.runs import launch
 from infra.seeds import keyed_seed, passes, permutation
+from infra.solutions import SolutionSettings, load_solutions
 from policy import Policy, load_policy
 from rewards import Grader
 from worlds import toy
@@ -97,14 +97,14 @@ def load_expert(
     file: str, n_held_out: int, config: train_rl.Config
 ) -> tuple[list[batching.Row], list[batching.Row]]:
     """Return the expert solutions to learn from, and those that flows are calibrated on."""
-    settings = train_flow.SolutionSettings(
+    settings = SolutionSettings(
         problem_column=config.problems.problem_column,
         template=config.problems.template,
         max_prompt_tokens=config.problems.max_prompt_tokens,
         cutoff=config.problems.max_prompt_tokens + config.sampling.max_tokens,
     )
     model = find_model(config.model, config.loading)
-    solutions = train_flow.load_solutions(file, settings, model)
+    solutions = load_solutions(file, settings, model)
     n_training = len(solutions) - n_held_out
     if not 0 < n_training < len(solutions):
         raise ValueError(

@@ -46,6 +46,7 @@ from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
 from infra.seeds import keyed_seed
 from infra.settings import change
+from infra.solutions import load_solutions
 from policy import Policy, load_policy, tap_layers
 from worlds import toy
 
@@ -294,7 +295,7 @@ def write_untrained(config: train_flow.Config) -> None:
     """Write a flow that has learnt nothing, with the statistics that an offline start gives it."""
     folder = Path(config.folder)
     config, model = train_flow.resolve(config)
-    solutions = train_flow.load_solutions(config.data, config.solutions, model)
+    solutions = load_solutions(config.data, config.solutions, model)
     policy = load_policy(model.path).requires_grad_(False).to(parallel.DEVICE)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,

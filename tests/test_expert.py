@@ -14,6 +14,7 @@ import train_flow
 import train_rl
 from infra import parallel
 from infra.settings import change
+from infra.solutions import load_solutions
 from policy import Policy
 
 SCALE = fl.ExpertScale(mean=torch.tensor([[1.0, 2.0]]), spread=torch.tensor([[0.5, 0.1]]))
@@ -230,7 +231,7 @@ def offline(world, tmp_path_factory) -> train_flow.Config:
 def latents_of(config: train_flow.Config, flow: fl.Flow, policy: Policy) -> train_flow.Latents:
     parallel.start()
     resolved, model = train_flow.resolve(change(config, folder=None))
-    solutions = train_flow.load_solutions(config.data, resolved.solutions, model)
+    solutions = load_solutions(config.data, resolved.solutions, model)
     return train_flow.Latents(policy, flow.config, solutions, 4096)
 
 

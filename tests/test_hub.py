@@ -16,6 +16,7 @@ import train_rl
 from infra import hub
 from infra.data import DataSettings, Problem, ProblemSettings, load_problems, load_rows, read_images
 from infra.settings import change
+from infra.solutions import SolutionSettings, load_solutions
 from worlds import toy
 
 CHAT = [{"from": "human", "value": "<image>1+1>"}, {"from": "gpt", "value": "2"}]
@@ -76,10 +77,10 @@ def problems_of(source: str, folder, column: str) -> list[Problem]:
 
 
 def solutions_of(source: str, folder, **options) -> list:
-    settings = train_flow.SolutionSettings(
+    settings = SolutionSettings(
         template="none", problem_column="problem", max_prompt_tokens=300, cutoff=400
     )
-    return train_flow.load_solutions(source, change(settings, **options), find_model_in(folder))
+    return load_solutions(source, change(settings, **options), find_model_in(folder))
 
 
 def test_the_published_text(world, with_text):

@@ -24,6 +24,7 @@ from infra import memory
 from infra.data import DataSettings, ProblemSettings, load_problems, load_rows, make_prompts
 from infra.models import Model
 from infra.settings import change, flatten, parse_config
+from infra.solutions import SolutionSettings, load_solutions
 from worlds import toy
 
 CONFIGS = {
@@ -263,13 +264,13 @@ def test_an_expert_solution_ends_as_a_turn_does(world, tmp_path, template, end):
     data.write_text('{"problem": "1+1>", "solution": "2"}\n')
     model = find_model_in(world.path("model"))
     model.tokenizer.chat_template = CHAT
-    settings = train_flow.SolutionSettings(
+    settings = SolutionSettings(
         template=template, problem_column="problem", max_prompt_tokens=300, cutoff=400
     )
-    (solution,) = train_flow.load_solutions(str(data), settings, model)
+    (solution,) = load_solutions(str(data), settings, model)
     assert model.tokenizer.decode(solution.response_ids) == "2" + end
     cut = replace(settings, cutoff=len(solution.prompt_ids) + 1)
-    (solution,) = train_flow.load_solutions(str(data), cut, model)
+    (solution,) = load_solutions(str(data), cut, model)
     assert model.tokenizer.decode(solution.response_ids) == "2", "a cut solution does not end"
 
 
@@ -283,18 +284,18 @@ def test_chats_are_expert_solutions(world, tmp_path):
     ]
     conversations = [{"from": "human", "value": "1+1>"}, {"from": "gpt", "value": "2"}]
     model = find_model_in(world.path("model"))
-    settings = train_flow.SolutionSettings(
+    settings = SolutionSettings(
         template="none", problem_column="problem", max_prompt_tokens=300, cutoff=400
     )
     for column, turns in {"messages": messages, "conversations": conversations}.items():
         data = tmp_path / f"{column}.jsonl"
         data.write_text(json.dumps({column: turns}) + "\n")
-        (solution,) = train_flow.load_solutions(str(data), settings, model)
+        (solution,) = load_solutions(str(data), settings, model)
         assert model.tokenizer.decode(solution.prompt_ids) == "1+1>"
         assert model.tokenizer.decode(solution.response_ids) == "2<|im_end|>"
         data.write_text(json.dumps({column: turns}) + "\n" + json.dumps({column: turns[:1]}) + "\n")
         with pytest.raises(ValueError, match="row 1 has no user turn followed by an assistant's"):
-            train_flow.load_solutions(str(data), settings, model)
+            load_solutions(str(data), settings, model)
 
 
 @pytest.mark.parametrize(
@@ -351,8 +352,8 @@ def test_the_subset_of_the_settings_is_read(world, tmp_path, monkeypatch):
     common = dict(subset="hard", template="none", problem_column="problem", max_prompt_tokens=300)
     (problem,) = load_problems(str(folder), ProblemSettings(**common), model)
     assert problem.answer == "2"
-    settings = train_flow.SolutionSettings(**common, cutoff=400)
-    (solution,) = train_flow.load_solutions(str(folder), settings, model)
+    settings = SolutionSettings(**common, cutoff=400)
+    (solution,) = load_solutions(str(folder), settings, model)
     assert model.tokenizer.decode(solution.response_ids).startswith("2")
 
 

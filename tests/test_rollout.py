@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 import eval as evaluation
 import rollout
-import train_flow
 from engines import vllm_engine
 from engines.choice import make_engine
 from engines.torch_engine import choose
@@ -30,6 +29,7 @@ from infra.data import DataSettings, ProblemSettings, load_problems, load_rows, 
 from infra.defaults import choose_template, fill_in
 from infra.models import end_tokens
 from infra.settings import change
+from infra.solutions import SolutionSettings, load_solutions
 from rollout import Sampling
 
 
@@ -78,14 +78,14 @@ def test_a_split_stands_after_its_data(world, tmp_path):
     model = find_model_in(world.path("model"))
     common = {"problem_column": "problem", "template": "none", "max_prompt_tokens": 64}
     settings = ProblemSettings(**common)
-    solution_settings = train_flow.SolutionSettings(**common, cutoff=100)
+    solution_settings = SolutionSettings(**common, cutoff=100)
     for data, n in ((folder, 3), (f"{folder}:train", 3), (f"{folder}:easy", 2)):
         assert len(load_problems(data, settings, model)) == n
-        assert len(train_flow.load_solutions(data, solution_settings, model)) == n
+        assert len(load_solutions(data, solution_settings, model)) == n
     with pytest.raises(ValueError, match="no data at .*dict' .split 'hard'"):
         load_problems(f"{folder}:hard", settings, model)
     file = world.path("train.jsonl")
-    for load, of in ((load_problems, settings), (train_flow.load_solutions, solution_settings)):
+    for load, of in ((load_problems, settings), (load_solutions, solution_settings)):
         with pytest.raises(ValueError, match=f"{file} has no splits; leave out :easy"):
             load(f"{file}:easy", of, model)
 
@@ -110,8 +110,8 @@ def test_columns_that_nobody_needs_do_not_become_python_objects(tmp_path, world)
     common = {"template": "none", "problem_column": "problem", "max_prompt_tokens": 64}
     problems = load_problems(file, ProblemSettings(**common), model)
     assert [(problem.id, problem.answer) for problem in problems] == [("a", "2")] * 3
-    settings = train_flow.SolutionSettings(**common, cutoff=100)
-    solutions = train_flow.load_solutions(file, settings, model)
+    settings = SolutionSettings(**common, cutoff=100)
+    solutions = load_solutions(file, settings, model)
     decoded = model.tokenizer.decode(solutions[2].response_ids, skip_special_tokens=True)
     assert decoded == "It is 2"
     with pytest.raises(UnicodeDecodeError):  # such a column cannot be read at all

@@ -10,13 +10,13 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import train_flow
 from engines.torch_engine import TorchEngine
 from evals import sets
 from infra import vision
 from infra.data import ProblemSettings, load_problems, load_rows, template_pattern
 from infra.defaults import choose_template
 from infra.rows import check_answers, read_rows
+from infra.solutions import SolutionSettings, load_solutions
 
 GOOD = {"problem": "1 +2>", "answer": "3", "solution": r"\boxed{3}"}
 SETTINGS = {"problem_column": "problem", "template": "none", "max_prompt_tokens": 64}
@@ -77,9 +77,7 @@ def test_bad_files(model, tmp_path, kind):
     for load in (
         lambda: load_problems(file, settings, model),
         lambda: sets.load_sets([f"mine={file}"], settings, model),
-        lambda: train_flow.load_solutions(
-            file, train_flow.SolutionSettings(cutoff=128, **SETTINGS), model
-        ),
+        lambda: load_solutions(file, SolutionSettings(cutoff=128, **SETTINGS), model),
     ):
         with pytest.raises(ValueError, match=words) as refused:
             load()
@@ -167,9 +165,9 @@ CHATS = [None, 5, "text", [5], [{"role": "user"}], [{"role": "user", "content": 
 def test_chats_that_are_none(model, tmp_path, messages):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     file = write(tmp_path, "d.jsonl", lines({"messages": turns}, {"messages": messages}))
-    settings = train_flow.SolutionSettings(cutoff=128, **SETTINGS)
+    settings = SolutionSettings(cutoff=128, **SETTINGS)
     with pytest.raises(ValueError, match="d.jsonl, row 1 has no user turn followed by"):
-        train_flow.load_solutions(file, settings, model)
+        load_solutions(file, settings, model)
 
 
 # ---- Templates and models

@@ -23,6 +23,7 @@ import study
 import train_flow
 import train_rl
 from infra.settings import change, flatten, parse_config
+from infra.solutions import SolutionSettings, load_solutions
 from rewards import Grader
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -262,9 +263,9 @@ def test_hasty_solutions_are_wrong(world, tmp_path):
     assert 0 < len(rows) <= 48
     for row in rows:
         assert not row["solution"].endswith(rf"\boxed{{{answers[row['problem']]}}}")
-    training = train_flow.load_solutions(
+    training = load_solutions(
         str(tmp_path / "solutions.jsonl"),
-        train_flow.SolutionSettings(
+        SolutionSettings(
             problem_column="problem", template="none", max_prompt_tokens=64, cutoff=200
         ),
         find_model_in(world.path("model")),
