@@ -1,26 +1,36 @@
-"""The dense reward: what the policy's own latents say about each response token, here by the flow.
+"""Dense rewards: what the policy's own state says about each response token. The flow is one of them.
 
-It takes part in a step three times:
-    FlowReward.begin_scoring, score, end_scoring    while the policy scores: latents -> scores
-    token_rewards, credit                           scores -> rewards of tokens -> their advantage
-    FlowReward.update                               the optimiser step of its own network
+    python train_rl.py --shaping flow                                     the flow reward, below
+    python train_rl.py --shaping FILE.py --dense NAME=VALUE NAME=VALUE    one of your own
 
-Equations, each with its function:
-    reward of token k = -coef * s', s' the selected score (paper) or clamped excess    token_rewards
+A file defines a subclass of DenseReward that is named Reward; docs/dense-rewards.md has what it may
+ask for, and study/rewards/ has examples. A dense reward takes part in a step three times:
+
+    begin, score, end    while the policy scores: the micro-batch with its latents -> scores (L, B, T)
+    shape                with the scores of all episodes: scores -> rewards of tokens (B, T)
+    update               the optimiser step of its own module, if it learns
+
+What is common to all of them, each with its function:
+    reward of a token = coef * clamp(shaped score), perhaps centred              token_rewards
     its advantage: sum_{j>=k} gamma^(j-k) * reward_j, or the response's, centred       credit
-    online loss: flow matching on accepted episodes, by rejection sampling       FlowReward.score
 """
 
-from collections.abc import Sequence
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flow as fl
 import rlfr
-from infra import batching, parallel
+from infra import batching, kinds, parallel
+from infra.defaults import published_settings
+from infra.exports import export_module
 from infra.models import Model
 from infra.ranges import (
     Fraction,
@@ -30,20 +40,32 @@ from infra.ranges import (
     PositiveInt,
     SignedFloat,
 )
-from policy import PolicyOutput, tap_layers
+from infra.solutions import SolutionSettings, load_solutions
+from policy import Policy, PolicyOutput, encode_images, load_policy, tap_layers
 
 
-# ---- Settings; None: from the flow, or as the comment says
+# ---- Settings; None: as the comment says
+@dataclass(frozen=True)
+class DenseSettings:
+    """How a dense reward counts, whichever it is."""
+
+    dense: tuple[str, ...] = ()  # Settings of a reward file's own, as NAME=VALUE
+    dense_coef: SignedFloat = 0.01  # Scale of the dense reward
+    # Where it acts: on the tokens' returns (paper), or on the response, whose mean, less the
+    # group's, then joins the outcome advantage; nothing divides it by its spread
+    dense_on: Literal["token", "response"] = "token"
+    # Lowest and highest reward before the scale; by default as the dense reward says
+    dense_clamp: tuple[SignedFloat, SignedFloat] | None = None
+    dense_centre: bool = False  # Subtract the group's mean from the tokens' rewards
+    gamma: Fraction = 1.0  # Discount of the tokens' rewards: the dense ones, and the KL's
+    dense_after: NonNegativeInt = 0  # Steps before it counts; until then it only learns
+    dense_until: PositiveInt | None = None  # Step from which it counts no more; by default never
+
+
 @dataclass(frozen=True)
 class FlowRewardSettings:
     """How velocity deviations become rewards of tokens."""
 
-    # Steps before the flow reward counts; until then the flow only learns
-    flow_after: NonNegativeInt = 0
-    flow_coef: SignedFloat = 0.01  # Scale of the flow reward
-    # Where it acts: on the tokens' returns (paper), or on the response, whose mean, less the
-    # group's, then joins the outcome advantage; nothing divides it by its spread
-    flow_on: Literal["token", "response"] = "token"
     # T_r, times at which the deviation is taken, in (0, 1)
     reward_times: tuple[OpenFraction, ...] = (0.8,)
     flow_threshold: Fraction = 0.6  # Only normalised scores above it are kept, in [0, 1]
@@ -52,10 +74,7 @@ class FlowRewardSettings:
     # What scores are compared with: those of the response (paper) or of the group, by a min-max;
     # expert: the flow's own on expert tokens, and threshold, top-k and bilateral do not count
     flow_scope: Literal["response", "group", "expert"] = "response"
-    flow_cap: PositiveFloat = 10.0  # Largest excess over expert tokens, in their spreads
-    flow_centre: bool = False  # Subtract the group's mean from the tokens' flow rewards
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
-    gamma: Fraction = 1.0  # Discount of the tokens' rewards: the flow's, and the KL's
     # Context modes that the flow must have, or gets if it is new; an official file needs them
     contexts: tuple[str, ...] | None = None
     # Score with `contexts` whatever the flow was fitted with; officially next, then previous
@@ -78,22 +97,489 @@ class FlowUpdateSettings:
     flow_times: Literal["reward", "random", "uniform"] = "reward"
 
 
-def check(settings: FlowRewardSettings) -> None:
-    """Raise ValueError for settings of the flow reward that cannot work."""
-    if settings.contexts is not None:
-        fl.check_contexts(settings.contexts)
-    if not settings.other_contexts:
+def is_file(shaping: str) -> bool:
+    """Return whether --shaping names a file with a dense reward."""
+    return shaping.endswith(".py")
+
+
+def check(shaping: str, settings: DenseSettings, flow_reward: FlowRewardSettings) -> None:
+    """Raise ValueError for settings of dense rewards that cannot work."""
+    if is_file(shaping):
+        if not Path(shaping).is_file():
+            raise ValueError(f"--shaping {shaping}: there is no such file")
+    elif shaping not in ("none", "entropy", "flow"):
+        raise ValueError(
+            f"--shaping {shaping}: expected none, entropy, flow, or a Python file with a dense "
+            "reward, see docs/dense-rewards.md"
+        )
+    elif settings.dense:
+        raise ValueError(
+            f"--dense {' '.join(settings.dense)}: these are settings of a file's reward; "
+            f"--shaping {shaping} has flags of its own"
+        )
+    as_values(settings.dense)
+    until = settings.dense_until
+    if until is not None and until <= settings.dense_after:
+        raise ValueError(
+            f"dense_until={until} with dense_after={settings.dense_after}: the dense reward would "
+            "never count; raise the one, or lower the other"
+        )
+    if settings.dense_clamp and settings.dense_clamp[0] >= settings.dense_clamp[1]:
+        raise ValueError(f"dense_clamp={settings.dense_clamp}: expected the lower bound first")
+    if flow_reward.contexts is not None:
+        fl.check_contexts(flow_reward.contexts)
+    if not flow_reward.other_contexts:
         return
-    if settings.contexts is None:
+    if flow_reward.contexts is None:
         raise ValueError("other_contexts without contexts: name those to score with in --contexts")
-    if settings.flow_scope == "expert":
+    if flow_reward.flow_scope == "expert":
         raise ValueError(
             "other_contexts with flow_scope='expert': the flow was calibrated with its own "
             "contexts; leave --other-contexts out, or choose another --flow-scope"
         )
 
 
-# ---- The flow
+# ---- What a dense reward sees
+@dataclass
+class MicroBatch:
+    """Some episodes, and what the policy makes of them. M counts their response tokens."""
+
+    batch: batching.Batch  # token ids and masks
+    episodes: Sequence  # B of them: prompt, text, problem, verdict
+    indices: Sequence[int]  # of the episodes in the step; those of a prompt follow one another
+    output: PolicyOutput  # log-probs and entropies (B, T), latents by tap
+    taps: Sequence[float]  # fractions of the depth, for each of the latents
+    first: PolicyOutput | None = None  # of the policy before it learnt, where the run has it
+
+    def latents(self, tap: float, back: int = 0, first: bool = False) -> Tensor:
+        """Return the latents (M, D) at a tap of the response tokens, or of tokens `back` before.
+
+        first: those of the policy before it learnt, which the reward asks for by `reads_first`
+        """
+        if tap not in self.taps:
+            raise ValueError(
+                f"latents at {tap} of the depth are not there, only at {tuple(self.taps)}: name "
+                "all that the dense reward reads in its `taps`"
+            )
+        if first and self.first is None:
+            raise ValueError(
+                "latents of the first policy are not there: set `reads_first = True` in the reward"
+            )
+        source = self.first if first else self.output
+        rows, positions = self.batch.targets.nonzero(as_tuple=True)
+        # a response follows a prompt of at least one token
+        of_tap = source.latents[self.taps.index(tap)]  # (B, S, D)
+        return of_tap[rows, (positions - back).clamp(min=0)]
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
+        return self.batch.unflatten(values)
+
+
+class Host:
+    """What a dense reward may ask of the run that it is made for."""
+
+    def __init__(self, model: Model, config, make_policy: Callable[[], Policy], names_flow: bool):
+        """Take the model, the run's settings, and what makes the policy; it has not learnt yet.
+
+        names_flow: whether --flow names the flow, or it was found
+        """
+        self.model = model
+        self.config = config  # of train_rl.py
+        self.seed: int = config.seed
+        self.make_policy = make_policy
+        self.names_flow = names_flow
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy: loaded when it is first asked for, so that other errors come before."""
+        return self.make_policy()
+
+    def solutions(self, file: str, held_out: int = 0) -> tuple[list, list]:
+        """Load expert solutions as rows of tokens: all but the last `held_out`, and these."""
+        problems = self.config.problems
+        settings = SolutionSettings(
+            problem_column=problems.problem_column,
+            template=problems.template,
+            max_prompt_tokens=problems.max_prompt_tokens,
+            cutoff=problems.max_prompt_tokens + self.config.sampling.max_tokens,
+        )
+        rows = load_solutions(file, settings, self.model)
+        n_fitted = len(rows) - held_out
+        if n_fitted < 1:
+            raise ValueError(
+                f"{held_out} of {len(rows)} solutions in {file} held out: expected fewer"
+            )
+        return rows[:n_fitted], rows[n_fitted:]
+
+    @torch.no_grad()
+    def run_policy(self, rows: Sequence, taps: Sequence[float]) -> Iterator[MicroBatch]:
+        """Yield micro-batches of rows through the policy, the same ones on every rank.
+
+        All ranks take all of them together.
+        """
+        layers = tap_layers(self.policy.n_layers, taps)
+        budget = self.config.compute.tokens_per_gpu
+        rows = encode_images(self.policy, rows, budget)
+        for indices, batch in batching.micro_batches(rows, budget, 0, 1):
+            output = self.policy(batch, self.config.sampling.temperature, layers)
+            chosen = [rows[index] for index in indices]
+            yield MicroBatch(batch, chosen, indices, output, taps)
+
+    def load_policy(self, folder: str) -> Policy:
+        """Load another policy of the same tokenizer; it does not learn, and every rank holds it whole."""
+        policy = load_policy(folder, self.config.loading.trust_remote_code)
+        return policy.to(parallel.DEVICE).requires_grad_(False)
+
+
+# ---- What a dense reward is
+@dataclass(frozen=True)
+class NoSettings:
+    """A reward without settings of its own."""
+
+
+class DenseReward:
+    """A reward of each response token. The defaults are those of one that neither learns nor taps."""
+
+    Settings: type = NoSettings  # a dataclass; `--dense NAME=VALUE` sets its fields
+    taps: Sequence[float] = ()  # fractions of the depth at which it reads latents
+    reads_first = False  # also the latents of the policy before it learnt, on the same tokens
+    clamp: tuple[float, float] | None = None  # of shaped scores, unless --dense-clamp is given
+    layers: Sequence[int] = ()  # the decoder layers of its taps
+    module: nn.Module | None = None  # what is saved, resumed and exported with the run
+    learns = False  # whether the module gets gradients from score() and makes optimiser steps
+    lr = 1e-4
+    betas = (0.9, 0.999)
+    weight_decay = 0.01
+    name = "dense"  # in figures, records and files; that of the file
+
+    def __init__(self, settings, host: Host):
+        """Take settings of the class Settings; fit here what is fitted to expert solutions."""
+
+    @classmethod
+    def make(cls, values: Mapping[str, str], host: Host) -> "DenseReward":
+        """Make a reward with settings given as texts."""
+        return cls(parse_settings(cls.Settings, values), host)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a checkpoint holds the module even if it does not learn."""
+        return self.module is not None
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Keep tensors as self.module.NAME: they are saved, resumed and exported with the run."""
+        if self.module is None:
+            self.module = nn.Module()
+        for name, tensor in tensors.items():
+            self.module.register_buffer(name, tensor)
+
+    def calibrate(self, values: Tensor) -> None:
+        """Keep mean and spread of the values (M,) or (L, M) of expert tokens, for excess()."""
+        self.keep(expert_mean=values.mean(dim=-1), expert_spread=values.std(dim=-1))
+
+    def excess(self, values: Tensor) -> Tensor:
+        """Return by how many spreads of expert tokens values (M,) or (L, M) exceed their mean."""
+        mean, spread = self.module.expert_mean, self.module.expert_spread  # () or (L,)
+        return (values - mean[..., None]) / spread[..., None]
+
+    def begin(self, step: int, episodes: Sequence) -> None:
+        """Begin to score a step's episodes, which are graded; all ranks know all of them."""
+        self.step = step
+        if self.module is not None:
+            parallel.begin_calls(self.module)
+
+    def score(self, part: MicroBatch) -> "Tensor | Scores":
+        """Return the score of each response token: (B, T), or (L, B, T) by tap.
+
+        A reward that learns leaves the gradient of its loss on its module here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method score(part)")
+
+    def end(self) -> None:
+        """End the scoring of a step: sum the module's gradient over the ranks."""
+        if self.module is not None:
+            parallel.end_calls(self.module, self.learns)
+
+    def shape(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Turn the scores (B, T) of a step, means over taps, into rewards (B, T), higher is better.
+
+        mask: (B, T) bool, tokens that have a score
+        """
+        return score
+
+    def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
+        """Take the optimiser step of the module, with the gradient of the scoring; return figures."""
+        return {f"{self.name}/grad_norm": learner.step(self.lr, clip_norm)}
+
+    def export(self, folder: Path) -> None:
+        """Write what is fitted or has learnt into folder/NAME; all ranks together."""
+        if self.module is not None:
+            export_module(self.module, folder / self.name)
+
+
+class Wrapper(DenseReward):
+    """Another dense reward, of which a subclass changes something."""
+
+    @classmethod
+    def around(cls, name: str, values: Mapping[str, str], host: Host) -> "Wrapper":
+        """Make the reward of a name (see make) with its settings, and put it into a wrapper."""
+        wrapper = cls(None, host)
+        inner = make(name, values, host)
+        wrapper.inner = inner
+        for part in ("taps", "reads_first", "clamp", "module", "learns", "betas", "weight_decay"):
+            setattr(wrapper, part, getattr(inner, part))
+        return wrapper
+
+    @property
+    def is_kept(self) -> bool:
+        return self.inner.is_kept
+
+    def begin(self, step: int, episodes: Sequence) -> None:
+        self.step = step
+        self.inner.begin(step, episodes)
+
+    def score(self, part: MicroBatch) -> "Tensor | Scores":
+        return self.inner.score(part)
+
+    def end(self) -> None:
+        self.inner.end()
+
+    def shape(self, score: Tensor, mask: Tensor) -> Tensor:
+        return self.inner.shape(score, mask)
+
+    def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
+        return self.inner.update(learner, clip_norm)
+
+    def export(self, folder: Path) -> None:
+        self.inner.export(folder)
+
+
+class Scores(NamedTuple):
+    """What a dense reward says of a micro-batch."""
+
+    values: Tensor  # (L, B, T) by tap, or of no tap with L = 1
+    mask: Tensor  # (B, T) bool, tokens that have a score
+
+
+def parse_settings(kind: type, values: Mapping[str, str]):
+    """Return a dataclass with fields given as texts; ValueError for one that is unknown or missing."""
+    known = get_type_hints(kind)
+    given = {}
+    for name, text in values.items():
+        if name not in known:
+            raise ValueError(
+                f"--dense {name}={text}: the dense reward has no such setting; "
+                f"expected {', '.join(known) or 'none'}"
+            )
+        given[name] = kinds.from_text(text, known[name])
+    try:
+        settings = kind(**given)
+        kinds.check_kinds(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--dense {' '.join(values)}: {error}") from error
+    return settings
+
+
+def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
+    """Make the flow reward, for the name `flow`, or that of a file with its settings."""
+    if name == "flow":
+        return make_flow_reward(host)
+    return load_file(name, values, host)
+
+
+def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
+    """Make the dense reward of a file. ValueError if the file or a setting does not do."""
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(f"dense_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    kind = getattr(module, "Reward", None)
+    if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
+        raise ValueError(
+            f"--shaping {path} defines no class Reward(dense.DenseReward), see docs/dense-rewards.md"
+        )
+    reward = kind.make(values, host)
+    reward.name = name
+    return reward
+
+
+def as_values(pairs: Sequence[str]) -> dict[str, str]:
+    """Return NAME=VALUE texts as a dict."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--dense {pair!r}: expected NAME=VALUE")
+        values[name] = value
+    return values
+
+
+def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload: bool) -> None:
+    """Find the layers of a reward's taps, and shard its module over the ranks.
+
+    Raises ValueError unless all taps are fractions of the depth.
+    """
+    if not all(isinstance(tap, int | float) and 0 <= tap <= 1 for tap in reward.taps):
+        raise ValueError(
+            f"{reward.name}: taps={reward.taps}; expected fractions of the depth in [0, 1]"
+        )
+    reward.layers = tap_layers(n_layers, reward.taps)
+    if reward.module is not None and any(True for _ in reward.module.parameters()):
+        parallel.shard(reward.module, (), dtype, cpu_offload)
+
+
+def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
+    """Score a micro-batch; ValueError if what the reward returns is no score of its tokens."""
+    result = reward.score(part)
+    mask = part.batch.response_mask
+    if isinstance(result, Scores):
+        values, mask = result
+    else:
+        values = result
+    if not torch.is_tensor(values):
+        raise ValueError(f"{reward.name}: score() returned {type(values).__name__}, no tensor")
+    if values.ndim == 2:
+        values = values[None]
+    n_levels = max(1, len(reward.taps))
+    shape = (n_levels if len(values) > 1 else 1, *mask.shape)
+    if tuple(values.shape) != shape:
+        raise ValueError(
+            f"{reward.name}: score() returned a tensor {tuple(values.shape)}; expected (B, T) = "
+            f"{tuple(mask.shape)}, or (L, B, T) with L = {n_levels} taps"
+        )
+    values = values.detach().float().masked_fill(~mask, 0.0)
+    if not values.isfinite().all():
+        raise ValueError(f"{reward.name}: a score of step {reward.step} is not finite")
+    return Scores(values, mask)
+
+
+def check_varied(reward: DenseReward, score: Tensor, mask: Tensor) -> None:
+    """Raise ValueError if a reward says the same of every token: it could teach nothing.
+
+    score: (B, T) of a step's episodes; mask: (B, T) bool, tokens that have a score
+    """
+    values = score[mask]
+    if len(values) > 1 and values.max() == values.min():
+        raise ValueError(
+            f"{reward.name}: all {len(values)} response tokens of step {reward.step} have the score "
+            f"{values[0].item():g}; a reward that is the same everywhere teaches nothing"
+        )
+
+
+# ---- From scores to rewards, and from rewards to advantages
+def counts(settings: DenseSettings, step: int) -> bool:
+    """Return whether the dense reward counts in a step, by --dense-after and --dense-until."""
+    until = settings.dense_until
+    return step >= settings.dense_after and (until is None or step < until)
+
+
+def token_rewards(
+    reward: DenseReward, score: Tensor, mask: Tensor, settings: DenseSettings, group_size: int
+) -> Tensor:
+    """Return each token's dense reward (B, T): dense_coef times its shaped score, clamped.
+
+    With --dense-on response the mean of a response is clamped, not each token: single tokens of an
+    expert differ from others, but in the mean they do not.
+
+    score: (B, T), mean over taps; mask: (B, T) bool, tokens that have one
+    """
+    shaped = reward.shape(score, mask)
+    if settings.dense_on == "response":
+        shaped = rlfr.mean_over_tokens(shaped, mask)[:, None].expand(mask.shape)
+    bounds = settings.dense_clamp or reward.clamp
+    if bounds:
+        shaped = shaped.clamp(*bounds)
+    rewards = settings.dense_coef * torch.where(mask, shaped, 0.0)
+    if settings.dense_centre:
+        return rlfr.centre(rewards, mask, group_size)
+    return rewards
+
+
+def reward_of_responses(reward: Tensor, mask: Tensor, settings: DenseSettings) -> Tensor:
+    """Return the dense reward of each response, (B,): the sum of its tokens', or the mean.
+
+    With --dense-on response every token has the response's reward, of which the mean is that.
+    """
+    if settings.dense_on == "response":
+        return rlfr.mean_over_tokens(reward, mask)
+    return reward.sum(dim=1)
+
+
+def credit(
+    reward: Tensor,
+    scored: Tensor,
+    mask: Tensor,
+    settings: DenseSettings,
+    group_size: int,
+    baseline: rlfr.Baseline,
+) -> Tensor:
+    """Return what token rewards (B, T) add to the advantage of each response token, (B, T).
+
+    scored: (B, T) bool, tokens that have a score; mask: (B, T) bool, response tokens
+    """
+    if settings.dense_on == "token":
+        return rlfr.token_returns(reward, mask, settings.gamma)
+    of_response = reward_of_responses(reward, scored, settings)
+    # grpo only centres it: divided by its own spread, no coefficient would be left of it
+    centring = "dr_grpo" if baseline == "grpo" else baseline
+    centred = rlfr.outcome_advantage(of_response, group_size, centring)
+    return centred[:, None] * mask
+
+
+# ---- Figures
+def metrics(
+    name: str,
+    score: Tensor,
+    scored: Tensor,
+    reward: Tensor,
+    correct: Tensor,
+    settings: DenseSettings,
+) -> dict[str, float]:
+    """Return the figures of a step's dense rewards, and those of right and of wrong episodes.
+
+    They are the mean score of a token, the mean dense reward of a response, and how many tokens
+    have a reward. A step without right episodes has no figures of these, or of wrong.
+
+    score, scored, reward: (B, T); correct: (B,) bool
+    """
+    n_scored = scored.sum().clamp(min=1)
+    n_rewarded = (reward != 0).sum(dim=1).float()
+    of_response = reward_of_responses(reward, scored, settings)
+    figures = {
+        f"{name}/score": (score.sum() / n_scored).item(),
+        f"{name}/reward": of_response.mean().item(),
+        f"{name}/tokens": n_rewarded.mean().item(),
+        f"{name}/share": (n_rewarded.sum() / n_scored).item(),
+    }
+    for side, chosen in (("right", correct), ("wrong", ~correct)):
+        if scored[chosen].any():
+            mean = score[chosen].sum() / scored[chosen].sum()
+            figures[f"{name}/score_{side}"] = mean.item()
+            figures[f"{name}/reward_{side}"] = of_response[chosen].mean().item()
+    return figures
+
+
+# ---- The flow reward
+def make_flow_reward(host: Host) -> "FlowReward":
+    """Load the flow that the settings name, and make a reward of it."""
+    config = host.config
+    n_blocks = published_settings(host.model)["flow_blocks"]
+    flow = make_flow(
+        config.flow, config.flow_reward, host.model, n_blocks=n_blocks, seed=config.seed
+    )
+    check_fitted(flow, host.policy.fingerprint, config.flow, is_named=host.names_flow)
+    parallel.compile_forward([flow.model], config.compute.compile)
+    return FlowReward(
+        flow,
+        host.policy.n_layers,
+        config.flow_reward,
+        config.flow_update,
+        seed=config.seed,
+        group_size=config.sampling.group_size,
+    )
+
+
 def make_flow(
     path: str, settings: FlowRewardSettings, model: Model, n_blocks: int, seed: int
 ) -> fl.Flow:
@@ -136,18 +622,13 @@ def check_fitted(flow: fl.Flow, fingerprint: str, path: str, is_named: bool) -> 
         print(f"{found}, as --flow asks")
 
 
-# ---- The flow reward
-class LatentScores(NamedTuple):
-    """What the flow says of a micro-batch."""
+class FlowReward(DenseReward):
+    """Reward tokens whose latents fit the flow; the flow learns from the policy's right answers.
 
-    deviation: Tensor  # (L, B, T) velocity deviation, or its excess over expert tokens, by tap
-    mask: (
-        Tensor  # (B, T) bool, tokens that have a score: not the last one if the context is the next
-    )
+    Its score is the velocity deviation, or the excess of the velocity error over expert tokens.
+    """
 
-
-class FlowReward:
-    """Reward tokens whose latents fit the flow; the flow learns from the policy's right answers."""
+    name = "flow"
 
     def __init__(
         self,
@@ -156,173 +637,106 @@ class FlowReward:
         settings: FlowRewardSettings,
         learning: FlowUpdateSettings,
         seed: int,
+        group_size: int,
     ):
         """Take a flow and the number of the policy's layers; the seed is that of its noise."""
-        self.flow = flow
-        self.taps = tap_layers(n_layers, flow.config.percentiles)
-        self.depths = [tap / n_layers for tap in self.taps]
+        self.module = flow
+        self.taps = flow.config.percentiles
+        self.depths = [tap / n_layers for tap in tap_layers(n_layers, self.taps)]
         self.settings = settings
         self.learning = learning
         self.learns = not learning.freeze_flow
+        self.lr = learning.flow_lr
         self.seed = seed
+        self.group_size = group_size
+        if settings.flow_scope == "expert":
+            self.clamp = (-10.0, 0.0)
 
-    def begin_scoring(self, step: int, correct: Tensor) -> None:
-        """Begin to score a step's episodes; correct (B,) bool says which of them the flow accepts."""
-        self.step = step
-        self.accepted = correct
+    def begin(self, step: int, episodes: Sequence) -> None:
+        """Begin to score a step's episodes; the flow accepts those that are right."""
+        super().begin(step, episodes)
+        correct = [episode.verdict.correct for episode in episodes]
+        self.accepted = torch.tensor(correct, device=parallel.DEVICE)
         self.loss = torch.zeros((), device=parallel.DEVICE)
-        parallel.begin_calls(self.flow)
 
-    def score(
-        self, batch: batching.Batch, output: PolicyOutput, indices: Sequence[int]
-    ) -> LatentScores:
+    def score(self, part: MicroBatch) -> Scores:
         """Score the latents of a micro-batch's response tokens, and let the flow learn from them.
 
-        indices: of the micro-batch's episodes in the step; they key the noise, so that a score does
-            not depend on how episodes are batched
-        The flow's loss leaves its gradient on the flow, none on the policy.
+        The indices of the episodes key the noise, so that a score does not depend on how episodes
+        are batched. The flow's loss leaves its gradient on the flow, none on the policy.
         """
-        config = self.flow.config
+        flow = self.module
+        batch = part.batch
         rows = fl.make_rows(
-            config, output.latents, self.depths, batch.attention_mask, batch.targets
+            flow.config, part.output.latents, self.depths, batch.attention_mask, batch.targets
         )
-        rows = self.flow.standardise(rows)
+        rows = flow.standardise(rows)
         lengths = batch.response_mask.sum(dim=1).tolist()
-        keys = [("flow noise", self.seed, self.step, index) for index in indices]
-        noise, z = fl.draw(config, keys, lengths, parallel.DEVICE)
+        keys = [("flow noise", self.seed, self.step, index) for index in part.indices]
+        noise, z = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
         times = self.settings.reward_times
         learn_at = None  # the times of the reward
         if self.learning.flow_times != "reward":
             learn_at = fl.draw_times(z, self.learning.flow_times)
         scale = None
         if self.settings.flow_scope == "expert":
-            scale = self.flow.expert_scale(times)
-        weight = self.loss_weights(batch, output.entropy, indices) if self.learns else None
-        _, loss, by_tap = fl.score_and_learn(
-            self.flow, rows, noise, times, weight, learn_at=learn_at, scale=scale
+            scale = flow.expert_scale(times)
+        weight = self.loss_weights(part) if self.learns else None
+        by_tap, loss = fl.score_and_learn(
+            flow, rows, noise, times, weight, learn_at=learn_at, scale=scale
         )
         if self.learns:
             self.loss += (weight * loss).sum()
         has_context = rows.exists.any(dim=1).any(dim=0)  # (M,)
-        deviation = torch.stack([batch.unflatten(values) for values in by_tap])
-        return LatentScores(deviation, batch.unflatten(has_context))
+        deviation = torch.stack([part.per_token(values) for values in by_tap])
+        return Scores(deviation, part.per_token(has_context))
 
-    def loss_weights(
-        self, batch: batching.Batch, entropy: Tensor, indices: Sequence[int]
-    ) -> Tensor:
+    def loss_weights(self, part: MicroBatch) -> Tensor:
         """Return the weight of each response token of a micro-batch in the online flow loss, (M,).
 
         Over all episodes of the step, on all ranks, the weights sum to 1, unless all of them are 0.
         """
         soft = self.learning.flow_soft
+        mask = part.batch.response_mask
         token_weight, episode_weight = rlfr.online_flow_weights(
-            batch.response_mask,
-            self.accepted[indices],
-            entropy,
+            mask,
+            self.accepted[part.indices],
+            part.output.entropy,
             self.learning.flow_entropy_quantile,
             soft,
         )
         total = torch.where(self.accepted, 1.0, soft).sum().clamp(min=1e-9)
         weight = token_weight * episode_weight[:, None] / total  # (B, T) of the micro-batch
-        return weight[batch.response_mask]
+        return weight[mask]
 
-    def end_scoring(self) -> None:
+    def end(self) -> None:
         """Sum the flow's gradient over the ranks."""
         has_learnt = self.learns and bool(self.accepted.any() or self.learning.flow_soft > 0)
-        parallel.end_calls(self.flow, self.flow.example(parallel.DEVICE), has_learnt)
+        parallel.end_calls(self.module, has_learnt)
 
-    def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
-        """Take the flow's optimiser step, with the gradient of the scoring; return its figures."""
-        return {
-            "flow/loss": parallel.sum_over_ranks(self.loss).item(),
-            "flow/grad_norm": learner.step(self.learning.flow_lr, clip_norm),
-        }
+    @property
+    def is_kept(self) -> bool:
+        """No checkpoint holds a flow that is frozen: it is in its own file."""
+        return False
 
-
-# ---- From scores to rewards, and from rewards to advantages
-def token_rewards(
-    score: Tensor, mask: Tensor, settings: FlowRewardSettings, group_size: int
-) -> Tensor:
-    """Return each token's flow reward (B, T): -flow_coef times its score in [0, 1] or [-1, 1].
-
-    That is the selected, normalised score (paper), or the clamped excess over expert tokens. The
-    excess of a response, --flow-on response, is averaged before it is clamped: single tokens of an
-    expert have an excess, too, but in the mean they have none.
-
-    score: (B, T), mean over taps; mask: (B, T) bool, tokens that have one
-    """
-    if settings.flow_scope == "expert":
-        if settings.flow_on == "response":
-            score = rlfr.mean_over_tokens(score, mask)[:, None].expand(mask.shape)
-        penalty = rlfr.clamp_excess(score, mask, settings.flow_cap)
-    else:
-        rows_together = group_size if settings.flow_scope == "group" else 1
+    def shape(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Penalise deviation (B, T): the selected, normalised scores (paper), or the excess as it is."""
+        settings = self.settings
+        if settings.flow_scope == "expert":
+            return -score
+        rows_together = self.group_size if settings.flow_scope == "group" else 1
         normalised = rlfr.normalise(
             score, mask, settings.flow_bilateral, rows_together=rows_together
         )
-        penalty = rlfr.select(
+        return -rlfr.select(
             normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
         )
-    reward = -settings.flow_coef * penalty
-    if settings.flow_centre:
-        return rlfr.centre(reward, mask, group_size)
-    return reward
 
+    def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
+        """Take the flow's optimiser step, with the gradient of the scoring; return its figures."""
+        loss = parallel.sum_over_ranks(self.loss).item()
+        return {"flow/loss": loss, **super().update(learner, clip_norm)}
 
-def reward_of_responses(reward: Tensor, mask: Tensor, settings: FlowRewardSettings) -> Tensor:
-    """Return the flow reward of each response, (B,): the sum of its tokens', or the mean.
-
-    With --flow-on response every token has the response's reward, of which the mean is that.
-    """
-    if settings.flow_on == "response":
-        return rlfr.mean_over_tokens(reward, mask)
-    return reward.sum(dim=1)
-
-
-def credit(
-    reward: Tensor,
-    scored: Tensor,
-    mask: Tensor,
-    settings: FlowRewardSettings,
-    group_size: int,
-    baseline: rlfr.Baseline,
-) -> Tensor:
-    """Return what token rewards (B, T) add to the advantage of each response token, (B, T).
-
-    scored: (B, T) bool, tokens that have a score; mask: (B, T) bool, response tokens
-    """
-    if settings.flow_on == "token":
-        return rlfr.token_returns(reward, mask, settings.gamma)
-    of_response = reward_of_responses(reward, scored, settings)
-    # grpo only centres it: divided by its own spread, no coefficient would be left of it
-    centring = "dr_grpo" if baseline == "grpo" else baseline
-    centred = rlfr.outcome_advantage(of_response, group_size, centring)
-    return centred[:, None] * mask
-
-
-# ---- Figures
-def metrics(
-    score: Tensor, scored: Tensor, reward: Tensor, correct: Tensor, settings: FlowRewardSettings
-) -> dict[str, float]:
-    """Return the figures of a step's flow rewards, and those of right and of wrong episodes.
-
-    They are the mean velocity deviation of a token, the mean flow reward of a response, and how
-    many tokens have a reward. A step without right episodes has no figures of these, or of wrong.
-
-    score, scored, reward: (B, T); correct: (B,) bool
-    """
-    n_scored = scored.sum().clamp(min=1)
-    n_rewarded = (reward != 0).sum(dim=1).float()
-    of_response = reward_of_responses(reward, scored, settings)
-    figures = {
-        "flow/score": (score.sum() / n_scored).item(),
-        "flow/reward": of_response.mean().item(),
-        "flow/tokens": n_rewarded.mean().item(),
-        "flow/share": (n_rewarded.sum() / n_scored).item(),
-    }
-    for name, chosen in (("right", correct), ("wrong", ~correct)):
-        if scored[chosen].any():
-            deviation = score[chosen].sum() / scored[chosen].sum()
-            figures[f"flow/score_{name}"] = deviation.item()
-            figures[f"flow/reward_{name}"] = of_response[chosen].mean().item()
-    return figures
+    def export(self, folder: Path) -> None:
+        """Write the flow as train_flow.py does; all ranks together."""
+        fl.export_flow(self.module, folder / "flow")

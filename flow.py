@@ -322,12 +322,6 @@ class Flow(nn.Module):
         indices = [calibrated_at.index(time) for time in times]
         return ExpertScale(self.expert_mean[indices], self.expert_spread[indices])
 
-    def example(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return arguments of forward() with a single row of zeros."""
-        vector = torch.zeros(1, self.config.dim, device=device)
-        scalar = torch.zeros(1, device=device)
-        return vector, scalar, vector, scalar
-
 
 # ---- From latents to rows of the flow's input, and back to positions
 @dataclass
@@ -526,7 +520,7 @@ def score_and_learn(
     weight: Tensor | None = None,
     learn_at: Tensor | None = None,
     scale: ExpertScale | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Score targets by velocity deviation and let the flow learn from them, in the same forwards.
 
     noise: x_0 (L, C, M, D), the same for all times
@@ -534,9 +528,8 @@ def score_and_learn(
     weight: (M,), adds the gradient of sum(weight * loss) to the flow's; None: learn nothing
     learn_at: (L, C, M), times to learn at, as in the offline start; None: learn at T_r
     scale: of expert tokens at T_r; the score is then the excess over them
-    Returns score (M,), loss (M,) and deviation (L, M), detached: the velocity deviation or the
-    excess, the mean error at the times that are learnt from, and the score at each tap, whose mean
-    is the score.
+    Returns the score at each tap (L, M) and the loss (M,), detached: the velocity deviation or the
+    excess, and the mean error at the times that are learnt from.
     """
     x_0 = noise[rows.exists]  # (P, D)
     random_t = None if learn_at is None else learn_at[rows.exists]  # (P,)
@@ -566,7 +559,7 @@ def score_and_learn(
             else:
                 score[called] = excess_score(errors.detach(), taps[called], scale)
             loss[called] = row_loss.detach()
-    return rows.per_target(score), rows.per_target(loss), rows.per_tap(score)
+    return rows.per_tap(score), rows.per_target(loss)
 
 
 def errors_at(

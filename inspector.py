@@ -58,9 +58,9 @@ def sample_and_inspect(config: Config) -> None:
     run.begin({})
     with Grader(config.reward, config.grading, config.sampling.max_tokens) as grader:
         experience = sample_and_score(config, model, problems, models, grader)
-    advantage, reward, _ = train_rl.shape_advantage(experience, config, 0)
+    advantage, reward, _ = train_rl.shape_advantage(experience, models.dense, config, 0)
     if parallel.is_first():
-        shaped = {"advantage": advantage, "flow_reward": reward}
+        shaped = {"advantage": advantage, "dense_reward": reward}
         records = train_rl.describe_rollouts(
             models,
             experience,

@@ -12,11 +12,12 @@ import infra.waiting  # noqa: F401
 # isort: split
 from pathlib import Path
 
+import torch
 import tyro
 
 import flow as fl
 from infra import checkpoints, errors, lora, parallel, runs
-from infra.exports import OF_THE_FLOW, check_finite, export_adapter, export_policy
+from infra.exports import check_finite, export_adapter, export_policy, write_weights
 from infra.files import check_free, need_keys, read_text
 from infra.parallel import start
 from infra.settings import stored_settings
@@ -49,7 +50,8 @@ def export_checkpoint(
             "--trust-remote-code if you trust it"
         )
     target = Path(out or folder / "exports" / checkpoint.name)
-    for name in runs.RESULTS:
+    dense_name = Path(str(stored.get("shaping", "flow"))).stem
+    for name in dict.fromkeys([*runs.RESULTS, dense_name]):
         check_free(target / name, overwrite)
     runs.check_checkpoint(folder, checkpoint)
     state = {}
@@ -61,6 +63,9 @@ def export_checkpoint(
     flow = empty_flow(folder / "flow.json", checkpoint)
     if flow:
         state["flow"] = {"module": flow.state_dict()}
+    elif kept := empty_tensors(dense_name, checkpoint):
+        tensors = {name: torch.empty_like(like, device="cpu") for name, like in kept.items()}
+        state[dense_name] = {"module": tensors}
     checkpoints.load(state, checkpoint)  # into the tensors of the modules
     for part in state.values():
         check_finite(part["module"], checkpoint)
@@ -70,6 +75,8 @@ def export_checkpoint(
             export_adapter(policy, model.path, target / "adapter")
     if flow:
         fl.export_flow(flow, target / "flow")
+    elif kept:
+        write_weights(tensors, target / dense_name)
     print(f"the weights of {checkpoint} are in {target}")
 
 
@@ -103,15 +110,23 @@ def empty_flow(file: Path, checkpoint: Path) -> fl.Flow | None:
 
     ValueError if the file is of another flow: nothing is allocated before that is known.
     """
-    shapes = {}
-    for name, entry in checkpoints.read_metadata(checkpoint).state_dict_metadata.items():
-        if name.startswith(OF_THE_FLOW):
-            shapes[name.removeprefix(OF_THE_FLOW)] = entry.size
-    if not shapes:
+    tensors = empty_tensors("flow", checkpoint)
+    if not tensors:
         return None
     config = fl.read_config(file, read_text(file, "the settings of a flow"))
-    fl.check_tensors(file, config, shapes)
+    fl.check_tensors(file, config, {name: tensor.shape for name, tensor in tensors.items()})
     return fl.Flow(config)
+
+
+def empty_tensors(part: str, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return tensors like those that a checkpoint holds of a part's module, without memory."""
+    prefix = f"{part}.module."
+    tensors = {}
+    for name, entry in checkpoints.read_metadata(checkpoint).state_dict_metadata.items():
+        if name.startswith(prefix):
+            dtype = entry.properties.dtype
+            tensors[name.removeprefix(prefix)] = torch.empty(entry.size, dtype=dtype, device="meta")
+    return tensors
 
 
 # ---- python run.py report RUN [RUN …]

@@ -1,12 +1,12 @@
-"""Reinforcement learning with verifiable rewards and the flow reward, on one node (paper: RLFR).
+"""Reinforcement learning with verifiable rewards and a dense reward, on one node (paper: RLFR).
 
-    python train_rl.py                                    the embedded world, from nothing
-    python train_rl.py --shaping none | entropy | flow    methods to compare differ in this flag
+    python train_rl.py                                              the embedded world, from nothing
+    python train_rl.py --shaping none | entropy | flow | FILE.py    methods differ in this flag
     torchrun --nproc-per-node 8 train_rl.py --model Qwen2.5-7B --data problems.jsonl
 
 Problems have the columns `problem` (vision-language models: `prompt`) and `answer`. A step is the
 loop at the end of main(): roll out, verify, score, shape and advantage, update the policy, update
-the flow, log.
+the dense reward, log.
 
 Every rank knows all episodes, rewards and scores of a step, so that a step is the same on any
 number of ranks. What is shared out is the work: sampling, grading, and the forward and backward
@@ -38,7 +38,7 @@ from engines import awake, check_engine, make_engine
 from evals import HeldOut, load_sets
 from infra import batching, fingerprints, lora, memory, parallel, record, rehearsal
 from infra.data import Problem, ProblemSettings, load_problems, template_pattern
-from infra.defaults import fill_in, published_settings
+from infra.defaults import fill_in
 from infra.exports import export_adapter, export_policy
 from infra.models import LoadingSettings, Model, find_model, short_name
 from infra.parallel import is_first, on_first, start
@@ -57,10 +57,10 @@ from infra.runs import Run, Stopwatch, check_folder, launch
 from infra.seeds import group_order
 from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.stopping import asked_to_stop
-from pages import describe_size, is_due, make_records, write_pages, write_report
+from pages import DensePart, describe_size, is_due, make_records, write_pages, write_report
 from policy import Freeze, Policy, encode_images, load_policy
 from rewards import Grader, RewardSettings
-from worlds import offline_start, toy
+from worlds import PRESETS, find_world, make_flow
 
 # Problems of the published runs: columns problem and answer; prompt, answer and images
 PUBLISHED_DATA = {
@@ -142,8 +142,8 @@ class Config:
     eval_data: tuple[str, ...] | None = None
     # Parts NAME or NAME=WEIGHT, see rewards.py; by default binary, for VL models vlm tags=0.5
     reward: tuple[str, ...] | None = None
-    # Dense part of the advantage; none: plain RLVR
-    shaping: Literal["flow", "entropy", "none"] = "flow"
+    # Dense part of the advantage: flow, entropy, none (plain RLVR), or a file, see dense.py
+    shaping: str = "flow"
     # Flow of the offline start: folder or file, new for an untrained one; by default the newest
     flow: str | None = None
     steps: PositiveInt | None = None  # RL steps; by default as `epochs` says
@@ -155,6 +155,7 @@ class Config:
     problems: ProblemSettings = ProblemSettings()
     grading: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
+    dense_reward: dense.DenseSettings = dense.DenseSettings()
     flow_reward: dense.FlowRewardSettings = dense.FlowRewardSettings()
     flow_update: dense.FlowUpdateSettings = dense.FlowUpdateSettings()
     optimisation: OptimisationSettings = OptimisationSettings()
@@ -195,7 +196,7 @@ def check(config: Config) -> None:
             f"train_batch={train_batch} is not a multiple of the {n_ranks} ranks; choose one"
         )
     check_adapters(config)
-    dense.check(config.flow_reward)
+    dense.check(config.shaping, config.dense_reward, config.flow_reward)
 
 
 def check_adapters(config: Config) -> None:
@@ -216,13 +217,13 @@ def resolve(config: Config) -> tuple[Config, Model]:
     on_first(lambda: check_folder(config))
     name = config.model
     flow_folder = f"runs/flow-{short_name(config.model)}"
-    world = on_first(lambda: toy.find_world(config.model))
+    world = on_first(lambda: find_world(config.model))
     if world:
         name = world.path("model")
         data = world.path("train.jsonl")
         config = with_defaults(config, data=data, eval_data=(world.path("test.jsonl"),))
         if config.shaping == "flow" and config.flow is None:
-            on_first(lambda: offline_start.make_flow(config.model, flow_folder))
+            on_first(lambda: make_flow(config.model, flow_folder))
     if config.shaping == "flow" and config.flow is None:
         config = with_defaults(config, flow=on_first(lambda: fl.newest_flow(flow_folder)))
     model = find_model(name, config.loading)
@@ -299,40 +300,42 @@ class Models(NamedTuple):
 
     policy: Policy
     reference: Policy | lora.WithoutAdapters | None  # the initial policy, for a KL
-    dense: dense.FlowReward | None
+    dense: dense.DenseReward | None
     learners: dict[str, parallel.Learner]  # of the policy, and of the dense reward if it learns
 
 
 def make_models(config: Config, model: Model, is_flow_named: bool) -> Models:
-    """Load the policy, the reference for a KL, and the flow; nothing learns yet."""
-    flow = None
-    if config.shaping == "flow":
-        n_blocks = published_settings(model)["flow_blocks"]
-        flow = dense.make_flow(
-            config.flow, config.flow_reward, model, n_blocks=n_blocks, seed=config.seed
-        )
-    policy = make_policy(config, model)
+    """Load the policy, the policy before it learnt where it is needed, and the dense reward."""
+    host = dense.Host(model, config, partial(make_policy, config, model), is_flow_named)
+    dense_reward = None
+    if config.shaping not in ("none", "entropy"):
+        own = dense.as_values(config.dense_reward.dense)
+        dense_reward = dense.make(config.shaping, own, host)
+        dtype = parallel.compute_dtype(config.loading.dtype)
+        dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.cpu_offload)
     reference = None
-    if config.optimisation.kl_coef:
-        reference = make_reference(policy, config, model)
-    if flow is None:
-        return Models(policy, reference, None, learners={})
-    dense.check_fitted(flow, policy.fingerprint, config.flow, is_named=is_flow_named)
-    parallel.compile_forward([flow.model], config.compute.compile)
-    dtype = parallel.compute_dtype(config.loading.dtype)
-    parallel.shard(flow, (), dtype, config.compute.cpu_offload)
-    flow_reward = dense.FlowReward(
-        flow, policy.n_layers, config.flow_reward, config.flow_update, seed=config.seed
-    )
-    return Models(policy, reference, flow_reward, learners={})
+    if config.optimisation.kl_coef or (dense_reward and dense_reward.reads_first):
+        reference = make_reference(host.policy, config, model)
+    return Models(host.policy, reference, dense_reward, learners={})
 
 
 def with_learners(models: Models, weight_decay: float) -> Models:
     """Give all that learns an optimiser."""
     learners = {"policy": parallel.Learner(models.policy, (0.9, 0.95), weight_decay)}
-    if models.dense and models.dense.learns:
-        learners["flow"] = parallel.Learner(models.dense.flow, (0.9, 0.999), weight_decay=0.01)
+    dense_reward = models.dense
+    if dense_reward and dense_reward.learns:
+        learners[dense_reward.name] = parallel.Learner(
+            dense_reward.module, dense_reward.betas, dense_reward.weight_decay
+        )
     return models._replace(learners=learners)
+
+
+def kept_of(models: Models) -> dict[str, parallel.Kept]:
+    """Return what a dense reward has fitted, for checkpoints; what learns is in its learner."""
+    dense_reward = models.dense
+    if not dense_reward or dense_reward.learns or not dense_reward.is_kept:
+        return {}
+    return {dense_reward.name: parallel.Kept(dense_reward.module)}
 
 
 def tensors_of(models: Models) -> list[Tensor]:
@@ -376,11 +379,11 @@ class Experience:
     old_logp: Tensor  # log-probs by the policy, before the update
     entropy: Tensor
     ref_logp: Tensor  # 0 without a reference
-    deviation: Tensor  # (L, B, T) what the dense reward says of each token, by tap
+    dense_score: Tensor  # (L, B, T) what the dense reward says of each token, by tap
     scored: Tensor  # bool, tokens of which it says anything
 
     @classmethod
-    def before_scoring(cls, episodes: list[rollout.Episode], n_taps: int) -> "Experience":
+    def before_scoring(cls, episodes: list[rollout.Episode], n_levels: int) -> "Experience":
         """Return what is known before the scoring pass, and zeros elsewhere."""
         device = parallel.DEVICE
         lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=device)
@@ -399,20 +402,20 @@ class Experience:
             old_logp=torch.zeros(mask.shape, device=device),
             entropy=torch.zeros(mask.shape, device=device),
             ref_logp=torch.zeros(mask.shape, device=device),
-            deviation=torch.zeros(n_taps, *mask.shape, device=device),
+            dense_score=torch.zeros(n_levels, *mask.shape, device=device),
             scored=torch.zeros_like(mask),
         )
 
     def sum_over_ranks(self) -> None:
         """Add up what each rank has scored; it left zeros for the others' episodes."""
-        for tensor in (self.old_logp, self.entropy, self.ref_logp, self.deviation):
+        for tensor in (self.old_logp, self.entropy, self.ref_logp, self.dense_score):
             parallel.sum_over_ranks(tensor)
         self.scored = parallel.sum_over_ranks(self.scored.float()).bool()
 
     @property
     def score(self) -> Tensor:
-        """The mean of the deviation over taps, (B, T)."""
-        return self.deviation.sum(dim=0) / max(1, len(self.deviation))
+        """The mean of the dense score over taps, (B, T)."""
+        return self.dense_score.mean(dim=0)
 
 
 def score(
@@ -427,25 +430,28 @@ def score(
     A dense reward that learns gets its gradient here. Latents are not kept.
     """
     policy, reference, dense_reward, _ = models
-    taps = dense_reward.taps if dense_reward else []
-    episodes = encode_images(policy, episodes, token_budget)
-    experience = Experience.before_scoring(episodes, len(taps))
+    layers = dense_reward.layers if dense_reward else ()
     if dense_reward:
-        dense_reward.begin_scoring(step, experience.correct)
+        dense_reward.begin(step, episodes)
+    episodes = encode_images(policy, episodes, token_budget)
+    experience = Experience.before_scoring(episodes, max(1, len(layers)))
     for indices, batch in my_micro_batches(episodes, token_budget, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
-            output = policy(batch, temperature, taps)
+            output = policy(batch, temperature, layers)
             experience.old_logp[cells] = output.logp
             experience.entropy[cells] = output.entropy
-            if reference:
-                experience.ref_logp[cells] = reference(batch, temperature).logp
+            first = reference(batch, temperature, layers) if reference else None
+            if first:
+                experience.ref_logp[cells] = first.logp
         if dense_reward:
-            latent_scores = dense_reward.score(batch, output, indices)
-            experience.deviation[:, *cells] = latent_scores.deviation
-            experience.scored[cells] = latent_scores.mask
+            chosen = [episodes[index] for index in indices]
+            part = dense.MicroBatch(batch, chosen, indices, output, dense_reward.taps, first)
+            values, mask = dense.checked_scores(dense_reward, part)
+            experience.dense_score[:, *cells] = values
+            experience.scored[cells] = mask
     if dense_reward:
-        dense_reward.end_scoring()
+        dense_reward.end()
     experience.sum_over_ranks()
     return experience
 
@@ -458,7 +464,7 @@ def my_micro_batches(episodes: Sequence, token_budget: int, phase: str):
 
 # ---- 4. Shape and advantage
 def shape_advantage(
-    experience: Experience, config: Config, step: int
+    experience: Experience, dense_reward: dense.DenseReward | None, config: Config, step: int
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Return each token's advantage and dense reward, (B, T) each, and figures of them.
 
@@ -469,21 +475,25 @@ def shape_advantage(
     baseline = config.advantage.baseline
     outcome = rlfr.outcome_advantage(experience.reward, group_size, baseline)
     advantage = outcome[:, None] * mask
-    dense_reward = torch.zeros_like(advantage)
+    token_rewards = torch.zeros_like(advantage)
     metrics = {}
-    if config.shaping == "flow":
-        settings = config.flow_reward
+    if dense_reward:
+        settings = config.dense_reward
         score = experience.score
         scored = experience.scored
-        if step >= settings.flow_after:
-            dense_reward = dense.token_rewards(score, scored, settings, group_size)
-        advantage += dense.credit(dense_reward, scored, mask, settings, group_size, baseline)
-        metrics = dense.metrics(score, scored, dense_reward, experience.correct, settings)
+        if step == 0:
+            dense.check_varied(dense_reward, score, scored)
+        if dense.counts(settings, step):
+            token_rewards = dense.token_rewards(dense_reward, score, scored, settings, group_size)
+        advantage += dense.credit(token_rewards, scored, mask, settings, group_size, baseline)
+        metrics = dense.metrics(
+            dense_reward.name, score, scored, token_rewards, experience.correct, settings
+        )
     optimisation = config.optimisation
     if optimisation.kl_coef and optimisation.kl_in == "reward":
         kl = rlfr.kl_divergence(experience.old_logp, experience.ref_logp, optimisation.kl_kind)
         kl_reward = -optimisation.kl_coef * kl
-        advantage += rlfr.token_returns(kl_reward, mask, config.flow_reward.gamma)
+        advantage += rlfr.token_returns(kl_reward, mask, config.dense_reward.gamma)
         metrics["kl_reward"] = kl_reward[mask].mean().item()
     if config.shaping == "entropy":
         shaped = rlfr.entropy_advantage(advantage, experience.entropy) * mask
@@ -492,7 +502,7 @@ def shape_advantage(
     if baseline == "reinforce++":
         advantage = rlfr.whiten(advantage, mask)
     metrics["advantage_abs"] = advantage[mask].abs().mean().item()
-    return advantage, dense_reward, metrics
+    return advantage, token_rewards, metrics
 
 
 # ---- 5. Update the policy
@@ -566,6 +576,13 @@ def update_policy(
     return metrics
 
 
+# ---- 6. Update the dense reward
+def update_dense(models: Models, clip_norm: float) -> dict[str, float]:
+    """Take the optimiser step of a dense reward that learns, with the gradient of 3; return figures."""
+    learner = models.learners.get(models.dense.name) if models.dense else None
+    return models.dense.update(learner, clip_norm) if learner else {}
+
+
 # ---- Before the first step
 def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> None:
     """Do phases 3 to 6 of a step at the longest lengths, with learners that take no step."""
@@ -579,8 +596,7 @@ def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> Non
         experience = score(models, episodes, 0, temperature, token_budget=token_budget)
         advantage = torch.ones_like(experience.old_logp)
         update_policy(models, experience, advantage, config, step=0, lr=0.0)
-        if "flow" in models.learners:
-            models.dense.update(models.learners["flow"], config.optimisation.clip_norm)
+        update_dense(models, config.optimisation.clip_norm)
 
     rehearsal.rehearse(update, problems, config)
 
@@ -630,18 +646,23 @@ def describe_rollouts(
         **shaped,
         "ratio": (experience.old_logp - experience.sampled_logp).exp(),
     }
-    deviation = experience.deviation.masked_fill(~experience.scored, torch.nan)
-    taps = models.dense.taps if models.dense else []
-    by_tap = list(zip(taps, deviation, strict=True))  # taps may coincide
+    scores = experience.dense_score.masked_fill(~experience.scored, torch.nan)
+    dense_part = None
+    if models.dense:
+        dense_part = DensePart(models.dense.name, models.dense.layers, scores)
     chosen = experience.episodes[: n_groups * group_size]
-    return make_records(chosen, group_size, per_token, by_tap, tokenizer=tokenizer)
+    return make_records(chosen, group_size, per_token, dense_part, tokenizer=tokenizer)
 
 
-def step_line(step: int, metrics: dict[str, float]) -> str:
+def step_line(step: int, metrics: dict[str, float], dense_reward) -> str:
     """Return one line of figures of a step, for the screen."""
+    dense_part = ""
+    if dense_reward:
+        name = dense_reward.name
+        dense_part = f"{name} {metrics[f'{name}/score']:.3f}  "
     return (
         f"step {step:4d}  reward {metrics['reward']:.3f}  length {metrics['length']:6.1f}  "
-        f"entropy {metrics['entropy']:.3f}  flow {metrics.get('flow/score', 0):.3f}  "
+        f"entropy {metrics['entropy']:.3f}  {dense_part}"
         f"loss {metrics['policy/loss']:+.4f}  grad {metrics['policy/grad_norm']:.3f}  "
         f"{metrics['time/step']:.1f} s"
     )
@@ -673,10 +694,10 @@ def main(config: Config) -> None:
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
-    state = {"progress": progress, **models.learners}
+    state = {"progress": progress, **kept_of(models), **models.learners}
     run.begin(state)
-    if models.dense:  # an export of a checkpoint needs it
-        run.write_json("flow.json", asdict(models.dense.flow.config))
+    if config.shaping == "flow":  # an export of a checkpoint needs it
+        run.write_json("flow.json", asdict(models.dense.module.config))
     if config.compute.rehearse:
         rehearse(models, problems, config)
 
@@ -713,7 +734,7 @@ def main(config: Config) -> None:
         if config.optimisation.lora_rank:
             export_adapter(policy, model.path, folder / "adapter")
         if models.dense:
-            fl.export_flow(models.dense.flow, folder / "flow")
+            models.dense.export(folder)
 
     # ---- Does the engine sample from the model that is trained?
     with awake(engine, weights, host_copy):
@@ -776,21 +797,20 @@ def main(config: Config) -> None:
         clock.lap("score")
 
         # ---- 4. Shape and advantage
-        advantage, dense_reward, metrics = shape_advantage(experience, config, step)
+        advantage, dense_reward, metrics = shape_advantage(experience, models.dense, config, step)
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, warmup=optimisation.warmup)
         metrics |= update_policy(models, experience, advantage, config=config, step=step, lr=lr)
 
-        # ---- 6. Update the flow, with the gradient of 3
-        if "flow" in models.learners:
-            metrics |= models.dense.update(models.learners["flow"], optimisation.clip_norm)
+        # ---- 6. Update the dense reward, with the gradient of 3
+        metrics |= update_dense(models, optimisation.clip_norm)
         clock.lap("update")
 
         # ---- 7. Log, evaluate, save
         progress |= {"step": step + 1, "cursor": cursor}
         if is_first() and is_due(step, total_steps, config.record.log_rollouts):
-            shaped = {"advantage": advantage, "flow_reward": dense_reward}
+            shaped = {"advantage": advantage, "dense_reward": dense_reward}
             records = describe_rollouts(
                 models,
                 experience,
@@ -810,7 +830,7 @@ def main(config: Config) -> None:
         run.log(step + 1, metrics, state)
         if is_first():
             bar.update()
-            tqdm.write(step_line(step + 1, metrics))
+            tqdm.write(step_line(step + 1, metrics, models.dense))
         keep(step + 1)
 
     # ---- Write the results
@@ -833,4 +853,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, toy.PRESETS["train_rl"])
+    launch(main, Config, PRESETS["train_rl"])

@@ -347,7 +347,8 @@ def compute_figures(
     keys = [("benchmark", i) for i in range(len(lengths))]
     noise, _ = fl.draw(flow.config, keys, lengths, torch.device("cpu"))
     rows = fl.make_rows(flow.config, latents, depths, batch.attention_mask, batch.targets)
-    score, _, _ = fl.score_and_learn(CastInputs(flow, dtype), rows, noise.to(device), [0.8])
+    by_tap, _ = fl.score_and_learn(CastInputs(flow, dtype), rows, noise.to(device), [0.8])
+    score = by_tap.mean(dim=0)
     is_token = batch.attention_mask
     figures = {
         "logp": logp[batch.response_mask],
@@ -406,10 +407,15 @@ class Trainer:
         self.policy = Policy(make_model(shape, parallel.DEVICE).train())
         parallel.shard(self.policy, self.policy.blocks, dtype)
         flow = make_flow(shape)
-        parallel.shard(flow, (), dtype)
         flow_reward = dense.FlowReward(
-            flow, shape.layers, self.config.flow_reward, self.config.flow_update, seed=0
+            flow,
+            shape.layers,
+            self.config.flow_reward,
+            self.config.flow_update,
+            seed=0,
+            group_size=settings.group_size,
         )
+        dense.prepare(flow_reward, shape.layers, dtype, cpu_offload=False)
         models = train_rl.Models(self.policy, None, flow_reward, {})
         self.models = train_rl.with_learners(models, weight_decay=0.0)
 
@@ -646,7 +652,7 @@ def measure_offline_start(settings: Settings, shape: Shape) -> dict:
             n_rows += count
             figures["loss"] += watched["seconds"]
             figures["peak_gb"] = max(figures["peak_gb"], watched["peak_gb"])
-        _, watched = measure(lambda: parallel.end_calls(flow, flow.example(parallel.DEVICE), True))
+        _, watched = measure(lambda: parallel.end_calls(flow, True))
         figures["sum"] = watched["seconds"]
         _, watched = measure(partial(learner.step, 1e-4, 1.0, n_rows))
         figures["adamw"] = watched["seconds"]

@@ -35,6 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -154,10 +155,15 @@ def make_parts(settings: Settings, case: Case, folder: str) -> Parts:
     flow_reward = None
     if case.variant != NONE:
         flow = fl.Flow(fl.FlowConfig(settings.hidden_size, settings.flow_blocks))
-        parallel.shard(flow, (), torch.float32)
         flow_reward = dense.FlowReward(
-            flow, policy.n_layers, config.flow_reward, config.flow_update, seed=config.seed
+            flow,
+            policy.n_layers,
+            config.flow_reward,
+            config.flow_update,
+            seed=config.seed,
+            group_size=settings.group_size,
         )
+        dense.prepare(flow_reward, policy.n_layers, torch.float32, cpu_offload=False)
     models = train_rl.Models(policy, None, flow_reward, {})
     models = train_rl.with_learners(models, config.optimisation.weight_decay)
 
@@ -221,22 +227,18 @@ def score(
 
 def without_learning(parts: Parts) -> dense.FlowReward:
     """Return the same flow reward, whose flow scores and does not learn."""
-    frozen = change(parts.config.flow_update, freeze_flow=True)
-    models = parts.models
-    seed = parts.config.seed
-    return dense.FlowReward(
-        models.dense.flow, models.policy.n_layers, models.dense.settings, frozen, seed=seed
-    )
+    frozen = copy(parts.models.dense)
+    frozen.learns = False
+    return frozen
 
 
 def learn(parts: Parts, experience: train_rl.Experience, step: int) -> None:
     """Shape the advantage; update the policy, and the flow with the gradient of the scoring."""
     config = parts.config
     models = parts.models
-    advantage, _, _ = train_rl.shape_advantage(experience, config, step)
+    advantage, _, _ = train_rl.shape_advantage(experience, models.dense, config, step)
     train_rl.update_policy(models, experience, advantage, config, step=step, lr=config.lr)
-    if "flow" in models.learners:
-        models.dense.update(models.learners["flow"], config.optimisation.clip_norm)
+    train_rl.update_dense(models, config.optimisation.clip_norm)
 
 
 # ---- A row

@@ -176,12 +176,12 @@ def shape(
     selected = rlfr.select(
         normalised, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
     )
-    flow_reward = -settings.flow_coef * selected
-    returns = rlfr.token_returns(flow_reward, mask, settings.gamma)
+    flow_reward = -config.dense_reward.dense_coef * selected
+    returns = rlfr.token_returns(flow_reward, mask, config.dense_reward.gamma)
     return {
         "normalised": normalised,
         "selected": selected,
-        "flow_reward": flow_reward,
+        "dense_reward": flow_reward,
         "returns": returns,
         "advantage": outcome[:, None] * mask + returns,
     }
@@ -237,11 +237,11 @@ def render(figures: dict) -> dict[str, str]:
                 "score": "score",
                 "min-max": "normalised",
                 "kept": "selected",
-                "flow reward": "flow_reward",
+                "flow reward": "dense_reward",
             },
         ),
         "advantages": columns_table(
-            figures, {"flow reward": "flow_reward", "return": "returns", "advantage": "advantage"}
+            figures, {"flow reward": "dense_reward", "return": "returns", "advantage": "advantage"}
         ),
         "loss": loss_table(figures),
     }

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from infra import lora, parallel
 from infra.files import folder_written_whole
 from infra.parallel import on_first
 
-OF_THE_FLOW = "flow.module."  # begins the names of the flow's tensors in a checkpoint
+WEIGHTS_FILE = "weights.safetensors"  # of a dense reward
 
 
 def export_policy(policy, dtype: torch.dtype, processors: Sequence, folder: Path) -> None:
@@ -52,6 +53,20 @@ def export_adapter(policy, base: str, folder: Path) -> None:
             save_file(weights, temporary / "adapter_model.safetensors")
 
     on_first(write)
+
+
+def export_module(module: nn.Module, folder: Path) -> None:
+    """Write the state of a module that may be sharded as safetensors; all ranks together."""
+    weights = parallel.gather_weights(parallel.full_weights(module, torch.float32))
+    on_first(lambda: write_weights(weights, folder))
+
+
+def write_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write tensors as safetensors into a folder, which is replaced."""
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+    with folder_written_whole(folder, overwrite=True) as temporary:
+        temporary.mkdir()
+        save_file(whole, temporary / WEIGHTS_FILE)
 
 
 def check_finite(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:

@@ -1,8 +1,9 @@
 """Whether values that were read from a file are of the kinds that a dataclass declares."""
 
+import ast
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 def check_kinds(values) -> None:
@@ -16,6 +17,8 @@ def check_kinds(values) -> None:
 
 def is_of_kind(value, hint) -> bool:
     """Return whether a value is of a kind: a class, a union of kinds, or tuple[KIND, ...]."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if isinstance(hint, UnionType):
         return any(is_of_kind(value, kind) for kind in get_args(hint))
     if get_origin(hint) is tuple:
@@ -28,6 +31,8 @@ def is_of_kind(value, hint) -> bool:
 
 def describe(hint) -> str:
     """Return a kind in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
     if isinstance(hint, UnionType):
         return " or ".join(describe(kind) for kind in get_args(hint))
     if get_origin(hint) is tuple:
@@ -40,6 +45,16 @@ def describe(hint) -> str:
         NoneType: "null",
     }
     return words.get(hint, hint.__name__)
+
+
+def from_text(text: str, hint):
+    """Return what a text from the command line stands for where a kind is wanted."""
+    if is_of_kind(text, hint):
+        return text
+    try:
+        return as_tuple(ast.literal_eval(text))
+    except (ValueError, SyntaxError):  # check_kinds() says what was expected
+        return text
 
 
 def as_tuple(value):

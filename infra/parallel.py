@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -301,22 +302,34 @@ def begin_calls(module: nn.Module) -> None:
     module.set_requires_gradient_sync(False)
 
 
-def end_calls(module: nn.Module, example: Sequence[Tensor], learnt: bool) -> None:
+def end_calls(module: nn.Module, learnt: bool) -> None:
     """Free what begin_calls() gathered and, if any rank has learnt, sum the gradients over ranks.
 
     FSDP sums gradients only during a backward, so the module does one of weight zero.
 
     Args:
         module: the module given to begin_calls().
-        example: any inputs of the module.
         learnt: whether any rank did a backward since begin_calls(); the same on all ranks.
     """
     if not isinstance(module, FSDPModule):
         return
     if learnt:
         module.set_requires_gradient_sync(True)
-        (module(*example).sum() * 0).backward()
+        module.forward = partial(sum_of_nothing, module)  # around it FSDP does its work
+        try:
+            module().backward()
+        finally:
+            del module.forward  # the class's is there again
     module.reshard()
+
+
+def sum_of_nothing(module: nn.Module) -> Tensor:
+    """Return 0 by a sum over all weights that learn, whose gradients it makes 0."""
+    total = torch.zeros((), device=DEVICE)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            total = total + 0 * parameter.sum()
+    return total
 
 
 # ---- Offloading
@@ -500,6 +513,25 @@ def without_frozen(state: dict[str, Tensor], module: nn.Module) -> dict[str, Ten
         if name not in learns or learns[name].requires_grad:
             kept[name] = tensor
     return kept
+
+
+class Kept:
+    """A module that does not learn, or not by gradients: it is checkpointed all the same."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all that is kept."""
+        yield from self.module.state_dict().values()
+
+    def state_dict(self) -> dict:
+        """Return the module's tensors, as Learner.state_dict() does."""
+        return {"module": self.module.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what state_dict() returned."""
+        self.module.load_state_dict(state["module"])
 
 
 class Rehearsal:

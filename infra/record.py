@@ -8,12 +8,13 @@ An episode has
     prompt images              the prompt as text, and where its images are: they are not copied
     response finish_reason     the response as text without special tokens, and how it ended
     reward parts correct verdict extracted text    what the verdict says, see rewards.py
-    taps                       indices of the tapped layers
+    dense taps                 name of the dense reward, null if there is none; indices of the layers it taps
     token_ids tokens           of the response; tokens are texts, which together are the response
-    logp entropy flow_reward advantage ratio       a number for each token of the response
-    deviation                  for each tap a number for each token, whose mean is the flow's score
+    logp entropy dense_reward advantage ratio      a number for each token of the response
+    dense_score                for each tap a number for each token, whose mean is the dense score
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
-stands for a number that is not there: a token without a context has no deviation.
+stands for a number that is not there: a token without a context has no deviation from a flow. Files
+of earlier versions say `flow_reward` and `deviation`, and are read as well.
 
 A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them.
 """
@@ -36,10 +37,10 @@ def summary_rows(records: Sequence[dict]) -> tuple[list[str], list[list]]:
     rows = []
     for one in records:
         row = [one[column] for column in columns]
-        row += [len(one["tokens"]), mean(one["entropy"]), sum(one["flow_reward"])]
-        row.append(mean([mean(values) for values in one["deviation"]]))
+        row += [len(one["tokens"]), mean(one["entropy"]), sum(one["dense_reward"])]
+        row.append(mean([mean(values) for values in one["dense_score"]]))
         rows.append(row)
-    return [*columns, "tokens", "entropy", "flow reward", "deviation"], rows
+    return [*columns, "tokens", "entropy", "dense reward", "dense score"], rows
 
 
 def mean(numbers: Sequence[float | None]) -> float | None:
@@ -70,9 +71,21 @@ def need_files(run: str | Path) -> dict[int, Path]:
     return found
 
 
+# What earlier versions called parts of a record
+OLD_NAMES = {"flow_reward": "dense_reward", "deviation": "dense_score"}
+
+
+def by_todays_names(one: dict) -> dict:
+    """Return a record, perhaps of an earlier version, with the names that its parts have now."""
+    if not isinstance(one, dict) or "dense" in one:
+        return one
+    renamed = {OLD_NAMES.get(name, name): value for name, value in one.items()}
+    return {**renamed, "dense": "flow" if one.get("taps") else None}
+
+
 def read(path: Path) -> list[dict]:
     """Read the records of a step."""
-    records = read_json_lines(path, "a rollout a line")
+    records = [by_todays_names(one) for one in read_json_lines(path, "a rollout a line")]
     need_keys(records, path, ["step", "group", "response", "reward", "taps", "tokens"])
     if not records:
         raise ValueError(f"{path} is empty; expected the rollouts of a step: remove it")

@@ -115,6 +115,7 @@ FIXED_AT_START = {
     "min_pixels": OF_THE_PROMPTS,
     "max_pixels": OF_THE_PROMPTS,
     "shaping": OF_THE_WEIGHTS,
+    "dense": OF_THE_WEIGHTS,
     "flow": OF_THE_WEIGHTS,
     "freeze": OF_THE_WEIGHTS,
     "lora_rank": OF_THE_WEIGHTS,

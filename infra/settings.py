@@ -122,6 +122,8 @@ def runs_code(stored: dict[str, object]) -> list[str]:
     names = []
     if any(".py" in part for part in stored.get("reward") or ()):
         names.append("reward")
+    if str(stored.get("shaping")).endswith(".py"):
+        names.append("shaping")
     if stored.get("trust_remote_code"):
         names.append("trust_remote_code")
     return names
@@ -133,10 +135,12 @@ def check_asked_again(config, stored: dict[str, object]) -> None:
     Whoever resumes a run that somebody sent would else run that person's code unawares.
     """
     asked = flatten(config)
+    usual = flatten(type(config)())
     for name, value in stored.items():
-        if not asked[name]:
+        if asked[name] == usual[name]:
             flag = f"--{name.replace('_', '-')}"
-            given = flag if value is True else " ".join([flag, *value])
+            values = [value] if isinstance(value, str) else value
+            given = flag if value is True else " ".join([flag, *values])
             raise ValueError(
                 f"--resume {config.resume}: that run has {name}={value!r}, which runs code that "
                 f"you may not have written; give {given} again if you trust it"
@@ -175,6 +179,13 @@ def stored_settings(folder: str | Path) -> dict[str, object]:
     return flat
 
 
+# Settings whose names have changed: what earlier versions said of the flow holds of any dense reward
+RENAMED = {
+    "flow_coef": "dense_coef",
+    "flow_on": "dense_on",
+    "flow_centre": "dense_centre",
+    "flow_after": "dense_after",
+}
 # Settings that earlier versions had, and that do not count for a run that goes on
 OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
 # Settings that earlier versions had, and the value at which those did what every run does now
@@ -200,6 +211,13 @@ def upgraded(stored: dict[str, object], folder: str | Path) -> dict[str, object]
     if stored.get("flow_accept") == "all" and not has_quantile:
         del stored["flow_accept"]
         stored["flow_soft"] = 1.0
+    cap = stored.pop("flow_cap", None)  # the excess was divided by it
+    for old, new in RENAMED.items():
+        if old in stored:
+            stored[new] = stored.pop(old)
+    if cap is not None and stored.get("flow_scope") == "expert":
+        stored["dense_clamp"] = [-cap, 0.0]
+        stored["dense_coef"] = stored.get("dense_coef", 0.01) / cap
     split = stored.pop("split", "train")
     data = stored.get("data")
     if split != "train" and data and has_splits(data):

@@ -52,6 +52,7 @@ CHARTS = {
         "Seconds a step, the rest": ("time/sync", "time/verify", "time/record", "time/evaluate"),
     },
 }
+SIDES = ("", "_right", "_wrong")  # a figure of all episodes, and of right and wrong ones
 NOT_SHOWN = {"step", "cursor", "epoch", "rows"}
 EVALUATION = re.compile(r"eval/(?P<set>.+)/(?P<kind>sampled|greedy)")
 
@@ -176,7 +177,7 @@ def evaluation_lines(run: RunFiles, prefix: str) -> dict[str, list[Line]]:
 
 def make_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[Chart]]]:
     """Yield each section's title and charts, those that have a line."""
-    for section, charts in CHARTS.items():
+    for section, charts in known_charts(runs).items():
         made = accuracy_charts(runs) if section == "Outcome" else []
         for title, metrics in charts.items():
             made.append(chart_of(runs, title, metrics))
@@ -184,10 +185,24 @@ def make_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[Chart]]]:
     yield "Other figures", [chart for chart in other_charts(runs) if not is_constant(chart)]
 
 
+def known_charts(runs: Sequence[RunFiles]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return CHARTS, with a section for each dense reward beside the flow that a run had."""
+    sections = dict(CHARTS)
+    for metric in logged_metrics(runs):
+        name = metric.removesuffix("/share")  # which every dense reward logs
+        if name != metric and name != "flow":
+            sections[f"Dense reward: {name}"] = {
+                "Score of a token": tuple(f"{name}/score{side}" for side in SIDES),
+                "Reward of a response": tuple(f"{name}/reward{side}" for side in SIDES),
+                "Share of tokens with a reward": (metric,),
+            }
+    return sections
+
+
 def other_charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    """Return a chart for each metric that CHARTS does not name."""
+    """Return a chart for each metric that no section has."""
     known = set(NOT_SHOWN)
-    for charts in CHARTS.values():
+    for charts in known_charts(runs).values():
         for metrics in charts.values():
             known.update(metrics)
     others = []

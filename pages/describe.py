@@ -5,6 +5,7 @@ infra/record.py says what a record has, and reads and counts them.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +14,14 @@ from infra import record, vision
 BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character
 BYTES_OF_A_CHARACTER = 4  # at most, in UTF-8
+
+
+class DensePart(NamedTuple):
+    """What a dense reward says of the tokens of a step."""
+
+    name: str | None
+    layers: Sequence[int]  # that it taps; they may coincide
+    scores: Sequence[Tensor]  # (B, T) for each of them, or one of no tap; NaN where there is none
 
 
 def is_due(step: int, total_steps: int, every: int) -> bool:
@@ -36,17 +45,18 @@ def make_records(
     episodes: Sequence,
     group_size: int,
     per_token: dict[str, Tensor],
-    by_tap: Sequence[tuple[int, Tensor]],
+    dense_part: DensePart | None,
     tokenizer,
 ) -> list[dict]:
     """Return the records of a step's first episodes, group_size in a row for a problem.
 
     episodes: graded, as many as there are to be records
     per_token: (B, T) each, of all episodes of the step
-    by_tap: index of each tapped layer, and its (B, T), NaN where there is no number
+    dense_part: what the dense reward says of each token, None if there is no such reward
     """
     numbers = {name: values[: len(episodes)].tolist() for name, values in per_token.items()}
-    deviations = [values[: len(episodes)].tolist() for _, values in by_tap]
+    dense_part = dense_part or DensePart(None, (), ())
+    scores = [values[: len(episodes)].tolist() for values in dense_part.scores]
     records = []
     for i, episode in enumerate(episodes):
         length = len(episode.response_ids)
@@ -64,11 +74,12 @@ def make_records(
                 "verdict": verdict.kind,
                 "extracted": verdict.extracted,
                 "text": verdict.text,
-                "taps": [tap for tap, _ in by_tap],
+                "dense": dense_part.name,
+                "taps": list(dense_part.layers),
                 "token_ids": episode.response_ids,
                 "tokens": token_texts(tokenizer, episode.response_ids),
                 **{name: shorten(rows[i][:length]) for name, rows in numbers.items()},
-                "deviation": [shorten(rows[i][:length]) for rows in deviations],
+                "dense_score": [shorten(rows[i][:length]) for rows in scores],
             }
         )
     return records

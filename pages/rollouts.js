@@ -5,15 +5,20 @@ const form = document.forms[0];
 const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in rollouts.py
 
 // What a token can be coloured by. Signed measures have two hues, around their centre.
-const MEASURES = [
-  {name: 'flow reward', key: 'flow_reward', signed: true, centre: 0},
-  {name: 'deviation', key: 'mean_deviation'},
+const REWARD = `${data.dense} reward`;
+const SCORE = data.dense === 'flow' ? 'deviation' : `${data.dense} score`;
+const DENSE = [
+  {name: REWARD, key: 'dense_reward', signed: true, centre: 0},
+  {name: SCORE, key: 'mean_score'},
   ...data.taps.map((layer, i) => ({name: `tap ${i + 1} (layer ${layer})`, tap: i})),
+];
+const MEASURES = [
+  ...data.dense ? DENSE : [],
   {name: 'log-prob', key: 'logp', falling: true},
   {name: 'entropy', key: 'entropy'},
   {name: 'advantage', key: 'advantage', signed: true, centre: 0},
   {name: 'ratio', key: 'ratio', signed: true, centre: 1},
-].filter(measure => data.taps.length || !/flow|deviation/.test(measure.name));
+];
 
 let groups = [];  // of the step that is shown: a problem with its responses each
 let measure = MEASURES[0];
@@ -32,13 +37,13 @@ function mean(numbers) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-// Add to a response what is not in the file: the mean over taps of its deviations.
+// Add to a response what is not in the file: the mean over taps of its scores.
 function prepare(response) {
-  response.mean_deviation = response.tokens.map((_, k) => mean(response.deviation.map(d => d[k])));
+  response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
   return response;
 }
 
-const values = (response, of) => of.tap === undefined ? response[of.key] : response.deviation[of.tap];
+const values = (response, of) => of.tap === undefined ? response[of.key] : response.dense_score[of.tap];
 const responses = () => groups.flatMap(group => group.responses);
 
 // Six digits are what the file has; fewer are shown in tables.
@@ -89,7 +94,7 @@ function bounds(of) {
   const at = share => sorted[Math.round(share * (sorted.length - 1))];
   if (!of.signed) return [at(.02), at(.98)];
   const reach = Math.max(Math.abs(at(.02) - of.centre), Math.abs(at(.98) - of.centre),
-    of.key === 'flow_reward' ? Math.max(...sorted.map(Math.abs)) : 0);
+    of.key === 'dense_reward' ? Math.max(...sorted.map(Math.abs)) : 0);
   return [of.centre - reach, of.centre + reach];
 }
 
@@ -181,9 +186,9 @@ function outcomes() {
   line('responses', side => side.length);
   line('tokens a response', side => mean(side.map(r => r.tokens.length)));
   const of = key => side => mean(side.flatMap(r => r[key]));
-  if (data.taps.length) {
-    line('deviation', of('mean_deviation'));
-    line('flow reward a response', side => mean(side.map(r => r.flow_reward.reduce((a, b) => a + b, 0))));
+  if (data.dense) {
+    line(SCORE, of('mean_score'));
+    line(`${REWARD} a response`, side => mean(side.map(r => r.dense_reward.reduce((a, b) => a + b, 0))));
   }
   line('entropy', of('entropy'));
   line('log-prob', of('logp'));
@@ -195,22 +200,22 @@ function count() {
   const counts = new Map();
   for (const response of responses())
     response.tokens.forEach((text, k) => {
-      const entry = counts.get(text) ?? {text, n: 0, sum: 0, rewarded: 0, deviations: []};
+      const entry = counts.get(text) ?? {text, n: 0, sum: 0, rewarded: 0, scores: []};
       entry.n += 1;
-      entry.sum += response.flow_reward[k];
-      entry.rewarded += response.flow_reward[k] !== 0;
-      entry.deviations.push(response.mean_deviation[k]);
+      entry.sum += response.dense_reward[k];
+      entry.rewarded += response.dense_reward[k] !== 0;
+      entry.scores.push(response.mean_score[k]);
       counts.set(text, entry);
     });
   const entries = [...counts.values()];
-  for (const entry of entries) entry.deviation = mean(entry.deviations);
+  for (const entry of entries) entry.score = mean(entry.scores);
   const sign = document.querySelector('[name=order]:checked').value === 'penalised' ? 1 : -1;
-  return entries.sort((a, b) => sign * (a.sum - b.sum) || sign * (b.deviation - a.deviation));
+  return entries.sort((a, b) => sign * (a.sum - b.sum) || sign * (b.score - a.score));
 }
 
 function tokenTable() {
   const entries = count();
-  const table = [row(['token', 'count', 'rewarded', 'reward', 'deviation'], 'th')];
+  const table = [row(['token', 'count', 'rewarded', 'reward', data.dense ? SCORE : 'score'], 'th')];
   for (const entry of entries.slice(0, rows)) {
     const button = element('button', visible(entry.text));
     button.type = 'button';
@@ -218,7 +223,7 @@ function tokenTable() {
     button.setAttribute('aria-pressed', entry.text === marked);
     button.onclick = () => choose(entry.text === marked ? null : entry.text);
     const share = `${(100 * entry.rewarded / entry.n).toFixed(0)} %`;
-    const cells = [entry.n, share, show(entry.sum / entry.n, 3), show(entry.deviation, 4)];
+    const cells = [entry.n, share, show(entry.sum / entry.n, 3), show(entry.score, 4)];
     const made = row(['', ...cells]);
     made.firstChild.append(button);
     table.push(made);

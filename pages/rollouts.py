@@ -27,10 +27,10 @@ OF_A_RESPONSE = (
     "token_ids",
     "logp",
     "entropy",
-    "flow_reward",
+    "dense_reward",
     "advantage",
     "ratio",
-    "deviation",
+    "dense_score",
 )
 
 
@@ -50,11 +50,12 @@ def write_rollouts_page(
 
     Where they do not fit, later groups of each step are left out, and then steps; the page says so.
     """
-    taps = next(iter(steps.values()))[0]["taps"]
+    first = next(iter(steps.values()))[0]
     packed = {step: list(pack_groups(records)) for step, records in steps.items()}
     chosen = choose(packed, max_bytes)
     data = {
-        "taps": taps,
+        "dense": first["dense"],
+        "taps": first["taps"],
         "steps": [{"step": step, "groups": groups} for step, groups in chosen.items()],
     }
     body = fill(

@@ -92,7 +92,7 @@ def count_tokens(
     counts: dict[str, TokenCount] = {}
     for one in records:
         deviation = mean_over_taps(one)
-        for place, reward in enumerate(one["flow_reward"]):
+        for place, reward in enumerate(one["dense_reward"]):
             text = name(one["tokens"], place)
             count = counts.setdefault(text, TokenCount(text))
             count.rewards.append(reward)
@@ -103,7 +103,7 @@ def count_tokens(
 
 def mean_over_taps(one: dict) -> list[float | None]:
     """Return the deviation of each token of a record, the mean over taps."""
-    return [record.mean(by_tap) for by_tap in zip(*one["deviation"], strict=True)]
+    return [record.mean(by_tap) for by_tap in zip(*one["dense_score"], strict=True)]
 
 
 def text_of(tokens: list[str], place: int) -> str:

@@ -7,7 +7,7 @@
     python study/evidence.py                                        tables and figures
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
-changed: --first-seed 100 --arms rlvr calibrated:flow_coef=0.1,flow_cap=5 --json study/tuning.json.
+changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_cap=5 --json study/tuning.json.
 
 Every run is a process of its own, with one thread and no GPU:
 
@@ -63,8 +63,8 @@ CALIBRATED = {
     "shaping": "flow",
     "flow": "{flow}",
     "flow_scope": "expert",
-    "flow_on": "response",
-    "flow_coef": COEFFICIENT,
+    "dense_on": "response",
+    "dense_coef": COEFFICIENT,
     "flow_cap": 2.0,  # of the base model, the worst responses have an excess of about 1
     "freeze_flow": True,
 }
@@ -73,9 +73,9 @@ EXPERT_SOLUTIONS = ("--expert-solutions", "{solutions}", "--held-out", "{n_held_
 # A token's own excess is larger than a response's mean, and is summed over the tokens that follow
 CALIBRATED_TOKEN = {
     **CALIBRATED,
-    "flow_on": "token",
-    "flow_centre": True,
-    "flow_coef": 0.3,
+    "dense_on": "token",
+    "dense_centre": True,
+    "dense_coef": 0.3,
     "flow_cap": 10.0,
     "gamma": 0.9,
 }

@@ -34,6 +34,7 @@ from browser import Browser, read_port
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import dense
 import flow as fl
 import rollout
 import train_rl
@@ -157,6 +158,29 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return small_run(world, flow_folder, tmp_path / "run", **BY_LENGTH)
 
 
+def flow_reward_of(config: train_rl.Config) -> dense.FlowReward:
+    """The flow reward of some settings, with a flow that scores nothing."""
+    flow = fl.Flow(fl.FlowConfig(dim=4, n_blocks=1))
+    settings = (config.flow_reward, config.flow_update)
+    return dense.FlowReward(
+        flow, 4, *settings, seed=config.seed, group_size=config.sampling.group_size
+    )
+
+
+def shape_advantage(
+    experience: train_rl.Experience, config: train_rl.Config
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Do what train_rl.shape_advantage does in the first step, with the flow reward or with none."""
+    reward = flow_reward_of(config) if config.shaping == "flow" else None
+    return train_rl.shape_advantage(experience, reward, config, 0)
+
+
+def score_and_learn(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what flow.score_and_learn does; return the mean score over taps (M,) and the loss (M,)."""
+    by_tap, loss = fl.score_and_learn(*arguments, **options)
+    return by_tap.mean(dim=0), loss
+
+
 @pytest.fixture
 def seen(monkeypatch) -> list[tuple[train_rl.Experience, torch.Tensor, torch.Tensor]]:
     """Experience, advantage and dense reward of each step: the tensors that are written."""
@@ -164,7 +188,7 @@ def seen(monkeypatch) -> list[tuple[train_rl.Experience, torch.Tensor, torch.Ten
     describe = train_rl.describe_rollouts
 
     def spy(models, experience, shaped, **options):
-        calls.append((experience, shaped["advantage"], shaped["flow_reward"]))
+        calls.append((experience, shaped["advantage"], shaped["dense_reward"]))
         return describe(models, experience, shaped, **options)
 
     monkeypatch.setattr(train_rl, "describe_rollouts", spy)
@@ -174,7 +198,7 @@ def seen(monkeypatch) -> list[tuple[train_rl.Experience, torch.Tensor, torch.Ten
 def experience_of(mask: torch.Tensor, **known) -> train_rl.Experience:
     """The experience of a step, zeros but for what is known; each response token is scored.
 
-    known: fields of train_rl.Experience, reward and correct (B,), deviation (L, B, T)
+    known: fields of train_rl.Experience, reward and correct (B,), dense_score (L, B, T)
     """
     nothing = torch.zeros(mask.shape)
     values = {
@@ -185,7 +209,7 @@ def experience_of(mask: torch.Tensor, **known) -> train_rl.Experience:
         "old_logp": nothing,
         "entropy": nothing,
         "ref_logp": nothing,
-        "deviation": nothing[None],
+        "dense_score": nothing[None],
         "scored": mask,
     }
     return train_rl.Experience(mask=mask, **{**values, **known})

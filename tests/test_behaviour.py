@@ -21,18 +21,21 @@ import common
 def response(group: int, is_right: bool, deviation: float, n: int = 2) -> dict:
     """A response of n tokens with one deviation at both taps."""
     both = [[deviation] * n] * 2
-    return one_record(group, 0, ["a"] * n, correct=is_right, deviation=both)
+    return one_record(group, 0, ["a"] * n, correct=is_right, dense_score=both)
 
 
 def test_tokens_are_counted():
-    numbers = {"flow_reward": [-0.01, 0.0, 0.0, -0.02], "deviation": [[1, 2, 3, 4], [3, 4, 5, 8]]}
+    numbers = {
+        "dense_reward": [-0.01, 0.0, 0.0, -0.02],
+        "dense_score": [[1, 2, 3, 4], [3, 4, 5, 8]],
+    }
     counts = behaviour.count_tokens([one_record(0, 0, list("=a=b"), **numbers)], behaviour.text_of)
     found = [(c.text, c.n, c.total, c.rewarded, c.deviation) for c in counts]
     assert found == [("b", 1, -0.02, 1, 6), ("=", 2, -0.01, 0.5, 3), ("a", 1, 0, 0, 3)]
 
 
 def test_tokens_without_a_deviation_count_all_the_same():
-    one = one_record(0, 0, ["a", "a"], deviation=[[1.0, None], [3.0, None]])
+    one = one_record(0, 0, ["a", "a"], dense_score=[[1.0, None], [3.0, None]])
     (count,) = behaviour.count_tokens([one], behaviour.text_of)
     assert (count.n, count.deviation) == (2, 2)
 
@@ -77,7 +80,7 @@ def test_auc_of_outcomes():
 
 
 def test_places():
-    one = one_record(0, 0, ["a"] * 20, deviation=[[float(k) for k in range(20)]])
+    one = one_record(0, 0, ["a"] * 20, dense_score=[[float(k) for k in range(20)]])
     assert behaviour.by_place([one]).tolist() == [2 * k + 0.5 for k in range(10)]
     assert np.isnan(behaviour.by_place([])).all()
 

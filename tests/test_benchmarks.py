@@ -286,7 +286,7 @@ def test_three_passes_score_and_learn_as_one(tmp_path):
     for variant in (rl_step.FLOW, rl_step.THREE_PASSES):
         case = rl_step.Case(variant, 2, 8, 6)
         parts = rl_step.make_parts(SMALL_STEP, case, str(tmp_path / variant))
-        flow = parts.models.dense.flow
+        flow = parts.models.dense.module
         torch.manual_seed(1)
         for parameter in flow.parameters():  # zeros at the start would let little through
             torch.nn.init.normal_(parameter, std=0.05)

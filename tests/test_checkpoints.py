@@ -211,8 +211,8 @@ MAY_CHANGE = {
     *("reward", "overlong_buffer", "grade_truncated"),
     *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
-    *("flow_after", "flow_coef", "flow_on", "reward_times", "flow_threshold", "flow_top_k"),
-    *("flow_scope", "flow_cap", "flow_centre", "flow_bilateral", "gamma"),
+    *("dense_after", "dense_coef", "dense_on", "reward_times", "flow_threshold", "flow_top_k"),
+    *("flow_scope", "dense_clamp", "dense_centre", "dense_until", "flow_bilateral", "gamma"),
     *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
     *("eval_data", "eval_every", "eval_samples", "log_rollouts"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
@@ -307,7 +307,7 @@ def with_old_settings(folder: str, **settings) -> None:
     stored["optimisation"].update(lr_floor=0.1, ratio_cap=3.0)
     stored["advantage"].update(entropy_alpha=0.4, entropy_kappa=2.0)
     stored["evaluation"]["eval_split"] = "test"
-    stored["flow_reward"]["flow_power"] = 1.0
+    stored["dense_reward"]["flow_power"] = 1.0
     stored["record"]["log_groups"] = 3
     stored["grading"]["grader_deadline"] = 7.0
     stored["problems"].update(max_images=8, split="train")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import experience_of, read_lines, small_run
+from conftest import experience_of, read_lines, score_and_learn, shape_advantage, small_run
 from safetensors.torch import load_file
 
 import flow as fl
@@ -53,7 +53,7 @@ def test_the_score_against_experts_is_the_scaled_error():
     latents = [torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[2.0, 0.0]]])]
     rows = rows_of(config, latents)
     flow = fl.Flow(config)  # a new one has no velocity
-    score, loss, _ = fl.score_and_learn(flow, rows, torch.zeros(2, 1, 1, 2), [0.8], scale=SCALE)
+    score, loss = score_and_learn(flow, rows, torch.zeros(2, 1, 1, 2), [0.8], scale=SCALE)
     errors = [1.0, 2.0]
     expected = ((errors[0] - 1.0) / 0.5 + (errors[1] - 2.0) / 0.1) / 2
     assert score.item() == pytest.approx(expected, abs=1e-5)
@@ -110,7 +110,7 @@ def test_centred_rewards_sum_to_zero_over_the_group():
 # ---- train_rl.py
 def right_episodes(excess: torch.Tensor, mask: torch.Tensor) -> train_rl.Experience:
     """Experience of episodes that are all right."""
-    return experience_of(mask, deviation=excess[None], reward=torch.ones(len(mask)))
+    return experience_of(mask, dense_score=excess[None], reward=torch.ones(len(mask)))
 
 
 def test_the_mean_excess_of_a_response_joins_the_outcome():
@@ -120,33 +120,33 @@ def test_the_mean_excess_of_a_response_joins_the_outcome():
     config = change(
         train_rl.Config(),
         flow_scope="expert",
-        flow_on="response",
-        flow_coef=0.5,
+        dense_on="response",
+        dense_coef=0.05,
         group_size=2,
         baseline="dr_grpo",
     )
-    advantage, _, metrics = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
+    advantage, _, metrics = shape_advantage(right_episodes(excess, mask), config)
     # -0.5 * 0.2 and -0.5 * 0.4, less their mean
     torch.testing.assert_close(advantage, torch.tensor([[0.05, 0.05, 0.05], [-0.05, 0.0, 0.0]]))
     assert metrics["flow/reward"] == pytest.approx(-0.15), "of a response, not of its tokens"
 
 
 def advantages(excess: list[float], reward: list[float], coef: float) -> torch.Tensor:
-    """The advantages of responses of a token each, with `--flow-on response` and grpo."""
+    """The advantages of responses of a token each, with `--dense-on response` and grpo."""
     experience = experience_of(
         torch.ones(len(excess), 1).bool(),
-        deviation=torch.tensor(excess)[None, :, None],
+        dense_score=torch.tensor(excess)[None, :, None],
         reward=torch.tensor(reward),
     )
     config = change(
         train_rl.Config(),
         flow_scope="expert",
-        flow_on="response",
-        flow_coef=coef,
-        flow_cap=2.0,
+        dense_on="response",
+        dense_coef=coef / 2,
+        dense_clamp=(-2.0, 0.0),
         group_size=len(excess),
     )
-    advantage, _, _ = train_rl.shape_advantage(experience, config, 0)
+    advantage, _, _ = shape_advantage(experience, config)
     return advantage.squeeze(1)
 
 
@@ -175,17 +175,17 @@ def test_nothing_is_penalised_in_what_looks_like_an_experts():
     mask = torch.ones(2, 3, dtype=torch.bool)
     excess = torch.tensor([[-0.5, 0.0, 0.4], [-1.0, -1.0, -1.0]])
     config = change(
-        train_rl.Config(), flow_scope="expert", flow_on="response", flow_coef=1.0, group_size=2
+        train_rl.Config(), flow_scope="expert", dense_on="response", dense_coef=1.0, group_size=2
     )
-    advantage, _, _ = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
+    advantage, _, _ = shape_advantage(right_episodes(excess, mask), config)
     assert not advantage.any()
 
 
 def test_excess_acts_on_tokens():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     excess = torch.tensor([[0.0, 5.0, 20.0], [0.0, 0.0, 0.0]])
-    config = change(train_rl.Config(), flow_scope="expert", flow_coef=1.0, group_size=2, gamma=0.5)
-    advantage, _, _ = train_rl.shape_advantage(right_episodes(excess, mask), config, 0)
+    config = change(train_rl.Config(), flow_scope="expert", dense_coef=0.1, group_size=2, gamma=0.5)
+    advantage, _, _ = shape_advantage(right_episodes(excess, mask), config)
     # penalties 0, 0.5, 1, discounted by 0.5
     expected = torch.tensor([[-0.5, -1.0, -1.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(advantage, expected)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import score_and_learn
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,7 +108,7 @@ def test_modes_layers_and_targets_are_averaged():
         return x_t * 0
 
     # v = 0 and x_0 = 0: delta = x_1^2, and the weight of 0.5 is 1
-    score, _, _ = fl.score_and_learn(no_velocity, rows, torch.zeros(2, 2, 3, 1), [0.5])
+    score, _ = score_and_learn(no_velocity, rows, torch.zeros(2, 2, 3, 1), [0.5])
     assert score.tolist() == pytest.approx([(1 + 9) / 4, (4 + 4 + 9 + 9) / 4, (16 + 9) / 4])
 
 
@@ -118,7 +119,7 @@ def test_score_and_loss_share_a_forward_and_its_gradient():
     field.register_forward_hook(lambda *_: calls.append(1))
     rows = single_rows(x_1, context)
     weight = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
-    score, loss, _ = fl.score_and_learn(field, rows, x_0[None, None], [0.5, 0.8], weight)
+    score, loss = score_and_learn(field, rows, x_0[None, None], [0.5, 0.8], weight)
     assert len(calls) == 2, "one forward a time serves score and loss"
     got = [p.grad.clone() for p in field.parameters()]
     field.zero_grad()
@@ -138,9 +139,9 @@ def test_learning_at_random_times_leaves_the_score_alone():
     weight = torch.ones(5)
     z = torch.linspace(-2, 2, 5)
     fixed = LinearField()
-    score, _, _ = fl.score_and_learn(fixed, rows, x_0[None, None], [0.8], weight)
+    score, _ = score_and_learn(fixed, rows, x_0[None, None], [0.8], weight)
     random = LinearField()
-    score_random, loss, _ = fl.score_and_learn(
+    score_random, loss = score_and_learn(
         random, rows, x_0[None, None], [0.8], weight, z.sigmoid()[None, None]
     )
     torch.testing.assert_close(score, score_random)
@@ -157,7 +158,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     for size in (100, 3):
         monkeypatch.setattr(fl, "ROWS_PER_CALL", size)
         field = LinearField()
-        score, loss, _ = fl.score_and_learn(field, rows, x_0[None, None], [0.8], weight)
+        score, loss = score_and_learn(field, rows, x_0[None, None], [0.8], weight)
         offline = fl.matching_loss(field, rows, x_0[None, None], torch.full((1, 1, 7), 0.5))
         results.append((score, loss, offline, field.a.grad, field.b.grad))
     torch.testing.assert_close(*results)

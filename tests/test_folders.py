@@ -121,7 +121,7 @@ def test_a_file_stays(command, tmp_path, world, flow_folder):
 
 
 def test_a_world_of_other_settings_stays(tmp_path):
-    """It was replaced: `worlds.toy --steps 2` made a world of two steps from that of 600."""
+    """It was replaced: `python -m worlds --steps 2` made a world of two steps from that of 600."""
     folder = tmp_path / "toy"
     sizes = {"hidden_size": 32, "n_layers": 1, "n_train": 4, "n_test": 2, "n_expert": 2}
     small = toy.World(str(folder), steps=1, batch_size=4, **sizes)

@@ -47,10 +47,10 @@ def one_record(group: int, sample: int, tokens: list[str], **changes) -> dict:
         "tokens": tokens,
         "logp": [-0.1 * k for k in range(n)],
         "entropy": [0.2 * k for k in range(n)],
-        "flow_reward": flow_reward,
+        "dense_reward": flow_reward,
         "advantage": [1.0 - 0.5 * sample] * n,
         "ratio": [1.0] * n,
-        "deviation": [[1.0 + k for k in range(n)], [3.0 + k for k in range(n)]],
+        "dense_score": [[1.0 + k for k in range(n)], [3.0 + k for k in range(n)]],
     }
     return record | changes
 
@@ -100,10 +100,10 @@ def test_a_page_of_long_responses_is_small(tmp_path):
     records = []
     for sample in range(16):
         words = [f" w{rng.randrange(1000)}" for _ in range(256)]
-        columns = ("logp", "entropy", "flow_reward", "advantage", "ratio")
+        columns = ("logp", "entropy", "dense_reward", "advantage", "ratio")
         values = {name: numbers() for name in columns}
         deviation = [numbers(), numbers(), numbers()]
-        records.append(one_record(0, sample, words, deviation=deviation, **values))
+        records.append(one_record(0, sample, words, dense_score=deviation, **values))
     page = write(tmp_path, {1: records})
     assert "Recorded steps: 1, groups of each: 1." in page.read_text(), "nothing is left out"
     assert page.stat().st_size < 3e6
@@ -139,7 +139,7 @@ def test_any_model_flow_and_problems(world, flow_folder, tmp_path, shaping):
         (group, sample) for group in range(2) for sample in range(3)
     ]
     if shaping == "flow":
-        assert all(any(one["deviation"][0]) for one in records)
+        assert all(any(one["dense_score"][0]) for one in records)
     # regression: without a flow they were 0
     assert all(all(one["logp"]) and all(one["entropy"]) for one in records)
     page = (tmp_path / "look" / "rollouts.html").read_text()
@@ -270,8 +270,8 @@ def test_the_table_of_tokens_is_a_recount_and_filters(page):
     counts: dict[str, list] = {}
     for one in some_records():
         for k, text in enumerate(one["tokens"]):
-            mean = (one["deviation"][0][k] + one["deviation"][1][k]) / 2
-            counts.setdefault(text, []).append((one["flow_reward"][k], mean))
+            mean = (one["dense_score"][0][k] + one["dense_score"][1][k]) / 2
+            counts.setdefault(text, []).append((one["dense_reward"][k], mean))
     signs = {"◌": "", "↵": "\n", "␣b": " b"}
     found = table(page, "tokens")
     assert [signs.get(row[0], row[0]) for row in found] == ["\n", " b", "é", "", "a"]
@@ -409,8 +409,8 @@ def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
             expected = {
                 "flow reward": flow_reward[sample, k],
                 "deviation": experience.score[sample, k],
-                "tap 1 (layer 1)": experience.deviation[0, sample, k],
-                "tap 3 (layer 2)": experience.deviation[2, sample, k],
+                "tap 1 (layer 1)": experience.dense_score[0, sample, k],
+                "tap 3 (layer 2)": experience.dense_score[2, sample, k],
                 "log-prob": experience.old_logp[sample, k],
                 "entropy": experience.entropy[sample, k],
                 "advantage": advantage[sample, k],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import experience_of, figures
+from conftest import experience_of, figures, shape_advantage
 from test_train import OPTIONS
 
 import dense
@@ -40,16 +40,17 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({}, {"warmup": 1.0}),
     ({}, {"weight_decay": 0.1}),
     ({"shaping": "none"}, {"clip_norm": 1e-3}),
-    ({"flow_coef": 1.0}, {"flow_scope": "expert"}),
-    ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_cap": 20.0}),
-    ({"flow_coef": 1.0, "flow_scope": "expert"}, {"flow_on": "response"}),
-    ({"flow_coef": 1.0}, {"flow_centre": True}),
-    ({"flow_coef": 1.0}, {"contexts": ("next",), "other_contexts": True}),
+    ({"dense_coef": 1.0}, {"flow_scope": "expert"}),
+    ({"dense_coef": 1.0, "flow_scope": "expert"}, {"dense_clamp": (-0.05, 0.0)}),
+    ({"dense_coef": 1.0, "flow_scope": "expert"}, {"dense_on": "response"}),
+    ({"dense_coef": 1.0}, {"dense_centre": True}),
+    ({"dense_coef": 1.0}, {"contexts": ("next",), "other_contexts": True}),
     ({}, {"lora_rank": 4}),
     ({"lora_rank": 4}, {"lora_alpha": 2.0}),
 ]
 # Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
-ELSEWHERE = {"epochs", "freeze"}
+# and in tests/test_dense.py, settings of a file and dense_until
+ELSEWHERE = {"epochs", "freeze", "dense", "dense_until"}
 
 
 def named(options: dict) -> str:
@@ -81,6 +82,7 @@ def test_every_option_of_advantage_loss_and_flow_reward_is_tested():
         tested |= options.keys()
     for settings in (
         train_rl.AdvantageSettings,
+        dense.DenseSettings,
         dense.FlowRewardSettings,
         dense.FlowUpdateSettings,
         train_rl.OptimisationSettings,
@@ -98,7 +100,7 @@ def test_only_reinforce_plus_plus_is_whitened(baseline):
     config = change(train_rl.Config(), shaping="none", baseline=baseline, group_size=2)
     reward = torch.tensor([3.0, 0.0])
     experience = experience_of(mask, reward=reward)
-    advantage, _, _ = train_rl.shape_advantage(experience, config, 0)
+    advantage, _, _ = shape_advantage(experience, config)
     outcome = rlfr.outcome_advantage(reward, 2, baseline)
     is_whitened = not torch.equal(advantage, outcome[:, None] * mask)
     assert is_whitened == (baseline == "reinforce++")
@@ -210,11 +212,11 @@ def test_kl_is_taken_from_the_rewards_of_tokens():
     experience = experience_of(mask, old_logp=logp, sampled_logp=logp, ref_logp=reference)
     settings = {"shaping": "none", "group_size": 2, "kl_coef": 0.1, "kl_kind": "k1"}
     kl = change(train_rl.Config(), kl_in="reward", **settings)
-    advantage, _, metrics = train_rl.shape_advantage(experience, kl, 0)
+    advantage, _, metrics = shape_advantage(experience, kl)
     # log-ratios [[0.5, 0, -1], [0, 2]], summed from each token to the end
     expected = -0.1 * torch.tensor([[-0.5, -1.0, -1.0], [2.0, 2.0, 0.0]])
     torch.testing.assert_close(advantage, expected)
     assert metrics["kl_reward"] == pytest.approx(-0.1 * 1.5 / 5)
     loss = change(train_rl.Config(), kl_in="loss", **settings)
-    advantage, _, _ = train_rl.shape_advantage(experience, loss, 0)
+    advantage, _, _ = shape_advantage(experience, loss)
     assert not advantage.any()

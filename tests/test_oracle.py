@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import score_and_learn
 from safetensors.torch import load_file
 
 import flow as fl
@@ -101,13 +102,13 @@ def test_ii_scores_of_sequences():
             for mode in range(len(contexts)):
                 drawn = x[f"noise[{name}].layer{layer}.mode{mode}"]
                 noise[layer, mode, rows.exists[layer, mode]] = drawn
-        score, loss, _ = fl.score_and_learn(flow, rows, noise, [time])
+        score, loss = score_and_learn(flow, rows, noise, [time])
         near(score.view(batch, size)[:, actions], x[f"out.action_flow_score[{name}]"])
         near(loss.view(batch, size)[:, actions], x[f"out.action_flow_loss[{name}]"])
         for layer in range(len(taps)):
             one = slice(layer, layer + 1)
             rows = fl.make_rows(config, latents[one], depths[one], everything, everything)
-            score, loss, _ = fl.score_and_learn(flow, rows, noise[one], [time])
+            score, loss = score_and_learn(flow, rows, noise[one], [time])
             near(score.view(batch, size), x[f"out.score_layer{layer}[{name}]"])
             near(loss.view(batch, size), x[f"out.loss_layer{layer}[{name}]"])
 
@@ -219,12 +220,12 @@ def test_v_returns_and_advantages():
     prefix = "out.token_reward["
     for case in [name.removeprefix(prefix)[:-1] for name in x if name.startswith(prefix)]:
         estimator, *settings = case.split(",")
-        kl_coef, flow_coef, gamma = (float(setting.split("=")[1]) for setting in settings)
+        kl_coef, dense_coef, gamma = (float(setting.split("=")[1]) for setting in settings)
         outcome = rlfr.outcome_advantage(
             x["in.outcome_reward"], facts["samples_per_prompt"], baselines[estimator]
         )
         near(outcome, x[f"out.shaped_outcome[{estimator}]"])
-        dense = -kl_coef * kl - flow_coef * score
+        dense = -kl_coef * kl - dense_coef * score
         reward = dense + outcome[:, None] * is_last
         near(reward, x[f"out.token_reward[{case}]"])
         near(reward.sum(dim=1), x[f"out.return_sum[{case}]"])

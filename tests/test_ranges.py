@@ -44,7 +44,7 @@ FLAGS = [
     for name, kind in numeric_types(config).items()
 ]
 # Negative numbers that a setting takes
-SIGNED = {"flow_coef"}
+SIGNED = {"dense_coef"}
 
 
 def test_the_numbers_that_there_are():

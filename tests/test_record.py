@@ -19,7 +19,7 @@ from worlds import toy
 sys.path.append(str(ROOT / "benchmarks"))
 import recording  # noqa: E402
 
-PER_TOKEN = ("logp", "entropy", "flow_reward", "advantage", "ratio")
+PER_TOKEN = ("logp", "entropy", "dense_reward", "advantage", "ratio")
 
 
 def test_records_hold_the_tensors_of_the_step(config, seen, monkeypatch):
@@ -38,15 +38,15 @@ def test_records_hold_the_tensors_of_the_step(config, seen, monkeypatch):
             tensors = {
                 "logp": experience.old_logp,
                 "entropy": experience.entropy,
-                "flow_reward": flow_reward,
+                "dense_reward": flow_reward,
                 "advantage": advantage,
             }
             for name, values in tensors.items():
                 assert one[name] == pytest.approx(values[i, :length].tolist(), rel=1e-5), name
-            assert one["deviation"][1] == pytest.approx(
-                experience.deviation[1, i, :length].tolist(), rel=1e-5
+            assert one["dense_score"][1] == pytest.approx(
+                experience.dense_score[1, i, :length].tolist(), rel=1e-5
             )
-            mean = torch.tensor(one["deviation"]).mean(dim=0)
+            mean = torch.tensor(one["dense_score"]).mean(dim=0)
             torch.testing.assert_close(mean, experience.score[i, :length], rtol=1e-4, atol=1e-6)
             assert one["ratio"] == pytest.approx([1.0] * length, rel=1e-3)
             assert one["token_ids"] == episodes[i].response_ids

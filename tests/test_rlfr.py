@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers as hf
-from conftest import FAMILIES, PLAIN_FAMILIES, TINY, plain_model, tiny_model
+from conftest import FAMILIES, PLAIN_FAMILIES, TINY, plain_model, score_and_learn, tiny_model
 
 import flow as fl
 import rlfr
@@ -446,7 +446,7 @@ def test_scores_do_not_depend_on_micro_batches(policy, flow_folder):
         keys = [("noise", 0, 0, i) for i in group]
         lengths = [len(episodes[i].response_ids) for i in group]
         noise, _ = fl.draw(flow.config, keys, lengths, parallel.DEVICE)
-        target_score, _, _ = fl.score_and_learn(flow, rows, noise, [0.5, 0.8])
+        target_score, _ = score_and_learn(flow, rows, noise, [0.5, 0.8])
         flow_score = batch.unflatten(target_score)
         unit = rlfr.normalise(flow_score, batch.response_mask, bilateral=False, rows_together=1)
         reward = rlfr.select(unit, threshold=0.6, top_k=15, bilateral=False)

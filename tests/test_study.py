@@ -145,8 +145,8 @@ def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
 
 
 def test_an_arm_with_changed_settings():
-    arm = study.find_arm("calibrated:flow_coef=0.1,freeze_flow=False")
-    assert arm.settings == {**study.CALIBRATED, "flow_coef": "0.1", "freeze_flow": False}
+    arm = study.find_arm("calibrated:dense_coef=0.1,freeze_flow=False")
+    assert arm.settings == {**study.CALIBRATED, "dense_coef": "0.1", "freeze_flow": False}
     assert study.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
     with pytest.raises(ValueError, match="arm 'nothing'"):
         study.find_arm("nothing")
@@ -184,7 +184,7 @@ def some_experience() -> train_rl.Experience:
     """Three responses, of 5, 3 and 4 tokens, each with a score."""
     mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
     score = torch.arange(15.0).view(3, 5) * mask
-    return experience_of(mask, deviation=score[None])
+    return experience_of(mask, dense_score=score[None])
 
 
 def test_shuffled_tokens_stay_in_their_response():
@@ -199,7 +199,7 @@ def test_shuffled_tokens_stay_in_their_response():
 
 def test_shuffled_responses_change_places_with_their_rewards():
     settings = dense.FlowRewardSettings(
-        flow_scope="expert", flow_on="response", flow_coef=0.5, flow_cap=100
+        flow_scope="expert", dense_on="response", dense_coef=0.5, flow_cap=100
     )
     before = some_experience()
     after = controls.shuffle_responses(before, train_rl.Config(), 1)

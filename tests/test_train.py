@@ -301,13 +301,13 @@ OPTIONS = [  # what both runs have, what one has besides
     ({"kl_coef": 0.1}, {"kl_kind": "k1"}),
     ({"kl_coef": 1.0}, {"kl_in": "reward"}),
     ({}, {"gamma": 0.5}),
-    ({}, {"flow_coef": 1.0}),
+    ({}, {"dense_coef": 1.0}),
     ({}, {"reward_times": (0.5, 0.8)}),
     ({}, {"flow_threshold": 0.0}),
     ({}, {"flow_top_k": 1}),
     ({}, {"flow_bilateral": True}),
     ({}, {"flow_scope": "group"}),
-    ({}, {"flow_after": 1}),
+    ({}, {"dense_after": 1}),
     ({}, {"shaping": "entropy"}),
     ({}, {"shaping": "none"}),
     ({}, {"mismatch": "mask", "mismatch_cap": 0.5}),
@@ -404,7 +404,7 @@ def test_a_mini_batch_has_whole_groups(config, monkeypatch):
 
 
 def test_an_untrained_flow_learns_before_its_reward_counts(config):
-    train_rl.main(change(config, flow="new", flow_after=2, steps=3))
+    train_rl.main(change(config, flow="new", dense_after=2, steps=3))
     lines = figures(config.folder)
     assert [line["flow/tokens"] > 0 for line in lines] == [False, False, True]
     assert all(line["flow/grad_norm"] > 0 for line in lines)
@@ -957,7 +957,7 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
 
 def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     folder = tmp_path / "toy"
-    command = [sys.executable, "-u", "-m", "worlds.toy", "--folder", str(folder)]
+    command = [sys.executable, "-u", "-m", "worlds", "--folder", str(folder)]
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )

@@ -727,9 +727,9 @@ def test_the_page_names_the_images_and_has_the_record(recorded, browser):
         assert all(f"Images: {image}" in problem for image in own[0]["images"])
         shown = browser.js(
             "[...document.querySelectorAll('.text[data-sample]')].map(text => "
-            "[text.response.token_ids, text.response.entropy, text.response.deviation])"
+            "[text.response.token_ids, text.response.entropy, text.response.dense_score])"
         )
-        assert shown == [[one["token_ids"], one["entropy"], one["deviation"]] for one in own]
+        assert shown == [[one["token_ids"], one["entropy"], one["dense_score"]] for one in own]
     assert browser.log("browser") == []
 
 

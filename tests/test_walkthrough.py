@@ -72,8 +72,8 @@ def test_shaping_and_advantages_are_arithmetic(walked):
         assert columns["normalised"][k] == pytest.approx(unit, abs=1e-6)
         kept = unit if unit > 0.6 else 0
         assert columns["selected"][k] == pytest.approx(kept, abs=1e-6)
-        assert columns["flow_reward"][k] == pytest.approx(-0.01 * kept, abs=1e-8)
-        assert columns["returns"][k] == pytest.approx(sum(columns["flow_reward"][k:]), abs=1e-7)
+        assert columns["dense_reward"][k] == pytest.approx(-0.01 * kept, abs=1e-8)
+        assert columns["returns"][k] == pytest.approx(sum(columns["dense_reward"][k:]), abs=1e-7)
         advantage = walked["outcome"][walked["chosen"]] + columns["returns"][k]
         assert columns["advantage"][k] == pytest.approx(advantage, rel=1e-5)
 
@@ -93,13 +93,13 @@ def test_the_walk_is_a_step_of_training(config, seen):
         "logp": experience.old_logp,
         "entropy": experience.entropy,
         "score": experience.score,
-        "flow_reward": flow_reward,
+        "dense_reward": flow_reward,
         "advantage": advantage,
     }
     for name, values in expected.items():
         assert tokens[name] == pytest.approx(values[row, :n].tolist(), rel=1e-4, abs=1e-6), name
     by_tap = [at_tap["deviation"] for at_tap in walked["at_taps"]]
-    expected = experience.deviation[:, row, walked["token"]].tolist()
+    expected = experience.dense_score[:, row, walked["token"]].tolist()
     assert by_tap == pytest.approx(expected, rel=1e-4)
     (line,) = figures(config.folder)
     assert walked["loss"] == pytest.approx(line["policy/loss"], rel=1e-4, abs=1e-6)

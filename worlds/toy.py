@@ -20,15 +20,11 @@ In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit i
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
 learns to tell digits apart, as the tower of a published model has learnt to see beforehand.
 
-    python -m worlds.toy --folder runs/toy
+    python -m worlds --folder runs/toy
 
 The training scripts make the world that `--model` names by themselves.
 """
 
-# first: torch reads what this sets when it is imported
-import infra.waiting  # noqa: F401
-
-# isort: split
 import base64
 import io
 import json
@@ -42,7 +38,6 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
@@ -56,7 +51,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from infra import batching, errors, vision
+from infra import batching, vision
 from infra.files import folder_written_whole, locked, read_json
 from infra.folders import is_free
 from infra.parallel import DEVICE
@@ -654,13 +649,3 @@ def make_base(world: World, forbidden: set[str]) -> list:
             parts.append(make_processor())
         train_base(world, model, tokenizer, forbidden)
     return [*parts, model, tokenizer]
-
-
-def main() -> None:
-    """Make the world that the command line asks for."""
-    made = make(tyro.cli(World))
-    print(f"the embedded world is in {made.folder}")
-
-
-if __name__ == "__main__":
-    errors.run(main)

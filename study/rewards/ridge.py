@@ -1,0 +1,75 @@
+"""Ridge: how badly a latent follows, linearly, from the latent before. The flow's linear null model.
+
+Fitted in closed form to expert solutions. With whiten=True the residual counts by its covariance, the
+best of the closed forms that were tried. With first=True it reads the latents of the policy before
+it learnt, on the policy's text: what is left then is no drift of the latents.
+
+    python train_rl.py --model toy-sparse --shaping study/rewards/ridge.py --dense-on response \\
+        --dense experts=runs/toy-sparse/expert.jsonl whiten=True
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dense import DenseReward
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the reward."""
+
+    experts: str  # file of expert solutions
+    held_out: int = 64  # the last of them, on which the residual is calibrated
+    whiten: bool = False  # measure the residual in its own spreads
+    first: bool = False  # read the latents of the policy before it learnt
+
+
+class Reward(DenseReward):
+    """Minus the excess of the mean squared residual over that of expert tokens, by tap."""
+
+    Settings = Settings
+    taps = (0.25, 0.5, 0.75)
+    clamp = (-10.0, 0.0)
+
+    def __init__(self, settings, host):
+        self.reads_first = settings.first
+        fitted, held_out = host.solutions(settings.experts, settings.held_out)
+        parts = list(host.run_policy(fitted, self.taps))
+        weights = []
+        whiteners = []
+        for tap in self.taps:
+            x, y = (
+                torch.cat(rows) for rows in zip(*(pair(part, tap) for part in parts), strict=True)
+            )
+            penalty = 1e-3 * x.square().mean() * len(x) * torch.eye(x.shape[1])
+            weights.append(torch.linalg.solve(x.T @ x + penalty, x.T @ y))  # (D + 1, D)
+            spread = torch.eye(y.shape[1])
+            if settings.whiten:
+                spread = torch.cov((y - x @ weights[-1]).T)
+            whiteners.append(torch.linalg.cholesky(spread + 1e-6 * torch.eye(len(spread))))
+        self.keep(weights=torch.stack(weights), whiteners=torch.stack(whiteners))
+        errors = [self.errors(part) for part in host.run_policy(held_out, self.taps)]
+        self.calibrate(torch.cat(errors, dim=1))
+
+    def errors(self, part, first=False):
+        """Return the mean squared residual of each response token at each tap, (L, M)."""
+        errors = []
+        for i, tap in enumerate(self.taps):
+            x, y = pair(part, tap, first)
+            error = (y - x @ self.module.weights[i]).T
+            residual = torch.linalg.solve_triangular(self.module.whiteners[i], error, upper=False)
+            errors.append(residual.square().mean(dim=0))
+        return torch.stack(errors)
+
+    def score(self, part):
+        excess = self.excess(self.errors(part, first=self.reads_first))
+        return torch.stack([part.per_token(-values) for values in excess])
+
+
+def pair(part, tap, first=False):
+    """Return the latents before response tokens, with a constant, and theirs: (M, D + 1), (M, D)."""
+    before = part.latents(tap, back=1, first=first).float()
+    return torch.nn.functional.pad(before, (0, 1), value=1.0), part.latents(
+        tap, first=first
+    ).float()

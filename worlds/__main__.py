@@ -1,0 +1,20 @@
+"""Make the world that the command line asks for: `python -m worlds --folder runs/toy`."""
+
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
+import tyro
+
+from infra import errors
+from worlds import toy
+
+
+def main() -> None:
+    """Make a world."""
+    made = toy.make(tyro.cli(toy.World))
+    print(f"the embedded world is in {made.folder}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
