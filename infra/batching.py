@@ -19,7 +19,8 @@ from infra.parallel import DEVICE
 
 
 # ---- Batches
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """What the policy reads of one episode; any object with these attributes will do."""
 
     prompt_ids: Sequence[int]

@@ -1,6 +1,6 @@
 """The embedded worlds, and their offline start: what the commands need of them.
 
-    python -m worlds --folder runs/toy
+python -m worlds --folder runs/toy
 """
 
 from worlds.offline_start import make_flow

@@ -1,0 +1,34 @@
+"""A dense reward that learns: how well a small network tells the latents of right responses."""
+
+import torch
+
+from dense import DenseReward
+
+
+class Reward(DenseReward):
+    """The log-odds of a network that learns which latents right responses have."""
+
+    taps = (0.5,)
+    learns = True
+    lr = 1e-2
+
+    def __init__(self, settings, host):
+        dim = host.model.text_config.hidden_size
+        torch.manual_seed(host.seed)  # the same network on all ranks
+        self.module = torch.nn.Sequential(
+            torch.nn.Linear(dim, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        )
+
+    def begin(self, step, episodes):
+        super().begin(step, episodes)
+        self.n_tokens = sum(len(episode.response_ids) for episode in episodes)
+
+    def score(self, part):
+        right = torch.tensor([episode.verdict.correct for episode in part.episodes])
+        target = right[:, None].expand(part.batch.response_mask.shape)[part.batch.response_mask]
+        odds = self.module(part.latents(0.5).float()).squeeze(1)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            odds, target.float(), reduction="sum"
+        )
+        (loss / self.n_tokens).backward()
+        return part.per_token(odds.detach())

@@ -1,0 +1,309 @@
+"""Dense rewards of files: each of study/rewards/ runs, on ranks, with adapters and images; bad ones are refused."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BY_LENGTH, ROOT, figures, flow_reward_of, last_state, read_lines, small_run
+from safetensors.torch import load_file
+from test_distributed import finish
+
+import dense
+import train_rl
+from infra.settings import change, parse_config, upgraded
+from run import export_checkpoint
+
+FOLDER = ROOT / "study" / "rewards"
+LEARNING = ROOT / "tests" / "learning_reward.py"
+LATENTS = ("mahalanobis", "nearest", "probe", "ridge")  # what reads latents
+EXPERTS = ("bigram", *LATENTS)
+OTHERS = ("noise", "self_certainty", "steps", "logprob", "distillation")
+
+
+def own_settings(name: str, world) -> tuple[str, ...]:
+    """The settings that a reward of study/rewards/ needs."""
+    settings = ()
+    if name in ("logprob", "distillation"):
+        settings += (f"expert={world.path('model')}",)
+    if name in (*EXPERTS, "logprob"):
+        settings += (f"experts={world.path('expert.jsonl')}",)
+    if name in ("bigram", "mahalanobis", "nearest", "ridge", "logprob"):
+        settings += ("held_out=16",)
+    return settings
+
+
+def run_of(world, folder, file: Path | str, own: tuple[str, ...] = (), **settings):
+    """Two steps with the dense reward of a file."""
+    values = {"dense_coef": 0.1, "tokens_per_gpu": 300, **BY_LENGTH, **settings}
+    flow = values.pop("flow", None)
+    return small_run(world, flow, folder, shaping=str(file), dense=own, **values)
+
+
+def all_runs(world, folder: Path) -> dict[str, train_rl.Config]:
+    """A run of each dense reward, by name."""
+    runs = {}
+    for name in (*EXPERTS, *OTHERS):
+        file = FOLDER / f"{name}.py"
+        runs[name] = run_of(world, folder / name, file, own_settings(name, world))
+    runs["learning_reward"] = run_of(world, folder / "learning", LEARNING)
+    shuffled = ("of=flow", "among=tokens", "share=0.5")
+    runs["shuffled"] = run_of(
+        world, folder / "shuffled", FOLDER / "shuffled.py", shuffled, flow="new"
+    )
+    return runs
+
+
+@pytest.fixture(scope="module")
+def expert(world, tmp_path_factory) -> str:
+    """Another policy than the base: what two steps make of it."""
+    folder = tmp_path_factory.mktemp("expert") / "run"
+    train_rl.main(small_run(world, None, folder, shaping="none", lr=1e-2, **BY_LENGTH))
+    return str(folder / "policy")
+
+
+@pytest.fixture(scope="module")
+def runs(world, expert, tmp_path_factory) -> dict[str, train_rl.Config]:
+    found = all_runs(world, tmp_path_factory.mktemp("dense"))
+    for name in ("logprob", "distillation"):
+        own = found[name].dense_reward.dense
+        own = (f"expert={expert}", *own[1:])
+        found[name] = change(found[name], dense=own)
+    for config in found.values():
+        train_rl.main(config)
+    return found
+
+
+def test_every_file_of_the_study_is_tried(runs):
+    files = {file.stem for file in FOLDER.glob("*.py") if "DenseReward" in file.read_text()}
+    files |= {file.stem for file in FOLDER.glob("*.py") if "Wrapper" in file.read_text()}
+    assert files == runs.keys() - {"learning_reward"} and len(files) >= 10
+
+
+def test_each_reward_acts_in_the_default_batch(runs):
+    """Regression: what was put into the scoring rewarded nothing where all is one batch."""
+    plain = Path(runs["noise"].folder).parent / "plain"
+    train_rl.main(change(runs["noise"], shaping="none", dense=(), folder=str(plain)))
+    without = load_file(plain / "policy" / "model.safetensors")
+    for name, config in runs.items():
+        found = figures(config.folder)
+        assert found[0][f"{name}/score"] != 0 and found[0][f"{name}/share"] > 0, name
+        with_it = load_file(Path(config.folder) / "policy" / "model.safetensors")
+        assert any(not torch.equal(with_it[key], without[key]) for key in without), name
+
+
+SCRIPT = """
+import pickle, sys
+sys.path[:0] = sys.argv[1:2]
+import train_rl
+for config in pickle.load(open(sys.argv[2], "rb")):
+    train_rl.main(config)
+"""
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
+    script = tmp_path / "all.py"
+    script.write_text(SCRIPT)
+    again = [change(config, folder=f"{config.folder}-two") for config in runs.values()]
+    (tmp_path / "configs").write_bytes(pickle.dumps(again))
+    finish(script, [str(ROOT), str(tmp_path / "configs")], 2)
+    for one, two in zip(runs.values(), again, strict=True):
+        for a, b in zip(figures(one.folder), figures(two.folder), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-4), one.shaping
+
+
+@pytest.mark.parametrize("name", [*LATENTS, "learning"])
+def test_rewards_of_latents_with_adapters_and_with_images(name, world, image_world, tmp_path):
+    for kind, lora_rank in ((world, 4), (image_world, 0)):
+        file = LEARNING if name == "learning" else FOLDER / f"{name}.py"
+        own = own_settings(name, kind)
+        if name == "ridge":
+            own += ("first=True", "whiten=True")
+        settings = {"steps": 1, "lora_rank": lora_rank}
+        if kind is image_world:
+            settings |= {"problem_column": "prompt", "max_prompt_tokens": 64}
+        config = run_of(kind, tmp_path / f"{lora_rank}", file, own, **settings)
+        train_rl.main(config)
+        assert figures(config.folder)[0][f"{file.stem}/score"] != 0
+
+
+# ---- A state
+@pytest.mark.parametrize("name", ["learning_reward", "probe"])
+def test_a_reward_with_a_state_is_saved_resumed_and_exported(name, world, tmp_path):
+    file = LEARNING if name == "learning_reward" else FOLDER / "probe.py"
+    own = own_settings(name, world)
+    config = run_of(world, tmp_path / "whole", file, own, steps=3, save_every=1, keep=3)
+    train_rl.main(config)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(cut / "checkpoints" / "step-3")
+    shutil.rmtree(cut / "checkpoints" / "step-2")
+    train_rl.main(change(config, folder=None, resume=str(cut)))
+    before, after = last_state(str(tmp_path / "whole")), last_state(str(cut))
+    assert any(name in key for key in before)
+    for key, tensor in before.items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(tensor, after[key]), key
+    export_checkpoint(str(cut), out=str(tmp_path / "out"))
+    exported = load_file(tmp_path / "out" / name / "weights.safetensors")
+    at_end = load_file(cut / name / "weights.safetensors")
+    assert exported.keys() == at_end.keys() and exported
+    assert all(torch.equal(exported[key], at_end[key]) for key in exported)
+
+
+def test_a_resumed_run_names_its_file_again(world, tmp_path, monkeypatch):
+    """A run that somebody sent runs that person's code only if it is asked to."""
+    config = run_of(world, tmp_path / "run", FOLDER / "noise.py", steps=1, save_every=1)
+    train_rl.main(config)
+    command = ["train_rl.py", "--resume", str(tmp_path / "run"), "--reward", *config.reward]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(ValueError, match=r"give --shaping .*noise.py again if you trust it"):
+        parse_config(train_rl.Config, {})
+
+
+# ---- What is wrong is said
+HEAD = "import torch\nfrom dense import DenseReward\n\n\nclass Reward(DenseReward):\n"
+BAD = {
+    "shape": ("    def score(self, part):\n        return torch.zeros(3)\n", "returned a tensor"),
+    "none": ("    def score(self, part):\n        return None\n", "returned NoneType, no tensor"),
+    "nan": (
+        "    def score(self, part):\n        return part.output.logp * torch.nan\n",
+        "a score of step 0 is not finite",
+    ),
+    "tap": (
+        "    taps = (0.5,)\n    def score(self, part):\n"
+        "        return part.per_token(part.latents(0.9).sum(1))\n",
+        r"latents at 0.9 of the depth are not there, only at \(0.5,\)",
+    ),
+    "first": (
+        "    taps = (0.5,)\n    def score(self, part):\n"
+        "        return part.per_token(part.latents(0.5, first=True).sum(1))\n",
+        "latents of the first policy are not there",
+    ),
+    "depth": ("    taps = (2.0,)\n", r"taps=\(2.0,\); expected fractions of the depth"),
+    "constant": (
+        "    def score(self, part):\n        return part.output.logp * 0 + 0.5\n",
+        "teaches nothing",
+    ),
+    "method": ("    pass\n", "has no method score"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
+    body, words = BAD[name]
+    file = tmp_path / "bad.py"
+    file.write_text(HEAD + body)
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        train_rl.main(run_of(world, tmp_path / "run", file))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("shaping", "own", "words"),
+    [
+        ("nowhere.py", (), "nowhere.py: there is no such file"),
+        ("flows", (), "--shaping flows: expected none, entropy, flow, or a Python file"),
+        ("flow", ("a=1",), "has flags of its own"),
+        ("{ridge}", ("experts",), "'experts': expected NAME=VALUE"),
+        ("{ridge}", ("expertise=x",), "the dense reward has no such setting; expected experts"),
+        ("{ridge}", (), "missing 1 required positional argument: 'experts'"),
+        (
+            "{ridge}",
+            ("experts={data}", "whiten=perhaps"),
+            "whiten='perhaps': expected true or false",
+        ),
+        ("{ridge}", ("experts={data}", "held_out=48"), "48 of 48 solutions in"),
+        ("{empty}", (), "defines no class Reward"),
+    ],
+)
+def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
+    places = {
+        "ridge": FOLDER / "ridge.py",
+        "data": world.path("expert.jsonl"),
+        "empty": tmp_path / "e.py",
+    }
+    places["empty"].write_text("")
+    own = tuple(text.format(**places) for text in own)
+    with pytest.raises(ValueError, match=words):
+        train_rl.main(run_of(world, tmp_path / "run", shaping.format(**places), own))
+
+
+# ---- What is common to all
+def test_the_reward_counts_from_a_step_to_another(world, flow_folder, tmp_path):
+    settings = {"steps": 3, "dense_after": 1, "dense_until": 2}
+    train_rl.main(small_run(world, flow_folder, tmp_path / "run", **settings))
+    shares = [line["flow/share"] for line in figures(str(tmp_path / "run"))]
+    assert shares[0] == shares[2] == 0 < shares[1]
+    with pytest.raises(ValueError, match="dense_until=1 with dense_after=1"):
+        train_rl.main(small_run(world, None, tmp_path / "x", dense_after=1, dense_until=1))
+
+
+def test_the_clamp_is_of_tokens_or_of_the_mean_of_a_response():
+    score = torch.tensor([[1.0, 5.0, -30.0], [1.0, 2.0, 0.0]])  # excess: a reward is minus it
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    config = change(train_rl.Config(), flow_scope="expert", dense_coef=0.5, dense_clamp=(-2.0, 0.0))
+    reward = flow_reward_of(config)
+    tokens = dense.token_rewards(reward, score, mask, config.dense_reward, 2)
+    torch.testing.assert_close(tokens, torch.tensor([[-0.5, -1.0, 0.0], [-0.5, -1.0, 0.0]]))
+    on_response = change(config, dense_on="response").dense_reward
+    tokens = dense.token_rewards(reward, score, mask, on_response, 2)
+    torch.testing.assert_close(tokens, torch.tensor([[0.0, 0.0, 0.0], [-0.75, -0.75, 0.0]]))
+
+
+def test_settings_of_earlier_versions_have_todays_names():
+    old = {
+        "shaping": "flow", "flow_coef": 1.0, "flow_on": "response", "flow_centre": False,
+        "flow_after": 3, "flow_cap": 2.0, "flow_scope": "expert",
+    }  # fmt: skip
+    assert upgraded(old, "run") == {
+        "shaping": "flow", "dense_coef": 0.5, "dense_on": "response", "dense_centre": False,
+        "dense_after": 3, "dense_clamp": [-2.0, 0.0], "flow_scope": "expert",
+    }  # fmt: skip
+    assert upgraded({**old, "flow_scope": "response"}, "run")["dense_coef"] == 1.0
+
+
+# ---- Shuffled
+class Settings:
+    """What the control is asked for."""
+
+    def __init__(self, among, share):
+        self.among, self.share = among, share
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_scores_changes_places(share):
+    spec = dense.importlib.util.spec_from_file_location("shuffled", FOLDER / "shuffled.py")
+    module = dense.importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    control = module.Reward(None, None)
+    control.seed, control.step = 0, 1
+    control.inner = dense.DenseReward(None, None)  # its shape is the score
+    mask = torch.arange(40) < torch.tensor([40, 25, 30, 38])[:, None]
+    score = torch.arange(160.0).view(4, 40) * mask
+    control.settings = Settings("tokens", share)
+    among_tokens = control.shape(score, mask)
+    for row in range(4):
+        assert sorted(among_tokens[row, mask[row]]) == sorted(score[row, mask[row]])
+        moved = (among_tokens[row] != score[row]).float().sum() / mask[row].sum()
+        assert share * 0.7 <= moved <= share
+    control.settings = Settings("responses", share)
+    means = dense.rlfr.mean_over_tokens(score, mask)
+    shuffled = dense.rlfr.mean_over_tokens(control.shape(score, mask), mask)
+    assert sorted(shuffled.tolist()) == pytest.approx(sorted(means.tolist()))
+
+
+# ---- What is shown
+def test_records_and_pages_name_the_reward(runs):
+    folder = Path(runs["ridge"].folder)
+    (record, *_) = read_lines(folder / "rollouts" / "step-1.jsonl")
+    assert record["dense"] == "ridge" and record["taps"] == [1, 2, 2]
+    assert len(record["dense_score"]) == 3 and any(record["dense_reward"])
+    assert "Dense reward: ridge" in (folder / "report.html").read_text()
+    data = (folder / "rollouts.html").read_text()
+    assert json.dumps("ridge") in data
+    (record, *_) = read_lines(Path(runs["noise"].folder) / "rollouts" / "step-1.jsonl")
+    assert record["taps"] == [] and len(record["dense_score"]) == 1
