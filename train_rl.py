@@ -88,8 +88,10 @@ class OptimisationSettings:
     clip_norm: PositiveFloat = 1.0  # Largest gradient norm
     # sequence: mean over episodes of token means; token: over all tokens; constant: Dr. GRPO
     normalisation: rlfr.Normalisation = "sequence"
-    clip_low: Fraction = 0.2  # PPO clip below 1
-    clip_high: NonNegativeFloat = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
+    # ppo clips each token's ratio, gspo the response's; cispo clips weights and leaves no token out
+    loss: rlfr.Loss = "ppo"
+    clip_low: Fraction = 0.2  # Clip below 1; in GSPO's paper 3e-4; 1 is no clip, as in CISPO's
+    clip_high: NonNegativeFloat = 0.2  # Clip above 1; 0.28 for DAPO's clip-higher; in GSPO's 4e-4
     kl_coef: NonNegativeFloat = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
@@ -538,7 +540,12 @@ def update_policy(
             old_logp = experience.old_logp[cells]
             output = models.policy(batch, temperature)
             loss, is_clipped = rlfr.policy_loss(
-                output.logp, old_logp, advantage[cells], settings.clip_low, settings.clip_high
+                output.logp,
+                old_logp,
+                advantage[cells],
+                mask,
+                loss=settings.loss,
+                clip=(settings.clip_low, settings.clip_high),
             )
             sampled_logp = experience.sampled_logp[cells]
             loss = loss * rlfr.importance_weights(

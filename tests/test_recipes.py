@@ -88,6 +88,7 @@ RL = {
     "warmup": 0.03,
     "weight_decay": 0.0,
     "clip_norm": 1.0,
+    "loss": "ppo",
     "normalisation": "sequence",
     "clip_low": 0.2,
     "clip_high": 0.2,
