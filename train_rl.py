@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -135,6 +135,8 @@ class TrainingComputeSettings(ComputeSettings):
 @dataclass(frozen=True)
 class Config:
     """Train a policy with GRPO and the flow reward."""
+
+    script: ClassVar[str] = "train_rl"  # whose part of a file counts, see infra/config_files.py
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     # Problems: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one;

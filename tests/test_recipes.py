@@ -179,3 +179,5 @@ def test_a_recipe_is_accepted_and_is_what_the_flags_of_the_page_say(world, monke
         monkeypatch.setattr(sys, "argv", [script, *commands[script]])
         flags = parse_config(module.Config, toy.PRESETS[script])
         assert module.resolve(flags)[0] == resolved
+        monkeypatch.setattr(sys, "argv", [script, "--config", str(path)])
+        assert parse_config(module.Config, toy.PRESETS[script]) == config
