@@ -22,8 +22,8 @@ DEPTH = 2  # a group in a part; deeper ones are the values of settings, and of a
 def read_settings(path: str, script: str) -> dict[str, object]:
     """Return the settings that a file has for a script, by name; nothing is known of them yet.
 
-    Raises ValueError for a file that cannot be read, has no part for the script, or names a setting
-    twice.
+    Raises ValueError for a file that cannot be read, has parts and none for the script, or names a
+    setting in two places.
     """
     content = read_object(path)
     evaluated = content.get("config")
