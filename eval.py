@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -61,6 +61,8 @@ from worlds import toy
 @dataclass(frozen=True)
 class Config:
     """Evaluate a model on sets of problems, or compare two evaluations."""
+
+    script: ClassVar[str] = "eval"  # whose part of a file counts, see infra/config_files.py
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     data: tuple[str, ...] | None = None  # Sets: a name such as math500, [NAME=]SOURCE[:SPLIT]

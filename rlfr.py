@@ -9,10 +9,13 @@ Equations, each with its function:
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                    entropy_advantage
-    -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                          policy_loss
+    ppo    -min(rho*A, clip(rho, 1-eps, 1+eps_high)*A)                   ppo_loss
+    gspo   ppo with s*pi/sg[pi] for rho, s = sg[exp(mean of log rho)]    gspo_loss
+    cispo  -sg[clip(rho, 1-eps, 1+eps_high)]*A*log pi                    cispo_loss
     k1, k2, k3 to a reference                                            kl_divergence
     weights pi_train/pi_sampler, truncated or masked                     importance_weights
     rejection sampling for the online flow update                        online_flow_weights
+rho is the ratio pi/pi_old of a token, and sg stops the gradient.
 
 Departures from the official code: the minimum is taken over the response (there it is the second
 smallest value, and constant rows give NaN); equal rewards have advantage 0 (there a group of 0.7
@@ -30,6 +33,9 @@ Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
 Mismatch = Literal["none", "token", "sequence", "mask"]
+Loss = Literal["ppo", "gspo", "cispo"]
+
+RATIO_CAP = 3.0  # largest ratio in the PPO loss
 
 
 # ---- Flow reward (paper: flow reward shaping)
@@ -200,20 +206,73 @@ def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
     advantage: Tensor,
-    clip_low: float,
-    clip_high: float,
-    ratio_cap: float = 3.0,
+    mask: Tensor,
+    loss: Loss,
+    clip: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Return the PPO-clip loss of each token (B, T), and where it was clipped (B, T) bool.
+    """Return the loss of each token (B, T), and where its clip binds (B, T) bool.
 
-    -min(rho*A, clip(rho, 1-clip_low, 1+clip_high)*A), rho = min(exp(logp - old_logp), ratio_cap).
-    DAPO's clip-higher is clip_high = 0.28. The cap, as official, bounds the loss of tokens with a
-    negative advantage, which the clip does not.
+    logp, old_logp, advantage: (B, T), log-probs of the policy now and before the update
+    mask: (B, T) bool, response tokens; a row is a whole response
+    clip: how far below and above 1 a ratio counts, (low, high)
+    Outside mask the results mean nothing.
     """
-    log_ratio = (logp - old_logp).clamp(max=math.log(ratio_cap))
-    ratio = log_ratio.exp()
+    if loss == "gspo":
+        return gspo_loss(logp, old_logp, advantage, mask, clip)
+    if loss == "cispo":
+        return cispo_loss(logp, old_logp, advantage, clip)
+    assert loss == "ppo", f"unknown loss {loss!r}"
+    return ppo_loss(logp, old_logp, advantage, clip)
+
+
+def ppo_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return the PPO-clip loss, -min(rho*A, clip(rho, 1-low, 1+high)*A), and where the clip binds.
+
+    rho = min(exp(logp - old_logp), RATIO_CAP). DAPO's clip-higher is high = 0.28. The cap, as
+    official, bounds the loss of tokens with a negative advantage, which the clip does not.
+    """
+    log_ratio = (logp - old_logp).clamp(max=math.log(RATIO_CAP))
+    return clipped_loss(log_ratio.exp(), advantage, clip)
+
+
+def gspo_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of GSPO-token, and where the clip binds (arXiv 2507.18071, section 4.3).
+
+    As PPO's, with s_k = sg[s] * pi_k/sg[pi_k] in place of rho_k; s = exp(mean of logp - old_logp) is
+    one number a response. So all its tokens are clipped by the same ratio, while each keeps an
+    advantage of its own: where the clip does not bind, the gradient is -s * A_k * grad logp_k.
+    The paper clips at low = 3e-4 and high = 4e-4, as s differs little from 1.
+    """
+    log_ratio = mean_over_tokens(logp - old_logp, mask)[:, None]  # (B, 1)
+    of_token = (logp - logp.detach()).exp()  # (B, T) of ones, with the gradient of logp
+    return clipped_loss(log_ratio.detach().exp() * of_token, advantage, clip)
+
+
+def cispo_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of CISPO, -sg[clip(rho, 1-low, 1+high)]*A*logp, and where the clip binds.
+
+    The clip bounds a token's weight and drops no token's gradient (MiniMax-M1, arXiv 2506.13585,
+    section 3.1). The paper bounds it from above alone, which low = 1 does, and takes the mean over
+    all tokens, which is the normalisation `token`.
+    """
+    ratio = (logp.detach() - old_logp).exp()
+    weight = ratio.clamp(1 - clip[0], 1 + clip[1])
+    is_clipped = (weight != ratio) & (advantage != 0)
+    return -weight * advantage * logp, is_clipped
+
+
+def clipped_loss(
+    ratio: Tensor, advantage: Tensor, clip: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return -min(ratio*A, clip(ratio, 1-low, 1+high)*A), and where the second is less."""
     unclipped = ratio * advantage
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
     return -torch.minimum(unclipped, clipped), clipped < unclipped
 
 

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -99,6 +99,8 @@ class OptimisationSettings:
 @dataclass(frozen=True)
 class Config:
     """Fit a flow to the latents of expert solutions."""
+
+    script: ClassVar[str] = "train_flow"  # whose part of a file counts, see infra/config_files.py
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     # Solutions: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one;

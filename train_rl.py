@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,8 +88,10 @@ class OptimisationSettings:
     clip_norm: PositiveFloat = 1.0  # Largest gradient norm
     # sequence: mean over episodes of token means; token: over all tokens; constant: Dr. GRPO
     normalisation: rlfr.Normalisation = "sequence"
-    clip_low: Fraction = 0.2  # PPO clip below 1
-    clip_high: NonNegativeFloat = 0.2  # PPO clip above 1; 0.28 for DAPO's clip-higher
+    # ppo clips each token's ratio, gspo the response's; cispo clips weights and leaves no token out
+    loss: rlfr.Loss = "ppo"
+    clip_low: Fraction = 0.2  # Clip below 1; in GSPO's paper 3e-4; 1 is no clip, as in CISPO's
+    clip_high: NonNegativeFloat = 0.2  # Clip above 1; 0.28 for DAPO's clip-higher; in GSPO's 4e-4
     kl_coef: NonNegativeFloat = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
@@ -133,6 +135,8 @@ class TrainingComputeSettings(ComputeSettings):
 @dataclass(frozen=True)
 class Config:
     """Train a policy with GRPO and the flow reward."""
+
+    script: ClassVar[str] = "train_rl"  # whose part of a file counts, see infra/config_files.py
 
     model: str = "toy"  # A path, a hub id, a short name such as Qwen2.5-7B, or toy
     # Problems: JSONL or Parquet file, save_to_disk folder, hub id, or ORG/NAME/PATH inside one;
@@ -548,7 +552,12 @@ def update_policy(
             old_logp = experience.old_logp[cells]
             output = models.policy(batch, temperature)
             loss, is_clipped = rlfr.policy_loss(
-                output.logp, old_logp, advantage[cells], settings.clip_low, settings.clip_high
+                output.logp,
+                old_logp,
+                advantage[cells],
+                mask,
+                loss=settings.loss,
+                clip=(settings.clip_low, settings.clip_high),
             )
             sampled_logp = experience.sampled_logp[cells]
             loss = loss * rlfr.importance_weights(

@@ -3,7 +3,7 @@
 import ast
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_kinds(values) -> None:
@@ -16,27 +16,44 @@ def check_kinds(values) -> None:
 
 
 def is_of_kind(value, hint) -> bool:
-    """Return whether a value is of a kind: a class, a union of kinds, or tuple[KIND, ...]."""
+    """Return whether a value is of a kind.
+
+    A kind is a class, a union of kinds, Literal, tuple[KIND, ...], or a tuple of a kind for each
+    part.
+    """
+    if is_union(hint):
+        return any(is_of_kind(value, kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if isinstance(hint, UnionType):
-        return any(is_of_kind(value, kind) for kind in get_args(hint))
     if get_origin(hint) is tuple:
-        kind = get_args(hint)[0]
-        return isinstance(value, tuple) and all(is_of_kind(part, kind) for part in value)
+        return isinstance(value, tuple) and are_of_kinds(value, get_args(hint))
     if hint in (int, float):  # a bool is no number, a whole number may stand for any
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
+def is_union(hint) -> bool:
+    """Return whether a kind is a union; those with a Literal are of another class than others."""
+    return get_origin(hint) in (Union, UnionType)
+
+
+def are_of_kinds(values: tuple, kinds: tuple) -> bool:
+    """Return whether each of a tuple's parts is of its kind: the arguments of tuple[...]."""
+    if kinds[-1] is Ellipsis:
+        return all(is_of_kind(value, kinds[0]) for value in values)
+    return len(values) == len(kinds) and all(map(is_of_kind, values, kinds))
+
+
 def describe(hint) -> str:
     """Return a kind in words."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, get_args(hint)))}"
-    if isinstance(hint, UnionType):
+    if is_union(hint):
         return " or ".join(describe(kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is tuple:
-        return f"a list, each {describe(get_args(hint)[0])}"
+        kind, *others = get_args(hint)
+        n_parts = "" if others == [Ellipsis] else f" of {len(others) + 1}"
+        return f"a list{n_parts}, each {describe(kind)}"
     words = {
         int: "a whole number",
         float: "a number",

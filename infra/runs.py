@@ -31,7 +31,7 @@ from infra import checkpoints, children, errors, files, folders, parallel, ranks
 from infra.files import cannot_write, need_keys, read_json, write_json, written_whole
 from infra.metrics import read_lines
 from infra.parallel import is_first, on_first
-from infra.settings import flatten, parse_config, stored_settings, upgraded
+from infra.settings import WHERE, flatten, parse_config, stored_settings, upgraded
 from infra.stopping import Stop, asked_to_stop
 
 DATA_FILE = "data.json"  # fingerprints of the data that a run began with
@@ -97,7 +97,6 @@ OF_THE_SOLUTIONS = "the flow has learnt from those that it would be tested on"
 OF_THE_PROMPTS = "the policy has learnt from other prompts"
 OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
 OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
-WHERE = ("folder", "resume")  # say where a run is, not what it does
 FIXED_AT_START = {
     "model": OF_THE_MODEL,
     "trust_remote_code": OF_THE_MODEL,
@@ -282,7 +281,8 @@ class Run:
 
     def changes(self) -> dict[str, tuple]:
         """Return the settings that a resumed run changes: name to old and new value."""
-        stored = upgraded(stored_settings(self.config.resume), self.config.resume)
+        folder = self.config.resume
+        stored = upgraded(stored_settings(folder), f"{folder}: that run")
         asked = json.loads(json.dumps(flatten(self.config)))
         # a run that began before there was a setting had its default
         defaults = json.loads(json.dumps(flatten(type(self.config)())))

@@ -1,21 +1,25 @@
 """Settings: nested dataclasses whose flags have no prefix, so that a flag's name is unique.
 
-They come from the command line, from a world's preset, or from the run that --resume names.
+They come from the command line; below it from the run that --resume names, or else from the file
+that --config names; and below that from a world's preset.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_type_hints
 
 import tyro
 
 from infra import parallel
+from infra.config_files import read_settings
 from infra.data import has_splits
-from infra.files import read_json
-from infra.kinds import as_tuple
-from infra.ranges import NonNegativeInt, PositiveInt
+from infra.files import read_json, shown
+from infra.kinds import as_tuple, describe, is_of_kind
+from infra.ranges import NonNegativeInt, PositiveInt, check_values
+
+WHERE = ("folder", "resume")  # settings that say where a run is, not what it does
 
 
 @dataclass(frozen=True)
@@ -79,36 +83,125 @@ def unset_among(settings, values: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in values.items() if name in flat and flat[name] is None}
 
 
-def parse_config(config_class: type, presets: dict[str, dict]):
-    """Read the command line into `config_class`.
+# ---- The command line
+class Start(NamedTuple):
+    """The settings that a command has before its flags."""
 
-    --model picks a preset, a dict of flags and values. --resume starts from that run's settings.
+    values: dict[str, object]  # by flag name; others have their defaults
+    origin: str  # what they come from, for an error
+    whose: str  # the same as a sentence, for the help
+
+
+def parse_config(config_class: type, presets: dict[str, dict]):
+    """Read the command line into `config_class`, whose `script` names the part of a file.
+
+    --model picks a preset, a dict of flags and values, above which come the settings of the file
+    that --config names. --resume starts from that run's settings instead.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default=config_class.model)
+    peek.add_argument("--config")
+    _, arguments = peek.parse_known_args()  # the others: --config itself is no setting
+    peek.add_argument("--model")
     peek.add_argument("--resume")
     known, _ = peek.parse_known_args()
-    defaults = config_class()
+    check_named(known)
+    if known.resume:
+        start = start_of_run(known.resume, config_class)
+    else:
+        start = start_of_file(known, config_class, presets)
+    values = {name: as_tuple(value) for name, value in start.values.items()}
+    asks_again = {name: values.pop(name) for name in runs_code(values)}
+    description = f"{config_class.__doc__} {OF_CONFIG_FILES} {start.whose}"
+    options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+    defaults = change(config_class(), **values)
+    config = tyro.cli(config_class, args=arguments, default=defaults, **options)
+    check_asked_again(config, asks_again, start.origin)
+    return config
+
+
+OF_CONFIG_FILES = (
+    "--config FILE takes settings from a JSON or YAML file, such as a run's config.json or a file "
+    "of recipes/; flags win over it."
+)
+
+
+def check_named(known: argparse.Namespace) -> None:
+    """Raise ValueError if --resume or --config names nothing, or both are given."""
     if known.resume == "":
         raise ValueError("--resume is empty; expected the folder of a run, such as runs/NAME")
-    if known.resume:
-        values = upgraded(stored_settings(known.resume), known.resume)
-        foreign = sorted(values.keys() - flatten(defaults).keys())
-        if foreign:
+    if known.config == "":
+        raise ValueError("--config is empty; expected a JSON or YAML file of settings")
+    if known.resume and known.config:
+        raise ValueError(
+            f"--resume {known.resume} and --config {known.config} exclude each other: a run goes "
+            "on with its own settings, and with flags for what shall change; leave one of them out"
+        )
+
+
+def start_of_run(folder: str, config_class: type) -> Start:
+    """Return the settings of the run that --resume names."""
+    values = upgraded(stored_settings(folder), f"{folder}: that run")
+    foreign = sorted(values.keys() - flatten(config_class()).keys())
+    if foreign:
+        raise ValueError(
+            f"--resume {folder}: that run has settings of another script or version "
+            f"({some_of(foreign)}); resume with the one that began it"
+        )
+    whose = f"The defaults shown are the settings of the run {folder}."
+    return Start(values, f"--resume {folder}: that run", whose)
+
+
+def start_of_file(known: argparse.Namespace, config_class: type, presets: dict[str, dict]) -> Start:
+    """Return a world's preset, and above it the settings of the file that --config names, if any."""
+    of_file = {}
+    if known.config:
+        of_file = settings_of_file(known.config, config_class)
+    model = known.model
+    if model is None:
+        model = of_file.get("model", config_class.model)
+    values = presets.get(model, {}) | of_file
+    whose = whose_defaults(model, presets, known.config)
+    return Start(values, f"--config {known.config}: that file", whose)
+
+
+def settings_of_file(path: str, config_class: type) -> dict[str, object]:
+    """Return the settings of a file, by flag name; ValueError for what `config_class` cannot take.
+
+    `folder` and `resume`, which the file of a run has, are left out: a new run has a place of its own.
+    """
+    values = read_settings(path, config_class.script)
+    values = {name: as_tuple(value) for name, value in values.items() if name not in WHERE}
+    values = upgraded(values, path, "take that version, or leave it out")
+    kinds = kinds_of(config_class())
+    unknown = [shown(name) for name in values if name not in kinds]
+    if unknown:
+        raise ValueError(
+            f"{path} has {some_of(unknown)}: expected settings of {config_class.script}.py, which "
+            "--help lists (_ for -); correct the name, or take it out"
+        )
+    for name, value in values.items():
+        if not is_of_kind(value, kinds[name]):
             raise ValueError(
-                f"--resume {known.resume}: that run has settings of another script or version "
-                f"({some_of(foreign)}); resume with the one that began it"
+                f"{path} has {name}={shown(value)}: expected {describe(kinds[name])}; change it there"
             )
-        asks_again = {name: values.pop(name) for name in runs_code(values)}
-    else:
-        values = presets.get(known.model, {})
-        asks_again = {}
-    defaults = change(defaults, **{name: as_tuple(value) for name, value in values.items()})
-    description = f"{config_class.__doc__} {whose_defaults(known, presets)}"
-    options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
-    config = tyro.cli(config_class, default=defaults, **options)
-    check_asked_again(config, asks_again)
-    return config
+    try:
+        check_values(change(config_class(), **values))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; change it there") from error
+    return values
+
+
+def kinds_of(settings) -> dict[str, object]:
+    """Return the types of nested settings, by flag name."""
+    hints = get_type_hints(type(settings))  # without ranges, which check_values reads
+    kinds = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            kinds |= kinds_of(value)
+        else:
+            kinds[field.name] = hints[field.name]
+    return kinds
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -118,10 +211,11 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def runs_code(stored: dict[str, object]) -> list[str]:
-    """Return the names of a run's settings by which it runs code that came with it."""
+    """Return the names of the settings by which a run, or a file's reader, runs code of others."""
     names = []
-    if any(".py" in part for part in stored.get("reward") or ()):
-        names.append("reward")
+    for name in ("reward", "dense"):
+        if any(".py" in part for part in stored.get(name) or ()):
+            names.append(name)
     if str(stored.get("shaping")).endswith(".py"):
         names.append("shaping")
     if stored.get("trust_remote_code"):
@@ -129,10 +223,10 @@ def runs_code(stored: dict[str, object]) -> list[str]:
     return names
 
 
-def check_asked_again(config, stored: dict[str, object]) -> None:
-    """Raise ValueError unless settings by which a resumed run runs code are given anew.
+def check_asked_again(config, stored: dict[str, object], origin: str) -> None:
+    """Raise ValueError unless settings by which code runs are given anew, where they were stored.
 
-    Whoever resumes a run that somebody sent would else run that person's code unawares.
+    Whoever takes a run or a file that somebody sent would else run that person's code unawares.
     """
     asked = flatten(config)
     usual = flatten(type(config)())
@@ -142,23 +236,23 @@ def check_asked_again(config, stored: dict[str, object]) -> None:
             values = [value] if isinstance(value, str) else value
             given = flag if value is True else " ".join([flag, *values])
             raise ValueError(
-                f"--resume {config.resume}: that run has {name}={value!r}, which runs code that "
-                f"you may not have written; give {given} again if you trust it"
+                f"{origin} has {name}={value!r}, which runs code that you may not have written; "
+                f"give {given} again if you trust it"
             )
 
 
-def whose_defaults(known: argparse.Namespace, presets: dict[str, dict]) -> str:
+def whose_defaults(model: str, presets: dict[str, dict], file: str | None) -> str:
     """Return a sentence for the help: what the defaults that it shows are those of."""
-    if known.resume:
-        return f"The defaults shown are the settings of the run {known.resume}."
-    if known.model in presets:
+    above = f"the file {file} and, below it, " if file else ""
+    if model in presets:
         return (
-            f"The defaults shown are those of the embedded world --model {known.model}; "
+            f"The defaults shown are those of {above}the embedded world --model {model}; "
             "--help with --model NAME shows those of a real model."
         )
-    return f"The defaults shown are those of --model {known.model}; None: see the text beside it."
+    return f"The defaults shown are those of {above}--model {model}; None: see the text beside it."
 
 
+# ---- What is stored
 def stored_settings(folder: str | Path) -> dict[str, object]:
     """Return the settings that a run was started with, by flag name; see upgraded()."""
     path = Path(folder) / "config.json"
@@ -197,10 +291,14 @@ NO_LONGER_SET_OF = {
 }
 
 
-def upgraded(stored: dict[str, object], folder: str | Path) -> dict[str, object]:
-    """Return the stored settings of a run that goes on, perhaps of an earlier version, by today's names.
+def upgraded(
+    stored: dict[str, object],
+    whose: str | Path,
+    advice: str = "resume with the version that began the run, or start a new one",
+) -> dict[str, object]:
+    """Return stored settings, perhaps of an earlier version, by today's names.
 
-    Raises ValueError for a value that this version cannot take.
+    Raises ValueError for a value that this version cannot take: it says whose it is, and what to do.
     """
     stored = {name: value for name, value in stored.items() if name not in OF_NO_EFFECT}
     max_rounds = stored.pop("max_rounds", 4)
@@ -220,11 +318,11 @@ def upgraded(stored: dict[str, object], folder: str | Path) -> dict[str, object]
         stored["dense_coef"] = stored.get("dense_coef", 0.01) / cap
     split = stored.pop("split", "train")
     data = stored.get("data")
-    if split != "train" and data and has_splits(data):
+    if split != "train" and isinstance(data, str) and data and has_splits(data):
         stored["data"] = f"{data}:{split}"
     gone = dict(NO_LONGER_SET)
     for shaping, names in NO_LONGER_SET_OF.items():
-        if stored.get("shaping") == shaping:
+        if stored.get("shaping", "flow") == shaping:  # a file may leave the default out
             gone |= names
         for name in names.keys() - gone.keys():
             stored.pop(name, None)
@@ -232,7 +330,7 @@ def upgraded(stored: dict[str, object], folder: str | Path) -> dict[str, object]
         value = stored.pop(name, usual)
         if value != usual:
             raise ValueError(
-                f"{folder}: that run has {name}={value!r}, which is no setting any more, and {usual!r} in all "
-                "runs: resume with the version that began the run, or start a new one"
+                f"{whose} has {name}={value!r}, which is no setting any more, and {usual!r} in all "
+                f"runs: {advice}"
             )
     return stored

@@ -209,7 +209,7 @@ MAY_CHANGE = {
     *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling"),
     *("media_dir", "max_prompt_tokens"),  # data whose place or limits may change
     *("reward", "overlong_buffer", "grade_truncated"),
-    *("baseline", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
+    *("baseline", "loss", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
     *("dense_after", "dense_coef", "dense_on", "reward_times", "flow_threshold", "flow_top_k"),
     *("flow_scope", "dense_clamp", "dense_centre", "dense_until", "flow_bilateral", "gamma"),

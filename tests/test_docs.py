@@ -65,7 +65,7 @@ def test_the_page_of_a_folder_names_each_of_its_files(name):
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names(page):
     text = (ROOT / page).read_text()
-    known = {errors.FLAG, *FOREIGN_FLAGS}
+    known = {errors.FLAG, "--config", *FOREIGN_FLAGS}
     for config in (train_rl.Config(), train_flow.Config(), evaluation.Config()):
         known |= {f"--{name.replace('_', '-')}" for name in flatten(config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
@@ -130,6 +130,7 @@ def test_the_help_says_whose_defaults_it_shows(monkeypatch, capsys, arguments, w
         parse_config(train_rl.Config, toy.PRESETS["train_rl"])
     shown = " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert words in shown
+    assert "--config FILE takes settings from a JSON or YAML file" in shown
     assert "Larger images are reduced to this size; None: the processor's" in shown
     assert "by default binary, for VL models vlm tags=0.5" in shown
 

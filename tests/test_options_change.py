@@ -31,6 +31,9 @@ def differ(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({}, {"baseline": "dr_grpo"}),
     ({}, {"normalisation": "constant"}),
+    # in the first mini-batch, where all ratios are 1, the losses have the same gradient
+    ({"train_batch": 4, "lr": 3e-2}, {"loss": "gspo"}),
+    ({"train_batch": 4, "lr": 3e-2}, {"loss": "cispo"}),
     ({}, {"kl_coef": 0.1}),
     ({"dtype": "bfloat16"}, {"mismatch": "none"}),  # in float32 all ratios are 1, to rounding
     ({"mismatch_cap": 0.5}, {"mismatch": "mask"}),  # weights of 0, and of 0.5

@@ -265,9 +265,9 @@ def test_vi_policy_loss(name, normalisation, clip_high):
     facts, x = fixture("vi_policy_loss_kl")
     mask = x["in.mask"]
     logp = x["in.log_probs"].clone().requires_grad_()
-    loss, _ = rlfr.policy_loss(
-        logp, x["in.old_log_probs"], x["in.advantages"], 0.2, clip_high, facts["ratio_cap"]
-    )
+    assert facts["ratio_cap"] == rlfr.RATIO_CAP
+    arguments = (logp, x["in.old_log_probs"], x["in.advantages"], mask)
+    loss, _ = rlfr.policy_loss(*arguments, loss="ppo", clip=(0.2, clip_high))
     weights = rlfr.token_weights(mask, normalisation, len(mask), int(mask.sum()), mask.shape[1])
     total = (loss * weights).sum()
     total.backward()

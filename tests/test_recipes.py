@@ -91,6 +91,7 @@ RL = {
     "warmup": 0.03,
     "weight_decay": 0.0,
     "clip_norm": 1.0,
+    "loss": "ppo",
     "normalisation": "sequence",
     "clip_low": 0.2,
     "clip_high": 0.2,
@@ -181,3 +182,5 @@ def test_a_recipe_is_accepted_and_is_what_the_flags_of_the_page_say(world, monke
         monkeypatch.setattr(sys, "argv", [script, *commands[script]])
         flags = parse_config(module.Config, toy.PRESETS[script])
         assert module.resolve(flags)[0] == resolved
+        monkeypatch.setattr(sys, "argv", [script, "--config", str(path)])
+        assert parse_config(module.Config, toy.PRESETS[script]) == config

@@ -617,15 +617,117 @@ def test_whiten_of_a_single_token_is_0(n_tokens):
 # ---- Losses
 
 
-def test_policy_loss_by_hand():
-    old = torch.zeros(1, 5)
-    logp = torch.tensor([[1.1, 1.5, 0.5, 0.5, 9.0]]).log()
+def loss_and_gradient(loss, ratio, advantage, mask, clip=(0.2, 0.2)):
+    """The loss of each token, its gradient by the log-probs, and where it was clipped, as lists.
+
+    ratio: of the policy now and before, for each token; before, all log-probs were -1
+    """
+    old = -torch.ones_like(ratio)
+    logp = (old + ratio.log()).requires_grad_()
+    value, clipped = rlfr.policy_loss(logp, old, advantage, mask, loss, clip)
+    (value * mask).sum().backward()
+    return value.tolist(), logp.grad.tolist(), clipped.tolist()
+
+
+def test_ppo_by_hand():
+    """The last ratio, 9, is capped at 3."""
+    ratio = torch.tensor([[1.1, 1.5, 0.5, 0.5, 9.0]])
     advantage = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0]])
-    loss, clipped = rlfr.policy_loss(logp, old, advantage, 0.2, 0.2, ratio_cap=3.0)
-    assert loss.tolist() == [pytest.approx([-1.1, -1.2, -0.5, 0.8, 3.0])]
-    assert clipped.tolist() == [[False, True, False, True, False]]
-    higher, _ = rlfr.policy_loss(logp, old, advantage, 0.2, 0.28, ratio_cap=3.0)
-    assert higher[0, 1].item() == pytest.approx(-1.28)
+    arguments = ("ppo", ratio, advantage, torch.ones(1, 5, dtype=torch.bool))
+    loss, gradient, clipped = loss_and_gradient(*arguments)
+    assert loss == [pytest.approx([-1.1, -1.2, -0.5, 0.8, 3.0])]
+    assert gradient == [pytest.approx([-1.1, 0.0, -0.5, 0.0, 0.0])]
+    assert clipped == [[False, True, False, True, False]]
+    higher, _, _ = loss_and_gradient(*arguments, clip=(0.2, 0.28))
+    assert higher[0][1] == pytest.approx(-1.28)
+
+
+def test_gspo_by_hand():
+    """The ratio of a response is the geometric mean of its tokens'; the last column is padding.
+
+    Row 0: sqrt(0.9 * 1.6) = 1.2, inside [0.7, 1.3] though 1.6 is not. Row 1: sqrt(1.8 * 3.2) = 2.4.
+    Row 2: sqrt(0.2 * 0.8) = 0.4. Row 3 is a single token.
+    """
+    ratio = torch.tensor([[0.9, 1.6, 50.0], [1.8, 3.2, 50.0], [0.2, 0.8, 50.0], [1.1, 50.0, 50.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0]]).bool()
+    advantage = torch.tensor(
+        [[2.0, -1.0, 5.0], [2.0, -1.0, 5.0], [2.0, -1.0, 5.0], [-3.0, 5.0, 5.0]]
+    )
+    loss, gradient, clipped = loss_and_gradient("gspo", ratio, advantage, mask, clip=(0.3, 0.3))
+    of_response = [row[: sum(kept)] for row, kept in zip(loss, mask.tolist(), strict=True)]
+    # above the interval only a positive advantage is clipped, below it only a negative one
+    assert of_response == [
+        pytest.approx([-2.4, 1.2]),
+        pytest.approx([-2.6, 2.4]),
+        pytest.approx([-0.8, 0.7]),
+        pytest.approx([3.3]),
+    ]
+    assert gradient == [
+        pytest.approx([-2.4, 1.2, 0.0]),
+        pytest.approx([0.0, 2.4, 0.0]),
+        pytest.approx([-0.8, 0.0, 0.0]),
+        pytest.approx([3.3, 0.0, 0.0]),
+    ]
+    of_response = [row[: sum(kept)] for row, kept in zip(clipped, mask.tolist(), strict=True)]
+    assert of_response == [[False, False], [True, False], [False, True], [False]]
+
+
+def test_gspo_of_a_row_without_tokens():
+    mask = torch.tensor([[True], [False]])
+    ones = torch.ones(2, 1)
+    loss, gradient, _ = loss_and_gradient("gspo", ones, ones, mask)
+    assert loss[0] == [-1.0] and gradient == [[-1.0], [0.0]]
+
+
+def test_cispo_by_hand():
+    """Every token has a gradient; the ratio weighs it, from 0.8 to 1.2 at most."""
+    ratio = torch.tensor([[1.1, 1.5, 0.5, 0.5, 1.5, 1.5, 50.0]])
+    advantage = torch.tensor([[2.0, 2.0, 2.0, -1.0, -1.0, 0.0, 5.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0]]).bool()
+    loss, gradient, clipped = loss_and_gradient("cispo", ratio, advantage, mask)
+    weight = [1.1, 1.2, 0.8, 0.8, 1.2, 1.2]
+    logp = (ratio.log() - 1)[0].tolist()
+    expected = [-w * a * p for w, a, p in zip(weight, advantage[0].tolist(), logp, strict=False)]
+    assert loss[0][:6] == pytest.approx(expected)
+    assert loss[0][0] == pytest.approx(-2.2 * (math.log(1.1) - 1))
+    assert gradient == [pytest.approx([-2.2, -2.4, -1.6, 0.8, 1.2, 0.0, 0.0])]
+    assert clipped[0][:6] == [False, True, True, True, True, False]
+    _, gradient, clipped = loss_and_gradient("cispo", ratio, advantage, mask, clip=(1.0, 4.0))
+    assert gradient == [pytest.approx([-2.2, -3.0, -1.0, 0.5, 1.5, 0.0, 0.0])]
+    assert not any(clipped[0][:6])
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_losses_where_the_policy_has_not_moved(loss):
+    """All ratios are 1, and the gradient is minus the advantage."""
+    advantage = torch.tensor([[1.5, -0.5], [0.0, -2.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    _, gradient, clipped = loss_and_gradient(loss, torch.ones(2, 2), advantage, mask)
+    assert gradient == (-advantage).tolist()
+    assert clipped == [[False, False], [False, False]]
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_no_advantage_has_neither_loss_nor_gradient(loss):
+    """So the update may leave out responses whose advantages are 0."""
+    ratio = torch.tensor([[0.1, 9.0, 1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    value, gradient, clipped = loss_and_gradient(loss, ratio, torch.zeros(1, 3), mask)
+    assert not any([*value[0], *gradient[0], *clipped[0]])
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_losses_do_not_depend_on_the_other_rows_of_a_batch(loss):
+    """A micro-batch has whole responses, and as much padding as its longest one needs."""
+    generator = torch.Generator().manual_seed(0)
+    logp, old, advantage = torch.randn(3, 4, 6, generator=generator)
+    mask = torch.arange(6) < torch.tensor([[3], [6], [1], [4]])
+    together, _ = rlfr.policy_loss(logp, old, advantage, mask, loss, (0.2, 0.2))
+    for row, length in enumerate(mask.sum(dim=1)):
+        cells = (slice(row, row + 1), slice(length))
+        parts = (logp[cells], old[cells], advantage[cells], mask[cells])
+        alone, _ = rlfr.policy_loss(*parts, loss, (0.2, 0.2))
+        torch.testing.assert_close(alone, together[cells])
 
 
 @pytest.mark.parametrize(

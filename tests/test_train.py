@@ -191,10 +191,12 @@ def test_micro_batches_change_nothing(config):
             torch.testing.assert_close(value, states[1][key], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("train_batch", [8, 16])
-def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, train_batch):
+@pytest.mark.parametrize(
+    ("train_batch", "loss"), [(8, "ppo"), (16, "ppo"), (8, "gspo"), (8, "cispo")]
+)
+def test_episodes_without_a_gradient_are_not_trained_on(config, monkeypatch, train_batch, loss):
     """Groups of equal rewards are left out of the update: figures and weights are the same."""
-    settings = {"train_batch": train_batch, "mismatch": "token", "steps": 2}
+    settings = {"train_batch": train_batch, "loss": loss, "mismatch": "token", "steps": 2}
     config = change(config, shaping="none", **SOME_GROUPS, **settings)
     n_trained = []
     forward = Policy.forward
