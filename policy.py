@@ -281,7 +281,8 @@ def encode_images(
                 seen[images[index]] = replace(images[index], features=part)
     shown = []
     for episode in episodes:
-        shown.append(replace(episode, images=tuple(seen[image] for image in episode.images)))
+        features = tuple(seen[image] for image in episode.images)
+        shown.append(batching.with_images(episode, features))
     return shown
 
 

@@ -17,7 +17,7 @@ passes of micro-batches.
 import infra.waiting  # noqa: F401
 
 # isort: split
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -677,8 +677,8 @@ def step_line(step: int, metrics: dict[str, float], dense_reward) -> str:
     )
 
 
-def main(config: Config) -> None:
-    """Train a policy."""
+def main(config: Config, update: Callable[..., dict[str, float]] = update_policy) -> None:
+    """Train a policy; another phase 5 may be given in the place of update_policy."""
     # ---- Problems and grader
     start()
     is_flow_named = config.flow is not None
@@ -810,7 +810,7 @@ def main(config: Config) -> None:
 
         # ---- 5. Update the policy
         lr = rlfr.learning_rate(config.lr, step, total_steps, warmup=optimisation.warmup)
-        metrics |= update_policy(models, experience, advantage, config=config, step=step, lr=lr)
+        metrics |= update(models, experience, advantage, config=config, step=step, lr=lr)
 
         # ---- 6. Update the dense reward, with the gradient of 3
         metrics |= update_dense(models, optimisation.clip_norm)

@@ -7,7 +7,7 @@ token k of the response in column k.
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,13 +19,19 @@ from infra.parallel import DEVICE
 
 
 # ---- Batches
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What the policy reads of one episode; any object with these attributes will do."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     images: Sequence[vision.Image] = ()
+
+
+def with_images(row: Row, images: Sequence[vision.Image]) -> Row:
+    """Return a copy of a row, or of an episode, with other images."""
+    if isinstance(row, Row):
+        return row._replace(images=images)
+    return replace(row, images=images)
 
 
 @dataclass

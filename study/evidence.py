@@ -304,25 +304,14 @@ def small_tables(study: dict) -> str:
 
 
 def arms_table(study: dict) -> str:
-    """Return the table of what each arm asks, with the settings that it changes."""
-    settings = {}
-    for run in study["runs"]:
-        settings.setdefault(run["arm"], run)
+    """Return the table of what each arm asks, with its settings as today's flags."""
+    has_run = {run["arm"] for run in study["runs"]}
     rows = []
     for name, arm in ARMS.items():
-        run = settings.get(name)
-        if run:
-            rows.append([f"`{name}`", arm.asks, f"`{changes(run, study['settings'])}`"])
-    return table(("arm", "what it asks", "its settings"), rows)
-
-
-def changes(run: dict, common: dict) -> str:
-    """Return the settings in which a run differs from what all have in common, as flags."""
-    changed = {}
-    for name, value in run["settings"].items():
-        if name != "seed" and common.get(name) != value:
-            changed[name] = tuple(value) if isinstance(value, list) else value
-    return " ".join([*run["script"][1:], *to_flags(changed)])
+        if name in has_run:
+            flags = " ".join([*arm.script, *to_flags(arm.settings)])
+            rows.append([f"`{name}`", arm.asks, f"`{flags}`"])
+    return table(("arm", "what it asks", "its command"), rows)
 
 
 def runs_line(study: dict, runs: Runs) -> str:

@@ -7,7 +7,7 @@
     python study/evidence.py                                        tables and figures
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
-changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_cap=5 --json study/tuning.json.
+changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --json study/tuning.json.
 
 Every run is a process of its own, with one thread and no GPU:
 
@@ -58,29 +58,35 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
 FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
-COEFFICIENT = 1.0  # of the calibrated flow reward, and of what controls put in its place
+LENGTH_COEFFICIENT = 1.0  # of the reward for length
 CALIBRATED = {
     "shaping": "flow",
     "flow": "{flow}",
     "flow_scope": "expert",
     "dense_on": "response",
-    "dense_coef": COEFFICIENT,
-    "flow_cap": 2.0,  # of the base model, the worst responses have an excess of about 1
+    "dense_coef": 0.5,
+    "dense_clamp": (-2.0, 0.0),  # of the base model, the worst responses have an excess of about 1
     "freeze_flow": True,
 }
 # Controls that learn from the expert solutions leave out those that the calibration is on, too
-EXPERT_SOLUTIONS = ("--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
+SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
 # A token's own excess is larger than a response's mean, and is summed over the tokens that follow
 CALIBRATED_TOKEN = {
     **CALIBRATED,
     "dense_on": "token",
     "dense_centre": True,
-    "dense_coef": 0.3,
-    "flow_cap": 10.0,
+    "dense_coef": 0.03,
+    "dense_clamp": (-10.0, 0.0),
     "gamma": 0.9,
 }
 PUBLISHED = {"shaping": "flow", "flow": "{flow}"}
 RLVR = {"shaping": "none"}
+
+
+def shuffled(settings: dict[str, object], among: str) -> dict[str, object]:
+    """Return the settings of an arm whose flow scores change places, all of them."""
+    control = {"shaping": "{rewards}/shuffled.py", "dense": ("of=flow", f"among={among}")}
+    return {**settings, **control}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Arm:
 
     asks: str
     settings: dict[str, object]
-    control: tuple[str, ...] = ()  # arguments of study/controls.py, which changes train_rl.py
+    script: tuple[str, ...] = ("train_rl.py",)  # with its first arguments
     beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
 
 
@@ -108,7 +114,7 @@ ARMS = {
         "What do the expert solutions achieve as mere training data? As many solutions a step as "
         "others have episodes.",
         RLVR,
-        control=("sft", *EXPERT_SOLUTIONS),
+        script=SFT,
         beside="calibrated",
     ),
     "sft-rlvr": Arm(
@@ -118,20 +124,17 @@ ARMS = {
     ),
     "published-shuffled": Arm(
         "Does it matter which tokens of a response the published scores fall on?",
-        PUBLISHED,
-        control=("shuffled-tokens",),
+        shuffled(PUBLISHED, "tokens"),
         beside="published",
     ),
     "calibrated-shuffled": Arm(
         "Does it matter which response of a step a mean excess belongs to?",
-        CALIBRATED,
-        control=("shuffled-responses",),
+        shuffled(CALIBRATED, "responses"),
         beside="calibrated",
     ),
     "calibrated-token-shuffled": Arm(
         "Does it matter which tokens of a response an excess falls on?",
-        CALIBRATED_TOKEN,
-        control=("shuffled-tokens",),
+        shuffled(CALIBRATED_TOKEN, "tokens"),
         beside="calibrated-token",
     ),
     "published-untrained": Arm(
@@ -152,14 +155,19 @@ ARMS = {
     ),
     "length": Arm(
         "Is it a reward for length?",
-        {**RLVR, "reward": ("binary", f"{{rewards}}/length_reward.py={COEFFICIENT}")},
+        {**RLVR, "reward": ("binary", f"{{rewards}}/length_reward.py={LENGTH_COEFFICIENT}")},
         beside="calibrated",
     ),
     "logprob": Arm(
         "Would the expert's own likelihood do? The excess is that of -log p under the supervised "
         "policy, calibrated on the same expert tokens.",
-        CALIBRATED,
-        control=("logprob", "--expert-policy", "{sft}", *EXPERT_SOLUTIONS),
+        {
+            "shaping": "{rewards}/logprob.py",
+            "dense": ("expert={sft}", "experts={solutions}", "held_out={n_held_out}"),
+            "dense_on": "response",
+            "dense_coef": 0.5,
+            "dense_clamp": (-2.0, 0.0),
+        },
         beside="calibrated",
     ),
     "calibrated-online": Arm(
@@ -192,14 +200,13 @@ class Preparation:
 
 
 FLOW = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
-CONTROLS = "study/controls.py"
 PREPARATIONS = {
     "flow": Preparation(("train_flow.py",), FLOW, "flow", "train_flow"),
     "standardised_flow": Preparation(
         ("train_flow.py",), {**FLOW, "standardise": True}, "flow", "train_flow"
     ),
     "hasty_solutions": Preparation(
-        (CONTROLS, "hasty-solutions"),
+        ("study/hasty.py",),
         {"model": "{base}", "data": "{problems}", "like": "{solutions}"},
         "solutions.jsonl",
     ),
@@ -210,7 +217,7 @@ PREPARATIONS = {
     "untrained_flow": Preparation(
         ("train_flow.py",), {**FLOW, "lr": 1e-30, "epochs": 1}, "flow", "train_flow"
     ),
-    "sft": Preparation((CONTROLS, "sft", *EXPERT_SOLUTIONS), RLVR, "policy", "train_rl"),
+    "sft": Preparation(SFT, RLVR, "policy", "train_rl"),
 }
 
 
@@ -400,11 +407,10 @@ def make_preparation(name: str, study: Study) -> Job:
 def make_run(name: str, seed: int, study: Study) -> Job:
     """Return the job of an arm and a seed."""
     arm = find_arm(name)
-    script = (CONTROLS, *arm.control) if arm.control else ("train_rl.py",)
     return Job(
         name=f"{name}/seed-{seed}",
         folder=Path(study.folder, name.replace(":", "-"), f"seed-{seed}"),
-        script=script,
+        script=arm.script,
         settings={**preset("train_rl", study), **arm.settings, "seed": seed},
         product="policy",
         outdated=("checkpoints", "policy", "flow"),

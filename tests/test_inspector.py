@@ -47,6 +47,7 @@ def one_record(group: int, sample: int, tokens: list[str], **changes) -> dict:
         "tokens": tokens,
         "logp": [-0.1 * k for k in range(n)],
         "entropy": [0.2 * k for k in range(n)],
+        "dense": "flow",
         "dense_reward": flow_reward,
         "advantage": [1.0 - 0.5 * sample] * n,
         "ratio": [1.0] * n,

@@ -44,7 +44,7 @@ FLAGS = [
     for name, kind in numeric_types(config).items()
 ]
 # Negative numbers that a setting takes
-SIGNED = {"dense_coef"}
+SIGNED = {"dense_coef", "dense_clamp"}
 
 
 def test_the_numbers_that_there_are():

@@ -16,14 +16,16 @@ import torch
 from conftest import ROOT, experience_of, find_model_in, read_lines, small_run
 
 sys.path.append(str(ROOT / "study"))
-import controls
 import dense
 import evidence
+import hasty
+import sft
 import study
 import train_flow
 import train_rl
 from infra.settings import change, flatten, parse_config
 from infra.solutions import SolutionSettings, load_solutions
+from policy import load_policy
 from rewards import Grader
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -180,84 +182,39 @@ def config(world, flow_folder, tmp_path) -> train_rl.Config:
     return small_run(world, None, tmp_path / "run", **settings)
 
 
-def some_experience() -> train_rl.Experience:
-    """Three responses, of 5, 3 and 4 tokens, each with a score."""
-    mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
-    score = torch.arange(15.0).view(3, 5) * mask
-    return experience_of(mask, dense_score=score[None])
-
-
-def test_shuffled_tokens_stay_in_their_response():
-    before = some_experience()
-    after = controls.shuffle_tokens(before, train_rl.Config(), 0)
-    assert not torch.equal(after.score, before.score)
-    for row, mask in enumerate(before.mask):
-        assert sorted(after.score[row, mask]) == sorted(before.score[row, mask])
-    assert (after.score[~before.mask] == 0).all()
-    assert torch.equal(before.score, some_experience().score), "what was scored stays as it is"
-
-
-def test_shuffled_responses_change_places_with_their_rewards():
-    settings = dense.FlowRewardSettings(
-        flow_scope="expert", dense_on="response", dense_coef=0.5, flow_cap=100
-    )
-    before = some_experience()
-    after = controls.shuffle_responses(before, train_rl.Config(), 1)
-    rewards = []
-    for experience in (before, after):
-        scored = experience.scored
-        reward = dense.token_rewards(experience.score, scored, settings, 3)
-        rewards.append(dense.reward_of_responses(reward, scored, settings))
-    # mean scores 2, 6 and 11.5
-    assert rewards[0].tolist() == pytest.approx([-0.01, -0.03, -0.0575])
-    assert rewards[1].tolist() != pytest.approx(rewards[0].tolist())
-    assert sorted(rewards[1].tolist()) == pytest.approx(sorted(rewards[0].tolist()))
-
-
-def test_a_control_changes_the_scores_of_every_step(config, flow_folder, monkeypatch):
-    """Here all become equal, which leaves no token a flow reward."""
-    monkeypatch.setattr(train_rl, "shape_advantage", train_rl.shape_advantage)
-    steps = []
-
-    def level(experience, _config, step):
-        steps.append((step, len(experience.episodes)))
-        return controls.with_score(experience, experience.scored.float(), experience.scored)
-
-    controls.change_scores(level)
-    settings = {"shaping": "flow", "flow": flow_folder, "steps": 2}
-    train_rl.main(change(config, **settings))
-    assert steps == [(0, 16), (1, 16)]
-    for line in read_lines(Path(config.folder, "metrics.jsonl")):
-        assert line["flow/score"] == 1 and line["flow/tokens"] == 0
-
-
 def test_the_experts_likelihood_is_calibrated_on_solutions_that_were_held_out(config, world):
-    control = controls.ExpertLikelihood(world.path("model"), world.path("expert.jsonl"), 8)
-    training, held_out = controls.load_expert(world.path("expert.jsonl"), 8, config)
+    own = {
+        "expert": world.path("model"),
+        "experts": world.path("expert.jsonl"),
+        "held_out": "8",
+    }
+    model = find_model_in(world.path("model"))
+    host = dense.Host(model, config, lambda: load_policy(model.path), names_flow=True)
+    training, held_out = host.solutions(own["experts"], 8)
     assert (len(training), len(held_out)) == (40, 8)
-    scored = control(replace(some_experience(), episodes=held_out), config, 0)
-    excess = scored.score[scored.scored]
+    reward = dense.make(str(ROOT / "study" / "rewards" / "logprob.py"), own, host)
+    excess = []
+    for part in host.run_policy(held_out, ()):
+        excess.append(-reward.score(part)[part.batch.response_mask])
+    excess = torch.cat(excess)
     assert len(excess) == sum(len(row.response_ids) for row in held_out)
     assert excess.mean().item() == pytest.approx(0, abs=1e-4)
     assert excess.std().item() == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="--held-out 48 of 48"):
-        controls.load_expert(world.path("expert.jsonl"), 48, config)
 
 
-def test_supervised_steps_raise_the_likelihood_of_expert_solutions(config, world, monkeypatch):
-    update = controls.SupervisedUpdate(world.path("expert.jsonl"), 8)
-    monkeypatch.setattr(train_rl, "update_policy", update)
-    train_rl.main(config)
+def test_supervised_steps_raise_the_likelihood_of_expert_solutions(config, world):
+    update = sft.SupervisedUpdate(world.path("expert.jsonl"), 8)
+    train_rl.main(config, update=update)
     losses = [line["policy/loss"] for line in read_lines(Path(config.folder, "metrics.jsonl"))]
     assert losses[-1] < 0.8 * losses[0]
     assert len(update.solutions) == 40
 
 
 def test_hasty_solutions_are_wrong(world, tmp_path):
-    settings = controls.HastySettings(
+    settings = hasty.HastySettings(
         world.path("model"), world.path("train.jsonl"), world.path("expert.jsonl"), str(tmp_path)
     )
-    controls.write_hasty_solutions(settings)
+    hasty.write_hasty_solutions(settings)
     rows = read_lines(tmp_path / "solutions.jsonl")
     answers = {row["problem"]: row["answer"] for row in read_lines(world.path("train.jsonl"))}
     assert 0 < len(rows) <= 48
