@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import dense
+import flow as fl
 import rlfr
 import train_rl
 from infra.settings import change
@@ -32,8 +33,10 @@ assert rlfr.outcome_advantage(rewards, 8, "median").tolist() == [0] * 5 + [-1] *
 
 mask = torch.ones(1, 4, dtype=torch.bool)
 score = torch.tensor([[1.0, 25.0, 16.0, 100.0]])
-kept = dense.token_rewards(score, mask, dense.FlowRewardSettings(flow_threshold=0.4), 1)
-torch.testing.assert_close(kept, -0.01 * torch.tensor([[0.0, 4 / 9, 0.0, 1.0]]))
+settings = dense.FlowRewardSettings(flow_threshold=0.4)
+flow = fl.Flow(fl.FlowConfig(dim=4, n_blocks=1))
+reward = dense.FlowReward(flow, 4, settings, dense.FlowUpdateSettings(), seed=0, group_size=1)
+torch.testing.assert_close(reward.shape(score, mask), -torch.tensor([[0.0, 4 / 9, 0.0, 1.0]]))
 
 config = change(
     train_rl.Config(), model=str(world / "model"), data=str(world / "train.jsonl"), flow="new",

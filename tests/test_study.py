@@ -161,7 +161,7 @@ def test_an_arm_with_changed_settings():
 def test_preparations_come_before_what_needs_them():
     preparations, runs_of_seed = study.plan(study.Study(arms=("hasty-flow", "logprob"), seeds=2))
     names = [job.name for job in preparations]
-    assert names == ["hasty_solutions", "hasty_flow", "flow", "sft"]
+    assert names == ["hasty_solutions", "hasty_flow", "sft"]
     assert [job.name for job in runs_of_seed][:2] == ["hasty-flow/seed-0", "logprob/seed-0"]
 
 
