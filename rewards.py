@@ -45,7 +45,6 @@ import numpy as np
 
 from grading import Gold, Pool, boxes, extract, judge_response, tag_format
 from infra.errors import in_short
-from infra.ranges import PositiveInt
 from infra.watch import PATIENCE, Watch
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
@@ -66,9 +65,10 @@ class Verdict(NamedTuple):
 class RewardSettings:
     """How responses are graded."""
 
-    # Tokens before max_tokens in which the part overlong falls to -1; by default a fifth
-    overlong_buffer: PositiveInt | None = None
     grade_truncated: bool = False  # Let a response that ran out of room score
+
+
+OVERLONG_SHARE = 0.2  # of max_tokens: the last tokens, in which the part overlong falls to -1
 
 
 # ---- Parts
@@ -82,7 +82,6 @@ class Response(NamedTuple):
     finished: bool  # ended by itself, or may score although it ran out of room
     n_tokens: int
     max_tokens: int  # the longest response
-    overlong_buffer: int  # tokens before max_tokens where the penalty of length begins
     n_boxes: int
     obeys_official_rules: bool  # see obeys_official_rules; only the part official looks at it
     extracted: str | None  # as in Verdict
@@ -125,8 +124,8 @@ def has_tags(response: Response, kind: Kind) -> float:
 
 def overlong_penalty(response: Response, kind: Kind) -> float:
     """Return DAPO's soft penalty (eq. 13): from 0 to -1 over the last tokens before max_tokens."""
-    start = response.max_tokens - response.overlong_buffer
-    share = (response.n_tokens - start) / response.overlong_buffer
+    buffer = max(1, int(OVERLONG_SHARE * response.max_tokens))
+    share = (response.n_tokens - (response.max_tokens - buffer)) / buffer
     return -min(1.0, max(0.0, share))
 
 
@@ -418,22 +417,10 @@ class Grader(AbstractContextManager):
         self.names = built_in_names(self.parts)
         self.settings = settings
         self.max_tokens = max_tokens
-        self.overlong_buffer = settings.overlong_buffer
-        if settings.overlong_buffer is None:
-            self.overlong_buffer = max_tokens // 5
-        if "overlong" in self.names:
-            self.check_overlong()
+        if "overlong" in self.names and not max_tokens:
+            raise ValueError("the reward part overlong needs max_tokens, the longest response")
         self.pool = Pool(n_workers)
         self.counts = self.pool.counts
-
-    def check_overlong(self) -> None:
-        if not self.max_tokens:
-            raise ValueError("the reward part overlong needs max_tokens, the longest response")
-        if not 0 < self.overlong_buffer <= self.max_tokens:
-            raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} is outside "
-                f"(0, max_tokens={self.max_tokens}]; choose a part of max_tokens"
-            )
 
     def __exit__(self, *_):
         self.close()
@@ -504,7 +491,6 @@ class Grader(AbstractContextManager):
             finished=finished,
             n_tokens=n_tokens,
             max_tokens=self.max_tokens,
-            overlong_buffer=self.overlong_buffer,
             n_boxes=len(box_contents),
             obeys_official_rules=obeys_rules,
             extracted=extracted,

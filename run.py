@@ -100,7 +100,7 @@ def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> t
     policy = load_policy(model.path, loading.trust_remote_code, freeze=freeze)
     rank = stored.get("lora_rank", 0)
     if rank:
-        lora.add_adapters(policy.model, policy.layers, rank, stored["lora_alpha"], stored["seed"])
+        lora.add_adapters(policy.model, policy.layers, rank, stored["seed"])
     parallel.set_dtypes(policy, dtype)
     return model, policy, dtype
 

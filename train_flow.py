@@ -346,7 +346,7 @@ def main(config: Config) -> None:
     dtype = parallel.compute_dtype(config.loading.dtype)
     policy = load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
     fitted_to = fingerprints.of_weights(policy.model)
-    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload)
+    parallel.shard(policy, policy.blocks, dtype, config.compute.always_offloads)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
         n_blocks=config.flow.flow_blocks,
@@ -361,7 +361,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
     parallel.compile_forward([flow.model], config.compute.compile)
-    parallel.shard(flow, (), dtype, config.compute.cpu_offload)
+    parallel.shard(flow, (), dtype, config.compute.always_offloads)
     learner = parallel.Learner(flow, (0.9, 0.999), config.optimisation.weight_decay)
     latents = Latents(policy, flow_config, solutions, config.compute.tokens_per_gpu)
     if config.flow.standardise:

@@ -103,8 +103,6 @@ class OptimisationSettings:
     freeze: Freeze | None = None
     # Rank of the adapters that learn in place of the decoder's weights (LoRA); 0: all weights learn
     lora_rank: Annotated[int, Range(0, 65_536)] = 0
-    # Adapters count alpha / rank; by default twice the rank
-    lora_alpha: PositiveFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,8 @@ class TrainingComputeSettings(ComputeSettings):
 
     # Recompute activations; by default where keeping them takes too much memory
     gradient_checkpointing: bool | None = None
-    offload: bool = False  # Keep weights and optimisers in host memory while the engine samples
+    # Keep weights and optimisers in host memory, while the engine samples or always
+    offload: Literal["never", "sampling", "always"] = "never"
     rehearse: bool = False  # Do the largest update first, to see that it fits; it changes nothing
 
 
@@ -177,11 +176,6 @@ def check(config: Config) -> None:
     template_pattern(config.problems.template)
     n_ranks = dist.get_world_size()
     check_engine(config.engine, n_ranks)
-    if config.compute.offload and config.compute.cpu_offload:
-        raise ValueError(
-            "offload and cpu_offload exclude each other: "
-            "choose whether weights are in host memory sometimes or always"
-        )
     prompts = config.sampling.prompts
     group_size = config.sampling.group_size
     train_batch = config.optimisation.train_batch
@@ -199,20 +193,9 @@ def check(config: Config) -> None:
         raise ValueError(
             f"train_batch={train_batch} is not a multiple of the {n_ranks} ranks; choose one"
         )
-    check_adapters(config)
-    dense.check(config.shaping, config.dense_reward, config.flow_reward)
-
-
-def check_adapters(config: Config) -> None:
-    """Raise ValueError for settings of adapters that cannot work."""
-    rank = config.optimisation.lora_rank
-    alpha = config.optimisation.lora_alpha
-    if rank > 0:
+    if config.optimisation.lora_rank:
         lora.check_installed()
-    elif alpha is not None and not config.resume:  # a resumed run keeps its rank: see infra/runs.py
-        raise ValueError(
-            f"lora_alpha={alpha} without adapters; give --lora-rank, or leave --lora-alpha out"
-        )
+    dense.check(config.shaping, config.dense_reward, config.flow_reward)
 
 
 def resolve(config: Config) -> tuple[Config, Model]:
@@ -251,8 +234,6 @@ def resolve(config: Config) -> tuple[Config, Model]:
             f"freeze='none' with lora_rank={rank}: the tower has no adapters and does not learn; "
             "leave --freeze out, or --lora-rank"
         )
-    if rank:
-        config = with_defaults(config, lora_alpha=2.0 * rank)
     prompt = config.problems.max_prompt_tokens
     response = config.sampling.max_tokens
     positions = model.text_config.max_position_embeddings
@@ -276,11 +257,10 @@ def make_policy(config: Config, model: Model) -> Policy:
     )
     policy.fingerprint = fingerprints.of_weights(policy.model)
     if settings.lora_rank:
-        sizes = (settings.lora_rank, settings.lora_alpha)
-        lora.add_adapters(policy.model, policy.layers, *sizes, config.seed)
+        lora.add_adapters(policy.model, policy.layers, settings.lora_rank, config.seed)
     parallel.compile_forward(policy.layer_parts(), config.compute.compile)
     dtype = parallel.compute_dtype(config.loading.dtype)
-    parallel.shard(policy, policy.blocks, dtype, config.compute.cpu_offload, methods=["encode"])
+    parallel.shard(policy, policy.blocks, dtype, config.compute.always_offloads, methods=["encode"])
     return policy
 
 
@@ -295,7 +275,7 @@ def make_reference(policy: Policy, config: Config, model: Model) -> Policy | lor
     )
     reference.requires_grad_(False)
     dtype = parallel.compute_dtype(config.loading.dtype)
-    parallel.shard(reference, reference.blocks, dtype, config.compute.cpu_offload)
+    parallel.shard(reference, reference.blocks, dtype, config.compute.always_offloads)
     return reference
 
 
@@ -316,7 +296,7 @@ def make_models(config: Config, model: Model, is_flow_named: bool) -> Models:
         own = dense.as_values(config.dense_reward.dense)
         dense_reward = dense.make(config.shaping, own, host)
         dtype = parallel.compute_dtype(config.loading.dtype)
-        dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.cpu_offload)
+        dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.always_offloads)
     reference = None
     if config.optimisation.kl_coef or (dense_reward and dense_reward.reads_first):
         reference = make_reference(host.policy, config, model)
@@ -712,7 +692,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
     # ---- Engine: it starts in the memory that it will have, so that its cache is of the right size
     host_copy = None
-    if config.compute.offload:
+    if config.compute.offload == "sampling":
         host_copy = parallel.HostCopy(tensors_of(models))
         host_copy.offload()
     dtype = parallel.compute_dtype(config.loading.dtype)

@@ -100,7 +100,8 @@ class Settings:
     steps: int = 3  # Whole steps; the first is a warm-up
     engine: Literal["auto", "vllm", "torch", "none"] = "auto"  # What samples; none: no whole steps
     tokens_per_gpu: int = 16_384  # Tokens of a micro-batch
-    offload: bool = False  # Trainer in host memory while the engine samples
+    # Trainer in host memory while the engine samples, or always
+    offload: Literal["never", "sampling", "always"] = "never"
     compile: bool = True  # Measure the compiled variants, too
     json: str | None = None  # File for the figures
 

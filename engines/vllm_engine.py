@@ -214,7 +214,7 @@ def cache_bytes(
         raise ValueError(
             f"a sequence of {max_length} tokens needs {sequence_bytes / 1e9:.2f} GB of KV cache, "
             f"but cache_share={settings.cache_share} of {free / 1e9:.2f} GB free is less; give "
-            "--offload, a larger --tensor-parallel or fewer tokens"
+            "--offload sampling, a larger --tensor-parallel or fewer tokens"
         )
     return int(min(settings.max_sequences * sequence_bytes, room))
 

@@ -34,18 +34,15 @@ def check_installed() -> None:
         )
 
 
-def add_adapters(
-    model: nn.Module, layers: nn.ModuleList, rank: int, alpha: float, seed: int
-) -> None:
+def add_adapters(model: nn.Module, layers: nn.ModuleList, rank: int, seed: int) -> None:
     """Put an adapter into each linear layer among a model's decoder layers; freeze all else.
 
-    It has to be done before the model is compiled and sharded.
+    Its output is scaled by alpha/rank, where alpha is twice the rank. It has to be done before the model is compiled and sharded.
 
     Args:
         model: a Hugging Face model.
         layers: its decoder layers.
         rank: rows of A and columns of B.
-        alpha: the adapter's output is scaled by alpha/rank.
         seed: of the matrices A, the same on all ranks.
     """
     import peft
@@ -55,7 +52,7 @@ def add_adapters(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and id(module) in in_decoder:
             targets.append(name)
-    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     with parallel.fork_rng():
         torch.manual_seed(keyed_seed("adapters", seed))
         peft.inject_adapter_in_model(settings, model, ADAPTER)

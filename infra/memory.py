@@ -61,7 +61,7 @@ def recomputes_activations(config, model: Model, n_ranks: int, room: int) -> boo
     if config.shaping == "flow":
         flow_blocks = published_settings(model)["flow_blocks"]
         n_parameters += (5 * flow_blocks + 7) * dim**2
-    if config.compute.cpu_offload:
+    if config.compute.always_offloads:
         n_parameters = 0  # they are in host memory
     longest = config.problems.max_prompt_tokens + config.sampling.max_tokens
     n_tokens = max(config.compute.tokens_per_gpu, longest)  # a single row may exceed the budget

@@ -80,8 +80,8 @@ def what_to_lower(config) -> str:
         ways.append(f"a lower --lora-rank (now {config.optimisation.lora_rank})")
     else:
         ways.append("--lora-rank 32, which trains adapters in place of all weights")
-    if not config.compute.cpu_offload:
-        ways.append("--cpu-offload")
+    if not config.compute.always_offloads:
+        ways.append("--offload always")
     ways.append("more GPUs")
     return (
         "the largest update that these settings allow does not fit into the GPU's memory; "

@@ -118,7 +118,6 @@ FIXED_AT_START = {
     "flow": OF_THE_WEIGHTS,
     "freeze": OF_THE_WEIGHTS,
     "lora_rank": OF_THE_WEIGHTS,
-    "lora_alpha": "the adapters have learnt at that scale",
     "freeze_flow": OF_THE_WEIGHTS,
     "contexts": OF_THE_WEIGHTS,
     "other_contexts": OF_THE_WEIGHTS,

@@ -28,8 +28,14 @@ class ComputeSettings:
 
     # Tokens of a micro-batch, one forward of one rank; fewer on a CPU, whose caches are small
     tokens_per_gpu: PositiveInt = 16384 if parallel.DEVICE.type == "cuda" else 4096
-    cpu_offload: bool = False  # Keep weights and optimisers in host memory: slow, saves most
+    # Keep weights and optimisers in host memory: slow, saves most
+    offload: Literal["never", "always"] = "never"
     compile: Literal["auto", "on", "off"] = "auto"  # Compile policy and flow; auto: on a GPU
+
+    @property
+    def always_offloads(self) -> bool:
+        """Whether weights and optimisers are never in the GPU's memory but while they are used."""
+        return self.offload == "always"
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,7 @@ RENAMED = {
     "flow_after": "dense_after",
 }
 # Settings that earlier versions had, and that do not count for a run that goes on
-OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
+OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images", "overlong_buffer")
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test"}
 # The same, where they count for one kind of shaping alone
@@ -309,6 +315,16 @@ def upgraded(
     if stored.get("flow_accept") == "all" and not has_quantile:
         del stored["flow_accept"]
         stored["flow_soft"] = 1.0
+    always = stored.pop("cpu_offload", False)
+    if isinstance(stored.get("offload"), bool):
+        stored["offload"] = "sampling" if stored["offload"] else "never"
+    if always:
+        stored["offload"] = "always"
+    alpha = stored.pop("lora_alpha", None)
+    if stored.get("lora_rank") and alpha not in (None, 2 * stored["lora_rank"]):
+        raise ValueError(
+            f"{whose} has lora_alpha={alpha!r}, where all runs have twice the rank now: {advice}"
+        )
     cap = stored.pop("flow_cap", None)  # the excess was divided by it
     for old, new in RENAMED.items():
         if old in stored:

@@ -1,6 +1,6 @@
 """Wrong responses of a model, as many as a file has solutions, to fit a flow to.
 
-    python study/hasty.py --model FOLDER --data FILE --like FILE --folder F
+python study/hasty.py --model FOLDER --data FILE --like FILE --folder F
 """
 
 import repository  # noqa: F401

@@ -217,8 +217,8 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
 @pytest.mark.parametrize(
     "options",
     [
-        {"cpu_offload": True},
-        {"offload": True, "gradient_checkpointing": True},
+        {"offload": "always"},
+        {"offload": "sampling", "gradient_checkpointing": True},
         {"compile": "on"},
         {"compile": "on", "gradient_checkpointing": True},
     ],

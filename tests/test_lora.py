@@ -35,14 +35,14 @@ from infra.settings import change
 from policy import Policy, load_policy
 from run import export_checkpoint
 
-RANK, ALPHA = 4, 12.0  # a scale of 3
+RANK = 4
 GREEDY = rollout.Sampling(1, 0.0, 24)
 
 
 def adapted_policy(path: str) -> Policy:
     """A policy with adapters that have learnt: B is not zero."""
     policy = load_policy(path)
-    lora.add_adapters(policy.model, policy.layers, RANK, ALPHA, seed=0)
+    lora.add_adapters(policy.model, policy.layers, RANK, seed=0)
     torch.manual_seed(1)
     for layer in lora.adapted_layers(policy).values():
         torch.nn.init.normal_(layer.lora_B[lora.ADAPTER].weight, std=0.1)
@@ -130,7 +130,7 @@ def test_adapters_start_as_the_model_and_follow_the_seed(world, policy, batch):
     for seed in (0, 0, 1):
         other = load_policy(world.path("model"))
         before = torch.random.get_rng_state()
-        lora.add_adapters(other.model, other.layers, RANK, ALPHA, seed)
+        lora.add_adapters(other.model, other.layers, RANK, seed)
         assert torch.equal(torch.random.get_rng_state(), before)
         starts.append(dict(lora.adapter_weights(other, "model.")))
     assert torch.equal(other(batch).logp, policy(batch).logp)
@@ -226,7 +226,13 @@ def test_the_base_is_the_model_before_it_learnt(world, policy, batch):
 
 
 def test_a_kl_to_the_base(config, tmp_path):
-    settings = {"kl_coef": 0.1, "steps": 2, "train_batch": 16, "save_every": 0, "offload": True}
+    settings = {
+        "kl_coef": 0.1,
+        "steps": 2,
+        "train_batch": 16,
+        "save_every": 0,
+        "offload": "sampling",
+    }
     train_rl.main(change(config, folder=str(tmp_path / "run"), **settings))
     first, second = figures(tmp_path / "run")
     assert first["policy/kl"] == pytest.approx(0.0, abs=1e-9), "B is zero"
@@ -281,7 +287,7 @@ def test_a_checkpoint_is_exported(one, tmp_path):
 
 
 def test_offloading_changes_nothing(one, config, tmp_path):
-    train_rl.main(change(config, folder=str(tmp_path / "run"), offload=True))
+    train_rl.main(change(config, folder=str(tmp_path / "run"), offload="sampling"))
     assert_same_run(one, str(tmp_path / "run"))
 
 
@@ -291,7 +297,7 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
     results = []
     for options in ({}, {"compile": "on", "gradient_checkpointing": True}):
         policy = train_rl.make_policy(
-            change(config, freeze="none", lora_alpha=ALPHA, **options), find_model_in(config.model)
+            change(config, freeze="none", **options), find_model_in(config.model)
         )
         for layer in lora.adapted_layers(policy).values():
             torch.nn.init.constant_(layer.lora_B[lora.ADAPTER].weight, 0.1)
@@ -313,8 +319,6 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
     ("options", "message"),
     [
         ({"lora_rank": -1}, "--lora-rank=-1: expected a whole number from 0"),
-        ({"lora_rank": 0, "lora_alpha": 8.0}, "lora_alpha=8.0 without adapters; give --lora-rank"),
-        ({"lora_alpha": 0.0}, "--lora-alpha=0.0: expected a number above 0"),
     ],
     ids=str,
 )
@@ -335,10 +339,10 @@ def test_a_tower_that_should_learn_is_refused(config, tmp_path):
         train_rl.resolve(change(config, model=folder, freeze="none", folder=None))
 
 
-@pytest.mark.parametrize("options", [{"lora_rank": 8}, {"lora_rank": 0}, {"lora_alpha": 1.0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{"lora_rank": 8}, {"lora_rank": 0}], ids=str)
 def test_a_resumed_run_keeps_its_adapters(one, config, options):
     (name,) = options
-    settings = change(config, resume=one, lora_alpha=2.0 * RANK)  # as the run's own file has it
+    settings = change(config, resume=one)
     with pytest.raises(ValueError, match=f"that run has {name}=.*, this one asks for"):
         train_rl.main(change(settings, **options))
 

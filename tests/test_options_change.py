@@ -49,7 +49,6 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({"dense_coef": 1.0}, {"dense_centre": True}),
     ({"dense_coef": 1.0}, {"contexts": ("next",), "other_contexts": True}),
     ({}, {"lora_rank": 4}),
-    ({"lora_rank": 4}, {"lora_alpha": 2.0}),
 ]
 # Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
 # and in tests/test_dense.py, settings of a file and dense_until

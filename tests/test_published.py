@@ -170,7 +170,7 @@ N_PARAMETERS = {  # without an untied head
     [
         ("Qwen/Qwen2.5-Math-1.5B", {}, 1, H100, True),  # 78 of 68 GB
         ("Qwen/Qwen2.5-Math-1.5B", {"tokens_per_gpu": 8192}, 1, H100, False),  # 54 GB
-        ("Qwen/Qwen2.5-Math-1.5B", {"cpu_offload": True}, 1, H100, False),  # 52 GB
+        ("Qwen/Qwen2.5-Math-1.5B", {"offload": "always"}, 1, H100, False),  # 52 GB
         ("Qwen/Qwen2.5-Math-1.5B", {}, 8, H100, False),  # 55 GB
         ("Qwen/Qwen2.5-Math-1.5B", {}, 1, H200, False),  # 78 of 120 GB
         # a row of 35,768 tokens, over the budget of a micro-batch: 111 GB
@@ -221,7 +221,6 @@ def test_a_tiny_model_under_a_hub_id_trains(world, tmp_path, monkeypatch):
     [
         ({"tensor_parallel": 2}, "tensor_parallel=2: expected a divisor of 1 ranks, and vLLM"),
         ({"cache_share": 1.5}, "--cache-share=1.5: expected a number between 0 and 1"),
-        ({"offload": True, "cpu_offload": True}, "offload and cpu_offload exclude each other"),
     ],
 )
 def test_settings_of_ranks_and_engines(options, words):

@@ -176,8 +176,7 @@ def test_parts_add_up_with_their_weights(tmp_path):
     file = tmp_path / "brevity.py"
     file.write_text("def reward(problem, response):\n    return 1 / len(response)\n")
     parts = ["binary=2", "format=0.5", "overlong", f"{file}=10"]
-    settings = RewardSettings(overlong_buffer=20)
-    with Grader(parts, settings, max_tokens=100, n_workers=1) as grader:
+    with Grader(parts, max_tokens=100, n_workers=1) as grader:
         verdict = grader.grade("", "2", "\\boxed{2}", True, n_tokens=90)
         assert verdict.parts == {"binary": 1.0, "format": 1.0, "overlong": -0.5, "brevity": 1 / 9}
         assert verdict.reward == pytest.approx(2 + 0.5 - 0.5 + 10 / 9)
@@ -222,8 +221,8 @@ def test_bad_settings_are_refused(tmp_path):
     file.write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no function reward"):
         Grader([str(file)])
-    with pytest.raises(ValueError, match="overlong_buffer=0 is outside"):
-        Grader(["overlong"], RewardSettings(overlong_buffer=0), max_tokens=10)
+    with pytest.raises(ValueError, match="overlong needs max_tokens"):
+        Grader(["overlong"])
 
 
 def test_a_users_function(tmp_path):

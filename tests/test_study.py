@@ -8,12 +8,11 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, experience_of, find_model_in, read_lines, small_run
+from conftest import ROOT, find_model_in, read_lines, small_run
 
 sys.path.append(str(ROOT / "study"))
 import dense

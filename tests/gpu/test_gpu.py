@@ -234,8 +234,8 @@ def check_steps(folder: str) -> None:
     [
         {"compile": "off"},
         {"compile": "on"},
-        {"offload": True},
-        {"cpu_offload": True, "gradient_checkpointing": True},
+        {"offload": "sampling"},
+        {"offload": "always", "gradient_checkpointing": True},
     ],
     ids=str,
 )
@@ -247,7 +247,7 @@ def test_whole_steps(world, flow_folder, tmp_path, options):
 
 
 @needs_vllm
-@pytest.mark.parametrize("options", [{}, {"offload": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"offload": "sampling"}], ids=str)
 def test_whole_steps_with_vllm(world, flow_folder, tmp_path, options):
     """In a process of its own: one engine of a process can sleep, and this one has it already."""
     config = step_config(world, flow_folder, tmp_path, "vllm")
