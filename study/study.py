@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import train_rl
 from infra.files import remove, write_json, written_whole
+from infra.kinds import as_tuple
 from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from infra.settings import flatten
@@ -58,35 +59,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
 FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
-LENGTH_COEFFICIENT = 1.0  # of the reward for length
-CALIBRATED = {
-    "shaping": "flow",
-    "flow": "{flow}",
-    "flow_scope": "expert",
-    "dense_on": "response",
-    "dense_coef": 0.5,
-    "dense_clamp": (-2.0, 0.0),  # of the base model, the worst responses have an excess of about 1
-    "freeze_flow": True,
-}
-# Controls that learn from the expert solutions leave out those that the calibration is on, too
-SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
-# A token's own excess is larger than a response's mean, and is summed over the tokens that follow
-CALIBRATED_TOKEN = {
-    **CALIBRATED,
-    "dense_on": "token",
-    "dense_centre": True,
-    "dense_coef": 0.03,
-    "dense_clamp": (-10.0, 0.0),
-    "gamma": 0.9,
-}
-PUBLISHED = {"shaping": "flow", "flow": "{flow}"}
+FLOW = {"flow": "{flow}"}
 RLVR = {"shaping": "none"}
-
-
-def shuffled(settings: dict[str, object], among: str) -> dict[str, object]:
-    """Return the settings of an arm whose flow scores change places, all of them."""
-    control = {"shaping": "{rewards}/shuffled.py", "dense": ("of=flow", f"among={among}")}
-    return {**settings, **control}
+# Whoever learns from the expert solutions leaves out those that the calibration is on
+SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
 
 
 @dataclass(frozen=True)
@@ -94,95 +70,104 @@ class Arm:
     """A way to train: what it asks, and its settings of train_rl.py."""
 
     asks: str
-    settings: dict[str, object]
+    file: str  # of settings, in study/arms/, which --config of train_rl.py takes as well
+    prepared: dict[str, object] = field(default_factory=dict)  # settings with what was prepared
     script: tuple[str, ...] = ("train_rl.py",)  # with its first arguments
     beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """All settings of the arm, by flag name."""
+        text = (ROOT / "study" / "arms" / f"{self.file}.json").read_text()
+        # its files of rewards are found from any folder
+        own = json.loads(text.replace("study/rewards/", "{rewards}/"))
+        return {**{name: as_tuple(value) for name, value in own.items()}, **self.prepared}
+
 
 ARMS = {
-    "rlvr": Arm("What does the outcome alone achieve?", RLVR),
-    "entropy": Arm("Does the entropy advantage help?", {"shaping": "entropy"}),
-    "published": Arm("Does the flow reward help as published?", PUBLISHED),
+    "rlvr": Arm("What does the outcome alone achieve?", "rlvr"),
+    "entropy": Arm("Does the entropy advantage help?", "entropy"),
+    "published": Arm("Does the flow reward help as published?", "published", FLOW),
     "calibrated": Arm(
-        "Does it help as a response's excess over the flow's values on expert tokens?", CALIBRATED
+        "Does it help as a response's excess over the flow's values on expert tokens?",
+        "calibrated",
+        FLOW,
     ),
     "process": Arm(
         "What would a perfect dense reward achieve? The share of right steps, the ceiling.",
-        {**RLVR, "reward": ("binary", "{rewards}/process_reward.py")},
+        "process",
     ),
     "sft": Arm(
         "What do the expert solutions achieve as mere training data? As many solutions a step as "
         "others have episodes.",
-        RLVR,
+        "rlvr",
         script=SFT,
         beside="calibrated",
     ),
     "sft-rlvr": Arm(
         "And what does the outcome achieve after that?",
-        {**RLVR, "model": "{sft}"},
+        "rlvr",
+        {"model": "{sft}"},
         beside="calibrated",
     ),
     "published-shuffled": Arm(
         "Does it matter which tokens of a response the published scores fall on?",
-        shuffled(PUBLISHED, "tokens"),
+        "published-shuffled",
+        FLOW,
         beside="published",
     ),
     "calibrated-shuffled": Arm(
         "Does it matter which response of a step a mean excess belongs to?",
-        shuffled(CALIBRATED, "responses"),
+        "calibrated-shuffled",
+        FLOW,
         beside="calibrated",
     ),
     "calibrated-token-shuffled": Arm(
         "Does it matter which tokens of a response an excess falls on?",
-        shuffled(CALIBRATED_TOKEN, "tokens"),
+        "calibrated-token-shuffled",
+        FLOW,
         beside="calibrated-token",
     ),
     "published-untrained": Arm(
         "Does the published reward need a flow that has learnt?",
-        {**PUBLISHED, "flow": "{untrained_flow}", "freeze_flow": True},
+        "published-frozen",
+        {"flow": "{untrained_flow}"},
         beside="published",
     ),
     "untrained": Arm(
         "Does the calibrated reward need a flow that has learnt? The calibration is on the same "
         "expert tokens.",
-        {**CALIBRATED, "flow": "{untrained_flow}"},
+        "calibrated",
+        {"flow": "{untrained_flow}"},
         beside="calibrated",
     ),
     "hasty-flow": Arm(
         "Does it need expert solutions? The flow is fitted to wrong responses of the base model.",
-        {**CALIBRATED, "flow": "{hasty_flow}"},
+        "calibrated",
+        {"flow": "{hasty_flow}"},
         beside="calibrated",
     ),
-    "length": Arm(
-        "Is it a reward for length?",
-        {**RLVR, "reward": ("binary", f"{{rewards}}/length_reward.py={LENGTH_COEFFICIENT}")},
-        beside="calibrated",
-    ),
+    "length": Arm("Is it a reward for length?", "length", beside="calibrated"),
     "logprob": Arm(
         "Would the expert's own likelihood do? The excess is that of -log p under the supervised "
         "policy, calibrated on the same expert tokens.",
-        {
-            "shaping": "{rewards}/logprob.py",
-            "dense": ("expert={sft}", "experts={solutions}", "held_out={n_held_out}"),
-            "dense_on": "response",
-            "dense_coef": 0.5,
-            "dense_clamp": (-2.0, 0.0),
-        },
+        "logprob",
+        {"dense": ("expert={sft}", "experts={solutions}", "held_out={n_held_out}")},
         beside="calibrated",
     ),
     "calibrated-online": Arm(
-        "Does it help to update the flow online?",
-        {**CALIBRATED, "freeze_flow": False},
-        beside="calibrated",
+        "Does it help to update the flow online?", "calibrated-online", FLOW, beside="calibrated"
     ),
     "calibrated-token": Arm(
         "Does it help to say where in a response the excess is?",
-        CALIBRATED_TOKEN,
+        "calibrated-token",
+        FLOW,
         beside="calibrated",
     ),
     "calibrated-standardised": Arm(
         "Does it help to standardise latents?",
-        {**CALIBRATED, "flow": "{standardised_flow}"},
+        "calibrated",
+        {"flow": "{standardised_flow}"},
         beside="calibrated",
     ),
 }
@@ -199,11 +184,11 @@ class Preparation:
     preset: str | None = None  # script whose settings for the world it takes, too
 
 
-FLOW = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
+OFFLINE = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
 PREPARATIONS = {
-    "flow": Preparation(("train_flow.py",), FLOW, "flow", "train_flow"),
+    "flow": Preparation(("train_flow.py",), OFFLINE, "flow", "train_flow"),
     "standardised_flow": Preparation(
-        ("train_flow.py",), {**FLOW, "standardise": True}, "flow", "train_flow"
+        ("train_flow.py",), {**OFFLINE, "standardise": True}, "flow", "train_flow"
     ),
     "hasty_solutions": Preparation(
         ("study/hasty.py",),
@@ -211,11 +196,11 @@ PREPARATIONS = {
         "solutions.jsonl",
     ),
     "hasty_flow": Preparation(
-        ("train_flow.py",), {**FLOW, "data": "{hasty_solutions}"}, "flow", "train_flow"
+        ("train_flow.py",), {**OFFLINE, "data": "{hasty_solutions}"}, "flow", "train_flow"
     ),
     # at such a rate no weight changes, and the calibration is the same
     "untrained_flow": Preparation(
-        ("train_flow.py",), {**FLOW, "lr": 1e-30, "epochs": 1}, "flow", "train_flow"
+        ("train_flow.py",), {**OFFLINE, "lr": 1e-30, "epochs": 1}, "flow", "train_flow"
     ),
     "sft": Preparation(SFT, RLVR, "policy", "train_rl"),
 }
@@ -252,14 +237,14 @@ def find_arm(text: str) -> Arm:
     if name not in ARMS:
         raise ValueError(f"arm {text!r}: {name!r} is unknown; expected one of {', '.join(ARMS)}")
     arm = ARMS[name]
-    settings = dict(arm.settings)
+    changed = {}
     for change in filter(None, changes.split(",")):
         key, _, value = change.partition("=")
-        settings[key] = {"True": True, "False": False}.get(value, value)
-    unknown = sorted(settings.keys() - flatten(train_rl.Config()).keys())
+        changed[key] = {"True": True, "False": False}.get(value, value)
+    unknown = sorted(changed.keys() - flatten(train_rl.Config()).keys())
     if unknown:
         raise ValueError(f"arm {text!r}: {unknown} are no settings of train_rl.py")
-    return replace(arm, settings=settings)
+    return replace(arm, prepared={**arm.prepared, **changed})
 
 
 def find_world(name: str) -> toy.World:

@@ -1,5 +1,6 @@
 """The study of the flow reward: its statistics, its controls, runs that are cut short, its page."""
 
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from infra.settings import change, flatten, parse_config
 from infra.solutions import SolutionSettings, load_solutions
 from policy import load_policy
 from rewards import Grader
+from worlds import toy
 
 PAGE = ROOT / "docs" / "evidence.md"
 
@@ -145,9 +147,26 @@ def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
             assert preparation.settings.keys() <= flow_settings.keys(), name
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "study" / "arms").glob("*.json")), ids=lambda f: f.stem
+)
+def test_the_file_of_an_arm_begins_a_run(file, monkeypatch):
+    own = json.loads(file.read_text())
+    again = []
+    for name in ("shaping", "reward"):  # what runs code is named again
+        if ".py" in str(own.get(name)):
+            again += study.to_flags({name: tuple(own[name]) if name == "reward" else own[name]})
+    command = ["train_rl.py", "--model", "toy-sparse", "--config", str(file), *again]
+    monkeypatch.setattr("sys.argv", command)
+    config = flatten(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
+    assert {name: json.loads(json.dumps(config[name])) for name in own} == own
+    assert any(arm.file == file.stem for arm in study.ARMS.values())
+
+
 def test_an_arm_with_changed_settings():
     arm = study.find_arm("calibrated:dense_coef=0.1,freeze_flow=False")
-    assert arm.settings == {**study.CALIBRATED, "dense_coef": "0.1", "freeze_flow": False}
+    calibrated = study.ARMS["calibrated"].settings
+    assert arm.settings == {**calibrated, "dense_coef": "0.1", "freeze_flow": False}
     assert study.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
     with pytest.raises(ValueError, match="arm 'nothing'"):
         study.find_arm("nothing")
