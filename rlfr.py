@@ -5,7 +5,6 @@ Shapes as in flow.py. Tensors in, tensors out: this file imports none of ours.
 Equations, each with its function:
     s' = (s - min)/(max - min) per response or group                     normalise
     keep s' > threshold, then the top k (times -coef in dense.py)        select
-    s' = clamp(excess over expert tokens, 0, cap)/cap (ours)             clamp_excess
     A_outcome = (r - mean)/(std + 1e-9), or rloo, dr_grpo, reinforce++   outcome_advantage
     A_k = A_outcome + sum_{j>=k} gamma^(j-k) * flow_reward_j             token_returns
     A_k + min(alpha*H_k, |A_k|/kappa)                                    entropy_advantage
@@ -88,16 +87,6 @@ def select(score: Tensor, threshold: float, top_k: int | None, bilateral: bool) 
         is_kept.scatter_(1, largest.indices, True)
     has_few = (tail != 0).sum(dim=1, keepdim=True) < top_k
     return torch.where(is_kept | has_few, tail, 0.0)
-
-
-def clamp_excess(excess: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Return clamp(excess, 0, cap)/cap over mask (B, T), in [0, 1]; zero outside mask.
-
-    excess (B, T) is in spreads of expert tokens, see flow.excess_score: nothing is penalised in
-    what looks like an expert's, and nothing counts for more than the cap.
-    """
-    unit = excess.clamp(0, cap) / cap
-    return torch.where(mask, unit, 0.0)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:

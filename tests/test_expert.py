@@ -85,13 +85,6 @@ def test_a_scale_that_was_not_measured_is_refused():
 
 
 # ---- rlfr.py
-def test_excess_is_clamped_and_padding_is_zero():
-    excess = torch.tensor([[-3.0, 5.0, 40.0, 7.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    expected = torch.tensor([[0.0, 0.5, 1.0, 0.0]])
-    torch.testing.assert_close(rlfr.clamp_excess(excess, mask, 10.0), expected)
-
-
 def test_mean_over_tokens_counts_the_mask_alone():
     values = torch.tensor([[1.0, 3.0, 100.0], [5.0, 5.0, 5.0]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
