@@ -1,11 +1,25 @@
 """Episodes with tokens that the policy did not sample: they are read, and nothing else."""
 
+import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, plain_model, problems_in, small_run, tiny_model, tiny_vlm
+from conftest import (
+    FAMILIES,
+    ROOT,
+    copy_with_edits,
+    plain_model,
+    problems_in,
+    read_lines,
+    small_run,
+    tiny_model,
+    tiny_vlm,
+)
 
 import dense
 import flow as fl
@@ -264,3 +278,127 @@ def test_probes_compare_what_was_sampled():
     rollout.check_log_probs([probe], torch.tensor([-1.0, -2.0]), "model")
     with pytest.raises(ValueError, match="the engine's log-probs differ"):
         rollout.check_log_probs([probe], torch.tensor([-1.0, -3.0]), "model")
+
+
+# ---- The calculator of docs/turns.md
+PAGE = (ROOT / "docs" / "turns.md").read_text()
+DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+((FILE, CODE),) = re.findall(r"^```python (\S+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+NAMES: dict = {}
+exec(CODE, NAMES)
+TOKENIZER = toy.make_tokenizer()
+PROMPT = TOKENIZER.encode("7 +5 *3>")
+
+
+class Scripted:
+    """An engine that says the next of some texts, whatever it is asked."""
+
+    n_ranks = 1
+    tokenizer = TOKENIZER
+
+    def __init__(self, *texts: str):
+        self.texts = list(texts)
+        self.asked: list[rollout.Request] = []
+
+    def generate(self, requests, sampling):
+        assert sampling.n == 1
+        self.asked += requests
+        episodes = []
+        for request in requests:
+            ids = TOKENIZER.encode(self.texts.pop(0))
+            assert sampling.room(request) >= 1
+            reason = "stop" if ids[-1] == TOKENIZER.eos_token_id else "length"
+            logp = [-float(k) for k in range(len(ids))]
+            episodes.append(rollout.Episode(request.prompt_ids, ids, logp, reason, "unread"))
+        return episodes
+
+
+def ask(*texts: str, n: int = 1, max_tokens: int = 50, seeds=(0,)):
+    """Return the scripted engine, and what a calculator around it makes of its texts."""
+    engine = Scripted(*texts)
+    requests = [rollout.Request(PROMPT, seed) for seed in seeds]
+    sampling = rollout.Sampling(n=n, max_tokens=max_tokens)
+    return engine, NAMES["Calculator"](engine).generate(requests, sampling)
+
+
+def test_the_calculator_answers_each_question():
+    engine, (episode,) = ask("<7+5>9,<9*9>", ",<2*3>", rf". \boxed{{6}}{toy.EOS}")
+    assert episode.text == r"<7+5>2,<2*3>6. \boxed{6}"
+    assert TOKENIZER.decode(episode.response_ids) == episode.text + toy.EOS
+    assert episode.finish_reason == "stop" and episode.prompt_ids == PROMPT
+    marks = "".join("s" if flag else "t" for flag in episode.sampled)
+    assert marks == "ssssst" + "sssssst" + "s" * 12
+    assert episode.logp[:7] == [0.0, -1.0, -2.0, -3.0, -4.0, 0.0, 0.0]
+    assert TOKENIZER.decode(engine.asked[1].prompt_ids) == "7 +5 *3><7+5>2"
+    assert len({request.seed for request in engine.asked}) == 3
+    assert NAMES["Calculator"](engine).n_ranks == 1, "all else is the engine's"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "text", "n_answered"),
+    [(3, "<7+", 0), (5, "<7+5>", 0), (6, "<7+5>2", 1), (8, "<7+5>2,<", 1)],
+)
+def test_a_response_keeps_to_its_room(max_tokens, text, n_answered):
+    _, (episode,) = ask("<7+5>2,<", ",<2*3>", max_tokens=max_tokens)
+    assert (episode.text, episode.finish_reason) == (text, "length")
+    assert len(episode.logp) == len(episode.sampled) == len(episode.response_ids) == max_tokens
+    assert episode.sampled.count(False) == n_answered
+
+
+def test_what_is_no_question_gets_a_question_mark():
+    _, (episode,) = ask("<7+>", "x" + toy.EOS)
+    assert episode.text == "<7+>?x"
+
+
+def test_responses_keep_their_order_and_their_seeds():
+    """Two requests of two responses; the second and third ask, and are asked again together."""
+    texts = ["a", "<1+1>", "<2+2>", "d", "b", "c"]
+    engine, episodes = ask(*(text + toy.EOS for text in texts), n=2, seeds=(5, 90))
+    assert [episode.text for episode in episodes] == ["a", "<1+1>2b", "<2+2>4c", "d"]
+    assert len(engine.asked) == len({request.seed for request in engine.asked}) == 6
+    assert NAMES["Calculator"](engine).generate([], rollout.Sampling()) == []
+
+
+CHECK = """
+import sys
+from pathlib import Path
+
+import train_rl
+from infra.settings import change
+from worlds import toy
+
+folder = Path(sys.argv[1])
+world = toy.make(toy.World(
+    str(folder / "toy"), steps=60, batch_size=32, lr=1e-2, hidden_size=32, n_layers=3, n_train=64,
+    n_test=16, n_expert=48,
+))
+train_rl.main(change(
+    train_rl.Config(), model=world.path("model"), data=world.path("train.jsonl"), flow="new",
+    template="none", prompts=4, group_size=4, train_batch=8, max_tokens=24, max_prompt_tokens=64,
+    steps=2, lr=1e-3, save_every=0, log_rollouts=1, folder=str(folder / "run"),
+))
+"""
+
+
+def test_the_edit_trains_with_the_calculator(tmp_path):
+    """Each token without numbers is the answer to the question before it; some questions are asked."""
+    assert len(CODE.splitlines()) <= 60
+    copy = copy_with_edits(tmp_path / "rlfr", DIFFS, {FILE: CODE})
+    command = [sys.executable, "-c", CHECK, str(tmp_path)]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expert = json.loads((tmp_path / "toy" / "expert.jsonl").read_text().splitlines()[0])
+    assert re.match(r"(<\d[-+*]\d>\d,)+<\d[-+*]\d>\d\. \\boxed\{\d\}$", expert["solution"])
+
+    n_answered = 0
+    for step in (1, 2):
+        for one in read_lines(tmp_path / "run" / "rollouts" / f"step-{step}.jsonl"):
+            before = ""
+            for text, logp in zip(one["tokens"], one["logp"], strict=True):
+                if before.endswith(">"):
+                    assert logp is None and text == NAMES["answer"](before)
+                    n_answered += text != "?"
+                else:
+                    assert logp is not None
+                before += text
+    assert n_answered >= 5
