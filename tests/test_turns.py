@@ -13,6 +13,7 @@ from conftest import (
     FAMILIES,
     ROOT,
     copy_with_edits,
+    flow_reward_of,
     plain_model,
     problems_in,
     read_lines,
@@ -27,7 +28,8 @@ import rlfr
 import rollout
 import train_rl
 from infra import batching, record, vision
-from policy import Policy
+from infra.settings import change
+from policy import Policy, tap_layers
 from rewards import Verdict
 from worlds import toy
 
@@ -153,19 +155,23 @@ def a_flow(dim: int) -> fl.Flow:
 
 
 @torch.no_grad()
-def score_rows(rows) -> dense.LatentScores:
+def score_rows(rows) -> dense.Scores:
     """Score rows with a tiny policy and a flow, which learns from the first row alone."""
     policy = Policy(tiny_model("qwen2"))
-    reward = dense.FlowReward(
-        a_flow(32), policy.n_layers, dense.FlowRewardSettings(), dense.FlowUpdateSettings(), seed=0
-    )
-    correct = torch.zeros(len(rows), dtype=torch.bool)
-    correct[0] = True
-    reward.begin_scoring(0, correct)
+    settings = (dense.FlowRewardSettings(), dense.FlowUpdateSettings())
+    reward = dense.FlowReward(a_flow(32), policy.n_layers, *settings, seed=0, group_size=1)
+    episodes = []
+    for row in rows:
+        verdict = Verdict(0.0, not episodes, {}, None, "answer")
+        episode = rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", verdict=verdict)
+        episodes.append(replace(episode, sampled=row.sampled))
+    reward.begin(0, episodes)
     batch = batching.collate(rows)
+    output = policy(batch, taps=tap_layers(policy.n_layers, reward.taps))
+    part = dense.MicroBatch(batch, episodes, range(len(rows)), output, reward.taps)
     with torch.enable_grad():
-        scores = reward.score(batch, policy(batch, taps=reward.taps), range(len(rows)))
-    weight = reward.loss_weights(batch, None, range(len(rows)))
+        scores = dense.checked_scores(reward, part)
+    weight = reward.loss_weights(part)
     torch.testing.assert_close(weight, torch.tensor([1 / 3] * 3 + [0.0] * 9))
     return scores
 
@@ -174,10 +180,10 @@ def test_a_tool_s_tokens_have_no_score_and_count_for_the_next_token():
     before = score_rows(ROWS)
     is_sampled = torch.tensor(SAMPLED).bool()
     assert torch.equal(before.mask, is_sampled)
-    assert (before.deviation[:, ~is_sampled] == 0).all()
+    assert (before.values[:, ~is_sampled] == 0).all()
     changed = ROWS[0]._replace(response_ids=[8, 9, 40, 50, 10])  # another result
     after = score_rows([changed, *ROWS[1:]])
-    difference = (after.deviation - before.deviation).abs().amax(dim=0)
+    difference = (after.values - before.values).abs().amax(dim=0)
     assert difference[0, 4] > 1e-3, "the token after it"
     difference[0, 4] = 0
     assert difference.max() < 1e-5, "no token before it, and no other row"
@@ -186,11 +192,11 @@ def test_a_tool_s_tokens_have_no_score_and_count_for_the_next_token():
 @pytest.mark.parametrize(
     "settings",
     [
-        dense.FlowRewardSettings(),
-        dense.FlowRewardSettings(flow_scope="group", flow_centre=True),
-        dense.FlowRewardSettings(flow_scope="expert", flow_centre=True),
-        dense.FlowRewardSettings(flow_scope="expert", flow_on="response"),
-        dense.FlowRewardSettings(flow_bilateral=True, gamma=0.9),
+        {},
+        {"flow_scope": "group", "dense_centre": True},
+        {"flow_scope": "expert", "dense_centre": True},
+        {"flow_scope": "expert", "dense_on": "response"},
+        {"flow_bilateral": True, "gamma": 0.9},
     ],
 )
 def test_a_tool_s_tokens_have_no_reward(settings):
@@ -198,10 +204,30 @@ def test_a_tool_s_tokens_have_no_reward(settings):
     mask = torch.tensor(SAMPLED[:4]).bool()
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(mask.shape, generator=generator) * mask
-    reward = dense.token_rewards(score, mask, settings, group_size=4)
-    added = dense.credit(reward, mask, mask, settings, group_size=4, baseline="grpo")
+    config = change(train_rl.Config(), group_size=4, **settings)
+    shaping = config.dense_reward
+    reward = dense.token_rewards(flow_reward_of(config), score, mask, shaping, group_size=4)
+    added = dense.credit(reward, mask, mask, shaping, group_size=4, baseline="grpo")
     assert reward[mask].any() and added[mask].any()
     assert (reward[~mask] == 0).all() and (added[~mask] == 0).all()
+
+
+class Everywhere(dense.DenseReward):
+    """Scores every position, and says so."""
+
+    name = "everywhere"
+
+    def score(self, part):
+        ones = torch.ones(part.batch.response_mask.shape)
+        return dense.Scores(ones, ones.bool())
+
+
+def test_a_reward_cannot_score_a_tool_s_tokens():
+    batch = batching.collate(ROWS)
+    scores = dense.checked_scores(
+        Everywhere(None, None), dense.MicroBatch(batch, ROWS, range(5), None, ())
+    )
+    assert scores.mask.int().tolist() == scores.values[0].int().tolist() == SAMPLED
 
 
 def test_a_tool_s_tokens_discount_nothing():
@@ -234,10 +260,10 @@ def run_step(config: train_rl.Config, world, logp_of_tools: float):
     config = train_rl.fill_in(config, model)
     models = train_rl.with_learners(train_rl.make_models(config, model, is_flow_named=True), 0.0)
     experience = train_rl.score(models, episodes_of(world, logp_of_tools), 0, 1.0, 1000)
-    advantage, reward, metrics = train_rl.shape_advantage(experience, config, 0)
+    advantage, reward, metrics = train_rl.shape_advantage(experience, models.dense, config, 0)
     metrics |= train_rl.update_policy(models, experience, advantage, config, step=0, lr=1e-3)
     metrics |= train_rl.step_metrics(experience, config)
-    shaped = {"advantage": advantage, "flow_reward": reward}
+    shaped = {"advantage": advantage, "dense_reward": reward}
     records = train_rl.describe_rollouts(models, experience, shaped, 4, 2, model.tokenizer)
     return experience, shaped, metrics, records
 
@@ -253,7 +279,7 @@ def test_a_step_skips_what_was_not_sampled(world, flow_folder, tmp_path):
     for name in ("old_logp", "entropy", "ref_logp", "score", "sampled_logp"):
         assert (getattr(experience, name)[~mask] == 0).all(), name
         assert (getattr(experience, name)[mask] != 0).any(), name
-    assert (shaped["advantage"][~mask] == 0).all() and (shaped["flow_reward"][~mask] == 0).all()
+    assert (shaped["advantage"][~mask] == 0).all() and (shaped["dense_reward"][~mask] == 0).all()
     assert metrics["length"] == mask.sum() / 8
     assert metrics["entropy"] == pytest.approx(experience.entropy[mask].mean().item())
     assert all(math.isfinite(value) for value in metrics.values())
@@ -264,12 +290,12 @@ def test_a_step_skips_what_was_not_sampled(world, flow_folder, tmp_path):
 
     first = records[0]
     assert len(first["tokens"]) == len(first["token_ids"]) == 5
-    for name in ("logp", "entropy", "flow_reward", "advantage", "ratio"):
+    for name in ("logp", "entropy", "dense_reward", "advantage", "ratio"):
         assert [value is None for value in first[name]] == [False, False, True, True, False], name
-    for of_tap in first["deviation"]:
+    for of_tap in first["dense_score"]:
         assert [value is None for value in of_tap] == [False, False, True, True, False]
     _, rows = record.summary_rows([{"problem": "", "step": 1, **one} for one in records])
-    assert rows[0][-2] == pytest.approx(shaped["flow_reward"][0].sum().item(), rel=1e-4)
+    assert rows[0][-2] == pytest.approx(shaped["dense_reward"][0].sum().item(), rel=1e-4)
 
 
 def test_probes_compare_what_was_sampled():
