@@ -142,7 +142,7 @@ def check(shaping: str, settings: DenseSettings, flow_reward: FlowRewardSettings
 # ---- What a dense reward sees
 @dataclass
 class MicroBatch:
-    """Some episodes, and what the policy makes of them. M counts their response tokens."""
+    """Some episodes, and what the policy makes of them. M counts the tokens that it sampled."""
 
     batch: batching.Batch  # token ids and masks
     episodes: Sequence  # B of them: prompt, text, problem, verdict
@@ -152,7 +152,7 @@ class MicroBatch:
     first: PolicyOutput | None = None  # of the policy before it learnt, where the run has it
 
     def latents(self, tap: float, back: int = 0, first: bool = False) -> Tensor:
-        """Return the latents (M, D) at a tap of the response tokens, or of tokens `back` before.
+        """Return the latents (M, D) at a tap of the sampled tokens, or of tokens `back` before.
 
         first: those of the policy before it learnt, which the reward asks for by `reads_first`
         """
@@ -172,7 +172,7 @@ class MicroBatch:
         return of_tap[rows, (positions - back).clamp(min=0)]
 
     def per_token(self, values: Tensor) -> Tensor:
-        """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
+        """Spread values of sampled tokens (M,) into (B, T), zero elsewhere."""
         return self.batch.unflatten(values)
 
 
@@ -434,7 +434,8 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
     result = reward.score(part)
     mask = part.batch.response_mask
     if isinstance(result, Scores):
-        values, mask = result
+        values, scored = result
+        mask = mask & scored  # what the policy did not sample has no score
     else:
         values = result
     if not torch.is_tensor(values):

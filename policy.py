@@ -6,7 +6,7 @@ One forward gives all three:
 
 Rows are packed without padding where a family's layers allow it; find_attention() tries that out at
 load, and a model that a policy would not score as Hugging Face does is refused. Shapes as in flow.py;
-M is the number of response tokens of a batch. Vision-language models are tapped in their text layers,
+M is the number of sampled tokens of a batch. Vision-language models are tapped in their text layers,
 and a batch holds the images of its episodes.
 """
 
@@ -40,7 +40,7 @@ def tap_layers(n_layers: int, percentiles: Sequence[float]) -> list[int]:
 class PolicyOutput(NamedTuple):
     """What one forward of the policy gives."""
 
-    logp: Tensor | None  # (B, T) log-prob of each response token at the temperature
+    logp: Tensor | None  # (B, T) log-prob of each sampled token at the temperature
     entropy: Tensor | None  # (B, T) of the distribution that it was drawn from
     latents: list[Tensor]  # one (B, S, D) a tap
 
@@ -109,7 +109,7 @@ class Policy(nn.Module):
         taps: Sequence[int] = (),
         latents_only: bool = False,
     ) -> PolicyOutput:
-        """Score the response tokens of a batch.
+        """Score the response tokens of a batch that the policy sampled.
 
         temperature: of the distribution; the logits are divided by it
         taps: indices of the layers whose outputs are returned as latents, without a gradient
@@ -138,7 +138,7 @@ class Policy(nn.Module):
     def score_tokens(
         self, hidden: Tensor, batch: batching.Batch, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Return log-prob and entropy (M,) of response tokens from the states (M, D) before each."""
+        """Return log-prob and entropy (M,) of sampled tokens from the states (M, D) before each."""
         weight = self.model.get_output_embeddings().weight
         tokens = batch.input_ids[batch.targets]  # (M,)
         return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
@@ -186,16 +186,16 @@ class Policy(nn.Module):
             output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
             return batching.take(output.last_hidden_state[0], packing.source[wanted])
 
-        # A placeholder in a prompt stands for a part of an image; one that was sampled, in a
-        # response, is a word like others. Its embedding is that word's; as an id the body gets 0.
+        # A placeholder in a prompt stands for a part of an image; one in a response is a word like
+        # others. Its embedding is that word's; as an id the body gets 0.
         is_placeholder = batch.input_ids == self.model.config.image_token_id
-        input_ids = batch.input_ids.masked_fill(is_placeholder & batch.targets, 0)
+        input_ids = batch.input_ids.masked_fill(is_placeholder & batch.in_response, 0)
         inputs["input_ids"] = packing.pack(input_ids)[None]
         inputs["position_ids"] = packing.positions()[None]
         images = batch.image_inputs
         if images.grids is not None:
             # of an image: its rows and columns, which the body tells from the kinds of tokens
-            is_image = is_placeholder & ~batch.targets
+            is_image = is_placeholder & ~batch.in_response
             positions, _ = body.get_rope_index(  # (3, B, S)
                 input_ids, is_image.int(), image_grid_thw=images.all_grids
             )

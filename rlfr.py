@@ -138,14 +138,17 @@ def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline) -> Te
 
 
 def token_returns(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Return sum_{j>=k} gamma^(j-k) * reward_j over response tokens, (B, T), of rewards (B, T)."""
+    """Return sum_{j>=k} gamma^(j-k) * reward_j over response tokens, (B, T), of rewards (B, T).
+
+    Tokens outside mask (B, T) bool, such as a tool's result, have no reward and discount nothing.
+    """
     reward = reward * mask
     if gamma == 1.0:
         return reward.flip(1).cumsum(dim=1).flip(1) * mask
     returns = torch.zeros_like(reward)
     following = torch.zeros_like(reward[:, 0])  # (B,) the return from token k + 1 on
     for k in reversed(range(reward.shape[1])):
-        following = reward[:, k] + gamma * following
+        following = torch.where(mask[:, k], reward[:, k] + gamma * following, following)
         returns[:, k] = following
     return returns * mask
 

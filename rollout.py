@@ -8,6 +8,7 @@ Tokens are never rewritten: a response that ran out of room keeps its last token
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import rlfr
-from infra import vision
+from infra import batching, vision
 from infra.data import Problem
 from infra.models import StopTokens
 from infra.parallel import fork_rng, gather_objects, sum_over_ranks
@@ -72,12 +73,15 @@ class Episode:
 
     prompt_ids: list[int]
     response_ids: list[int]  # with EOS if it came
-    logp: list[float]  # the sampler's log-prob of each token, at the temperature
+    # the sampler's log-prob of each token, at the temperature; of one that was not sampled: anything
+    logp: list[float]
     finish_reason: Literal["stop", "length"]
     text: str  # the response without special tokens
     images: tuple[vision.Image, ...] = ()  # of the prompt
     problem: Problem | None = None  # what the prompt asks, where that is known
     verdict: Verdict | None = None  # on the response, once it is graded
+    # which response tokens the policy sampled: not those of a tool's result; None: all
+    sampled: list[bool] | None = None
 
 
 def stand_in(problem: Problem, n_tokens: int) -> Episode:
@@ -148,11 +152,13 @@ def check_log_probs(probes: Sequence[Episode], logp: Tensor, model: str) -> None
 
     Args:
         probes: what sample_probes() returned.
-        logp: the trainer's log-probs of the responses' tokens, one after the other, (M,).
+        logp: the trainer's log-probs of the tokens that were sampled, one after the other, (M,).
         model: its name.
     """
-    sampled = torch.tensor([value for episode in probes for value in episode.logp])
-    difference = (sampled - logp.cpu()).abs().mean().item()
+    sampled_logp = []
+    for episode in probes:
+        sampled_logp += compress(episode.logp, batching.sampled_flags(episode))
+    difference = (torch.tensor(sampled_logp) - logp.cpu()).abs().mean().item()
     largest = torch.tensor(gather_objects(difference)).max().item()
     if not largest <= LARGEST_DIFFERENCE:  # or it is not a number
         raise ValueError(

@@ -234,8 +234,8 @@ class Latents:
             yield places, rows
 
     def response_length(self, index: int) -> int:
-        """Return the number of response tokens of a solution."""
-        return len(self.solutions[index].response_ids)
+        """Return the number of response tokens of a solution, but for those of tools."""
+        return sum(batching.sampled_flags(self.solutions[index]))
 
 
 def put_together(latents: Sequence[Tensor]) -> list[Tensor]:

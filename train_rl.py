@@ -358,7 +358,7 @@ class Experience:
     episodes: list[rollout.Episode]  # B of them, G in a row for each problem
     reward: Tensor  # (B,) of the outcome
     correct: Tensor  # (B,) bool
-    mask: Tensor  # bool, response tokens
+    mask: Tensor  # bool, response tokens that the policy sampled
     sampled_logp: Tensor  # log-probs by the engine
     old_logp: Tensor  # log-probs by the policy, before the update
     entropy: Tensor
@@ -371,10 +371,12 @@ class Experience:
         """Return what is known before the scoring pass, and zeros elsewhere."""
         device = parallel.DEVICE
         lengths = torch.tensor([len(episode.response_ids) for episode in episodes], device=device)
-        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        is_token = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+        mask = batching.only_sampled(is_token, episodes)
         sampled_logp = torch.zeros(mask.shape, device=device)
         all_logp = [logp for episode in episodes for logp in episode.logp]
-        sampled_logp[mask] = torch.tensor(all_logp, device=device)
+        sampled_logp[is_token] = torch.tensor(all_logp, device=device)
+        sampled_logp.masked_fill_(~mask, 0.0)
         reward = [episode.verdict.reward for episode in episodes]
         correct = [episode.verdict.correct for episode in episodes]
         return cls(
@@ -635,6 +637,8 @@ def describe_rollouts(
         **shaped,
         "ratio": (experience.old_logp - experience.sampled_logp).exp(),
     }
+    for name, values in per_token.items():  # of a token that was not sampled there are no numbers
+        per_token[name] = values.masked_fill(~experience.mask, torch.nan)
     scores = experience.dense_score.masked_fill(~experience.scored, torch.nan)
     dense_part = None
     if models.dense:

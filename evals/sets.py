@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import rollout
 from grading import Pool
-from infra import vision
+from infra import batching, vision
 from infra.data import Problem, ProblemSettings, check_split, cut_split, load_problems
 from infra.models import Model
 from infra.parallel import on_first
@@ -194,7 +194,7 @@ def describe_sample(problem: Problem, episode: Episode, verdict: Verdict, tokeni
         "correct": verdict.correct,
         "verdict": verdict.kind,
         "finish_reason": episode.finish_reason,
-        "tokens": len(episode.response_ids),
+        "tokens": sum(batching.sampled_flags(episode)),
     }
     if verdict.text:
         record["text"] = verdict.text  # of a user's reward

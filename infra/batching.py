@@ -1,7 +1,8 @@
 """Episodes as batches: rows, how they are packed, cut into micro-batches and dealt to ranks.
 
 Right-padded rows of prompt + response. What is returned for each response token is (B, T), with
-token k of the response in column k.
+token k of the response in column k. A response may hold tokens that the policy did not sample, such
+as a tool's result: the policy reads them, and nothing is returned for them.
 """
 
 import math
@@ -25,6 +26,7 @@ class Row(NamedTuple):
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     images: Sequence[vision.Image] = ()
+    sampled: Sequence[bool] | None = None  # which response tokens the policy sampled; None: all
 
 
 def with_images(row: Row, images: Sequence[vision.Image]) -> Row:
@@ -36,16 +38,22 @@ def with_images(row: Row, images: Sequence[vision.Image]) -> Row:
 
 @dataclass
 class Batch:
-    """Right-padded episodes. Example, prompt lengths 1 and 2, responses 2 and 3 (`.` is padding):
+    """Right-padded episodes. Example, prompt lengths 1 and 2, responses 2 and 3 (`.` is padding).
 
-    input_ids      p r r . .    attention_mask 1 1 1 0 0    targets 0 1 1 0 0    response_mask 1 1 0
-                   p p r r r                   1 1 1 1 1            0 0 1 1 1                  1 1 1
+    The second response holds a token of a tool, `t`:
+
+    input_ids    p r r . .      attention_mask  1 1 1 0 0      in_response    0 1 1 0 0
+                 p p r t r                      1 1 1 1 1                     0 0 1 1 1
+
+                                targets         0 1 1 0 0      response_mask  1 1 0
+                                                0 0 1 0 1                     1 0 1
     """
 
     input_ids: Tensor  # (B, S)
     attention_mask: Tensor  # (B, S) bool
-    targets: Tensor  # (B, S) bool, positions of response tokens
-    response_mask: Tensor  # (B, T) bool
+    in_response: Tensor  # (B, S) bool, positions of response tokens, whoever wrote them
+    targets: Tensor  # (B, S) bool, positions of response tokens that the policy sampled
+    response_mask: Tensor  # (B, T) bool, the same tokens by their place in the response
     first_row: Tensor  # (B,) the first row that has the same prompt
     images: Sequence[vision.Image] = ()  # of all rows, in order
     images_once: Sequence[vision.Image] = ()  # of first rows
@@ -55,7 +63,7 @@ class Batch:
         """Where the tokens are; prompts that rows share are packed once."""
         rows = torch.arange(len(self.first_row), device=self.first_row.device)
         has_own_prompt = (self.first_row == rows)[:, None]  # (B, 1)
-        is_packed = self.attention_mask & (has_own_prompt | self.targets)
+        is_packed = self.attention_mask & (has_own_prompt | self.in_response)
         place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
         source = torch.where(is_packed, place, place[self.first_row])
         source = source.masked_fill(~self.attention_mask, 0)
@@ -68,7 +76,7 @@ class Batch:
         return vision.stack_all(self.images_once, self.images, DEVICE)
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Spread values of response tokens (M,) into (B, T), zero elsewhere."""
+        """Spread values of sampled tokens (M,) into (B, T), zero elsewhere."""
         out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         out[self.response_mask] = values
         return out
@@ -104,7 +112,7 @@ def take(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Make a batch of episodes; each must have a prompt token and a response token."""
+    """Make a batch of episodes; each must have a prompt token and a sampled response token."""
     prompt_lengths = [len(row.prompt_ids) for row in rows]
     response_lengths = [len(row.response_ids) for row in rows]
     assert min(prompt_lengths) > 0, "an episode needs a prompt token"
@@ -129,10 +137,39 @@ def collate(rows: Sequence[Row]) -> Batch:
     n_response = torch.tensor(response_lengths, device=DEVICE)[:, None]  # (B, 1)
     position = torch.arange(width, device=DEVICE)  # (S,)
     attention_mask = position < start + n_response
-    targets = attention_mask & (position >= start)
-    response_mask = position[: max(response_lengths)] < n_response
-    first_row = torch.tensor(first_row, device=DEVICE)
-    return Batch(input_ids, attention_mask, targets, response_mask, first_row, images, images_once)
+    in_response = attention_mask & (position >= start)
+    is_token = position[: max(response_lengths)] < n_response  # (B, T)
+    return Batch(
+        input_ids,
+        attention_mask,
+        in_response,
+        targets=only_sampled(in_response, rows),
+        response_mask=only_sampled(is_token, rows),
+        first_row=torch.tensor(first_row, device=DEVICE),
+        images=images,
+        images_once=images_once,
+    )
+
+
+def only_sampled(is_token: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return which response tokens the policy sampled, of a mask of all of them.
+
+    is_token: (B, S) or (B, T) bool, as many trues in a row as its response has tokens
+    """
+    if all(row.sampled is None for row in rows):
+        return is_token
+    flags = [flag for row in rows for flag in sampled_flags(row)]
+    return is_token.masked_scatter(is_token, torch.tensor(flags, device=is_token.device))
+
+
+def sampled_flags(row: Row) -> Sequence[bool]:
+    """Return for each response token whether the policy sampled it; it must have sampled one."""
+    n_tokens = len(row.response_ids)
+    if row.sampled is None:
+        return [True] * n_tokens
+    assert len(row.sampled) == n_tokens, f"sampled: {len(row.sampled)} for {n_tokens} tokens"
+    assert any(row.sampled), "an episode needs a response token that the policy sampled"
+    return row.sampled
 
 
 def prompt_key(row: Row) -> tuple:

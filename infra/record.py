@@ -13,8 +13,9 @@ An episode has
     logp entropy dense_reward advantage ratio      a number for each token of the response
     dense_score                for each tap a number for each token, whose mean is the dense score
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
-stands for a number that is not there: a token without a context has no deviation from a flow. Files
-of earlier versions say `flow_reward` and `deviation`, and are read as well.
+stands for a number that is not there: a token without a context has no deviation from a flow, and one
+that the policy did not sample, such as a tool's result, has no numbers at all. Files of earlier
+versions say `flow_reward` and `deviation`, and are read as well.
 
 A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them.
 """
@@ -37,7 +38,8 @@ def summary_rows(records: Sequence[dict]) -> tuple[list[str], list[list]]:
     rows = []
     for one in records:
         row = [one[column] for column in columns]
-        row += [len(one["tokens"]), mean(one["entropy"]), sum(one["dense_reward"])]
+        dense_reward = sum(x for x in one["dense_reward"] if x is not None)
+        row += [len(one["tokens"]), mean(one["entropy"]), dense_reward]
         row.append(mean([mean(values) for values in one["dense_score"]]))
         rows.append(row)
     return [*columns, "tokens", "entropy", "dense reward", "dense score"], rows

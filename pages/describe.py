@@ -51,7 +51,7 @@ def make_records(
     """Return the records of a step's first episodes, group_size in a row for a problem.
 
     episodes: graded, as many as there are to be records
-    per_token: (B, T) each, of all episodes of the step
+    per_token: (B, T) each, of all episodes of the step, NaN where there is no number
     dense_part: what the dense reward says of each token, None if there is no such reward
     """
     numbers = {name: values[: len(episodes)].tolist() for name, values in per_token.items()}

@@ -184,7 +184,7 @@ function outcomes() {
   const sides = [true, false].map(correct => responses().filter(r => r.correct === correct));
   const line = (name, figure) => table.push(row([name, ...sides.map(side => show(figure(side), 4))]));
   line('responses', side => side.length);
-  line('tokens a response', side => mean(side.map(r => r.tokens.length)));
+  line('tokens a response', side => mean(side.map(r => r.dense_reward.filter(x => x !== null).length)));
   const of = key => side => mean(side.flatMap(r => r[key]));
   if (data.dense) {
     line(SCORE, of('mean_score'));
@@ -195,11 +195,12 @@ function outcomes() {
   $('outcomes').replaceChildren(...table);
 }
 
-// Count the tokens of the step by their text.
+// Count the tokens of the step that the policy sampled by their text.
 function count() {
   const counts = new Map();
   for (const response of responses())
     response.tokens.forEach((text, k) => {
+      if (response.dense_reward[k] === null) return;  // the policy did not sample it
       const entry = counts.get(text) ?? {text, n: 0, sum: 0, rewarded: 0, scores: []};
       entry.n += 1;
       entry.sum += response.dense_reward[k];

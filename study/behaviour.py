@@ -93,6 +93,8 @@ def count_tokens(
     for one in records:
         deviation = mean_over_taps(one)
         for place, reward in enumerate(one["dense_reward"]):
+            if reward is None:  # the policy did not sample it
+                continue
             text = name(one["tokens"], place)
             count = counts.setdefault(text, TokenCount(text))
             count.rewards.append(reward)

@@ -144,6 +144,7 @@ class Reply(NamedTuple):
     is_sampled: bool = True  # or else it is the world's own solution
 
     images = ()
+    sampled = None
 
 
 def sample_replies(policy_folder: str, problems_file: str, count: int) -> list[Reply]:

@@ -60,7 +60,7 @@ class SupervisedUpdate:
 
 def learn(policy: Policy, rows: Sequence[batching.Row], config: train_rl.Config) -> float:
     """Add the gradient of the mean of -log p to the policy's; return that mean, weighted as in RL."""
-    n_tokens = sum(len(row.response_ids) for row in rows)
+    n_tokens = sum(sum(batching.sampled_flags(row)) for row in rows)
     total = torch.zeros((), device=parallel.DEVICE)
     token_budget = config.compute.tokens_per_gpu
     for _, batch in train_rl.my_micro_batches(rows, token_budget, "supervised"):

@@ -393,6 +393,25 @@ def drawing(problem: str, processor) -> vision.Image:
     return images[0]
 
 
+def copy_with_edits(copy: Path, diffs: list[str], files: dict[str, str]) -> Path:
+    """Copy the clone without its tests and runs, apply diffs, add files by path; return the copy."""
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    for i, diff in enumerate(diffs):
+        (copy / f"{i}.diff").write_text(diff)
+        done = subprocess.run(
+            ["git", "apply", f"{i}.diff"],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)},
+        )
+        assert done.returncode == 0, done.stderr
+    for path, text in files.items():
+        (copy / path).write_text(text)
+    return copy
+
+
 def read_lines(path) -> list[dict]:
     """Read a JSONL file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -22,6 +22,7 @@ PAGES = (
     "docs/departures.md",
     "docs/seeing.md",
     "docs/exercises.md",
+    "docs/turns.md",
     "docs/walkthrough.md",
     "grading/README.md",
 )

@@ -1,14 +1,12 @@
 """The edits of docs/exercises.md apply and do what they say, and the solutions hold."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_with_edits
 
 PAGE = (ROOT / "docs" / "exercises.md").read_text()
 DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -52,21 +50,7 @@ train_rl.main(config)
 def edited(tmp_path_factory) -> Path:
     """A copy of the clone with all edits applied."""
     copy = tmp_path_factory.mktemp("edited") / "rlfr"
-    ignored = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    for i, diff in enumerate(DIFFS):
-        (copy / f"{i}.diff").write_text(diff)
-        command = ["git", "apply", f"{i}.diff"]
-        done = subprocess.run(
-            command,
-            cwd=copy,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)},
-        )
-        assert done.returncode == 0, done.stderr
-    (copy / "near.py").write_text(NEAR)
-    return copy
+    return copy_with_edits(copy, DIFFS, {"near.py": NEAR})
 
 
 def test_the_edits_apply_and_train(edited, world, tmp_path):

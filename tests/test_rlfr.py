@@ -37,7 +37,7 @@ def test_one_forward_gives_what_hugging_face_gives(family):
     taps = [1, 2, 3]
     error = 0.0
     scored = policy(batching.collate(EPISODES), temperature=0.7, taps=taps)
-    for row, (prompt, response, _) in enumerate(EPISODES):
+    for row, (prompt, response, *_) in enumerate(EPISODES):
         n = len(response)
         ids = torch.tensor([prompt + response])
         output = plain(ids, output_hidden_states=True)
@@ -203,7 +203,7 @@ def test_a_layer_that_mixes_tokens_is_found_and_not_packed(strength):
     policy = Policy(models[0])
     assert not policy.packs
     logp = policy(batching.collate(EPISODES)).logp
-    for row, (prompt, response, _) in enumerate(EPISODES):
+    for row, (prompt, response, *_) in enumerate(EPISODES):
         logits = models[1](torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(logp[row, : len(response)], expected, rtol=0, atol=1e-5)
