@@ -12,7 +12,8 @@ import repository  # noqa: F401
 
 # isort: split
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
@@ -77,15 +78,20 @@ def prepare(settings: Settings, variant: str):
     """Return a function that scores and updates once."""
     policy = make_policy(settings)
     rows = make_rows(settings)
-    if variant != SHARED:
-        batching.prompt_key = id  # no two rows have the same prompt
     policy.packs = variant != PADDED
 
-    def work() -> None:
+    def micro_batches() -> Iterator[batching.Batch]:
         for _, batch in batching.micro_batches(rows, settings.token_budget, 0, 1):
+            if variant == SHARED:
+                yield batch
+            else:  # as if no two rows had the same prompt
+                yield replace(batch, first_row=torch.arange(len(batch.first_row), device=DEVICE))
+
+    def work() -> None:
+        for batch in micro_batches():
             with torch.no_grad():
                 policy(batch)
-        for _, batch in batching.micro_batches(rows, settings.token_budget, 0, 1):
+        for batch in micro_batches():
             policy(batch).logp.sum().backward()
 
     return work
