@@ -17,6 +17,7 @@ passes of micro-batches.
 import infra.waiting  # noqa: F401
 
 # isort: split
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -589,7 +590,11 @@ def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> Non
         update_policy(models, experience, advantage, config, step=0, lr=0.0)
         update_dense(models, config.optimisation.clip_norm)
 
+    kept = kept_of(models)  # a dense reward may fit itself to the first episodes that it sees
+    before = copy.deepcopy({name: each.state_dict() for name, each in kept.items()})
     rehearsal.rehearse(update, problems, config)
+    for name, each in kept.items():
+        each.load_state_dict(before[name])
 
 
 # ---- 7. Log
