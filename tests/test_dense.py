@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_rewards_of_latents_with_adapters_and_with_images(name, world, image_wor
         config = run_of(kind, tmp_path / f"{lora_rank}", file, own, **settings)
         train_rl.main(config)
         assert figures(config.folder)[0][f"{file.stem}/score"] != 0
+
+
+def test_the_reward_of_the_page_runs(world, tmp_path):
+    page = (ROOT / "docs" / "dense-rewards.md").read_text()
+    file = tmp_path / "smooth.py"
+    file.write_text(
+        re.search(r"^```python smooth.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
+    )
+    train_rl.main(run_of(world, tmp_path / "run", file, steps=1))
+    (line,) = figures(str(tmp_path / "run"))
+    assert line["smooth/score"] < 0 and line["smooth/share"] == 1
 
 
 # ---- A state

@@ -36,18 +36,8 @@ class Reward(DenseReward):
         self.reads_first = settings.first
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
         parts = list(host.run_policy(fitted, self.taps))
-        weights = []
-        whiteners = []
-        for tap in self.taps:
-            x, y = (
-                torch.cat(rows) for rows in zip(*(pair(part, tap) for part in parts), strict=True)
-            )
-            penalty = 1e-3 * x.square().mean() * len(x) * torch.eye(x.shape[1])
-            weights.append(torch.linalg.solve(x.T @ x + penalty, x.T @ y))  # (D + 1, D)
-            spread = torch.eye(y.shape[1])
-            if settings.whiten:
-                spread = torch.cov((y - x @ weights[-1]).T)
-            whiteners.append(torch.linalg.cholesky(spread + 1e-6 * torch.eye(len(spread))))
+        fits = [fit(*pairs(parts, tap), settings.whiten) for tap in self.taps]
+        weights, whiteners = zip(*fits, strict=True)
         self.keep(weights=torch.stack(weights), whiteners=torch.stack(whiteners))
         errors = [self.errors(part) for part in host.run_policy(held_out, self.taps)]
         self.calibrate(torch.cat(errors, dim=1))
@@ -56,10 +46,9 @@ class Reward(DenseReward):
         """Return the mean squared residual of each response token at each tap, (L, M)."""
         errors = []
         for i, tap in enumerate(self.taps):
-            x, y = pair(part, tap, first)
-            error = (y - x @ self.module.weights[i]).T
-            residual = torch.linalg.solve_triangular(self.module.whiteners[i], error, upper=False)
-            errors.append(residual.square().mean(dim=0))
+            before, latent = pairs([part], tap, first)
+            residual = (latent - before @ self.module.weights[i]) @ self.module.whiteners[i]
+            errors.append(residual.square().mean(dim=1))
         return torch.stack(errors)
 
     def score(self, part):
@@ -67,9 +56,18 @@ class Reward(DenseReward):
         return torch.stack([part.per_token(-values) for values in excess])
 
 
-def pair(part, tap, first=False):
+def pairs(parts, tap, first=False):
     """Return the latents before response tokens, with a constant, and theirs: (M, D + 1), (M, D)."""
-    before = part.latents(tap, back=1, first=first).float()
-    return torch.nn.functional.pad(before, (0, 1), value=1.0), part.latents(
-        tap, first=first
-    ).float()
+    before = torch.cat([part.latents(tap, back=1, first=first) for part in parts]).float()
+    latent = torch.cat([part.latents(tap, first=first) for part in parts]).float()
+    return torch.nn.functional.pad(before, (0, 1), value=1.0), latent
+
+
+def fit(before, latent, whiten):
+    """Return the weights (D + 1, D) of the regression, and what whitens its residual (D, D)."""
+    penalty = 1e-3 * before.square().sum() / before.shape[1] * torch.eye(before.shape[1])
+    weights = torch.linalg.solve(before.T @ before + penalty, before.T @ latent)
+    if not whiten:
+        return weights, torch.eye(len(weights) - 1)
+    spread = torch.cov((latent - before @ weights).T) + 1e-6 * torch.eye(len(weights) - 1)
+    return weights, torch.linalg.inv(torch.linalg.cholesky(spread)).T
