@@ -271,7 +271,7 @@ class DenseReward:
         if self.module is None:
             self.module = nn.Module()
         for name, tensor in tensors.items():
-            self.module.register_buffer(name, tensor)
+            self.module.register_buffer(name, tensor.to(parallel.DEVICE))
 
     def calibrate(self, values: Tensor) -> None:
         """Keep mean and spread of the values (M,) or (L, M) of expert tokens, for excess()."""

@@ -24,8 +24,9 @@ class Reward(DenseReward):
         self.n_tokens = sum(len(episode.response_ids) for episode in episodes)
 
     def score(self, part):
-        right = torch.tensor([episode.verdict.correct for episode in part.episodes])
-        target = right[:, None].expand(part.batch.response_mask.shape)[part.batch.response_mask]
+        mask = part.batch.response_mask
+        right = torch.tensor([episode.verdict.correct for episode in part.episodes]).to(mask.device)
+        target = right[:, None].expand(mask.shape)[mask]
         odds = self.module(part.latents(0.5).float()).squeeze(1)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             odds, target.float(), reduction="sum"

@@ -30,7 +30,7 @@ class Reward(DenseReward):
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
         parts = list(host.run_policy(fitted, self.taps))
         latents = [torch.cat([part.latents(tap) for part in parts]).float() for tap in self.taps]
-        spreads = [torch.cov(x.T) + 1e-6 * torch.eye(x.shape[1]) for x in latents]
+        spreads = [torch.cov(x.T) + 1e-6 * torch.eye(x.shape[1]).to(x) for x in latents]
         self.keep(
             means=torch.stack([x.mean(dim=0) for x in latents]),
             whiteners=torch.stack([torch.linalg.cholesky(spread) for spread in spreads]),

@@ -65,9 +65,10 @@ def pairs(parts, tap, first=False):
 
 def fit(before, latent, whiten):
     """Return the weights (D + 1, D) of the regression, and what whitens its residual (D, D)."""
-    penalty = 1e-3 * before.square().sum() / before.shape[1] * torch.eye(before.shape[1])
+    eye = torch.eye(before.shape[1]).to(before)
+    penalty = 1e-3 * before.square().sum() / len(eye) * eye
     weights = torch.linalg.solve(before.T @ before + penalty, before.T @ latent)
     if not whiten:
-        return weights, torch.eye(len(weights) - 1)
-    spread = torch.cov((latent - before @ weights).T) + 1e-6 * torch.eye(len(weights) - 1)
+        return weights, eye[1:, 1:]
+    spread = torch.cov((latent - before @ weights).T) + 1e-6 * eye[1:, 1:]
     return weights, torch.linalg.inv(torch.linalg.cholesky(spread)).T
