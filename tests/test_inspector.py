@@ -219,6 +219,22 @@ def test_values_of_a_token(page):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("name", ["ridge", None])
+def test_a_dense_reward_is_shown_by_its_name(browser, tmp_path, name):
+    """One that reads no latents has a score and no taps; without one the page has neither."""
+    scores = [[1.0, 2.0]] if name else []
+    record = one_record(0, 0, ["a", "b"], dense=name, taps=[], dense_score=scores)
+    browser.open(write(tmp_path, {1: [record]}), READY)
+    browser.js(f"{token(0, 1)}.focus()")
+    found = facts(browser)
+    named = {key for key in found if key.endswith(("reward", "score")) or key.startswith("tap")}
+    assert named == ({"ridge reward", "ridge score"} if name else set())
+    if name:
+        assert number(found["ridge score"]) == 2
+        assert "ridge reward a response" in browser.js("document.body.textContent")
+
+
+@pytest.mark.browser
 def test_every_colour(page):
     """Strengths go from the weakest to the strongest, and the legend has the ends."""
     seen = {}
