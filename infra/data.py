@@ -93,7 +93,8 @@ def cut_split(text: str) -> tuple[str, str | None]:
 
 def has_splits(source: str) -> bool:
     """Return whether a source may have splits: a file has none, nor a data set saved without."""
-    return not (Path(source).is_file() or Path(source, "state.json").exists())
+    is_file = source.endswith(DATA_FILES) or Path(source).is_file()  # perhaps one on the hub
+    return not (is_file or Path(source, "state.json").exists())
 
 
 def choose_split(text: str, usual: str) -> tuple[str, str]:

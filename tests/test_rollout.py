@@ -88,6 +88,8 @@ def test_a_split_stands_after_its_data(world, tmp_path):
     for load, of in ((load_problems, settings), (load_solutions, solution_settings)):
         with pytest.raises(ValueError, match=f"{file} has no splits; leave out :easy"):
             load(f"{file}:easy", of, model)
+        with pytest.raises(ValueError, match="ORG/NAME/x.jsonl has no splits; leave out :easy"):
+            load("ORG/NAME/x.jsonl:easy", of, model)
 
 
 def unreadable(n: int) -> pyarrow.Array:
