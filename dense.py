@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple, get_type_hints
 
 import torch
@@ -100,6 +101,11 @@ class FlowUpdateSettings:
 def is_file(shaping: str) -> bool:
     """Return whether --shaping names a file with a dense reward."""
     return shaping.endswith(".py")
+
+
+def uses_flow(shaping: str, settings: DenseSettings) -> bool:
+    """Return whether the dense reward is that of the flow, or a file's that changes the flow's."""
+    return shaping == "flow" or "of=flow" in settings.dense
 
 
 def check(shaping: str, settings: DenseSettings, flow_reward: FlowRewardSettings) -> None:
@@ -317,43 +323,6 @@ class DenseReward:
             export_module(self.module, folder / self.name)
 
 
-class Wrapper(DenseReward):
-    """Another dense reward, of which a subclass changes something."""
-
-    @classmethod
-    def around(cls, name: str, values: Mapping[str, str], host: Host) -> "Wrapper":
-        """Make the reward of a name (see make) with its settings, and put it into a wrapper."""
-        wrapper = cls(None, host)
-        inner = make(name, values, host)
-        wrapper.inner = inner
-        for part in ("taps", "reads_first", "clamp", "module", "learns", "betas", "weight_decay"):
-            setattr(wrapper, part, getattr(inner, part))
-        return wrapper
-
-    @property
-    def is_kept(self) -> bool:
-        return self.inner.is_kept
-
-    def begin(self, step: int, episodes: Sequence) -> None:
-        self.step = step
-        self.inner.begin(step, episodes)
-
-    def score(self, part: MicroBatch) -> "Tensor | Scores":
-        return self.inner.score(part)
-
-    def end(self) -> None:
-        self.inner.end()
-
-    def shape(self, score: Tensor, mask: Tensor) -> Tensor:
-        return self.inner.shape(score, mask)
-
-    def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
-        return self.inner.update(learner, clip_norm)
-
-    def export(self, folder: Path) -> None:
-        self.inner.export(folder)
-
-
 class Scores(NamedTuple):
     """What a dense reward says of a micro-batch."""
 
@@ -389,19 +358,23 @@ def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
 
 def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
     """Make the dense reward of a file. ValueError if the file or a setting does not do."""
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(f"dense_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    kind = getattr(module, "Reward", None)
+    kind = getattr(import_file(path), "Reward", None)
     if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
         raise ValueError(
             f"--shaping {path} defines no class Reward(dense.DenseReward), see docs/dense-rewards.md"
         )
     reward = kind.make(values, host)
-    reward.name = name
+    reward.name = Path(path).stem
     return reward
+
+
+def import_file(path: str) -> ModuleType:
+    """Import a Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"dense_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def as_values(pairs: Sequence[str]) -> dict[str, str]:

@@ -205,14 +205,15 @@ def resolve(config: Config) -> tuple[Config, Model]:
     on_first(lambda: check_folder(config))
     name = config.model
     flow_folder = f"runs/flow-{short_name(config.model)}"
+    needs_flow = dense.uses_flow(config.shaping, config.dense_reward)
     world = on_first(lambda: find_world(config.model))
     if world:
         name = world.path("model")
         data = world.path("train.jsonl")
         config = with_defaults(config, data=data, eval_data=(world.path("test.jsonl"),))
-        if config.shaping == "flow" and config.flow is None:
+        if needs_flow and config.flow is None:
             on_first(lambda: make_flow(config.model, flow_folder))
-    if config.shaping == "flow" and config.flow is None:
+    if needs_flow and config.flow is None:
         config = with_defaults(config, flow=on_first(lambda: fl.newest_flow(flow_folder)))
     model = find_model(name, config.loading)
     if config.data is None:

@@ -521,10 +521,6 @@ class Kept:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all that is kept."""
-        yield from self.module.state_dict().values()
-
     def state_dict(self) -> dict:
         """Return the module's tensors, as Learner.state_dict() does."""
         return {"module": self.module.state_dict()}

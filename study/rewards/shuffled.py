@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 import rlfr
-from dense import Wrapper, parse_settings
+from dense import DenseReward, make, parse_settings
 from infra.seeds import permutation
 
 
@@ -28,30 +28,40 @@ class Settings:
     share: float = 1.0  # of the scores that change places
 
 
-class Reward(Wrapper):
+class Reward(DenseReward):
     """The other reward, but for where its scores are."""
 
     @classmethod
     def make(cls, values, host):
         own = {field.name for field in fields(Settings)}
-        self = cls.around(values["of"], {k: v for k, v in values.items() if k not in own}, host)
-        self.settings = parse_settings(Settings, {k: v for k, v in values.items() if k in own})
-        self.seed = host.seed
-        return self
+        settings = parse_settings(Settings, {k: v for k, v in values.items() if k in own})
+        reward = make(settings.of, {k: v for k, v in values.items() if k not in own}, host)
+        shape = reward.shape
 
-    def shape(self, score, mask):
-        if self.settings.among == "responses":
-            mean = rlfr.mean_over_tokens(score, mask)  # (B,)
-            return super().shape(self.shuffle(mean, "responses")[:, None] * mask, mask)
-        score = score.clone()
-        for row, scored in enumerate(mask):
-            score[row, scored] = self.shuffle(score[row, scored], "tokens", row)
-        return super().shape(score, mask)
+        def shape_shuffled(score, mask):
+            return shape(
+                shuffle_scores(score, mask, settings, ("shuffled", host.seed, reward.step)), mask
+            )
 
-    def shuffle(self, values, *key):
-        """Return values (K,), of which a share have changed places."""
-        order = permutation(len(values), "shuffled", *key, self.seed, self.step)
-        moved = torch.tensor(order[: round(self.settings.share * len(values))], dtype=torch.long)
-        values = values.clone()
-        values[moved.sort().values] = values[moved]
-        return values
+        reward.shape = shape_shuffled
+        return reward
+
+
+def shuffle_scores(score, mask, settings, key):
+    """Return scores (B, T), of which a share have changed places."""
+    if settings.among == "responses":
+        mean = rlfr.mean_over_tokens(score, mask)  # (B,)
+        return shuffle(mean, settings.share, *key)[:, None] * mask
+    score = score.clone()
+    for row, scored in enumerate(mask):
+        score[row, scored] = shuffle(score[row, scored], settings.share, *key, row)
+    return score
+
+
+def shuffle(values, share, *key):
+    """Return values (K,), of which a share have changed places."""
+    order = permutation(len(values), *key)
+    moved = torch.tensor(order[: round(share * len(values))], dtype=torch.long)
+    values = values.clone()
+    values[moved.sort().values] = values[moved]
+    return values
