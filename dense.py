@@ -349,6 +349,21 @@ def parse_settings(kind: type, values: Mapping[str, str]):
     return settings
 
 
+# What begins the names of a run's other figures, or names a part of its folder
+TAKEN = (
+    "adapter",
+    "eval",
+    "flow",
+    "grader",
+    "memory",
+    "mismatch",
+    "policy",
+    "progress",
+    "reward",
+    "time",
+)
+
+
 def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
     """Make the flow reward, for the name `flow`, or that of a file with its settings."""
     if name == "flow":
@@ -358,13 +373,19 @@ def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
 
 def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
     """Make the dense reward of a file. ValueError if the file or a setting does not do."""
+    name = Path(path).stem
+    if name in TAKEN:
+        raise ValueError(
+            f"--shaping {path}: the reward would be called {name}, as other figures of a run are; "
+            "give the file another name"
+        )
     kind = getattr(import_file(path), "Reward", None)
     if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
         raise ValueError(
             f"--shaping {path} defines no class Reward(dense.DenseReward), see docs/dense-rewards.md"
         )
     reward = kind.make(values, host)
-    reward.name = Path(path).stem
+    reward.name = name
     return reward
 
 
@@ -396,6 +417,10 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
     if not all(isinstance(tap, int | float) and 0 <= tap <= 1 for tap in reward.taps):
         raise ValueError(
             f"{reward.name}: taps={reward.taps}; expected fractions of the depth in [0, 1]"
+        )
+    if reward.learns and reward.module is None:
+        raise ValueError(
+            f"{reward.name}: learns = True, and no module; set self.module, or learns = False"
         )
     reward.layers = tap_layers(n_layers, reward.taps)
     if reward.module is not None and any(True for _ in reward.module.parameters()):
