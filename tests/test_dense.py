@@ -208,6 +208,7 @@ BAD = {
         "teaches nothing",
     ),
     "method": ("    pass\n", "has no method score"),
+    "module": ("    learns = True\n", "learns = True, and no module"),
 }
 
 
@@ -237,6 +238,7 @@ def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
         ),
         ("{ridge}", ("experts={data}", "held_out=48"), "48 of 48 solutions in"),
         ("{empty}", (), "defines no class Reward"),
+        ("{policy}", (), "the reward would be called policy, as other figures of a run are"),
     ],
 )
 def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
@@ -244,8 +246,10 @@ def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
         "ridge": FOLDER / "ridge.py",
         "data": world.path("expert.jsonl"),
         "empty": tmp_path / "e.py",
+        "policy": tmp_path / "policy.py",
     }
     places["empty"].write_text("")
+    places["policy"].write_text("")
     own = tuple(text.format(**places) for text in own)
     with pytest.raises(ValueError, match=words):
         train_rl.main(run_of(world, tmp_path / "run", shaping.format(**places), own))
