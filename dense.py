@@ -178,8 +178,20 @@ class MicroBatch:
         return of_tap[rows, (positions - back).clamp(min=0)]
 
     def per_token(self, values: Tensor) -> Tensor:
-        """Spread values of sampled tokens (M,) into (B, T), zero elsewhere."""
-        return self.batch.unflatten(values)
+        """Spread values of sampled tokens (M,) into (B, T), or (M, D) into (B, T, D), zero elsewhere.
+
+        Tokens are ordered by row, then by place.
+        """
+        mask = self.batch.response_mask
+        n_tokens = int(mask.sum())
+        if len(values) != n_tokens:
+            raise ValueError(
+                f"per_token() got a tensor {tuple(values.shape)}; expected M = {n_tokens} rows, "
+                "one for each response token"
+            )
+        spread = values.new_zeros(*mask.shape, *values.shape[1:])
+        spread[mask] = values
+        return spread
 
 
 class Host:
@@ -254,6 +266,7 @@ class DenseReward:
     layers: Sequence[int] = ()  # the decoder layers of its taps
     module: nn.Module | None = None  # what is saved, resumed and exported with the run
     learns = False  # whether the module gets gradients from score() and makes optimiser steps
+    takes_dtype = False  # whether the module computes in the policy's dtype, or else in float32
     lr = 1e-4
     betas = (0.9, 0.999)
     weight_decay = 0.01
@@ -303,8 +316,15 @@ class DenseReward:
 
     def end(self) -> None:
         """End the scoring of a step: sum the module's gradient over the ranks."""
-        if self.module is not None:
-            parallel.end_calls(self.module, self.learns)
+        if self.module is None:
+            return
+        has_gradient = any(p.grad is not None for p in self.module.parameters())
+        if has_gradient and not self.learns:
+            raise ValueError(
+                f"{self.name}: score() leaves a gradient on the module, which does not learn; set "
+                "learns = True, or run the module under torch.no_grad()"
+            )
+        parallel.end_calls(self.module, self.learns)
 
     def shape(self, score: Tensor, mask: Tensor) -> Tensor:
         """Turn the scores (B, T) of a step, means over taps, into rewards (B, T), higher is better.
@@ -312,6 +332,10 @@ class DenseReward:
         mask: (B, T) bool, tokens that have a score
         """
         return score
+
+    def figures(self) -> dict[str, float]:
+        """Return figures of a step's scoring by names of your own; all ranks together."""
+        return {}
 
     def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
         """Take the optimiser step of the module, with the gradient of the scoring; return figures."""
@@ -384,7 +408,9 @@ def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
         raise ValueError(
             f"--shaping {path} defines no class Reward(dense.DenseReward), see docs/dense-rewards.md"
         )
-    reward = kind.make(values, host)
+    with parallel.fork_rng():
+        torch.manual_seed(host.seed)  # the same weights on all ranks, and in every run of the seed
+        reward = kind.make(values, host)
     reward.name = name
     return reward
 
@@ -414,7 +440,8 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
 
     Raises ValueError unless all taps are fractions of the depth.
     """
-    if not all(isinstance(tap, int | float) and 0 <= tap <= 1 for tap in reward.taps):
+    is_sequence = isinstance(reward.taps, Sequence)
+    if not is_sequence or not all(0 <= tap <= 1 for tap in reward.taps):
         raise ValueError(
             f"{reward.name}: taps={reward.taps}; expected fractions of the depth in [0, 1]"
         )
@@ -424,7 +451,8 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
         )
     reward.layers = tap_layers(n_layers, reward.taps)
     if reward.module is not None and any(True for _ in reward.module.parameters()):
-        parallel.shard(reward.module, (), dtype, cpu_offload)
+        kept_in = dtype if reward.takes_dtype else torch.float32
+        parallel.shard(reward.module, (), kept_in, cpu_offload)
 
 
 def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
@@ -449,19 +477,25 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
         )
     values = values.detach().float().masked_fill(~mask, 0.0)
     if not values.isfinite().all():
-        raise ValueError(f"{reward.name}: a score of step {reward.step} is not finite")
+        n_broken = int((~values.isfinite()).sum())
+        raise ValueError(
+            f"{reward.name}: {n_broken} of {values.numel()} scores of a micro-batch of step "
+            f"{reward.step + 1} are not finite"
+        )
     return Scores(values, mask)
 
 
 def check_varied(reward: DenseReward, score: Tensor, mask: Tensor) -> None:
     """Raise ValueError if a reward says the same of every token: it could teach nothing.
 
+    One that compares the policy with what it was may do so before the first update.
+
     score: (B, T) of a step's episodes; mask: (B, T) bool, tokens that have a score
     """
     values = score[mask]
-    if len(values) > 1 and values.max() == values.min():
+    if len(values) > 1 and values.max() == values.min() and not reward.reads_first:
         raise ValueError(
-            f"{reward.name}: all {len(values)} response tokens of step {reward.step} have the score "
+            f"{reward.name}: all {len(values)} response tokens of the first step have the score "
             f"{values[0].item():g}; a reward that is the same everywhere teaches nothing"
         )
 
@@ -628,6 +662,7 @@ class FlowReward(DenseReward):
     """
 
     name = "flow"
+    takes_dtype = True
 
     def __init__(
         self,

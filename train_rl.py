@@ -572,8 +572,13 @@ def update_policy(
 # ---- 6. Update the dense reward
 def update_dense(models: Models, clip_norm: float) -> dict[str, float]:
     """Take the optimiser step of a dense reward that learns, with the gradient of 3; return figures."""
-    learner = models.learners.get(models.dense.name) if models.dense else None
-    return models.dense.update(learner, clip_norm) if learner else {}
+    if not models.dense:
+        return {}
+    name = models.dense.name
+    metrics = {f"{name}/{figure}": value for figure, value in models.dense.figures().items()}
+    if name in models.learners:
+        metrics |= models.dense.update(models.learners[name], clip_norm)
+    return metrics
 
 
 # ---- Before the first step

@@ -136,6 +136,11 @@ def check_contents(folder: Path, rank: int, n_ranks: int) -> None:
             raise damaged(file, f"other bytes than were written, from byte {entry.offset}")
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of all values of a checkpoint."""
+    return list(read_metadata(folder).state_dict_metadata)
+
+
 class Reader(dcp.FileSystemReader):
     """Reads the files of a checkpoint; its metadata can name nothing but what that needs."""
 

@@ -231,6 +231,17 @@ def check_checkpoint(folder: Path, checkpoint: Path) -> None:
         raise advise(folder, checkpoints.DamagedError(found[0]), checkpoint)
 
 
+def check_parts(state: dict, checkpoint: Path) -> None:
+    """Raise ValueError if a checkpoint holds more than what `state` would take from it."""
+    stored = {name.partition(".")[0] for name in checkpoints.names_in(checkpoint)}
+    left = sorted(stored - state.keys())
+    if left:
+        raise ValueError(
+            f"checkpoint {checkpoint} holds {', '.join(left)}, for which this run has no place: has "
+            "the file of its dense reward changed? Put it back, or start a new run"
+        )
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -348,6 +359,7 @@ class Run:
             check_checkpoint(self.folder, newest)
         on_first(lambda: self.prepare_folder(newest))
         if newest:
+            check_parts(state, newest)
             checkpoints.load(state, newest, **self.checkpoint_options)
             self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"

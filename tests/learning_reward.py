@@ -3,6 +3,7 @@
 import torch
 
 from dense import DenseReward
+from infra import parallel
 
 
 class Reward(DenseReward):
@@ -14,7 +15,6 @@ class Reward(DenseReward):
 
     def __init__(self, settings, host):
         dim = host.model.text_config.hidden_size
-        torch.manual_seed(host.seed)  # the same network on all ranks
         self.module = torch.nn.Sequential(
             torch.nn.Linear(dim, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
         )
@@ -22,6 +22,7 @@ class Reward(DenseReward):
     def begin(self, step, episodes):
         super().begin(step, episodes)
         self.n_tokens = sum(len(episode.response_ids) for episode in episodes)
+        self.loss = torch.zeros((), device=parallel.DEVICE)
 
     def score(self, part):
         mask = part.batch.response_mask
@@ -32,4 +33,8 @@ class Reward(DenseReward):
             odds, target.float(), reduction="sum"
         )
         (loss / self.n_tokens).backward()
+        self.loss += loss.detach() / self.n_tokens
         return part.per_token(odds.detach())
+
+    def figures(self):
+        return {"cross_entropy": parallel.sum_over_ranks(self.loss).item()}

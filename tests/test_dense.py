@@ -166,6 +166,37 @@ def test_a_reward_with_a_state_is_saved_resumed_and_exported(name, world, tmp_pa
     assert all(torch.equal(exported[key], at_end[key]) for key in exported)
 
 
+def test_what_a_reward_learns_is_of_its_seed_and_its_figures_are_logged(runs, tmp_path):
+    config = change(runs["learning_reward"], folder=str(tmp_path / "run"))
+    torch.rand(1)  # whatever was drawn before
+    train_rl.main(config)
+    for a, b in zip(figures(runs["learning_reward"].folder), figures(config.folder), strict=True):
+        assert a == pytest.approx(b) and 0 < a["learning_reward/cross_entropy"] < 5
+
+
+def test_a_reward_of_drift_is_0_before_the_first_update(world, tmp_path):
+    body = (
+        "    taps = (0.5,)\n    reads_first = True\n    def score(self, part):\n"
+        "        drift = part.latents(0.5) - part.latents(0.5, first=True)\n"
+        "        return part.per_token(-drift.norm(dim=1))\n"
+    )
+    file = tmp_path / "drift.py"
+    file.write_text(HEAD + body)
+    train_rl.main(run_of(world, tmp_path / "run", file))
+    before, after = figures(str(tmp_path / "run"))
+    assert before["drift/score"] == 0 > after["drift/score"]
+
+
+def test_a_checkpoint_of_another_text_of_the_file_is_refused(world, tmp_path):
+    file = tmp_path / "mine.py"
+    shutil.copy(LEARNING, file)
+    config = run_of(world, tmp_path / "run", file, steps=1, save_every=1)
+    train_rl.main(config)
+    shutil.copy(FOLDER / "noise.py", file)
+    with pytest.raises(ValueError, match="holds mine, for which this run has no place"):
+        train_rl.main(change(config, folder=None, resume=config.folder, steps=2))
+
+
 def test_a_rehearsal_leaves_no_trace_in_a_reward_that_fits_itself(runs, tmp_path):
     config = change(runs["probe"], rehearse=True, folder=str(tmp_path / "run"))
     train_rl.main(config)
@@ -190,7 +221,7 @@ BAD = {
     "none": ("    def score(self, part):\n        return None\n", "returned NoneType, no tensor"),
     "nan": (
         "    def score(self, part):\n        return part.output.logp * torch.nan\n",
-        "a score of step 0 is not finite",
+        "scores of a micro-batch of step 1 are not finite",
     ),
     "tap": (
         "    taps = (0.5,)\n    def score(self, part):\n"
@@ -202,6 +233,17 @@ BAD = {
         "        return part.per_token(part.latents(0.5, first=True).sum(1))\n",
         "latents of the first policy are not there",
     ),
+    "spread": (
+        "    def score(self, part):\n        return part.per_token(torch.zeros(3))\n",
+        r"per_token\(\) got a tensor \(3,\); expected M = \d+ rows",
+    ),
+    "gradient": (
+        "    def __init__(self, settings, host):\n        self.module = torch.nn.Linear(1, 1)\n"
+        "    def score(self, part):\n        score = self.module(part.output.entropy[:, :, None])\n"
+        "        score.sum().backward()\n        return score.squeeze(2)\n",
+        "leaves a gradient on the module, which does not learn",
+    ),
+    "one tap": ("    taps = 0.5\n", "taps=0.5; expected fractions of the depth"),
     "depth": ("    taps = (2.0,)\n", r"taps=\(2.0,\); expected fractions of the depth"),
     "constant": (
         "    def score(self, part):\n        return part.output.logp * 0 + 0.5\n",
