@@ -554,9 +554,7 @@ def credit(
     if settings.dense_on == "token":
         return rlfr.token_returns(reward, mask, settings.gamma)
     of_response = reward_of_responses(reward, scored, settings)
-    # grpo only centres it: divided by its own spread, no coefficient would be left of it
-    centring = "dr_grpo" if baseline == "grpo" else baseline
-    centred = rlfr.outcome_advantage(of_response, group_size, centring)
+    centred = rlfr.outcome_advantage(of_response, group_size, baseline, scaled=False)
     return centred[:, None] * mask
 
 

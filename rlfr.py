@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# A new baseline is a name here and a branch in outcome_advantage, and nothing else
 Baseline = Literal["grpo", "rloo", "dr_grpo", "reinforce++", "reinforce"]
 Normalisation = Literal["sequence", "token", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
@@ -114,7 +115,9 @@ def varied_groups(reward: Tensor, group_size: int) -> Tensor:
     return groups.amax(dim=1) > groups.amin(dim=1)
 
 
-def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline) -> Tensor:
+def outcome_advantage(
+    reward: Tensor, group_size: int, baseline: Baseline, scaled: bool = True
+) -> Tensor:
     """Return the outcome advantage (B,) of rewards (B,), G consecutive episodes a group.
 
     grpo: (r - mean)/(std + 1e-9), where std divides by G - 1
@@ -122,17 +125,18 @@ def outcome_advantage(reward: Tensor, group_size: int, baseline: Baseline) -> Te
     dr_grpo, reinforce++: r - mean; the latter is whitened once the token part is added
     reinforce: r
     A group of equal rewards gets exactly 0, but for reinforce.
+    scaled: divide by spreads; dense.credit() does not, or its coefficient would cancel
     """
     if baseline == "reinforce":
         return reward.clone()
     groups = reward.view(-1, group_size)  # (N, G)
     advantage = groups - groups.mean(dim=1, keepdim=True)
-    if baseline == "grpo":
+    if baseline == "grpo" and scaled:
         advantage = advantage / (groups.std(dim=1, keepdim=True) + 1e-9)
     elif baseline == "rloo":
         advantage = advantage * group_size / (group_size - 1)
     else:
-        assert baseline in ("dr_grpo", "reinforce++"), f"unknown baseline {baseline!r}"
+        assert baseline in ("grpo", "dr_grpo", "reinforce++"), f"unknown baseline {baseline!r}"
     is_varied = varied_groups(reward, group_size)[:, None]
     return torch.where(is_varied, advantage, 0.0).flatten()
 
@@ -207,7 +211,8 @@ def policy_loss(
     logp, old_logp, advantage: (B, T), log-probs of the policy now and before the update
     mask: (B, T) bool, response tokens; a row is a whole response
     clip: how far below and above 1 a ratio counts, (low, high)
-    Outside mask the results mean nothing.
+    Outside mask the results mean nothing. The caller weighs the tokens, see token_weights, and sums.
+    A new loss is a name in Loss and a function that is called here, and nothing else.
     """
     if loss == "gspo":
         return gspo_loss(logp, old_logp, advantage, mask, clip)
