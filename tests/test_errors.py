@@ -15,7 +15,7 @@ COMMANDS = {
     "train_rl.py": ("--resume", "nowhere"),
     "train_flow.py": ("--resume", "nowhere"),
     "eval.py": ("--compare", "nowhere", "nowhere"),
-    "worlds/toy.py": ("--folder", "."),
+    "worlds/__main__.py": ("--folder", "."),
     "inspector.py": ("nowhere",),
     "run.py export": ("nowhere",),
     "run.py report": ("nowhere",),

@@ -97,7 +97,7 @@ def test_offline_loss_does_not_depend_on_micro_batches(flow_config):
 def test_offline_start_and_training_share_the_prompts(flow_config, config, world, monkeypatch):
     """Regression: the official templates differ between the two."""
     made = []
-    for user in ("infra.data", "train_flow"):
+    for user in ("infra.data", "infra.solutions"):
         monkeypatch.setattr(
             f"{user}.make_prompts", lambda *a: made.append(make_prompts(*a)) or made[-1]
         )
@@ -112,9 +112,7 @@ def test_offline_start_and_training_share_the_prompts(flow_config, config, world
 # ---- D. One RL step
 
 
-def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
-    config, flow_folder, monkeypatch
-):
+def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(config, flow_folder):
     gradients, update = [], train_rl.update_policy
 
     def spy(models, *arguments, **options):
@@ -122,8 +120,7 @@ def test_a_step_moves_the_whole_flow_and_the_policy_gets_no_gradient_from_it(
         gradients.append([p.grad for p in models.policy.parameters()])
         return update(models, *arguments, **options)
 
-    monkeypatch.setattr(train_rl, "update_policy", spy)
-    train_rl.main(change(config, steps=1))
+    train_rl.main(change(config, steps=1), update=spy)
     assert len(gradients) == 1 and all(g is None for g in gradients[0])
     before, after = (fl.load_flow(path, 32) for path in (flow_folder, Path(config.folder) / "flow"))
     for name, parameter in before.named_parameters():
@@ -261,12 +258,11 @@ def of_gloo():
 
 def update(*arguments, **options):
     counts.append(of_gloo())
-    return update_policy(*arguments, **options)
+    return train_rl.update_policy(*arguments, **options)
 
 counts = []
 torch.set_num_threads(2)
-update_policy, train_rl.update_policy = train_rl.update_policy, update
-train_rl.main(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
+train_rl.main(parse_config(train_rl.Config, toy.PRESETS["train_rl"]), update=update)
 counts.append(of_gloo())
 parallel.gather_objects(bytes(10**6))
 counts.append(of_gloo())
