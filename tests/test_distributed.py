@@ -45,7 +45,7 @@ from run import export_checkpoint
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = 1800  # seconds until a process hangs, and is not only slow
-KILL_TRIALS, EXIT_RUNS = int(os.environ.get("KILL_TRIALS", 2)), int(os.environ.get("EXIT_RUNS", 2))
+KILL_TRIALS, EXIT_RUNS = int(os.environ.get("KILL_TRIALS", 1)), int(os.environ.get("EXIT_RUNS", 2))
 
 
 def command(script: str, arguments: list[str], n_ranks: int = 2, *options: str) -> list[str]:
@@ -183,7 +183,8 @@ def test_offline_start_on_two_ranks(world, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
+# two engines of a rank each are shared out as other engines are
+@pytest.mark.parametrize("tensor_parallel", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
     """An engine for each rank, or one for both: the first step's episodes are those of one process."""
     if tensor_parallel == 2:  # with a head for each rank
@@ -456,7 +457,8 @@ def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, 
 # ---- F. Signals, lost ranks, exits
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
+# a single process has tests/test_stopping.py
+@pytest.mark.parametrize("n_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_saves_and_exits_0(config, tmp_path, n_ranks):
     """SIGTERM to one rank, SIGINT to the only one: the step ends, a whole checkpoint is there, and the run goes on from it."""
     folder = str(tmp_path / "run")
@@ -539,8 +541,9 @@ def test_bad_settings_say_so_once_more_at_the_end(failed):
     assert "train_batch=1 is not a multiple of the 2 ranks; choose one" in failed["settings"][-400:]
 
 
+@pytest.mark.slow
 def test_run_after_run_exits_0(config, tmp_path):
-    """Two at a time."""
+    """Two at a time; every run of these tests is asked for its code."""
     runs_of_a_step = [
         flags(change(config, folder=str(tmp_path / f"{n}"), steps=1)) for n in range(EXIT_RUNS)
     ]

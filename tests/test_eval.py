@@ -504,7 +504,10 @@ def never_killed(world, tmp_path_factory) -> evaluation.Config:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+# how a signal stops an evaluation stands in tests/test_stopping.py
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_process_killed_halfway_goes_on(never_killed, tmp_path, number):
     """Killed on two ranks and finished on one, it is the file of one that was never killed."""
     killed = tmp_path / "out"
