@@ -15,13 +15,10 @@ What is common to all of them, each with its function:
     its advantage: sum_{j>=k} gamma^(j-k) * reward_j, or the response's, centred       credit
 """
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, NamedTuple, get_type_hints
 
 import torch
@@ -32,6 +29,7 @@ import rlfr
 from infra import batching, kinds, parallel
 from infra.defaults import published_settings
 from infra.exports import export_module
+from infra.files import import_file
 from infra.models import Model
 from infra.ranges import (
     Fraction,
@@ -413,15 +411,6 @@ def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
         reward = kind.make(values, host)
     reward.name = name
     return reward
-
-
-def import_file(path: str) -> ModuleType:
-    """Import a Python file that is in no package."""
-    spec = importlib.util.spec_from_file_location(f"dense_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def as_values(pairs: Sequence[str]) -> dict[str, str]:

@@ -30,8 +30,9 @@ from rewards import Grader, Verdict
 class EngineSettings:
     """What samples responses."""
 
-    # auto: vLLM on a GPU where it is installed, else torch
-    engine: Literal["auto", "vllm", "torch"] = "auto"
+    # vllm, torch, or a Python file with make_engine(), see docs/turns.md; auto: vLLM on a GPU where
+    # it is installed, else torch
+    engine: str = "auto"
     max_sequences: BatchSize = 256  # Responses sampled at a time by an engine; bounds its KV cache
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
     cache_share: OpenFraction = 0.5

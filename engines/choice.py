@@ -2,11 +2,13 @@
 
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from engines.torch_engine import TorchEngine
 from engines.vllm_engine import VllmEngine
+from infra.files import import_file
 from infra.models import Model
 from infra.parallel import is_first
 from rollout import Capacity, Engine, EngineSettings
@@ -14,16 +16,24 @@ from rollout import Capacity, Engine, EngineSettings
 
 def check_engine(settings: EngineSettings, n_ranks: int) -> None:
     """Raise ValueError for engine settings that cannot work."""
+    is_known = settings.engine in ("auto", "vllm", "torch")
+    if not is_known and not (is_file(settings.engine) and Path(settings.engine).is_file()):
+        raise ValueError(f"--engine {settings.engine}: expected auto, vllm, torch or a Python file")
     if settings.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError(
             "--engine vllm: vLLM is not installed; pip install -r requirements.txt, "
             "or take --engine torch"
         )
     shared = settings.tensor_parallel
-    if n_ranks % shared or (shared > 1 and settings.engine == "torch"):
+    if n_ranks % shared or (shared > 1 and settings.engine not in ("auto", "vllm")):
         raise ValueError(
             f"tensor_parallel={shared}: expected a divisor of {n_ranks} ranks, and vLLM"
         )
+
+
+def is_file(engine: str) -> bool:
+    """Return whether --engine names a file with an engine."""
+    return engine.endswith(".py")
 
 
 def make_engine(
@@ -48,7 +58,10 @@ def make_engine(
     elif kind == "vllm":
         engine = VllmEngine(model, settings, capacity, device, dtype, can_sleep)
     else:
-        raise ValueError(f"engine={kind!r} has no class; start it here")
+        make = getattr(import_file(kind), "make_engine", None)
+        if make is None:
+            raise ValueError(f"--engine {kind} defines no function make_engine, see docs/turns.md")
+        engine = make(model, settings, capacity, device=device, dtype=dtype, can_sleep=can_sleep)
     if is_first():
         seconds = time.perf_counter() - began
         print(f"engine: {kind} on {device} in {dtype}, {reason}; started in {seconds:.1f} s")

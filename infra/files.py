@@ -6,14 +6,17 @@ for that, and is kept if it has more than the new one.
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import re
 import reprlib
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 UNFINISHED = ".writing"  # ends the name of what is not whole yet
@@ -294,3 +297,13 @@ def shown(value: object) -> str:
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
+
+
+# ---- Code of users
+def import_file(path: str) -> ModuleType:
+    """Import a Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"file_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -222,8 +222,7 @@ def runs_code(stored: dict[str, object]) -> list[str]:
     for name in ("reward", "dense"):
         if any(".py" in part for part in stored.get(name) or ()):
             names.append(name)
-    if str(stored.get("shaping")).endswith(".py"):
-        names.append("shaping")
+    names += [name for name in ("shaping", "engine") if str(stored.get(name)).endswith(".py")]
     if stored.get("trust_remote_code"):
         names.append("trust_remote_code")
     return names

@@ -15,6 +15,7 @@ from test_distributed import finish
 import dense
 import rlfr
 import train_rl
+from infra.files import import_file
 from infra.settings import change, parse_config, upgraded
 from run import export_checkpoint
 
@@ -335,7 +336,7 @@ def test_settings_of_earlier_versions_have_todays_names():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_scores_changes_places(share):
     path = str(FOLDER / "shuffled.py")
-    shuffled = dense.import_file(path)
+    shuffled = import_file(path)
     mask = torch.arange(40) < torch.tensor([40, 25, 30, 38])[:, None]
     score = torch.arange(160.0).view(4, 40) * mask
 
