@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BY_LENGTH, ROOT, figures, flow_reward_of, last_state, read_lines, small_run
+from conftest import (
+    BY_LENGTH,
+    ROOT,
+    figures,
+    flags,
+    flow_reward_of,
+    last_state,
+    read_lines,
+    small_run,
+)
 from safetensors.torch import load_file
-from test_distributed import finish
+from test_distributed import finish, start, wait_for_step
 
 import dense
 import rlfr
@@ -145,15 +154,17 @@ def test_the_reward_of_the_page_runs(world, tmp_path):
 
 # ---- A state
 @pytest.mark.parametrize("name", ["learning_reward", "probe"])
-def test_a_reward_with_a_state_is_saved_resumed_and_exported(name, world, tmp_path):
+def test_a_reward_with_a_state_is_saved_killed_resumed_and_exported(name, world, tmp_path):
     file = LEARNING if name == "learning_reward" else FOLDER / "probe.py"
     own = own_settings(name, world)
-    config = run_of(world, tmp_path / "whole", file, own, steps=3, save_every=1, keep=3)
+    config = run_of(world, tmp_path / "whole", file, own, steps=16, save_every=1, keep=2)
     train_rl.main(config)
     cut = tmp_path / "cut"
-    shutil.copytree(tmp_path / "whole", cut)
-    shutil.rmtree(cut / "checkpoints" / "step-3")
-    shutil.rmtree(cut / "checkpoints" / "step-2")
+    process = start("train_rl.py", flags(change(config, folder=str(cut))), 1)
+    wait_for_step(str(cut), 1, process)
+    process.kill()
+    process.communicate()
+    assert len((cut / "metrics.jsonl").read_text().splitlines()) < 16
     train_rl.main(change(config, folder=None, resume=str(cut)))
     before, after = last_state(str(tmp_path / "whole")), last_state(str(cut))
     assert any(name in key for key in before)
