@@ -84,7 +84,7 @@ def test_offline_start(flow_run):
     [
         {"shaping": "none"},
         {"shaping": "flow"},
-        {"shaping": "flow", "flow_scope": "expert", "dense_on": "response", "dense_coef": 0.3},
+        {"shaping": "flow", "flow_scope": "expert", "dense_on": "response", "dense_coef": 0.03},
     ],
     ids=["none", "published", "expert"],
 )
