@@ -166,7 +166,7 @@ def test_merged_weights_are_w_plus_scale_b_a(world, adapted, batch):
         if f"{layer}.lora_A.default.weight" in parts:
             a = parts[f"{layer}.lora_A.default.weight"].double()
             b = parts[f"{layer}.lora_B.default.weight"].double()
-            expected = (weight.double() + 3.0 * (b @ a)).float()
+            expected = (weight.double() + 2.0 * (b @ a)).float()  # alpha is twice the rank
             assert not torch.allclose(expected, weight)
             n_changed += 1
         torch.testing.assert_close(merged[name], expected)
@@ -437,7 +437,7 @@ def test_the_table_of_memory(name, rank):
         flow = fl.Flow(fl.FlowConfig(config.hidden_size, 6 if name == "Qwen2.5-7B" else 4))
     engine = n_bytes(policy.parameters())
     if rank:
-        lora.add_adapters(policy.model, policy.layers, rank, 2.0 * rank, seed=0)
+        lora.add_adapters(policy.model, policy.layers, rank, seed=0)
     parallel.set_dtypes(policy, torch.bfloat16)
     learns = n_bytes(p for p in policy.parameters() if p.requires_grad)
     # weights, gradients and the two moments of AdamW, likewise for the flow
