@@ -28,6 +28,7 @@ import flow as fl
 import rlfr
 from infra import batching, kinds, parallel
 from infra.defaults import published_settings
+from infra.errors import OfOneRankError
 from infra.exports import export_module
 from infra.files import import_file
 from infra.models import Model
@@ -183,7 +184,7 @@ class MicroBatch:
         mask = self.batch.response_mask
         n_tokens = int(mask.sum())
         if len(values) != n_tokens:
-            raise ValueError(
+            raise OfOneRankError(
                 f"per_token() got a tensor {tuple(values.shape)}; expected M = {n_tokens} rows, "
                 "one for each response token"
             )
@@ -216,6 +217,8 @@ class Host:
         problems = self.config.problems
         settings = SolutionSettings(
             problem_column=problems.problem_column,
+            images_column=problems.images_column,
+            media_dir=problems.media_dir,
             template=problems.template,
             max_prompt_tokens=problems.max_prompt_tokens,
             cutoff=problems.max_prompt_tokens + self.config.sampling.max_tokens,
@@ -269,6 +272,7 @@ class DenseReward:
     betas = (0.9, 0.999)
     weight_decay = 0.01
     name = "dense"  # in figures, records and files; that of the file
+    is_prepared = False  # whether the run knows what there is to save
 
     def __init__(self, settings, host: Host):
         """Take settings of the class Settings; fit here what is fitted to expert solutions."""
@@ -287,6 +291,15 @@ class DenseReward:
         """Keep tensors as self.module.NAME: they are saved, resumed and exported with the run."""
         if self.module is None:
             self.module = nn.Module()
+        known = dict(self.module.named_buffers())
+        new = [
+            name for name, tensor in tensors.items() if shape_of(known.get(name)) != tensor.shape
+        ]
+        if new and self.is_prepared:
+            raise ValueError(
+                f"{self.name}: {', '.join(new)} kept after the start; keep tensors of these names and "
+                "shapes in __init__, which a resumed run fills"
+            )
         for name, tensor in tensors.items():
             self.module.register_buffer(name, tensor.to(parallel.DEVICE))
 
@@ -318,11 +331,12 @@ class DenseReward:
             return
         has_gradient = any(p.grad is not None for p in self.module.parameters())
         if has_gradient and not self.learns:
-            raise ValueError(
+            raise OfOneRankError(
                 f"{self.name}: score() leaves a gradient on the module, which does not learn; set "
                 "learns = True, or run the module under torch.no_grad()"
             )
-        parallel.end_calls(self.module, self.learns)
+        has_learnt = self.learns and any(parallel.gather_objects(has_gradient))
+        parallel.end_calls(self.module, has_learnt)
 
     def shape(self, score: Tensor, mask: Tensor) -> Tensor:
         """Turn the scores (B, T) of a step, means over taps, into rewards (B, T), higher is better.
@@ -343,6 +357,11 @@ class DenseReward:
         """Write what is fitted or has learnt into folder/NAME; all ranks together."""
         if self.module is not None:
             export_module(self.module, folder / self.name)
+
+
+def shape_of(tensor: Tensor | None) -> torch.Size | None:
+    """Return the shape of a tensor that may not be there."""
+    return None if tensor is None else tensor.shape
 
 
 class Scores(NamedTuple):
@@ -373,16 +392,8 @@ def parse_settings(kind: type, values: Mapping[str, str]):
 
 # What begins the names of a run's other figures, or names a part of its folder
 TAKEN = (
-    "adapter",
-    "eval",
-    "flow",
-    "grader",
-    "memory",
-    "mismatch",
-    "policy",
-    "progress",
-    "reward",
-    "time",
+    *("adapter", "checkpoints", "eval", "exports", "flow", "grader", "memory", "mismatch"),
+    *("policy", "progress", "reward", "rollouts", "tensorboard", "time", "wandb"),
 )
 
 
@@ -396,6 +407,8 @@ def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
 def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
     """Make the dense reward of a file. ValueError if the file or a setting does not do."""
     name = Path(path).stem
+    if not is_file(path) or not name.isidentifier():
+        raise ValueError(f"{path}: expected a Python file with a name such as my_reward.py")
     if name in TAKEN:
         raise ValueError(
             f"--shaping {path}: the reward would be called {name}, as other figures of a run are; "
@@ -439,6 +452,7 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
             f"{reward.name}: learns = True, and no module; set self.module, or learns = False"
         )
     reward.layers = tap_layers(n_layers, reward.taps)
+    reward.is_prepared = True
     if reward.module is not None and any(True for _ in reward.module.parameters()):
         kept_in = dtype if reward.takes_dtype else torch.float32
         parallel.shard(reward.module, (), kept_in, cpu_offload)
@@ -467,7 +481,7 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
     values = values.detach().float().masked_fill(~mask, 0.0)
     if not values.isfinite().all():
         n_broken = int((~values.isfinite()).sum())
-        raise ValueError(
+        raise OfOneRankError(
             f"{reward.name}: {n_broken} of {values.numel()} scores of a micro-batch of step "
             f"{reward.step + 1} are not finite"
         )
@@ -477,12 +491,14 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
 def check_varied(reward: DenseReward, score: Tensor, mask: Tensor) -> None:
     """Raise ValueError if a reward says the same of every token: it could teach nothing.
 
-    One that compares the policy with what it was may do so before the first update.
+    One that learns may do so at first, and one that compares the policy with what it was.
 
     score: (B, T) of a step's episodes; mask: (B, T) bool, tokens that have a score
     """
+    if reward.learns or reward.reads_first:
+        return
     values = score[mask]
-    if len(values) > 1 and values.max() == values.min() and not reward.reads_first:
+    if len(values) > 1 and values.max() == values.min():
         raise ValueError(
             f"{reward.name}: all {len(values)} response tokens of the first step have the score "
             f"{values[0].item():g}; a reward that is the same everywhere teaches nothing"
@@ -507,12 +523,18 @@ def token_rewards(
     score: (B, T), mean over taps; mask: (B, T) bool, tokens that have one
     """
     shaped = reward.shape(score, mask)
+    if shaped.shape != mask.shape or not shaped[mask].isfinite().all():
+        raise ValueError(
+            f"{reward.name}: shape() returned a tensor {tuple(shaped.shape)}; expected finite rewards "
+            f"(B, T) = {tuple(mask.shape)}"
+        )
+    shaped = torch.where(mask, shaped, 0.0)
     if settings.dense_on == "response":
         shaped = rlfr.mean_over_tokens(shaped, mask)[:, None].expand(mask.shape)
     bounds = settings.dense_clamp or reward.clamp
     if bounds:
         shaped = shaped.clamp(*bounds)
-    rewards = settings.dense_coef * torch.where(mask, shaped, 0.0)
+    rewards = settings.dense_coef * torch.where(mask, shaped, 0.0)  # a clamp may not hold 0
     if settings.dense_centre:
         return rlfr.centre(rewards, mask, group_size)
     return rewards
@@ -756,7 +778,7 @@ class FlowReward(DenseReward):
     def update(self, learner: parallel.Learner, clip_norm: float) -> dict[str, float]:
         """Take the flow's optimiser step, with the gradient of the scoring; return its figures."""
         loss = parallel.sum_over_ranks(self.loss).item()
-        return {"flow/loss": loss, **super().update(learner, clip_norm)}
+        return {f"{self.name}/loss": loss, **super().update(learner, clip_norm)}
 
     def export(self, folder: Path) -> None:
         """Write the flow as train_flow.py does; all ranks together."""

@@ -50,7 +50,7 @@ def export_checkpoint(
             "--trust-remote-code if you trust it"
         )
     target = Path(out or folder / "exports" / checkpoint.name)
-    dense_name = Path(str(stored.get("shaping", "flow"))).stem
+    dense_name = Path(str(stored.get("shaping", "flow"))).stem  # of a run of train_flow.py, flow
     for name in dict.fromkeys([*runs.RESULTS, dense_name]):
         check_free(target / name, overwrite)
     runs.check_checkpoint(folder, checkpoint)
@@ -60,9 +60,9 @@ def export_checkpoint(
         need_keys([stored], folder / "config.json", ["model", *runs.FIELDS_OF_LOADING])
         model, policy, dtype = load_initial_policy(stored, trust_remote_code)
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
-    flow = empty_flow(folder / "flow.json", checkpoint)
+    flow = empty_flow(folder / "flow.json", checkpoint, dense_name)
     if flow:
-        state["flow"] = {"module": flow.state_dict()}
+        state[dense_name] = {"module": flow.state_dict()}
     elif kept := empty_tensors(dense_name, checkpoint):
         tensors = {name: torch.empty_like(like, device="cpu") for name, like in kept.items()}
         state[dense_name] = {"module": tensors}
@@ -99,19 +99,27 @@ def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> t
     freeze = stored.get("freeze", "none")
     policy = load_policy(model.path, loading.trust_remote_code, freeze=freeze)
     rank = stored.get("lora_rank", 0)
+    alpha = stored.get("lora_alpha")
+    if rank and alpha not in (None, 2 * rank):
+        raise ValueError(
+            f"that run has lora_alpha={alpha}, where this version has twice the rank: export with the "
+            "version that began the run"
+        )
     if rank:
         lora.add_adapters(policy.model, policy.layers, rank, stored["seed"])
     parallel.set_dtypes(policy, dtype)
     return model, policy, dtype
 
 
-def empty_flow(file: Path, checkpoint: Path) -> fl.Flow | None:
+def empty_flow(file: Path, checkpoint: Path, part: str) -> fl.Flow | None:
     """Return the flow that a run's flow.json describes and a checkpoint holds; None if it has none.
+
+    part: name of the dense reward, under which the checkpoint holds it
 
     ValueError if the file is of another flow: nothing is allocated before that is known.
     """
-    tensors = empty_tensors("flow", checkpoint)
-    if not tensors:
+    tensors = empty_tensors(part, checkpoint)
+    if not tensors or (part != "flow" and not file.exists()):
         return None
     config = fl.read_config(file, read_text(file, "the settings of a flow"))
     fl.check_tensors(file, config, {name: tensor.shape for name, tensor in tensors.items()})

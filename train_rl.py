@@ -17,7 +17,6 @@ passes of micro-batches.
 import infra.waiting  # noqa: F401
 
 # isort: split
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -469,7 +468,7 @@ def shape_advantage(
         settings = config.dense_reward
         score = experience.score
         scored = experience.scored
-        if step == 0:
+        if step == 0 and dense.counts(settings, step):
             dense.check_varied(dense_reward, score, scored)
         if dense.counts(settings, step):
             token_rewards = dense.token_rewards(dense_reward, score, scored, settings, group_size)
@@ -596,11 +595,13 @@ def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> Non
         update_policy(models, experience, advantage, config, step=0, lr=0.0)
         update_dense(models, config.optimisation.clip_norm)
 
-    kept = kept_of(models)  # a dense reward may fit itself to the first episodes that it sees
-    before = copy.deepcopy({name: each.state_dict() for name, each in kept.items()})
+    buffers = {}  # a dense reward may fit itself to the first episodes that it sees
+    if models.dense and models.dense.module is not None:
+        buffers = dict(models.dense.module.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
     rehearsal.rehearse(update, problems, config)
-    for name, each in kept.items():
-        each.load_state_dict(before[name])
+    for name, tensor in before.items():
+        models.dense.module.get_buffer(name).copy_(tensor)
 
 
 # ---- 7. Log
@@ -678,7 +679,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
     start()
     is_flow_named = config.flow is not None
     config, model = resolve(config)
-    run = Run(config, f"rl-{short_name(config.model)}-{config.shaping}")
+    run = Run(config, f"rl-{short_name(config.model)}-{Path(config.shaping).stem}")
     problems = load_problems(config.data, config.problems, model)
     sampling = config.sampling
     total_steps = config.steps or config.optimisation.epochs * len(problems) // sampling.prompts
@@ -700,7 +701,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
     state = {"progress": progress, **kept_of(models), **models.learners}
     run.begin(state)
-    if config.shaping == "flow":  # an export of a checkpoint needs it
+    if isinstance(models.dense, dense.FlowReward):  # an export of a checkpoint needs it
         run.write_json("flow.json", asdict(models.dense.module.config))
     if config.compute.rehearse:
         rehearse(models, problems, config)

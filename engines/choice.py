@@ -25,7 +25,7 @@ def check_engine(settings: EngineSettings, n_ranks: int) -> None:
             "or take --engine torch"
         )
     shared = settings.tensor_parallel
-    if n_ranks % shared or (shared > 1 and settings.engine not in ("auto", "vllm")):
+    if n_ranks % shared or (shared > 1 and settings.engine == "torch"):
         raise ValueError(
             f"tensor_parallel={shared}: expected a divisor of {n_ranks} ranks, and vLLM"
         )

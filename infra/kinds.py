@@ -49,7 +49,7 @@ def describe(hint) -> str:
     if is_union(hint):
         return " or ".join(describe(kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
         kind, *others = get_args(hint)
         n_parts = "" if others == [Ellipsis] else f" of {len(others) + 1}"

@@ -58,7 +58,7 @@ def recomputes_activations(config, model: Model, n_ranks: int, room: int) -> boo
     n_parameters = model.n_parameters
     if not text_config.tie_word_embeddings:
         n_parameters += text_config.vocab_size * dim
-    if config.shaping == "flow":
+    if config.shaping == "flow" or "of=flow" in config.dense_reward.dense:
         flow_blocks = published_settings(model)["flow_blocks"]
         n_parameters += (5 * flow_blocks + 7) * dim**2
     if config.compute.always_offloads:

@@ -315,11 +315,14 @@ def end_calls(module: nn.Module, learnt: bool) -> None:
         return
     if learnt:
         module.set_requires_gradient_sync(True)
+        own = module.__dict__.get("forward")  # None: the class's
         module.forward = partial(sum_of_nothing, module)  # around it FSDP does its work
         try:
             module().backward()
         finally:
-            del module.forward  # the class's is there again
+            del module.forward
+            if own:
+                module.forward = own
     module.reshard()
 
 

@@ -77,7 +77,8 @@ def report_error(error: BaseException, recorder, in_full: bool) -> None:
         time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
     recorder.record_exception(error)
     is_other_rank = int(os.environ.get("RANK", 0)) > 0
-    if is_other_rank and isinstance(error, ValueError):
+    is_of_all = isinstance(error, ValueError) and not isinstance(error, errors.OfOneRankError)
+    if is_other_rank and is_of_all:
         return  # invalid input fails on every rank, and the first one prints it
     errors.show(error, in_full)
 

@@ -121,7 +121,8 @@ def parse_config(config_class: type, presets: dict[str, dict]):
     options = {"description": description, "config": (tyro.conf.OmitArgPrefixes,)}
     defaults = change(config_class(), **values)
     config = tyro.cli(config_class, args=arguments, default=defaults, **options)
-    check_asked_again(config, asks_again, start.origin)
+    given = {argument.partition("=")[0] for argument in arguments}
+    check_asked_again(given, asks_again, start.origin)
     return config
 
 
@@ -219,25 +220,25 @@ def some_of(names: Sequence[str]) -> str:
 def runs_code(stored: dict[str, object]) -> list[str]:
     """Return the names of the settings by which a run, or a file's reader, runs code of others."""
     names = []
-    for name in ("reward", "dense"):
-        if any(".py" in part for part in stored.get(name) or ()):
-            names.append(name)
+    if any(".py" in part for part in stored.get("reward") or ()):
+        names.append("reward")
     names += [name for name in ("shaping", "engine") if str(stored.get(name)).endswith(".py")]
+    if "shaping" in names and stored.get("dense"):  # it may name a file, too
+        names.append("dense")
     if stored.get("trust_remote_code"):
         names.append("trust_remote_code")
     return names
 
 
-def check_asked_again(config, stored: dict[str, object], origin: str) -> None:
+def check_asked_again(given: set[str], stored: dict[str, object], origin: str) -> None:
     """Raise ValueError unless settings by which code runs are given anew, where they were stored.
 
+    given: the flags of the command line
     Whoever takes a run or a file that somebody sent would else run that person's code unawares.
     """
-    asked = flatten(config)
-    usual = flatten(type(config)())
     for name, value in stored.items():
-        if asked[name] == usual[name]:
-            flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name.replace('_', '-')}"
+        if not given & {flag, f"--no-{flag[2:]}"}:
             values = [value] if isinstance(value, str) else value
             given = flag if value is True else " ".join([flag, *values])
             raise ValueError(
@@ -286,7 +287,7 @@ RENAMED = {
     "flow_after": "dense_after",
 }
 # Settings that earlier versions had, and that do not count for a run that goes on
-OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images", "overlong_buffer")
+OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test"}
 # The same, where they count for one kind of shaping alone
@@ -324,11 +325,20 @@ def upgraded(
         raise ValueError(
             f"{whose} has lora_alpha={alpha!r}, where all runs have twice the rank now: {advice}"
         )
-    cap = stored.pop("flow_cap", None)  # the excess was divided by it
+    buffer = stored.pop("overlong_buffer", None)
+    has_overlong = "overlong" in str(stored.get("reward"))
+    max_tokens = stored.get("max_tokens")
+    if has_overlong and buffer is not None and max_tokens not in range(5 * buffer, 5 * buffer + 5):
+        raise ValueError(
+            f"{whose} has overlong_buffer={buffer!r}, where all runs have a fifth of max_tokens now: "
+            f"{advice}"
+        )
+    cap = stored.pop("flow_cap", 10.0 if "flow_coef" in stored else None)
     for old, new in RENAMED.items():
         if old in stored:
-            stored[new] = stored.pop(old)
-    if cap is not None and stored.get("flow_scope") == "expert":
+            stored.setdefault(new, stored[old])
+            del stored[old]
+    if cap is not None and stored.get("flow_scope") == "expert":  # the excess was divided by it
         stored["dense_clamp"] = [-cap, 0.0]
         stored["dense_coef"] = stored.get("dense_coef", 0.01) / cap
     split = stored.pop("split", "train")

@@ -1,9 +1,9 @@
 """Does the flow reward help? Arms that differ in one thing, on the same seeds, with controls.
 
-    python study/study.py --jobs 15 --json study/study.json     all arms, seeds 0 to 7
+    python study/study.py --jobs 15 --json runs/study.json      all arms, seeds 0 to 7
     python study/study.py --arms rlvr calibrated --seeds 2          some of them
-    python study/study.py --collect --json study/study.json     the figures of unfinished runs
-    python study/study.py --merge other.json --json study/study.json
+    python study/study.py --collect --json runs/study.json      the figures of unfinished runs
+    python study/study.py --merge other.json --json runs/study.json
     python study/evidence.py                                        tables and figures
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_distributed import finish, start, wait_for_step
 
 import dense
+import flow as fl
 import rlfr
 import train_rl
 from infra.files import import_file
@@ -204,6 +205,22 @@ def test_a_reward_of_drift_is_0_before_the_first_update(world, tmp_path):
     assert before["drift/score"] == 0 > after["drift/score"]
 
 
+def test_the_flow_that_a_control_shuffles_is_exported_as_a_flow(world, flow_folder, tmp_path):
+    own = ("of=flow", "among=tokens")
+    settings = {"steps": 1, "save_every": 1, "flow": flow_folder}
+    config = run_of(world, tmp_path / "run", FOLDER / "shuffled.py", own, **settings)
+    train_rl.main(config)
+    export_checkpoint(config.folder, out=str(tmp_path / "out"))
+    exported, at_end = (
+        fl.load_flow(folder / "flow", 32) for folder in (tmp_path / "out", tmp_path / "run")
+    )
+    before = fl.load_flow(flow_folder, 32)
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, at_end.get_parameter(name)), name
+        assert not torch.equal(parameter, before.get_parameter(name)), name
+    assert figures(config.folder)[0]["shuffled/loss"] > 0
+
+
 def test_a_checkpoint_of_another_text_of_the_file_is_refused(world, tmp_path):
     file = tmp_path / "mine.py"
     shutil.copy(LEARNING, file)
@@ -260,6 +277,16 @@ BAD = {
         "        score.sum().backward()\n        return score.squeeze(2)\n",
         "leaves a gradient on the module, which does not learn",
     ),
+    "late": (
+        "    def score(self, part):\n        self.keep(a=torch.zeros(2))\n"
+        "        return part.output.logp\n",
+        "a kept after the start; keep tensors of these names",
+    ),
+    "shaped": (
+        "    def score(self, part):\n        return part.output.logp\n"
+        "    def shape(self, score, mask):\n        return score / 0\n",
+        "expected finite rewards",
+    ),
     "one tap": ("    taps = 0.5\n", "taps=0.5; expected fractions of the depth"),
     "depth": ("    taps = (2.0,)\n", r"taps=\(2.0,\); expected fractions of the depth"),
     "constant": (
@@ -298,6 +325,7 @@ def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
         ("{ridge}", ("experts={data}", "held_out=48"), "48 of 48 solutions in"),
         ("{empty}", (), "defines no class Reward"),
         ("{policy}", (), "the reward would be called policy, as other figures of a run are"),
+        ("{dotted}", (), "expected a Python file with a name such as my_reward.py"),
     ],
 )
 def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
@@ -306,9 +334,11 @@ def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
         "data": world.path("expert.jsonl"),
         "empty": tmp_path / "e.py",
         "policy": tmp_path / "policy.py",
+        "dotted": tmp_path / "a.b.py",
     }
     places["empty"].write_text("")
     places["policy"].write_text("")
+    places["dotted"].write_text("")
     own = tuple(text.format(**places) for text in own)
     with pytest.raises(ValueError, match=words):
         train_rl.main(run_of(world, tmp_path / "run", shaping.format(**places), own))
@@ -346,6 +376,25 @@ def test_settings_of_earlier_versions_have_todays_names():
         "dense_after": 3, "dense_clamp": [-2.0, 0.0], "flow_scope": "expert",
     }  # fmt: skip
     assert upgraded({**old, "flow_scope": "response"}, "run")["dense_coef"] == 1.0
+    del old["flow_cap"]  # it was 10 by default
+    assert upgraded(old, "run")["dense_coef"] == 0.1
+    for gone in (
+        {"lora_rank": 4, "lora_alpha": 4.0},
+        {"reward": ["overlong"], "overlong_buffer": 7},
+    ):
+        with pytest.raises(
+            ValueError, match="run has (lora_alpha=4.0|overlong_buffer=7), where all"
+        ):
+            upgraded({"max_tokens": 100, **gone}, "run")
+    kept = {
+        "reward": ["overlong=0.5"],
+        "overlong_buffer": 20,
+        "max_tokens": 100,
+        "cpu_offload": True,
+    }
+    assert upgraded(kept, "run") == {
+        "reward": ["overlong=0.5"], "max_tokens": 100, "offload": "always",
+    }  # fmt: skip
 
 
 # ---- Shuffled

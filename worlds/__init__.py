@@ -3,6 +3,10 @@
 python -m worlds --folder runs/toy
 """
 
+# first: torch reads what this sets when it is imported
+import infra.waiting  # noqa: F401
+
+# isort: split
 from worlds.offline_start import make_flow
 from worlds.toy import PRESETS, find_world
 

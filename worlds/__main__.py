@@ -1,9 +1,5 @@
 """Make the world that the command line asks for: `python -m worlds --folder runs/toy`."""
 
-# first: torch reads what this sets when it is imported
-import infra.waiting  # noqa: F401
-
-# isort: split
 import tyro
 
 from infra import errors
