@@ -328,7 +328,8 @@ def upgraded(
     buffer = stored.pop("overlong_buffer", None)
     has_overlong = "overlong" in str(stored.get("reward"))
     max_tokens = stored.get("max_tokens")
-    if has_overlong and buffer is not None and max_tokens not in range(5 * buffer, 5 * buffer + 5):
+    is_fifth = isinstance(max_tokens, int) and buffer == max_tokens // 5
+    if has_overlong and buffer is not None and not is_fifth:
         raise ValueError(
             f"{whose} has overlong_buffer={buffer!r}, where all runs have a fifth of max_tokens now: "
             f"{advice}"
