@@ -16,6 +16,7 @@ What is common to all of them, each with its function:
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -456,6 +457,25 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
     if reward.module is not None and any(True for _ in reward.module.parameters()):
         kept_in = dtype if reward.takes_dtype else torch.float32
         parallel.shard(reward.module, (), kept_in, cpu_offload)
+
+
+def kept(reward: DenseReward | None) -> dict[str, parallel.Kept]:
+    """Return what a dense reward has fitted, for checkpoints; what learns is in its learner."""
+    if not reward or reward.learns or not reward.is_kept:
+        return {}
+    return {reward.name: parallel.Kept(reward.module)}
+
+
+@contextmanager
+def put_back(reward: DenseReward | None) -> Iterator[None]:
+    """Put a reward's buffers back at the end: it may fit itself to the first episodes that it sees."""
+    buffers = {}
+    if reward and reward.module is not None:
+        buffers = dict(reward.module.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    yield
+    for name, tensor in before.items():
+        reward.module.get_buffer(name).copy_(tensor)
 
 
 def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:

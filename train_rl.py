@@ -315,14 +315,6 @@ def with_learners(models: Models, weight_decay: float) -> Models:
     return models._replace(learners=learners)
 
 
-def kept_of(models: Models) -> dict[str, parallel.Kept]:
-    """Return what a dense reward has fitted, for checkpoints; what learns is in its learner."""
-    dense_reward = models.dense
-    if not dense_reward or dense_reward.learns or not dense_reward.is_kept:
-        return {}
-    return {dense_reward.name: parallel.Kept(dense_reward.module)}
-
-
 def tensors_of(models: Models) -> list[Tensor]:
     """Return the tensors that may leave the GPU while the engine samples."""
     tensors = [tensor for learner in models.learners.values() for tensor in learner.tensors()]
@@ -595,13 +587,8 @@ def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> Non
         update_policy(models, experience, advantage, config, step=0, lr=0.0)
         update_dense(models, config.optimisation.clip_norm)
 
-    buffers = {}  # a dense reward may fit itself to the first episodes that it sees
-    if models.dense and models.dense.module is not None:
-        buffers = dict(models.dense.module.named_buffers())
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
-    rehearsal.rehearse(update, problems, config)
-    for name, tensor in before.items():
-        models.dense.module.get_buffer(name).copy_(tensor)
+    with dense.put_back(models.dense):
+        rehearsal.rehearse(update, problems, config)
 
 
 # ---- 7. Log
@@ -699,7 +686,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
     # ---- Begin, or go on from a checkpoint
     progress = {"step": 0, "cursor": 0, "lengths": torch.zeros(len(problems))}
-    state = {"progress": progress, **kept_of(models), **models.learners}
+    state = {"progress": progress, **dense.kept(models.dense), **models.learners}
     run.begin(state)
     if isinstance(models.dense, dense.FlowReward):  # an export of a checkpoint needs it
         run.write_json("flow.json", asdict(models.dense.module.config))
