@@ -152,11 +152,18 @@ def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
 )
 def test_the_file_of_an_arm_begins_a_run(file, monkeypatch):
     own = json.loads(file.read_text())
-    again = []
-    for name in ("shaping", "reward"):  # what runs code is named again
-        if ".py" in str(own.get(name)):
-            again += study.to_flags({name: tuple(own[name]) if name == "reward" else own[name]})
-    command = ["train_rl.py", "--model", "toy-sparse", "--config", str(file), *again]
+    again = {}  # what runs code is named again, and all that a file of a reward is told
+    for name, value in own.items():
+        if ".py" in str(value) or name == "dense":
+            again[name] = tuple(value) if isinstance(value, list) else value
+    command = [
+        "train_rl.py",
+        "--model",
+        "toy-sparse",
+        "--config",
+        str(file),
+        *study.to_flags(again),
+    ]
     monkeypatch.setattr("sys.argv", command)
     config = flatten(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
     assert {name: json.loads(json.dumps(config[name])) for name in own} == own
