@@ -152,7 +152,7 @@ class MicroBatch:
 
     batch: batching.Batch  # token ids and masks
     episodes: Sequence  # B of them: prompt, text, problem, verdict
-    indices: Sequence[int]  # of the episodes in the step; those of a prompt follow one another
+    indices: Sequence[int]  # of the episodes in the step
     output: PolicyOutput  # log-probs and entropies (B, T), latents by tap
     taps: Sequence[float]  # fractions of the depth, for each of the latents
     first: PolicyOutput | None = None  # of the policy before it learnt, where the run has it
@@ -173,7 +173,6 @@ class MicroBatch:
             )
         source = self.first if first else self.output
         rows, positions = self.batch.targets.nonzero(as_tuple=True)
-        # a response follows a prompt of at least one token
         of_tap = source.latents[self.taps.index(tap)]  # (B, S, D)
         return of_tap[rows, (positions - back).clamp(min=0)]
 
@@ -182,16 +181,13 @@ class MicroBatch:
 
         Tokens are ordered by row, then by place.
         """
-        mask = self.batch.response_mask
-        n_tokens = int(mask.sum())
+        n_tokens = int(self.batch.response_mask.sum())
         if len(values) != n_tokens:
             raise OfOneRankError(
                 f"per_token() got a tensor {tuple(values.shape)}; expected M = {n_tokens} rows, "
                 "one for each response token"
             )
-        spread = values.new_zeros(*mask.shape, *values.shape[1:])
-        spread[mask] = values
-        return spread
+        return self.batch.unflatten(values)
 
 
 class Host:
@@ -293,15 +289,13 @@ class DenseReward:
         if self.module is None:
             self.module = nn.Module()
         known = dict(self.module.named_buffers())
-        new = [
-            name for name, tensor in tensors.items() if shape_of(known.get(name)) != tensor.shape
-        ]
-        if new and self.is_prepared:
-            raise ValueError(
-                f"{self.name}: {', '.join(new)} kept after the start; keep tensors of these names and "
-                "shapes in __init__, which a resumed run fills"
-            )
         for name, tensor in tensors.items():
+            is_known = name in known and known[name].shape == tensor.shape
+            if self.is_prepared and not is_known:
+                raise ValueError(
+                    f"{self.name}: {name} kept after the start; keep a tensor of that name and shape "
+                    "in __init__, which a resumed run fills"
+                )
             self.module.register_buffer(name, tensor.to(parallel.DEVICE))
 
     def calibrate(self, values: Tensor) -> None:
@@ -324,7 +318,7 @@ class DenseReward:
 
         A reward that learns leaves the gradient of its loss on its module here.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no method score(part)")
+        raise NotImplementedError
 
     def end(self) -> None:
         """End the scoring of a step: sum the module's gradient over the ranks."""
@@ -358,11 +352,6 @@ class DenseReward:
         """Write what is fitted or has learnt into folder/NAME; all ranks together."""
         if self.module is not None:
             export_module(self.module, folder / self.name)
-
-
-def shape_of(tensor: Tensor | None) -> torch.Size | None:
-    """Return the shape of a tensor that may not be there."""
-    return None if tensor is None else tensor.shape
 
 
 class Scores(NamedTuple):
@@ -452,6 +441,8 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
         raise ValueError(
             f"{reward.name}: learns = True, and no module; set self.module, or learns = False"
         )
+    if type(reward).score is DenseReward.score:
+        raise ValueError(f"{reward.name}: its class Reward has no method score(part); write one")
     reward.layers = tap_layers(n_layers, reward.taps)
     reward.is_prepared = True
     if reward.module is not None and any(True for _ in reward.module.parameters()):
@@ -751,8 +742,8 @@ class FlowReward(DenseReward):
         if self.learns:
             self.loss += (weight * loss).sum()
         has_context = rows.exists.any(dim=1).any(dim=0)  # (M,)
-        deviation = torch.stack([part.per_token(values) for values in by_tap])
-        return Scores(deviation, part.per_token(has_context))
+        deviation = torch.stack([batch.unflatten(values) for values in by_tap])
+        return Scores(deviation, batch.unflatten(has_context))
 
     def loss_weights(self, part: MicroBatch) -> Tensor:
         """Return the weight of each response token of a micro-batch in the online flow loss, (M,).

@@ -76,8 +76,8 @@ class Batch:
         return vision.stack_all(self.images_once, self.images, DEVICE)
 
     def unflatten(self, values: Tensor) -> Tensor:
-        """Spread values of sampled tokens (M,) into (B, T), zero elsewhere."""
-        out = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
+        """Spread values of sampled tokens (M, …) into (B, T, …), zero elsewhere."""
+        out = values.new_zeros(*self.response_mask.shape, *values.shape[1:])
         out[self.response_mask] = values
         return out
 
