@@ -16,7 +16,6 @@ What is common to all of them, each with its function:
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,20 +28,19 @@ import flow as fl
 import rlfr
 from infra import batching, kinds, parallel
 from infra.defaults import published_settings
-from infra.errors import OfOneRankError
 from infra.exports import export_module
 from infra.files import import_file
 from infra.models import Model
 from infra.ranges import (
     Fraction,
+    NonNegativeFloat,
     NonNegativeInt,
     OpenFraction,
-    PositiveFloat,
     PositiveInt,
     SignedFloat,
 )
 from infra.solutions import SolutionSettings, load_solutions
-from policy import Policy, PolicyOutput, encode_images, load_policy, tap_layers
+from policy import Policy, PolicyOutput, load_policy, tap_layers
 
 
 # ---- Settings; None: as the comment says
@@ -76,10 +74,9 @@ class FlowRewardSettings:
     # expert: the flow's own on expert tokens, and threshold, top-k and bilateral do not count
     flow_scope: Literal["response", "group", "expert"] = "response"
     flow_bilateral: bool = False  # Normalise to [-1, 1] and keep both tails
-    # Context modes that the flow must have, or gets if it is new; an official file needs them
+    # Context modes to score with; by default those that the flow was fitted with, which an official
+    # file does not say
     contexts: tuple[str, ...] | None = None
-    # Score with `contexts` whatever the flow was fitted with; officially next, then previous
-    other_contexts: bool = False
     # Tapped layers that the flow must have, or gets if it is new, as fractions of the depth
     percentiles: tuple[Fraction, ...] | None = None
 
@@ -88,8 +85,7 @@ class FlowRewardSettings:
 class FlowUpdateSettings:
     """How the flow goes on learning from the policy's own episodes."""
 
-    freeze_flow: bool = False  # No online flow update
-    flow_lr: PositiveFloat = 1e-4  # Learning rate of the online flow update
+    flow_lr: NonNegativeFloat = 1e-4  # Learning rate of the online flow update; 0: there is none
     # Weight of episodes and tokens that are not accepted; 1: the flow learns from all alike
     flow_soft: Fraction = 0.0
     # Learn only from tokens at or above this quantile of entropy
@@ -134,15 +130,6 @@ def check(shaping: str, settings: DenseSettings, flow_reward: FlowRewardSettings
         raise ValueError(f"dense_clamp={settings.dense_clamp}: expected the lower bound first")
     if flow_reward.contexts is not None:
         fl.check_contexts(flow_reward.contexts)
-    if not flow_reward.other_contexts:
-        return
-    if flow_reward.contexts is None:
-        raise ValueError("other_contexts without contexts: name those to score with in --contexts")
-    if flow_reward.flow_scope == "expert":
-        raise ValueError(
-            "other_contexts with flow_scope='expert': the flow was calibrated with its own "
-            "contexts; leave --other-contexts out, or choose another --flow-scope"
-        )
 
 
 # ---- What a dense reward sees
@@ -183,7 +170,7 @@ class MicroBatch:
         """
         n_tokens = int(self.batch.response_mask.sum())
         if len(values) != n_tokens:
-            raise OfOneRankError(
+            raise parallel.OfOneRankError(
                 f"per_token() got a tensor {tuple(values.shape)}; expected M = {n_tokens} rows, "
                 "one for each response token"
             )
@@ -236,7 +223,7 @@ class Host:
         """
         layers = tap_layers(self.policy.n_layers, taps)
         budget = self.config.compute.tokens_per_gpu
-        rows = encode_images(self.policy, rows, budget)
+        rows = batching.encode_images(self.policy.image_encoder, rows, budget)
         for indices, batch in batching.micro_batches(rows, budget, 0, 1):
             output = self.policy(batch, self.config.sampling.temperature, layers)
             chosen = [rows[index] for index in indices]
@@ -326,7 +313,7 @@ class DenseReward:
             return
         has_gradient = any(p.grad is not None for p in self.module.parameters())
         if has_gradient and not self.learns:
-            raise OfOneRankError(
+            raise parallel.OfOneRankError(
                 f"{self.name}: score() leaves a gradient on the module, which does not learn; set "
                 "learns = True, or run the module under torch.no_grad()"
             )
@@ -457,18 +444,6 @@ def kept(reward: DenseReward | None) -> dict[str, parallel.Kept]:
     return {reward.name: parallel.Kept(reward.module)}
 
 
-@contextmanager
-def put_back(reward: DenseReward | None) -> Iterator[None]:
-    """Put a reward's buffers back at the end: it may fit itself to the first episodes that it sees."""
-    buffers = {}
-    if reward and reward.module is not None:
-        buffers = dict(reward.module.named_buffers())
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
-    yield
-    for name, tensor in before.items():
-        reward.module.get_buffer(name).copy_(tensor)
-
-
 def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
     """Score a micro-batch; ValueError if what the reward returns is no score of its tokens."""
     result = reward.score(part)
@@ -492,7 +467,7 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
     values = values.detach().float().masked_fill(~mask, 0.0)
     if not values.isfinite().all():
         n_broken = int((~values.isfinite()).sum())
-        raise OfOneRankError(
+        raise parallel.OfOneRankError(
             f"{reward.name}: {n_broken} of {values.numel()} scores of a micro-batch of step "
             f"{reward.step + 1} are not finite"
         )
@@ -639,8 +614,9 @@ def make_flow(
     """Load the flow of the offline start, or make an untrained one of n_blocks for the path `new`."""
     dim = model.text_config.hidden_size
     if path != "new":
-        expected = {"contexts": settings.contexts, "percentiles": settings.percentiles}
-        flow = fl.load_flow(path, dim, model.norm_eps, settings.other_contexts, **expected)
+        flow = fl.load_flow(
+            path, dim, model.norm_eps, settings.contexts, percentiles=settings.percentiles
+        )
         if settings.flow_scope == "expert":
             flow.expert_scale(settings.reward_times)  # raises where there is none
         return flow
@@ -699,7 +675,7 @@ class FlowReward(DenseReward):
         self.depths = [tap / n_layers for tap in tap_layers(n_layers, self.taps)]
         self.settings = settings
         self.learning = learning
-        self.learns = not learning.freeze_flow
+        self.learns = learning.flow_lr > 0
         self.lr = learning.flow_lr
         self.seed = seed
         self.group_size = group_size

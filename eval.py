@@ -43,16 +43,15 @@ from evals.judge import Judge, make_judge
 from evals.question import Question
 from evals.report import write_report
 from grading import Pool
-from infra import folders, parallel, stopping
+from infra import folders, parallel
 from infra.data import Problem, ProblemSettings, make_problems, template_pattern
 from infra.defaults import fill_in
 from infra.files import need_keys, read_json, write_json, written_whole
 from infra.models import LoadingSettings, Model, find_model
 from infra.parallel import is_first, on_first, start
 from infra.ranges import BatchSize, PositiveFraction, PositiveInt, Range, Seed, check_values
-from infra.runs import launch
+from infra.runs import asked_to_stop, end_work, launch, note_how_to_go_on
 from infra.settings import flatten, with_defaults
-from infra.stopping import asked_to_stop
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, Sampling
 from worlds import toy
@@ -123,7 +122,8 @@ def main(config: Config) -> None:
     # before the folder is claimed: a reward that is refused shall leave nothing behind
     grader = Grader(config.reward, config.grading, config.max_tokens)
     folder = on_first(lambda: open_folder(config, model))
-    stopping.how_to_go_on = f"the same command goes on with {folder}"
+    how_to_go_on = f"the same command goes on with {folder}"
+    note_how_to_go_on(how_to_go_on)
     replies = folder / "judge.jsonl" if is_first() else None  # only the first rank asks
     judge = make_judge(config.judge_url, config.judge_model, replies)
     chunks = make_chunks(problems, size=max(1, config.chunk // config.samples))
@@ -145,9 +145,9 @@ def main(config: Config) -> None:
             is_complete = sample_chunks(engine, remaining, sampling, grader, config, folder)
             if not is_complete:
                 if is_first():
-                    print(f"stopped; {stopping.how_to_go_on}")
+                    print(f"stopped; {how_to_go_on}")
                 return
-            stopping.end_work()
+            end_work()
 
         # ---- What came of it
         if is_first():

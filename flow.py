@@ -46,11 +46,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra import kinds
+from infra.batching import keyed_seed
 from infra.errors import first_line
 from infra.files import folder_written_whole
 from infra.kinds import check_kinds
-from infra.parallel import full_weights, gather_weights, on_first
-from infra.seeds import keyed_seed
+from infra.parallel import full_weights, gather_weights, is_first, on_first
 
 FLOW_FILE = "flow.safetensors"
 OFFICIAL_FILE = "flow_model.bin"
@@ -598,16 +598,21 @@ def export_flow(flow: Flow, folder: Path) -> None:
 
 
 def load_flow(
-    path: str | Path, dim: int, norm_eps: float = 1e-6, other_contexts: bool = False, **expected
+    path: str | Path,
+    dim: int,
+    norm_eps: float = 1e-6,
+    contexts: Sequence[str] | None = None,
+    **expected,
 ) -> Flow:
     """Load a flow, native or official, and check that it fits.
 
     path: the file, or the folder that it is in
     dim: hidden size of the policy
     norm_eps: eps of the policy's RMS norms, for an official file, which does not say its own
-    other_contexts: give a flow the expected contexts, whatever it was fitted with
-    expected: fields of FlowConfig with the values that they must have; None: any. An official file
-        does not say its contexts, which must be given, nor its percentiles and shift.
+    contexts: those to score with; by default those that the flow was fitted with. An official file
+        does not say its own. A calibration does not hold for others.
+    expected: other fields of FlowConfig with the values that they must have; None: any. An official
+        file does not say its percentiles and shift.
     Raises ValueError if there is no flow, or none that fits.
     """
     file = find_flow(Path(path))
@@ -616,12 +621,15 @@ def load_flow(
         if value is not None:
             required[name] = kinds.as_tuple(value)
     if file.suffix == ".bin":
-        state, config = read_official(file, required)
+        state, config = read_official(file, contexts, required)
         config = replace(config, norm_eps=norm_eps)
     else:
         state, config = read_native(file)
-        if other_contexts:
-            config = replace(config, contexts=required["contexts"])
+    if contexts and tuple(contexts) != config.contexts:
+        if is_first():
+            print(f"the flow {file} was fitted with contexts {config.contexts}, not {contexts}")
+        config = replace(config, contexts=tuple(contexts), calibrated_at=())
+        state = {name: state[name] for name in state if not name.startswith("expert_")}
     for name, value in required.items():
         if getattr(config, name) != value:
             shape = tuple(state["model.input_proj.weight"].shape)
@@ -712,7 +720,9 @@ def read_config(path: Path, text: str | None) -> FlowConfig:
         raise ValueError(f"the flow {path} has a configuration that is none: {error}") from error
 
 
-def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowConfig]:
+def read_official(
+    path: Path, contexts: Sequence[str] | None, required: dict
+) -> tuple[dict[str, Tensor], FlowConfig]:
     """Read the tensors of a `flow_model.bin`, and the configuration that their shapes tell."""
     state = load_official(path)
     if "model.input_proj.weight" not in state:
@@ -720,7 +730,7 @@ def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowCo
             f"{path} is no official flow: it has no 'model.input_proj.weight', "
             f"but {sorted(state)[:5]}"
         )
-    if "contexts" not in required:
+    if not contexts:
         raise ValueError(
             f"{path} does not say which context it was trained with; name it with --contexts "
             "(officially fitted with the next token and used in training with the previous one: "
@@ -731,8 +741,9 @@ def read_official(path: Path, required: dict) -> tuple[dict[str, Tensor], FlowCo
         raise ValueError(f"{path} is no official flow: 'model.input_proj.weight' is no matrix")
     width, dim = shape
     blocks = {name.split(".")[2] for name in state if name.startswith("model.res_blocks.")}
-    unknown = ("contexts", "percentiles", "shift")  # what no shape tells
+    unknown = ("percentiles", "shift")  # what no shape tells
     given = {name: required[name] for name in unknown if name in required}
+    given["contexts"] = tuple(contexts)
     config = FlowConfig(dim=dim, n_blocks=len(blocks), width=width, **given)
     check_tensors(path, config, {name: tensor.shape for name, tensor in state.items()})
     return state, config

@@ -49,7 +49,7 @@ def sample_and_inspect(config: Config) -> None:
             f"--model {config.resume}/policy, or the run alone to see the rollouts that it has"
         )
     n_episodes = config.sampling.prompts * config.sampling.group_size
-    config = change(config, freeze_flow=True, train_batch=n_episodes)
+    config = change(config, flow_lr=0.0, train_batch=n_episodes)
     is_flow_named = config.flow is not None
     config, model = train_rl.resolve(config)
     run = Run(config, f"inspect-{Path(config.model).name}")

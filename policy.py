@@ -10,20 +10,18 @@ M is the number of sampled tokens of a batch. Vision-language models are tapped 
 and a batch holds the images of its episodes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from infra import batching, families, lora, vision
 from infra.attention import PACKED
 from infra.logprobs import TokenLogProbs
-from infra.parallel import DEVICE, gather_rows, is_first
+from infra.parallel import DEVICE, is_first
 
 Freeze = Literal["none", "vision"]
 
@@ -80,6 +78,11 @@ class Policy(nn.Module):
         if not vision.takes_images(self.model.config):
             return None
         return self.model.base_model.visual
+
+    @property
+    def image_encoder(self) -> Callable[[Sequence[vision.Image]], Tensor] | None:
+        """tower_features() if the vision tower does not learn and sees images beforehand, else None."""
+        return self.tower_features if self.takes_features else None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -214,7 +217,7 @@ class Policy(nn.Module):
         return batching.take(output.last_hidden_state[0], packing.source[wanted])
 
     @torch.no_grad()
-    def encode(self, images: Sequence[vision.Image]) -> Tensor:
+    def tower_features(self, images: Sequence[vision.Image]) -> Tensor:
         """Return what the vision tower makes of images, (n_vectors, K, D), without a gradient.
 
         Of each vector there are K levels: the first stands in the place of the word's embedding;
@@ -253,42 +256,9 @@ class Policy(nn.Module):
         return self.run_tower(blank, grid).sum() * 0
 
 
-def encode_images(
-    policy: Policy, episodes: Sequence[batching.Row], token_budget: int
-) -> list[batching.Row]:
-    """Run a frozen vision tower over the episodes' images; return the episodes with its features.
-
-    The tower sees each image once, however many episodes share it and however often they are
-    scored and trained on. All ranks call this together: each runs the tower on a share, batches of
-    at most token_budget vectors, and all get the features, which wait in host memory.
-    """
-    images = list(dict.fromkeys(image for episode in episodes for image in episode.images))
-    if not images or not policy.takes_features:
-        return list(episodes)
-    n_ranks = dist.get_world_size()
-    images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
-    sizes = [image.n_tokens for image in images]
-    each_alone = [[index] for index in range(len(images))]
-    plans = batching.plan_batches(each_alone, sizes, token_budget, n_ranks)
-    seen = {}
-    for batches in zip(*plans, strict=True):  # one of each rank
-        mine = [images[index] for index in batches[dist.get_rank()]]
-        counts = [sum(sizes[index] for index in batch) for batch in batches]
-        gathered = gather_rows(policy.encode(mine), counts)
-        for batch, features in zip(batches, gathered, strict=True):
-            parts = features.cpu().split([sizes[index] for index in batch])
-            for index, part in zip(batch, parts, strict=True):
-                seen[images[index]] = replace(images[index], features=part)
-    shown = []
-    for episode in episodes:
-        features = tuple(seen[image] for image in episode.images)
-        shown.append(batching.with_images(episode, features))
-    return shown
-
-
 @contextmanager
 def tower_output(tower: nn.Module, features: Tensor | None) -> Iterator[None]:
-    """Let a vision tower return features (n_vectors, K, D), as Policy.encode() gave them, unrun.
+    """Let a vision tower return features (n_vectors, K, D), as Policy.tower_features() gave them, unrun.
 
     Everything else of the model's own forward stays as it is: placeholders, positions, deepstack.
     Without features the tower runs.

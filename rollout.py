@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 import rlfr
 from infra import batching, vision
+from infra.batching import keyed_seed, passes
 from infra.data import Problem
 from infra.models import StopTokens
 from infra.parallel import fork_rng, gather_objects, sum_over_ranks
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt, Temperature
-from infra.seeds import keyed_seed, passes
 from rewards import Grader, Verdict
 
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import flow as fl
 import rlfr
 from infra import batching, fingerprints, parallel
+from infra.batching import passes
 from infra.data import template_pattern
 from infra.defaults import fill_in
 from infra.models import LoadingSettings, Model, find_model, short_name
@@ -51,11 +52,9 @@ from infra.ranges import (
     Seed,
     check_values,
 )
-from infra.runs import Run, Stopwatch, check_folder, launch
-from infra.seeds import passes
+from infra.runs import Run, Stopwatch, asked_to_stop, check_folder, launch
 from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.solutions import SolutionSettings, read_solutions, tokenise
-from infra.stopping import asked_to_stop
 from pages import write_pages, write_report
 from policy import Policy, load_policy, tap_layers
 from worlds import toy

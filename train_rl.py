@@ -36,8 +36,9 @@ import rlfr
 import rollout
 from engines import awake, check_engine, make_engine
 from evals import HeldOut, load_sets
-from infra import batching, fingerprints, lora, memory, parallel, record, rehearsal
-from infra.data import Problem, ProblemSettings, load_problems, template_pattern
+from infra import batching, fingerprints, lora, memory, parallel, record
+from infra.batching import group_order
+from infra.data import ProblemSettings, load_problems, template_pattern
 from infra.defaults import fill_in
 from infra.exports import export_adapter, export_policy
 from infra.models import LoadingSettings, Model, find_model, short_name
@@ -53,12 +54,10 @@ from infra.ranges import (
     Seed,
     check_values,
 )
-from infra.runs import Run, Stopwatch, check_folder, launch
-from infra.seeds import group_order
+from infra.runs import Run, Stopwatch, asked_to_stop, check_folder, launch
 from infra.settings import ComputeSettings, RunSettings, with_defaults
-from infra.stopping import asked_to_stop
 from pages import DensePart, describe_size, is_due, make_records, write_pages, write_report
-from policy import Freeze, Policy, encode_images, load_policy
+from policy import Freeze, Policy, load_policy
 from rewards import Grader, RewardSettings
 from worlds import PRESETS, find_world, make_flow
 
@@ -90,8 +89,9 @@ class OptimisationSettings:
     normalisation: rlfr.Normalisation = "sequence"
     # ppo clips each token's ratio, gspo the response's; cispo clips weights and leaves no token out
     loss: rlfr.Loss = "ppo"
-    clip_low: Fraction = 0.2  # Clip below 1; in GSPO's paper 3e-4; 1 is no clip, as in CISPO's
-    clip_high: NonNegativeFloat = 0.2  # Clip above 1; 0.28 for DAPO's clip-higher; in GSPO's 4e-4
+    # How far below and above 1 a ratio is not clipped: DAPO 0.2 0.28, GSPO 3e-4 4e-4; 1 below, as
+    # in CISPO, is no clip
+    clip: tuple[Fraction, NonNegativeFloat] = (0.2, 0.2)
     kl_coef: NonNegativeFloat = 0.0  # Scale of the KL to the initial policy
     kl_in: Literal["loss", "reward"] = "loss"  # Add it to the loss, or take it from tokens' rewards
     kl_kind: rlfr.KLKind = "k3"  # KL estimator; k1 has no gradient on average
@@ -128,7 +128,6 @@ class TrainingComputeSettings(ComputeSettings):
     gradient_checkpointing: bool | None = None
     # Keep weights and optimisers in host memory, while the engine samples or always
     offload: Literal["never", "sampling", "always"] = "never"
-    rehearse: bool = False  # Do the largest update first, to see that it fits; it changes nothing
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,9 @@ def make_policy(config: Config, model: Model) -> Policy:
         lora.add_adapters(policy.model, policy.layers, settings.lora_rank, config.seed)
     parallel.compile_forward(policy.layer_parts(), config.compute.compile)
     dtype = parallel.compute_dtype(config.loading.dtype)
-    parallel.shard(policy, policy.blocks, dtype, config.compute.always_offloads, methods=["encode"])
+    parallel.shard(
+        policy, policy.blocks, dtype, config.compute.always_offloads, methods=["tower_features"]
+    )
     return policy
 
 
@@ -412,7 +413,7 @@ def score(
     layers = dense_reward.layers if dense_reward else ()
     if dense_reward:
         dense_reward.begin(step, episodes)
-    episodes = encode_images(policy, episodes, token_budget)
+    episodes = batching.encode_images(policy.image_encoder, episodes, token_budget)
     experience = Experience.before_scoring(episodes, max(1, len(layers)))
     for indices, batch in my_micro_batches(episodes, token_budget, "score"):
         cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
@@ -532,7 +533,7 @@ def update_policy(
                 advantage[cells],
                 mask,
                 loss=settings.loss,
-                clip=(settings.clip_low, settings.clip_high),
+                clip=settings.clip,
             )
             sampled_logp = experience.sampled_logp[cells]
             loss = loss * rlfr.importance_weights(
@@ -570,25 +571,6 @@ def update_dense(models: Models, clip_norm: float) -> dict[str, float]:
     if name in models.learners:
         metrics |= models.dense.update(models.learners[name], clip_norm)
     return metrics
-
-
-# ---- Before the first step
-def rehearse(models: Models, problems: Sequence[Problem], config: Config) -> None:
-    """Do phases 3 to 6 of a step at the longest lengths, with learners that take no step."""
-    stand_ins = {name: parallel.Rehearsal(each) for name, each in models.learners.items()}
-    models = models._replace(learners=stand_ins)
-
-    def update(chosen: list[Problem]) -> None:
-        episodes = [rollout.stand_in(problem, config.sampling.max_tokens) for problem in chosen]
-        temperature = config.sampling.temperature
-        token_budget = config.compute.tokens_per_gpu
-        experience = score(models, episodes, 0, temperature, token_budget=token_budget)
-        advantage = torch.ones_like(experience.old_logp)
-        update_policy(models, experience, advantage, config, step=0, lr=0.0)
-        update_dense(models, config.optimisation.clip_norm)
-
-    with dense.put_back(models.dense):
-        rehearsal.rehearse(update, problems, config)
 
 
 # ---- 7. Log
@@ -690,8 +672,6 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
     run.begin(state)
     if isinstance(models.dense, dense.FlowReward):  # an export of a checkpoint needs it
         run.write_json("flow.json", asdict(models.dense.module.config))
-    if config.compute.rehearse:
-        rehearse(models, problems, config)
 
     # ---- Engine: it starts in the memory that it will have, so that its cache is of the right size
     host_copy = None

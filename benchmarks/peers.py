@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from common import machine
 from infra import parallel, waiting
+from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
 from infra.models import LoadingSettings, Model, end_tokens, find_model
-from infra.seeds import passes
 from worlds import offline_start, toy
 
 TRL = "TRL"

@@ -144,7 +144,6 @@ def make_parts(settings: Settings, case: Case, folder: str) -> Parts:
         group_size=settings.group_size,
         train_batch=case.episodes // case.mini_batches,
         max_tokens=case.response_tokens,
-        freeze_flow=False,
     )
     model = find_model(folder, config.loading)
     engine = TorchEngine(model, settings.max_sequences, parallel.DEVICE, torch.float32)

@@ -207,8 +207,9 @@ def gradients(
     settings = config.optimisation
     mask = batch.response_mask
     logp = policy(batch, config.sampling.temperature).logp
-    clip = (settings.clip_low, settings.clip_high)
-    loss, _ = rlfr.policy_loss(logp, old_logp, advantage, mask, loss=settings.loss, clip=clip)
+    loss, _ = rlfr.policy_loss(
+        logp, old_logp, advantage, mask, loss=settings.loss, clip=settings.clip
+    )
     n_episodes = len(mask)
     weights = rlfr.token_weights(
         mask, settings.normalisation, n_episodes, int(mask.sum()), config.sampling.max_tokens

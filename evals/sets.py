@@ -16,10 +16,10 @@ from typing import NamedTuple
 import rollout
 from grading import Pool
 from infra import batching, vision
+from infra.batching import keyed_seed
 from infra.data import Problem, ProblemSettings, check_split, cut_split, load_problems
 from infra.models import Model
 from infra.parallel import on_first
-from infra.seeds import keyed_seed
 from rewards import Grader, Verdict
 from rollout import Episode, Request, Sampling
 

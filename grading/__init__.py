@@ -2,6 +2,7 @@
 
 from grading.answers import Gold, can_be_met
 from grading.latex import boxes
+from grading.official import MAX_OFFICIAL_BOXES, obeys_official_rules
 from grading.options import (
     JOINED_BOXES,
     LABELLED,
@@ -23,6 +24,7 @@ __all__ = [
     "Gold",
     "JOINED_BOXES",
     "LABELLED",
+    "MAX_OFFICIAL_BOXES",
     "Pool",
     "blank",
     "boxes",
@@ -30,6 +32,7 @@ __all__ = [
     "extract",
     "judge_response",
     "letter_in_response",
+    "obeys_official_rules",
     "option_letter",
     "option_letters",
     "stated",

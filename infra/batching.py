@@ -5,18 +5,20 @@ token k of the response in column k. A response may hold tokens that the policy 
 as a tool's result: the policy reads them, and nothing is returned for them.
 """
 
+import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from infra import vision
-from infra.parallel import DEVICE
+from infra.parallel import DEVICE, gather_rows
 
 
 # ---- Batches
@@ -305,3 +307,82 @@ def rows_to_run(has_gradient: Tensor, group_size: int, n_ranks: int) -> Tensor:
     others = (~chosen).nonzero().squeeze(1)
     chosen[others[: n_wanted - n_chosen]] = True
     return chosen.repeat_interleave(size)
+
+
+# ---- Images
+def encode_images(
+    encode: Callable[[Sequence[vision.Image]], Tensor] | None,
+    episodes: Sequence[Row],
+    token_budget: int,
+) -> list[Row]:
+    """Run a frozen vision tower over the episodes' images; return the episodes with its features.
+
+    encode: Policy.image_encoder; without one the episodes stay as they are
+
+    The tower sees each image once, however many episodes share it and however often they are
+    scored and trained on. All ranks call this together: each runs the tower on a share, batches of
+    at most token_budget vectors, and all get the features, which wait in host memory.
+    """
+    images = list(dict.fromkeys(image for episode in episodes for image in episode.images))
+    if not images or encode is None:
+        return list(episodes)
+    n_ranks = dist.get_world_size()
+    images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
+    sizes = [image.n_tokens for image in images]
+    each_alone = [[index] for index in range(len(images))]
+    plans = plan_batches(each_alone, sizes, token_budget, n_ranks)
+    seen = {}
+    for batches in zip(*plans, strict=True):  # one of each rank
+        mine = [images[index] for index in batches[dist.get_rank()]]
+        counts = [sum(sizes[index] for index in batch) for batch in batches]
+        gathered = gather_rows(encode(mine), counts)
+        for batch, features in zip(batches, gathered, strict=True):
+            parts = features.cpu().split([sizes[index] for index in batch])
+            for index, part in zip(batch, parts, strict=True):
+                seen[images[index]] = replace(images[index], features=part)
+    shown = []
+    for episode in episodes:
+        features = tuple(seen[image] for image in episode.images)
+        shown.append(with_images(episode, features))
+    return shown
+
+
+# ---- Seeds and orders that depend on a key alone, not on what was drawn before
+def keyed_seed(*key: int | str) -> int:
+    """Derive a 63-bit seed from a key, e.g. ("noise", seed, step, episode).
+
+    Distinct keys give independent seeds: what is drawn for one episode does not depend on others.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def permutation(n: int, *key: int | str) -> list[int]:
+    """Return a random order of range(n) that depends only on the key."""
+    generator = torch.Generator().manual_seed(keyed_seed(*key))
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def group_order(n: int, group_size: int, *key: int | str) -> list[int]:
+    """Return range(n) with its consecutive groups in a random order that depends only on the key."""
+    starts = range(0, n, group_size)
+    order: list[int] = []
+    for place in permutation(len(starts), *key):
+        first = starts[place]
+        order += range(first, min(first + group_size, n))
+    return order
+
+
+def passes(n: int, start: int, count: int, *key: int | str) -> list[tuple[int, int]]:
+    """Return (epoch, index) of `count` places from `start` on, in endless passes over range(n).
+
+    Each pass, or epoch, has an order of its own.
+    """
+    orders: dict[int, list[int]] = {}
+    visits = []
+    for place in range(start, start + count):
+        epoch, position = divmod(place, n)
+        if epoch not in orders:
+            orders[epoch] = permutation(n, *key, epoch)
+        visits.append((epoch, orders[epoch][position]))
+    return visits

@@ -40,10 +40,6 @@ def take_flag(arguments: list[str]) -> bool:
     return is_given
 
 
-class OfOneRankError(ValueError):
-    """Input that is invalid in what one rank has: that rank prints it, whichever it is."""
-
-
 def show(error: BaseException, in_full: bool = False) -> None:
     """Print an error: its message where that is enough, else its traceback."""
     for bar in list(getattr(tqdm, "_instances", ())):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from infra import parallel
-from infra.seeds import keyed_seed
+from infra.batching import keyed_seed
 
 ADAPTER = "default"  # peft's name of a layer's only adapter
 BASE = ".base_layer."  # what peft puts into the names of a layer's own weights

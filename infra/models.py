@@ -38,8 +38,6 @@ class LoadingSettings:
     # Compute dtype of forward and backward; auto: bfloat16 on a GPU
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     trust_remote_code: bool = False  # Run code that comes with the model
-    # Smaller images are enlarged to this size; None: the processor's
-    min_pixels: PositiveInt | None = None
     # Larger images are reduced to this size; None: the processor's
     max_pixels: PositiveInt | None = None
 
@@ -109,8 +107,7 @@ def find_model(name: str, loading: LoadingSettings) -> Model:
     n_parameters = sum(parameter.numel() for parameter in body.parameters())
     processor = None
     if vision.takes_images(config):
-        limits = (loading.min_pixels, loading.max_pixels)
-        processor = vision.load_processor(path, *limits, remote_code)
+        processor = vision.load_processor(path, loading.max_pixels, remote_code)
     return Model(path, config, n_parameters, tokenizer, processor, remote_code)
 
 

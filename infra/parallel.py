@@ -112,6 +112,10 @@ def find_groups() -> list[dist.ProcessGroup | None]:
     return [dist.group.WORLD, patient_group]
 
 
+class OfOneRankError(ValueError):
+    """Input that is invalid in what one rank has: that rank prints it, whichever it is."""
+
+
 def fork_rng():
     """Return a context after which torch's global generators are as before: CPU and own GPU."""
     return torch.random.fork_rng([DEVICE] if DEVICE.type == "cuda" else [])
@@ -531,15 +535,3 @@ class Kept:
     def load_state_dict(self, state: dict) -> None:
         """Take over what state_dict() returned."""
         self.module.load_state_dict(state["module"])
-
-
-class Rehearsal:
-    """Stands for a learner when nothing may change: its steps only clear the gradients."""
-
-    def __init__(self, learner: Learner):
-        self.learner = learner
-
-    def step(self, lr: float, max_norm: float, denominator: float = 1.0) -> float:
-        """Clear the gradients; the arguments are those of Learner.step()."""
-        self.learner.optimizer.zero_grad()
-        return 0.0

@@ -1,4 +1,4 @@
-"""A run: start and exit, its folder with metrics and checkpoints, resuming.
+"""A run: start, signals and exit, its folder with metrics and checkpoints, resuming.
 
     runs/NAME/config.json  metrics.jsonl  summary.json  checkpoints/step-N/  policy/  flow/
               rollouts/step-N.jsonl  report.html  rollouts.html
@@ -10,12 +10,14 @@ Any number of ranks can read it.
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -27,12 +29,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 
-from infra import checkpoints, children, errors, files, folders, parallel, ranks, record, stopping
+from infra import checkpoints, children, errors, files, folders, parallel, ranks, record
 from infra.files import cannot_write, need_keys, read_json, write_json, written_whole
 from infra.metrics import read_lines
 from infra.parallel import is_first, on_first
 from infra.settings import WHERE, flatten, parse_config, stored_settings, upgraded
-from infra.stopping import Stop, asked_to_stop
+from infra.tracking import Tracker
 
 DATA_FILE = "data.json"  # fingerprints of the data that a run began with
 # A single process saves its checkpoints without torch.distributed, and torch warns of it
@@ -44,7 +46,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
     """Run a script's main with settings from the command line; exit with code 0, or 1 on an error.
 
     An error of input is shown as one line, a bug as a traceback; --traceback shows it for both.
-    infra/stopping.py says what signals do. The process ends by os._exit, because threads left by
+    What signals do stands below. The process ends by os._exit, because threads left by
     libraries crashed one exit in eight, or waited for ranks that were gone.
     """
     recorder = get_error_handler()
@@ -53,8 +55,8 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
     try:
         try:
             config = parse_config(config_class, presets)
-            stopping.listen()
-            children.follow_parent(stopping.received)
+            listen()
+            children.follow_parent(received)
             main(config)
             dist.destroy_process_group()
         except (SystemExit, Stop):  # --help, or a flag that does not exist; a signal
@@ -63,7 +65,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
             report_error(error, recorder, in_full)
             leave(1)
     except Stop:  # perhaps amid an error: the signal has ended another rank, too
-        stopping.leave()
+        end_by_signal()
     leave(0)
 
 
@@ -72,12 +74,12 @@ def report_error(error: BaseException, recorder, in_full: bool) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     lost_a_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
     if lost_a_peer and ranks.is_any_stopping():
-        stopping.leave()  # nothing is wrong: a signal has ended that rank
+        end_by_signal()  # nothing is wrong: a signal has ended that rank
     if lost_a_peer:
         time.sleep(10)  # the rank that was lost knows the cause: let it record its error first
     recorder.record_exception(error)
     is_other_rank = int(os.environ.get("RANK", 0)) > 0
-    is_of_all = isinstance(error, ValueError) and not isinstance(error, errors.OfOneRankError)
+    is_of_all = isinstance(error, ValueError) and not isinstance(error, parallel.OfOneRankError)
     if is_other_rank and is_of_all:
         return  # invalid input fails on every rank, and the first one prints it
     errors.show(error, in_full)
@@ -88,6 +90,105 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+# ---- Signals
+# The first SIGTERM or SIGINT ends a command soon and without an error; the second ends it at once.
+#
+# A step, or another unit of work, is finished and saved: from asked_to_stop() on, a signal is noted.
+# Everywhere else, before the first step or after the last, the signal raises Stop where the command
+# stands. What is on the disk is whole there, and the next start goes on from it.
+#
+# Python heeds a signal between two of its own instructions, so not while the main thread waits in a
+# collective. A thread of its own ends the process then.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 5.0  # seconds that the main thread has to heed a signal
+received: list[int] = []  # signals that it has heeded
+unit: str | None = None  # of the work in progress; None: there is none to be finished
+how_to_go_on = "the same command starts again"
+
+
+class Stop(BaseException):
+    """A signal came where no work is in progress; no Exception, which other code might catch."""
+
+
+def listen() -> None:
+    """Heed SIGTERM and SIGINT from now on."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # gets the number of each signal as soon as it comes
+    threading.Thread(target=end_if_unheeded, args=(reader,), daemon=True).start()
+    for number in SIGNALS:
+        signal.signal(number, heed)
+    os.register_at_fork(after_in_child=forget)
+
+
+def forget() -> None:
+    """Let signals end this process as they do without listen(): it is a child of the command."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def heed(number: int, _frame) -> None:
+    """Note the first signal, or raise Stop; exit at the second."""
+    if received:
+        os._exit(128 + number)
+    received.append(number)
+    work = (
+        f"finishing this {unit}, then saving" if unit else "stopping here, no step is in progress"
+    )
+    tell(f"\n{signal.Signals(number).name}: {work}; a second signal exits at once")
+    if not unit:
+        raise Stop
+
+
+def end_if_unheeded(reader: int) -> None:
+    """End the process if its main thread does not heed a signal, or at the second signal."""
+    os.read(reader, 1)
+    if not unit:
+        has_second, _, _ = select.select([reader], [], [], GRACE)
+        if not has_second and not received:
+            end_by_signal()
+    (second,) = os.read(reader, 1)
+    os._exit(128 + second)
+
+
+def end_by_signal() -> None:
+    """End the process because a signal came, with code 0; say how to go on, on the first rank."""
+    ranks.say_stopping()
+    sys.stdout.flush()
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"stopped; {how_to_go_on}")
+    os._exit(0)
+
+
+def note_how_to_go_on(how: str) -> None:
+    """Note what the user is told when a signal has ended the process."""
+    global how_to_go_on
+    how_to_go_on = how
+
+
+def tell(message: str) -> None:
+    """Write a line to standard error; print() may be what a signal has interrupted."""
+    os.write(2, f"{message}\n".encode())
+
+
+def asked_to_stop(next_unit: str = "step") -> bool:
+    """Begin a unit of work; return whether a signal came to any rank. All ranks ask together."""
+    global unit
+    unit = next_unit  # before they ask: a rank that raised Stop now would leave the others alone
+    asked = torch.tensor(float(bool(received)))
+    dist.all_reduce(asked)
+    return bool(asked)
+
+
+def end_work() -> None:
+    """From here on there is nothing to be finished: a signal raises Stop."""
+    global unit
+    unit = None
+    if received:
+        raise Stop
 
 
 # ---- A run's folder
@@ -112,16 +213,13 @@ FIXED_AT_START = {
     "held_out": OF_THE_SOLUTIONS,
     "cutoff": "the flow has learnt from solutions that were cut there",
     "template": OF_THE_PROMPTS,
-    "min_pixels": OF_THE_PROMPTS,
     "max_pixels": OF_THE_PROMPTS,
     "shaping": OF_THE_WEIGHTS,
     "dense": OF_THE_WEIGHTS,
     "flow": OF_THE_WEIGHTS,
     "freeze": OF_THE_WEIGHTS,
     "lora_rank": OF_THE_WEIGHTS,
-    "freeze_flow": OF_THE_WEIGHTS,
     "contexts": OF_THE_WEIGHTS,
-    "other_contexts": OF_THE_WEIGHTS,
     "percentiles": OF_THE_WEIGHTS,
     "shift": OF_THE_WEIGHTS,
     "flow_blocks": OF_THE_WEIGHTS,
@@ -129,10 +227,12 @@ FIXED_AT_START = {
     "calibrate_at": OF_THE_WEIGHTS,
     "seed": OF_THE_RANDOMNESS,
 }
+# Settings of which it is fixed whether they are 0: the flow has an optimiser, or none
+FIXED_IF_ZERO = {"flow_lr": OF_THE_WEIGHTS}
 
 
 RESULTS = ("policy", "adapter", "flow")  # folders that a run writes at its end
-FIELDS_OF_LOADING = ("dtype", "min_pixels", "max_pixels")  # of its model
+FIELDS_OF_LOADING = ("dtype", "max_pixels")  # of its model
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -313,10 +413,13 @@ class Run:
             except checkpoints.DamagedError as error:
                 raise advise(Path(self.config.resume), error, checkpoint) from error
         for name, (old, new) in self.changes().items():
-            if name in FIXED_AT_START:
+            reason = FIXED_AT_START.get(name)
+            if (old == 0) != (new == 0):
+                reason = reason or FIXED_IF_ZERO.get(name)
+            if reason:
                 raise ValueError(
                     f"--resume {self.config.resume}: that run has {name}={old!r}, this one asks "
-                    f"for {new!r}; {FIXED_AT_START[name]}: leave it, or start a new run"
+                    f"for {new!r}; {reason}: leave it, or start a new run"
                 )
             print(f"resumed with {name}={new!r}, which was {old!r} until here")
 
@@ -355,7 +458,7 @@ class Run:
         """
         self.folder = on_first(self.claim_folder)
         newest = on_first(self.newest_checkpoint)
-        stopping.how_to_go_on = f"go on with --resume {self.folder}"
+        note_how_to_go_on(f"go on with --resume {self.folder}")
         if newest:
             check_checkpoint(self.folder, newest)
         on_first(lambda: self.prepare_folder(newest))
@@ -490,7 +593,7 @@ class Run:
         if not is_complete:
             folders.release(self.folder)
         elif self.saved_step == step:
-            stopping.end_work()
+            end_work()
         return is_complete
 
     def release(self) -> None:
@@ -554,62 +657,6 @@ class Run:
                 lines.append(json.dumps({"step": step, **one}, separators=compact) + "\n")
             temporary.write_text("".join(lines))
         self.tracker.log_rollouts(*record.summary_rows(records), step)
-
-
-class Tracker:
-    """Sends figures to tensorboard or wandb, besides metrics.jsonl; `none` sends nothing."""
-
-    def __init__(self, kind: str, folder: Path, settings: dict):
-        self.writer = None
-        self.wandb_run = None
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder / "tensorboard")
-        if kind == "wandb":
-            import wandb
-
-            self.wandb_run = wandb.init(
-                project="rlfr", name=folder.name, dir=str(folder), config=settings, resume="allow"
-            )
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Send the figures of a step."""
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
-        if self.wandb_run:
-            self.wandb_run.log(metrics, step=step)
-
-    def log_rollouts(self, columns: list[str], rows: list[list], step: int) -> None:
-        """Send a table of a step's episodes, a row each."""
-        if self.writer:
-            self.writer.add_text("rollouts", markdown_table(columns, rows), step)
-        if self.wandb_run:
-            import wandb
-
-            cells = [[to_cell(value) for value in row] for row in rows]
-            self.wandb_run.log({"rollouts": wandb.Table(columns, cells)}, step=step)
-
-    def close(self) -> None:
-        """Send what is still on its way: the process ends without waiting for anybody's threads."""
-        if self.writer:
-            self.writer.close()
-        if self.wandb_run:
-            self.wandb_run.finish()
-
-
-def to_cell(value) -> str | float | None:
-    """Return a value of a table as a column of one type takes it: an answer may be a list."""
-    return json.dumps(value) if isinstance(value, list) else value
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Lay out a table in Markdown; a cell is JSON, in which no text ends a row."""
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        lines.append([json.dumps(value).replace("|", "\\|").replace("<", "&lt;") for value in row])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 class Stopwatch:

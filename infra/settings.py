@@ -287,9 +287,9 @@ RENAMED = {
     "flow_after": "dense_after",
 }
 # Settings that earlier versions had, and that do not count for a run that goes on
-OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images")
+OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images", "other_contexts")
 # Settings that earlier versions had, and the value at which those did what every run does now
-NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test"}
+NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test", "min_pixels": None}
 # The same, where they count for one kind of shaping alone
 NO_LONGER_SET_OF = {
     "flow": {"flow_optimiser": "rollout", "flow_accept": "correct", "flow_power": 1.0},
@@ -320,6 +320,10 @@ def upgraded(
         stored["offload"] = "sampling" if stored["offload"] else "never"
     if always:
         stored["offload"] = "always"
+    if stored.pop("freeze_flow", False):
+        stored["flow_lr"] = 0.0
+    if "clip_low" in stored or "clip_high" in stored:
+        stored["clip"] = [stored.pop("clip_low", 0.2), stored.pop("clip_high", 0.2)]
     alpha = stored.pop("lora_alpha", None)
     if stored.get("lora_rank") and alpha not in (None, 2 * stored["lora_rank"]):
         raise ValueError(

@@ -3,7 +3,7 @@
 An image stays encoded in memory, or in its file, until a batch needs its pixel values. All images
 are decoded once before training starts, so that a missing or corrupt one is reported with its row
 at the beginning and not hours later. A frozen vision tower makes the same of an image every time:
-it sees each image of a step once (`policy.encode_images`), and batches hold the features.
+it sees each image of a step once (`batching.encode_images`), and batches hold the features.
 
 In the text of a problem an image stands where `<image>` stands, or in front of the text if there
 is no `<image>`. In the token ids of a prompt it is one <|image_pad|> for each vector that the
@@ -77,7 +77,6 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
 
 def load_processor(
     path: str,
-    min_pixels: int | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
 ):
@@ -87,16 +86,13 @@ def load_processor(
 
     Args:
         path: a folder or a hub id.
-        min_pixels: smaller images are enlarged to about this many pixels; None: the model's limit.
         max_pixels: larger images are reduced to about this many pixels; None: the model's limit.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if the model has no image processor, or the limits contradict each other.
+        ValueError: if the model has no image processor, or max_pixels is below its lower limit.
     """
     limits = {}
-    if min_pixels is not None:
-        limits["min_pixels"] = min_pixels
     if max_pixels is not None:
         limits["max_pixels"] = max_pixels
     try:
@@ -110,8 +106,8 @@ def load_processor(
     smallest, largest = pixel_limits(processor)
     if not 0 < smallest <= largest:
         raise ValueError(
-            f"min_pixels={smallest}, max_pixels={largest}: "
-            "expected two positive numbers, the first not the larger"
+            f"max_pixels={largest}: expected a positive number, no less than the {smallest} pixels "
+            f"that an image has at least for {path}"
         )
     return processor
 

@@ -40,11 +40,11 @@ import train_rl
 from common import machine
 from engines.torch_engine import TorchEngine
 from infra import batching, parallel
+from infra.batching import keyed_seed
 from infra.data import ProblemSettings, load_problems
 from infra.files import written_whole
 from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
-from infra.seeds import keyed_seed
 from infra.settings import change
 from infra.solutions import load_solutions
 from policy import Policy, load_policy, tap_layers

@@ -16,11 +16,11 @@ import tyro
 import rollout
 from engines.torch_engine import TorchEngine
 from infra import errors, parallel
+from infra.batching import keyed_seed
 from infra.data import ProblemSettings, load_problems
 from infra.files import written_whole
 from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
-from infra.seeds import keyed_seed
 from rewards import Grader
 from worlds import toy
 

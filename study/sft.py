@@ -22,9 +22,9 @@ import dense
 import rlfr
 import train_rl
 from infra import batching, parallel
+from infra.batching import passes
 from infra.models import find_model
 from infra.runs import launch
-from infra.seeds import passes
 from policy import Policy
 from worlds import toy
 

@@ -209,14 +209,14 @@ MAY_CHANGE = {
     *("prompts", "group_size", "max_tokens", "temperature", "dynamic_sampling"),
     *("media_dir", "max_prompt_tokens"),  # data whose place or limits may change
     *("reward", "grade_truncated"),
-    *("baseline", "loss", "normalisation", "clip_low", "clip_high", "mismatch", "mismatch_cap"),
+    *("baseline", "loss", "normalisation", "clip", "mismatch", "mismatch_cap"),
     *("kl_coef", "kl_in", "kl_kind", "entropy_coef"),
     *("dense_after", "dense_coef", "dense_on", "reward_times", "flow_threshold", "flow_top_k"),
     *("flow_scope", "dense_clamp", "dense_centre", "dense_until", "flow_bilateral", "gamma"),
     *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
     *("eval_data", "eval_every", "eval_samples", "log_rollouts"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
-    *("tokens_per_gpu", "compile", "gradient_checkpointing", "offload", "rehearse"),
+    *("tokens_per_gpu", "compile", "gradient_checkpointing", "offload"),
     *("dtype", "save_every", "keep", "export_every", "track"),
 }
 

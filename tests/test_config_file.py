@@ -57,10 +57,10 @@ def test_a_file_by_flag_names(write, parse, name):
 
 
 def test_a_file_in_groups(write, parse):
-    file = write({"lr": 2e-6, "sampling": {"prompts": 64}, "mine": {"clip_high": 0.28}})
+    file = write({"lr": 2e-6, "sampling": {"prompts": 64}, "mine": {"clip": [0.2, 0.28]}})
     config = parse("--model", "Qwen2.5-7B", "--config", file)
     assert config == change(
-        train_rl.Config(), model="Qwen2.5-7B", lr=2e-6, prompts=64, clip_high=0.28
+        train_rl.Config(), model="Qwen2.5-7B", lr=2e-6, prompts=64, clip=(0.2, 0.28)
     )
 
 
@@ -86,11 +86,11 @@ def test_a_file_wins_over_the_preset_of_a_world(write, parse):
 
 
 def test_switches_and_nulls(write, parse):
-    file = write({"freeze_flow": True, "flow_top_k": None, "steps": None})
+    file = write({"dense_centre": True, "flow_top_k": None, "steps": None})
     config = parse("--config", file)
-    assert config.flow_update.freeze_flow and config.steps is None
+    assert config.dense_reward.dense_centre and config.steps is None
     assert config.flow_reward.flow_top_k is None
-    assert not parse("--config", file, "--no-freeze-flow").flow_update.freeze_flow
+    assert not parse("--config", file, "--no-dense-centre").dense_reward.dense_centre
 
 
 # ---- Whose files
@@ -151,10 +151,10 @@ def test_a_part_for_each_script(write, parse):
 def test_plain_words_of_yaml(write, parse):
     """Regression: YAML 1.1 reads 1e-6 as a text, and off as false."""
     lines = ("lr: 1e-6", "kl_coef: 1", "compile: off", "freeze: none", "steps: null", "seed: 7")
-    text = "\n".join([*lines, "flow_update: {freeze_flow: true}", "reward_times: [.5, 0.8]"])
+    text = "\n".join([*lines, "dense_reward: {dense_centre: true}", "reward_times: [.5, 0.8]"])
     config = parse("--model", "Qwen2.5-7B", "--config", write(text, "a.yaml"))
     settings = {"lr": 1e-6, "kl_coef": 1, "compile": "off", "freeze": "none", "seed": 7}
-    settings |= {"freeze_flow": True, "reward_times": (0.5, 0.8)}
+    settings |= {"dense_centre": True, "reward_times": (0.5, 0.8)}
     assert config == change(train_rl.Config(), model="Qwen2.5-7B", **settings)
 
 

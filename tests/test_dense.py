@@ -231,13 +231,6 @@ def test_a_checkpoint_of_another_text_of_the_file_is_refused(world, tmp_path):
         train_rl.main(change(config, folder=None, resume=config.folder, steps=2))
 
 
-def test_a_rehearsal_leaves_no_trace_in_a_reward_that_fits_itself(runs, tmp_path):
-    config = change(runs["probe"], rehearse=True, folder=str(tmp_path / "run"))
-    train_rl.main(config)
-    for a, b in zip(figures(runs["probe"].folder), figures(config.folder), strict=True):
-        assert a == pytest.approx(b)
-
-
 def test_a_resumed_run_names_its_file_again(world, tmp_path, monkeypatch):
     """A run that somebody sent runs that person's code only if it is asked to."""
     config = run_of(world, tmp_path / "run", FOLDER / "noise.py", steps=1, save_every=1)

@@ -139,7 +139,7 @@ def test_the_help_says_whose_defaults_it_shows(monkeypatch, capsys, arguments, w
 def test_the_page_of_departures_names_the_flags_that_undo_them():
     page = (ROOT / "docs" / "departures.md").read_text()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page))
-    assert {"--contexts", "--other-contexts", "--flow-times", "--freeze-flow"} <= named
+    assert {"--contexts", "--flow-times", "--flow-lr"} <= named
     assert {"--flow-bilateral", "--flow-top-k", "--reward", "--mismatch", "--kl-in"} <= named
     differences = page.split("## Other differences")[1]
     first, second = re.findall(r"\| `(--[a-z-]+ \w+)` \|\n", differences)[:2]

@@ -270,10 +270,6 @@ def test_official_checkpoint_loads(tmp_path):
     [
         ({"dim": 16}, ["dim=8", "(8, 8)", "expected dim=16"]),
         ({"dim": 8, "n_blocks": 6}, ["n_blocks=2", "2 blocks", "expected n_blocks=6"]),
-        (
-            {"dim": 8, "contexts": ("next",)},
-            ["contexts=('previous',)", "expected contexts=('next',)"],
-        ),
     ],
 )
 def test_flow_that_does_not_fit(tmp_path, expected, words):
@@ -283,6 +279,20 @@ def test_flow_that_does_not_fit(tmp_path, expected, words):
         fl.load_flow(tmp_path, **expected)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_flow_scores_with_other_contexts_on_request(tmp_path, capsys):
+    """Its calibration does not hold for them."""
+    config = fl.FlowConfig(dim=8, n_blocks=2, calibrated_at=(0.5,))
+    fl.save_flow(config, random_flow(config).state_dict(), tmp_path)
+    same = fl.load_flow(tmp_path, 8, contexts=("previous",))
+    assert same.config == config and not capsys.readouterr().out
+    other = fl.load_flow(tmp_path, 8, contexts=("next", "self"))
+    assert other.config.contexts == ("next", "self")
+    assert "was fitted with contexts ('previous',)" in capsys.readouterr().out
+    torch.testing.assert_close(other.model.state_dict(), same.model.state_dict())
+    with pytest.raises(ValueError, match="calibrated at the times"):
+        other.expert_scale([0.5])
 
 
 def test_broken_checkpoints(tmp_path):

@@ -47,7 +47,7 @@ POLICY_OPTIONS = [  # what both runs have, what one has besides
     ({"dense_coef": 1.0, "flow_scope": "expert"}, {"dense_clamp": (-0.05, 0.0)}),
     ({"dense_coef": 1.0, "flow_scope": "expert"}, {"dense_on": "response"}),
     ({"dense_coef": 1.0}, {"dense_centre": True}),
-    ({"dense_coef": 1.0}, {"contexts": ("next",), "other_contexts": True}),
+    ({"dense_coef": 1.0}, {"contexts": ("next",)}),
     ({}, {"lora_rank": 4}),
 ]
 # Elsewhere: epochs below, freeze in tests/test_vision.py (what does not learn: the vision tower)
@@ -111,7 +111,7 @@ def test_only_reinforce_plus_plus_is_whitened(baseline):
 # ---- The flow, online
 
 FLOW_OPTIONS = [
-    ({}, {"freeze_flow": True}),
+    ({}, {"flow_lr": 0.0}),
     ({}, {"flow_lr": 1e-4}),
     ({}, {"flow_soft": 1.0}),
     ({}, {"flow_soft": 0.5}),

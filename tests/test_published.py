@@ -138,7 +138,7 @@ def test_model_and_data_are_enough(
         "group_size": 8, "train_batch": 128, "lr": 1e-6, "warmup": 0.03,
         "clip_norm": 1.0, "temperature": 1.0, "kl_coef": 0.0, "flow_lr": 1e-4, "epochs": 5,
         "dense_coef": 0.01, "flow_threshold": 0.6, "flow_top_k": 15, "reward_times": (0.8,),
-        "shaping": "flow", "baseline": "grpo", "clip_low": 0.2, "clip_high": 0.2,
+        "shaping": "flow", "baseline": "grpo", "clip": (0.2, 0.2),
         "normalisation": "sequence", "gradient_checkpointing": model.n_parameters > 1e9,
         "problem_column": "prompt" if has_vision else "problem",
         "freeze": "vision" if has_vision else "none",

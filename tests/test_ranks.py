@@ -61,13 +61,13 @@ SCRIPT = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from infra import ranks, stopping
+from infra import ranks, runs
 
-ranks.INTERVAL, ranks.PATIENCE, stopping.GRACE = 0.2, 1.0, 0.2
+ranks.INTERVAL, ranks.PATIENCE, runs.GRACE = 0.2, 1.0, 0.2
 from infra import parallel
 
 parallel.start()
-stopping.listen()
+runs.listen()
 print("rank", dist.get_rank(), "is", os.getpid(), flush=True)
 while dist.get_rank() == 1:
     time.sleep(0.05)

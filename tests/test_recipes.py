@@ -79,10 +79,8 @@ RL = {
     "flow_bilateral": False,
     "gamma": 1.0,
     "contexts": ("previous",),  # token_post
-    "other_contexts": True,
     "percentiles": (0.25, 0.5, 0.75),
-    "freeze_flow": True,  # no gradient arrives
-    "flow_lr": 1e-4,
+    "flow_lr": 0.0,  # no gradient arrives
     "flow_soft": 0.0,  # batch_correct
     "flow_times": "reward",
     "train_batch": 128,
@@ -93,8 +91,7 @@ RL = {
     "clip_norm": 1.0,
     "loss": "ppo",
     "normalisation": "sequence",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
+    "clip": (0.2, 0.2),
     "kl_coef": 0.0,
     "mismatch": "none",
     "lora_rank": 0,
@@ -115,7 +112,6 @@ RL_IMAGES = {
     "images_column": "images",
     "reward": ("vlm", "tags=0.5"),
     "freeze": "vision",
-    "min_pixels": 4 * 28**2,
     "max_pixels": 640 * 28**2,
 }
 
@@ -163,7 +159,7 @@ def commands_of_the_page(model: str) -> dict[str, list[str]]:
         flags = flags.replace("Qwen2.5-Math-7B", model)
         if "VL" in model:
             flags = flags.replace("--clip-norm 0.0625", "--clip-norm 0.125")
-            flags = flags.replace("--reward official", "--min-pixels 3136")
+            flags = flags.replace("--reward official ", "")
         commands[script] = flags.split()
     return commands
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from rewards import Grader, RewardSettings, is_degenerate
+from grading.official import is_degenerate
+from rewards import Grader, RewardSettings
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import flow as fl
 import rlfr
 from infra import batching, families, memory, parallel
 from infra.attention import attend
+from infra.batching import group_order
 from infra.logprobs import CHUNK_LOGITS, TokenLogProbs
-from infra.seeds import group_order
 from policy import Policy, find_attention, load_policy, tap_layers
 
 EPISODES = [

@@ -16,9 +16,9 @@ import eval as evaluation
 import train_flow
 import train_rl
 from evals.held_out import HeldOut
-from infra import stopping
+from infra import runs
+from infra.runs import Stop
 from infra.settings import change
-from infra.stopping import Stop
 from worlds import toy
 
 # A reward whose first call sends a signal to the process that grades; threads call it
@@ -37,10 +37,10 @@ def reward(problem, response):
 
 @pytest.fixture
 def heeding(monkeypatch):
-    """Signals do in this process what they do after stopping.listen()."""
-    monkeypatch.setattr(stopping, "received", [])
-    monkeypatch.setattr(stopping, "unit", None)
-    before = signal.signal(signal.SIGTERM, stopping.heed)
+    """Signals do in this process what they do after runs.listen()."""
+    monkeypatch.setattr(runs, "received", [])
+    monkeypatch.setattr(runs, "unit", None)
+    before = signal.signal(signal.SIGTERM, runs.heed)
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -108,7 +108,7 @@ def test_a_signal_after_the_last_step_is_saved(world, flow_folder, tmp_path, hee
     with pytest.raises(Stop):
         train_rl.main(config)
     monkeypatch.setattr(HeldOut, "evaluate", evaluate)
-    monkeypatch.setattr(stopping, "received", [])
+    monkeypatch.setattr(runs, "received", [])
     train_rl.main(change(config, resume=config.folder))
     assert "after" in (tmp_path / "run" / "summary.json").read_text()
 
@@ -150,7 +150,7 @@ def test_an_evaluation_finishes_its_chunk(world, tmp_path, heeding, signalling, 
     assert f"stopped; the same command goes on with {config.out}" in printed.out
     samples = tmp_path / "eval" / "samples.jsonl"
     assert len(samples.read_text().splitlines()) == 4
-    stopping.received.clear()
+    runs.received.clear()
     evaluation.main(config)
     assert len(samples.read_text().splitlines()) == 16
 
@@ -158,9 +158,9 @@ def test_an_evaluation_finishes_its_chunk(world, tmp_path, heeding, signalling, 
 # ---- Where Python heeds no signals
 IN_C = """
 import ctypes, os, signal, sys, threading, time
-from infra import stopping
+from infra import runs
 
-stopping.GRACE = 0.1
+runs.GRACE = 0.1
 
 
 def wait_in_c():
@@ -184,20 +184,20 @@ def send_amid_wait(n_signals):
 
 
 def outside_of_work():
-    stopping.listen()
+    runs.listen()
     threading.Thread(target=send_amid_wait, args=(1,)).start()
     wait_in_c()
 
 
 def twice_amid_work():
-    stopping.listen()
-    stopping.unit = "step"
+    runs.listen()
+    runs.unit = "step"
     threading.Thread(target=send_amid_wait, args=(2,)).start()
     wait_in_c()
 
 
 def of_a_child():
-    stopping.listen()
+    runs.listen()
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -206,7 +206,7 @@ def of_a_child():
     os.read(reader, 5)
     os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
-    time.sleep(3 * stopping.GRACE)  # the parent is not ended
+    time.sleep(3 * runs.GRACE)  # the parent is not ended
     os._exit(100 + os.WTERMSIG(status))
 
 

@@ -171,9 +171,9 @@ def test_the_file_of_an_arm_begins_a_run(file, monkeypatch):
 
 
 def test_an_arm_with_changed_settings():
-    arm = study.find_arm("calibrated:dense_coef=0.1,freeze_flow=False")
+    arm = study.find_arm("calibrated:dense_coef=0.1,flow_lr=1e-3")
     calibrated = study.ARMS["calibrated"].settings
-    assert arm.settings == {**calibrated, "dense_coef": "0.1", "freeze_flow": False}
+    assert arm.settings == {**calibrated, "dense_coef": "0.1", "flow_lr": "1e-3"}
     assert study.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
     with pytest.raises(ValueError, match="arm 'nothing'"):
         study.find_arm("nothing")

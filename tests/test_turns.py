@@ -98,7 +98,7 @@ def test_log_probs_are_those_of_each_row_alone(family):
             torch.testing.assert_close(got[:n][kept], expected[kept], rtol=1e-4, atol=1e-5)
             assert (got[~is_sampled] == 0).all()
         latent = scored.latents[0][row, : ids.shape[1]]  # also those of the tool's tokens
-        torch.testing.assert_close(latent, output.hidden_states[2][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(latent, output.hidden_states[2][0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("normalisation", ["sequence", "token", "constant"])

@@ -43,7 +43,7 @@ from infra.defaults import choose_template
 from infra.models import LoadingSettings, Model, find_model
 from infra.settings import change
 from pages.rollouts import inspect_run
-from policy import Policy, encode_images, load_policy
+from policy import Policy, load_policy
 from rollout import Request, Sampling, most_images
 from worlds import toy
 
@@ -87,7 +87,7 @@ def seen(policy: Policy, rows: list[batching.Row]) -> list:
         episodes.append(
             rollout.Episode(row.prompt_ids, row.response_ids, [], "stop", "", row.images)
         )
-    return encode_images(policy, episodes, token_budget=4)
+    return batching.encode_images(policy.image_encoder, episodes, token_budget=4)
 
 
 def rows() -> list[batching.Row]:
@@ -381,22 +381,19 @@ def test_pixel_values_by_hand():
 def test_limits_on_pixels(tmp_path):
     save_vlm(tiny_vlm("qwen2_5_vl"), tmp_path)
     grids = {
-        (None, None): (1, 4, 6),
-        (28 * 28 * 12, None): (1, 6, 10),
-        (None, 28 * 28 * 4): (1, 2, 4),
+        None: (1, 4, 6),
+        28 * 28 * 4: (1, 2, 4),
     }
-    for (smallest, largest), grid in grids.items():
-        loading = LoadingSettings(min_pixels=smallest, max_pixels=largest)
+    for largest, grid in grids.items():
+        loading = LoadingSettings(max_pixels=largest)
         processor = find_model(str(tmp_path), loading).processor
         (image,) = load({"images": png()}, processor)[0]
         assert image.grid == grid and len(image.pixel_values()) == grid[1] * grid[2]
-    for smallest, largest in ((50_000, None), (None, -1)):
-        loading = LoadingSettings(min_pixels=smallest, max_pixels=largest)
+    for largest in (100, -1):
         with pytest.raises(
-            ValueError,
-            match="min_pixels=.*: expected two positive numbers, the first not the larger",
+            ValueError, match=f"max_pixels={largest}: expected .* no less than the 784"
         ):
-            find_model(str(tmp_path), loading)
+            find_model(str(tmp_path), LoadingSettings(max_pixels=largest))
 
 
 def test_thin_images_are_asked_for_twice():

@@ -6,7 +6,7 @@ python train_rl.py --model toy-sparse --shaping study/rewards/noise.py
 import torch
 
 from dense import DenseReward
-from infra.seeds import keyed_seed
+from infra.batching import keyed_seed
 
 
 class Reward(DenseReward):

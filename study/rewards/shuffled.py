@@ -16,7 +16,7 @@ import torch
 
 import rlfr
 from dense import DenseReward, make, parse_settings
-from infra.seeds import permutation
+from infra.batching import permutation
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,59 @@
-"""A rehearsal: the largest update that a run may meet, done before its first step.
+"""Does the largest update fit into the memory? Do one before a run that takes days.
 
-It shows whether a GPU's memory is large enough, and changes nothing that a step depends on: weights,
-optimisers, generators.
+    torchrun --nproc-per-node 8 benchmarks/rehearse.py --model Qwen2.5-7B ...
+
+The flags are those of train_rl.py. Scoring, the dense reward's part, forward and backward of a
+micro-batch are done at the longest lengths that the settings allow, max_prompt_tokens + max_tokens.
+The largest size of all tensors is printed, or what to lower where they do not fit. No step is taken
+and nothing is written. Sampling is not rehearsed: an engine sizes its cache by what is free.
 """
 
-from collections.abc import Callable, Sequence
+import repository  # noqa: F401
+
+# isort: split
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+import rollout
+import train_rl
 from infra import parallel
+from infra.data import Problem, load_problems
+from infra.runs import launch
+from worlds import PRESETS
 
 
-def rehearse(update: Callable[[list], None], problems: Sequence, config) -> None:
+class NoStep:
+    """Stands for a learner: its steps only clear the gradients."""
+
+    def __init__(self, learner: parallel.Learner):
+        self.learner = learner
+
+    def step(self, lr: float, max_norm: float, denominator: float = 1.0) -> float:
+        """Clear the gradients; the arguments are those of Learner.step()."""
+        self.learner.optimizer.zero_grad()
+        return 0.0
+
+
+def main(config: train_rl.Config) -> None:
     """Score and update at the longest lengths that the settings allow; say what memory it took.
 
     The longest prompts are filled up to max_prompt_tokens. The shortest have their turn, too: a
     micro-batch of them has more response tokens, on which head and flow work. No row shares its
     prompt with another, which would save memory.
 
-    update: takes problems; scores responses of max_tokens to them and trains on these, with learners
-        that take no step
-    config: the settings of the run
     Raises MemoryError, with the settings to lower, if a GPU's memory is too small.
     """
+    parallel.start()
+    is_flow_named = config.flow is not None
+    config, model = train_rl.resolve(config)
+    problems = load_problems(config.data, config.problems, model)
+    models = train_rl.make_models(config, model, is_flow_named)
+    models = train_rl.with_learners(models, config.optimisation.weight_decay)
+    learners = {name: NoStep(learner) for name, learner in models.learners.items()}
+    models = models._replace(learners=learners)
+
     shortest_first = sorted(problems, key=lambda problem: len(problem.prompt_ids))
     filled = []
     for problem in reversed(shortest_first):
@@ -31,9 +61,8 @@ def rehearse(update: Callable[[list], None], problems: Sequence, config) -> None
         filled.append(problem._replace(prompt_ids=filling + problem.prompt_ids))
     parallel.take_peak_memory()
     try:
-        with parallel.fork_rng():
-            for chosen in (filled, shortest_first):
-                update(fill_micro_batches(chosen, config))
+        for chosen in (filled, shortest_first):
+            update(models, fill_micro_batches(chosen, config), config)
     except torch.OutOfMemoryError as error:
         raise MemoryError(what_to_lower(config)) from error
     peaks = parallel.gather_objects(parallel.take_peak_memory())
@@ -48,6 +77,19 @@ def rehearse(update: Callable[[list], None], problems: Sequence, config) -> None
             f"rehearsed an update at {lengths}: at most {max(peaks) / 1e9:.1f} GB of tensors "
             f"in {room / 1e9:.1f} GB of a GPU's memory"
         )
+
+
+def update(models: train_rl.Models, problems: Sequence[Problem], config: train_rl.Config) -> None:
+    """Do phases 3, 5 and 6 of a step on stand-ins of the longest responses."""
+    sampling = config.sampling
+    episodes = [rollout.stand_in(problem, sampling.max_tokens) for problem in problems]
+    token_budget = config.compute.tokens_per_gpu
+    experience = train_rl.score(
+        models, episodes, 0, sampling.temperature, token_budget=token_budget
+    )
+    advantage = torch.ones_like(experience.old_logp)
+    train_rl.update_policy(models, experience, advantage, config, step=0, lr=0.0)
+    train_rl.update_dense(models, config.optimisation.clip_norm)
 
 
 def fill_micro_batches(problems: Sequence, config) -> list:
@@ -87,3 +129,7 @@ def what_to_lower(config) -> str:
         "the largest update that these settings allow does not fit into the GPU's memory; "
         f"any of these helps: {'; '.join(ways)}"
     )
+
+
+if __name__ == "__main__":
+    launch(main, train_rl.Config, PRESETS["train_rl"])
