@@ -71,7 +71,7 @@ def output_of(process: subprocess.Popen) -> str:
 def check_exit(process: subprocess.Popen) -> str:
     """Wait until a process has ended with code 0, and return what it printed."""
     output = output_of(process)
-    assert process.returncode == 0, output[-4000:]
+    assert process.returncode == 0, output  # whole: what ended it may stand far above
     return output
 
 
