@@ -52,8 +52,8 @@ class Reward(DenseReward):
         return torch.stack(errors)
 
     def score(self, part):
-        excess = self.excess(self.errors(part, first=self.reads_first))
-        return torch.stack([part.per_token(-values) for values in excess])
+        excess = self.excess(self.errors(part, first=self.reads_first))  # (L, M)
+        return part.per_token(-excess.T).movedim(2, 0)  # (L, B, T)
 
 
 def pairs(parts, tap, first=False):
@@ -68,7 +68,6 @@ def fit(before, latent, whiten):
     eye = torch.eye(before.shape[1]).to(before)
     penalty = 1e-3 * before.square().sum() / len(eye) * eye
     weights = torch.linalg.solve(before.T @ before + penalty, before.T @ latent)
-    if not whiten:
-        return weights, eye[1:, 1:]
-    spread = torch.cov((latent - before @ weights).T) + 1e-6 * eye[1:, 1:]
+    residual = latent - before @ weights
+    spread = torch.cov(residual.T) + 1e-6 * eye[1:, 1:] if whiten else eye[1:, 1:]
     return weights, torch.linalg.inv(torch.linalg.cholesky(spread)).T
