@@ -377,7 +377,7 @@ TAKEN = (
 def make(name: str, values: Mapping[str, str], host: Host) -> DenseReward:
     """Make the flow reward, for the name `flow`, or that of a file with its settings."""
     if name == "flow":
-        return make_flow_reward(host)
+        return FlowReward.make(values, host)
     return load_file(name, values, host)
 
 
@@ -589,25 +589,6 @@ def metrics(
 
 
 # ---- The flow reward
-def make_flow_reward(host: Host) -> "FlowReward":
-    """Load the flow that the settings name, and make a reward of it."""
-    config = host.config
-    n_blocks = published_settings(host.model)["flow_blocks"]
-    flow = make_flow(
-        config.flow, config.flow_reward, host.model, n_blocks=n_blocks, seed=config.seed
-    )
-    check_fitted(flow, host.policy.fingerprint, config.flow, is_named=host.names_flow)
-    parallel.compile_forward([flow.model], config.compute.compile)
-    return FlowReward(
-        flow,
-        host.policy.n_layers,
-        config.flow_reward,
-        config.flow_update,
-        seed=config.seed,
-        group_size=config.sampling.group_size,
-    )
-
-
 def make_flow(
     path: str, settings: FlowRewardSettings, model: Model, n_blocks: int, seed: int
 ) -> fl.Flow:
@@ -681,6 +662,23 @@ class FlowReward(DenseReward):
         self.group_size = group_size
         if settings.flow_scope == "expert":
             self.clamp = (-10.0, 0.0)
+
+    @classmethod
+    def make(cls, values: Mapping[str, str], host: Host) -> "FlowReward":
+        """Load the flow that the settings name, and make a reward of it; a file may subclass it."""
+        parse_settings(cls.Settings, values)
+        config = host.config
+        if config.flow is None:
+            raise ValueError("the reward is of a flow: name it with --flow FOLDER, or --flow new")
+        n_blocks = published_settings(host.model)["flow_blocks"]
+        flow = make_flow(
+            config.flow, config.flow_reward, host.model, n_blocks=n_blocks, seed=config.seed
+        )
+        check_fitted(flow, host.policy.fingerprint, config.flow, is_named=host.names_flow)
+        parallel.compile_forward([flow.model], config.compute.compile)
+        settings = (config.flow_reward, config.flow_update)
+        group_size = config.sampling.group_size
+        return cls(flow, host.policy.n_layers, *settings, seed=config.seed, group_size=group_size)
 
     def begin(self, step: int, episodes: Sequence) -> None:
         """Begin to score a step's episodes; the flow accepts those that are right."""

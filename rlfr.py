@@ -124,7 +124,7 @@ def outcome_advantage(
     rloo: r - mean of the others
     dr_grpo, reinforce++: r - mean; the latter is whitened once the token part is added
     reinforce: r
-    A group of equal rewards gets exactly 0, but for reinforce.
+    A group of equal rewards gets exactly 0, but for reinforce, the only one that takes G = 1.
     scaled: divide by spreads; dense.credit() does not, or its coefficient would cancel
     """
     if baseline == "reinforce":

@@ -55,7 +55,7 @@ class Sampling:
     """How to sample."""
 
     n: int = 1  # responses a prompt
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy; log-probs are then those at temperature 1
     max_tokens: int = 1024  # response tokens, EOS included
     top_p: float = 1.0
     # prompt and response tokens together: a long prompt shortens its own responses, no others

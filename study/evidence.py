@@ -13,17 +13,7 @@ around them stays. What is read, each if it is there:
     study/signal.json           of flow_signal.py
     study/signal-text.json      of text_signal.py
 
-Measures of a run, from its training accuracy in each step:
-    accuracy        mean of the last 10 steps, the primary measure       last_accuracy
-    area            mean of all steps                                    area
-    steps to A      first step whose 10-step mean reaches A              steps_to
-    escaped         accuracy > 0.5
-
-And of an arm, over its seeds:
-    difference      mean of accuracy - RLVR's of the same seed, with a 95 % interval by the paired
-                    t-test and one by the bootstrap over seeds           t_interval, interval
-    captured        (arm - RLVR)/(ceiling - RLVR), means over the seeds that all three have, with a
-                    bootstrap interval                                   captured
+measures.py says what is measured.
 """
 
 import repository  # noqa: F401
@@ -35,7 +25,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -47,14 +36,27 @@ from matplotlib import pyplot as plt
 
 import flow_signal
 from common import put_tables, table
-from study import ARMS, ROOT, merge, read_study, to_flags
+from measures import (
+    LEVELS,
+    WINDOW,
+    Interval,
+    area,
+    bootstrap,
+    captured,
+    has_escaped,
+    interval,
+    last_accuracy,
+    number,
+    resample,
+    running_mean,
+    steps_to,
+    t_interval,
+)
+from methods import ARMS, to_flags
+from study import ROOT, merge, read_study
 
 BASELINE = "rlvr"
 CEILING = "process"
-WINDOW = 10  # steps of the primary measure and of running means
-LEVELS = (0.3, 0.5, 0.7)
-ESCAPED = 0.5  # accuracy above which a run has escaped the base model's habit
-N_RESAMPLES = 10_000  # of a bootstrap
 FIRST_TUNING_SEED = 100
 N_COLUMNS = 3  # of panels
 
@@ -66,92 +68,6 @@ class Settings:
     folder: str = str(ROOT / "study")  # Where figures are read, and pictures written
     page: str = str(ROOT / "docs" / "evidence.md")  # Page that holds the tables
     check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
-
-
-# ---- Measures of a run
-def last_accuracy(accuracy: Sequence[float]) -> float:
-    """Return the mean accuracy of the last steps."""
-    return float(np.mean(accuracy[-WINDOW:]))
-
-
-def area(accuracy: Sequence[float]) -> float:
-    """Return the area under the curve of accuracy, as the mean over all steps."""
-    return float(np.mean(accuracy))
-
-
-def running_mean(values: Sequence[float]) -> np.ndarray:
-    """Return the mean of each step and the WINDOW - 1 before it, from step WINDOW on."""
-    return np.convolve(values, np.full(WINDOW, 1 / WINDOW), mode="valid")
-
-
-def steps_to(accuracy: Sequence[float], level: float) -> float:
-    """Return after how many steps the running mean has reached a level, infinity if never."""
-    reached = np.flatnonzero(running_mean(accuracy) >= level - 1e-9)
-    if len(reached) == 0:
-        return math.inf
-    return float(reached[0] + WINDOW)
-
-
-# ---- Estimates over seeds
-class Interval(NamedTuple):
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 0.975 quantile of Student's t distribution, by integrating its density."""
-    x = np.linspace(0, 50, 500_001)
-    log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
-    constant = math.exp(log_constant) / math.sqrt(degrees * math.pi)
-    density = constant * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-    panels = (density[1:] + density[:-1]) / 2 * (x[1] - x[0])
-    return float(np.interp(0.475, np.cumsum(panels), x[1:]))
-
-
-def t_interval(differences: Sequence[float]) -> Interval:
-    """Return the mean of paired differences with the interval of the paired t-test."""
-    n = len(differences)
-    mean = float(np.mean(differences))
-    if n < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = t_quantile(n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
-
-
-def resample(n: int) -> np.ndarray:
-    """Return how often each of n seeds is in each of N_RESAMPLES bootstrap samples."""
-    rng = np.random.default_rng(0)
-    return rng.multinomial(n, [1 / n] * n, size=N_RESAMPLES)  # (N_RESAMPLES, n)
-
-
-def bootstrap(values: Sequence[float]) -> Interval:
-    """Return the mean of values, one a seed, with a percentile interval by resampling seeds."""
-    n = len(values)
-    if n < 2:
-        return Interval(float(np.mean(values)), math.nan, math.nan)
-    means = resample(n) @ np.asarray(values) / n
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(np.mean(values)), float(low), float(high))
-
-
-def captured(arm: Sequence[float], baseline: Sequence[float], ceiling: Sequence[float]) -> Interval:
-    """Return the share of the way from the baseline to the ceiling, resampling seeds together.
-
-    Where the ceiling is no higher than the baseline there is no way, and the share is NaN.
-    """
-    gain = np.asarray(arm) - np.asarray(baseline)
-    room = np.asarray(ceiling) - np.asarray(baseline)
-    if room.mean() <= 0:
-        return Interval(math.nan, math.nan, math.nan)
-    times_drawn = resample(len(gain))
-    drawn_room = times_drawn @ room
-    has_room = drawn_room > 0
-    shares = (times_drawn @ gain)[has_room] / drawn_room[has_room]
-    low, high = np.quantile(shares, [0.025, 0.975])
-    return Interval(float(gain.mean() / room.mean()), float(low), float(high))
 
 
 # ---- Runs
@@ -195,20 +111,6 @@ def difference(runs: Runs, arm: str, other: str) -> list[float]:
 
 
 # ---- Tables
-def number(value: float, digits: int = 2) -> str:
-    """Return a figure as a text; a dash if there is none."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}"
-
-
-def interval(estimate: Interval) -> str:
-    """Return the bounds of an interval as a text."""
-    if math.isnan(estimate.low):
-        return "–"
-    return f"{estimate.low:+.2f} to {estimate.high:+.2f}"
-
-
 def measures_table(runs: Runs) -> str:
     """Return the table of each arm's measures, over its seeds."""
     levels = " / ".join(f"{level}" for level in LEVELS)
@@ -221,7 +123,7 @@ def measures_row(arm: str, runs: Sequence[dict]) -> list[str]:
     """Return an arm's row: means over seeds, of steps the median."""
     curves = [run["series"]["correct"] for run in runs]
     last = [last_accuracy(curve) for curve in curves]
-    escaped = sum(value > ESCAPED for value in last)
+    escaped = sum(map(has_escaped, curves))
     steps = []
     for level in LEVELS:
         steps.append(number(float(np.median([steps_to(curve, level) for curve in curves])), 0))
@@ -289,7 +191,7 @@ def tuning_table(study: dict) -> str:
     rows = []
     for arm, seeds in runs.items():
         last = list(accuracies(seeds).values())
-        escaped = sum(value > ESCAPED for value in last)
+        escaped = sum(has_escaped(run["series"]["correct"]) for run in seeds.values())
         cells = [str(len(last)), number(float(np.mean(last))), f"{escaped} of {len(last)}"]
         differences = difference(runs, arm, BASELINE)
         cells.append(f"{np.mean(differences):+.2f}" if differences else "–")

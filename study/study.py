@@ -1,17 +1,24 @@
-"""Does the flow reward help? Arms that differ in one thing, on the same seeds, with controls.
+"""Does a dense reward help? Arms that differ in one thing, on the same seeds, with controls.
 
-    python study/study.py --jobs 15 --json runs/study.json      all arms, seeds 0 to 7
+    python study/study.py --reward FILE.py --quick                  a first answer, in 20 minutes
+    python study/study.py --reward FILE.py --jobs 15                beside all methods and controls
+    python study/study.py --jobs 15 --json runs/study.json          the flow reward: all its arms
     python study/study.py --arms rlvr calibrated --seeds 2          some of them
-    python study/study.py --collect --json runs/study.json      the figures of unfinished runs
+    python study/study.py --collect --json runs/study.json          the figures of unfinished runs
     python study/study.py --merge other.json --json runs/study.json
-    python study/evidence.py                                        tables and figures
+    python study/evidence.py                                        tables and figures of docs/evidence.md
+
+A reward is tried for a moment first, and refused if it cannot work (trial.py). methods.py has the arms,
+referee.py the page of what came out, FOLDER/verdict.html.
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
 changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --json study/tuning.json.
 
 Every run is a process of its own, with one thread and no GPU:
 
-    FOLDER/prepared/     evaluation problems; flows and the supervised policy, which runs share
+    FOLDER/registered.json   arms, seeds, tests and exclusions, before the first run of --reward
+    FOLDER/prepared/     evaluation problems; flows and the supervised policy, which runs share; of
+                         another base model than the first in base-K/
     FOLDER/ARM/seed-N/   the run: config.json, metrics.jsonl, summary.json
     FOLDER/ARM/seed-N.json, .log    its settings and status; what it printed
 
@@ -24,7 +31,9 @@ from repository import ROOT
 # isort: split
 import fcntl
 import hashlib
+import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -34,8 +43,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO
 
@@ -44,12 +53,23 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-import train_rl
+from infra import errors, record
 from infra.files import remove, write_json, written_whole
-from infra.kinds import as_tuple
 from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
-from infra.settings import flatten
+from measures import MOST_FLIPPED, auc
+from methods import (
+    ARMS,
+    FLOW_EPOCHS,
+    SHARES,
+    Catalogue,
+    FileReward,
+    make_catalogue,
+    read_reward,
+    to_flags,
+)
+from referee import write_verdict
+from trial import try_rewards
 from worlds import toy
 
 # Figures of a step that the JSON file keeps, besides those of the flow
@@ -57,167 +77,43 @@ SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups"
 N_DIGITS = 4  # of each, after the point
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
-FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
-FLOW = {"flow": "{flow}"}
-RLVR = {"shaping": "none"}
-# Whoever learns from the expert solutions leaves out those that the calibration is on
-SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train: what it asks, and its settings of train_rl.py."""
-
-    asks: str
-    file: str  # of settings, in study/arms/, which --config of train_rl.py takes as well
-    prepared: dict[str, object] = field(default_factory=dict)  # settings with what was prepared
-    script: tuple[str, ...] = ("train_rl.py",)  # with its first arguments
-    beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """All settings of the arm, by flag name."""
-        text = (ROOT / "study" / "arms" / f"{self.file}.json").read_text()
-        # its files of rewards are found from any folder
-        own = json.loads(text.replace("study/rewards/", "{rewards}/"))
-        return {**{name: as_tuple(value) for name, value in own.items()}, **self.prepared}
-
-
-ARMS = {
-    "rlvr": Arm("What does the outcome alone achieve?", "rlvr"),
-    "entropy": Arm("Does the entropy advantage help?", "entropy"),
-    "published": Arm("Does the flow reward help as published?", "published", FLOW),
-    "calibrated": Arm(
-        "Does it help as a response's excess over the flow's values on expert tokens?",
-        "calibrated",
-        FLOW,
-    ),
-    "process": Arm(
-        "What would a perfect dense reward achieve? The share of right steps, the ceiling.",
-        "process",
-    ),
-    "sft": Arm(
-        "What do the expert solutions achieve as mere training data? As many solutions a step as "
-        "others have episodes.",
-        "rlvr",
-        script=SFT,
-        beside="calibrated",
-    ),
-    "sft-rlvr": Arm(
-        "And what does the outcome achieve after that?",
-        "rlvr",
-        {"model": "{sft}"},
-        beside="calibrated",
-    ),
-    "published-shuffled": Arm(
-        "Does it matter which tokens of a response the published scores fall on?",
-        "published-shuffled",
-        FLOW,
-        beside="published",
-    ),
-    "calibrated-shuffled": Arm(
-        "Does it matter which response of a step a mean excess belongs to?",
-        "calibrated-shuffled",
-        FLOW,
-        beside="calibrated",
-    ),
-    "calibrated-token-shuffled": Arm(
-        "Does it matter which tokens of a response an excess falls on?",
-        "calibrated-token-shuffled",
-        FLOW,
-        beside="calibrated-token",
-    ),
-    "published-untrained": Arm(
-        "Does the published reward need a flow that has learnt?",
-        "published-frozen",
-        {"flow": "{untrained_flow}"},
-        beside="published",
-    ),
-    "untrained": Arm(
-        "Does the calibrated reward need a flow that has learnt? The calibration is on the same "
-        "expert tokens.",
-        "calibrated",
-        {"flow": "{untrained_flow}"},
-        beside="calibrated",
-    ),
-    "hasty-flow": Arm(
-        "Does it need expert solutions? The flow is fitted to wrong responses of the base model.",
-        "calibrated",
-        {"flow": "{hasty_flow}"},
-        beside="calibrated",
-    ),
-    "length": Arm("Is it a reward for length?", "length", beside="calibrated"),
-    "logprob": Arm(
-        "Would the expert's own likelihood do? The excess is that of -log p under the supervised "
-        "policy, calibrated on the same expert tokens.",
-        "logprob",
-        {"dense": ("expert={sft}", "experts={solutions}", "held_out={n_held_out}")},
-        beside="calibrated",
-    ),
-    "calibrated-online": Arm(
-        "Does it help to update the flow online?", "calibrated-online", FLOW, beside="calibrated"
-    ),
-    "calibrated-token": Arm(
-        "Does it help to say where in a response the excess is?",
-        "calibrated-token",
-        FLOW,
-        beside="calibrated",
-    ),
-    "calibrated-standardised": Arm(
-        "Does it help to standardise latents?",
-        "calibrated",
-        {"flow": "{standardised_flow}"},
-        beside="calibrated",
-    ),
-}
-
-
-# ---- What several runs share
-@dataclass(frozen=True)
-class Preparation:
-    """Something that is made once, before the runs that need it."""
-
-    script: tuple[str, ...]  # with its first arguments
-    settings: dict[str, object]
-    product: str  # what {NAME} stands for, in its folder
-    preset: str | None = None  # script whose settings for the world it takes, too
-
-
-OFFLINE = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
-PREPARATIONS = {
-    "flow": Preparation(("train_flow.py",), OFFLINE, "flow", "train_flow"),
-    "standardised_flow": Preparation(
-        ("train_flow.py",), {**OFFLINE, "standardise": True}, "flow", "train_flow"
-    ),
-    "hasty_solutions": Preparation(
-        ("study/hasty.py",),
-        {"model": "{base}", "data": "{problems}", "like": "{solutions}"},
-        "solutions.jsonl",
-    ),
-    "hasty_flow": Preparation(
-        ("train_flow.py",), {**OFFLINE, "data": "{hasty_solutions}"}, "flow", "train_flow"
-    ),
-    # at such a rate no weight changes, and the calibration is the same
-    "untrained_flow": Preparation(
-        ("train_flow.py",), {**OFFLINE, "lr": 1e-30, "epochs": 1}, "flow", "train_flow"
-    ),
-    "sft": Preparation(SFT, RLVR, "policy", "train_rl"),
-}
-
-
 # ---- Settings of a study
+# What a reward is compared with: methods, the ceiling, and rewards that know nothing
+METHODS = (
+    "rlvr",
+    "entropy",
+    "published",
+    "calibrated",
+    "process",
+    "sft",
+    "sft-rlvr",
+    "distillation",
+)
+METHODS += ("length", "noise")
+JUDGING = ("distillation", "noise")  # came with them; the flow reward's own study has neither
+QUICK = {"seeds": 4, "steps": 60}
+OF_THE_FLOW = "runs/study"
+
+
 @dataclass(frozen=True)
 class Study:
     """Run arms on seeds, several runs side by side, and collect their figures."""
 
+    # Dense rewards to be judged: FILE.py, or FILE.py:SETTING=VALUE,SETTING=VALUE with settings of
+    # train_rl.py or of the file; see methods.py for their arms
+    reward: tuple[str, ...] = ()
+    # A first answer: the reward, its control, RLVR and a perfect reward, 4 seeds of 60 steps each
+    quick: bool = False
     world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
-    arms: tuple[str, ...] = tuple(ARMS)  # NAME, or NAME:SETTING=VALUE,SETTING=VALUE
+    # Base models, each of a world made with a seed of its own: seed s has base s modulo their number
+    bases: PositiveInt = 1
+    # NAME, or NAME:SETTING=VALUE,SETTING=VALUE; by default all, with --reward those that judge it
+    arms: tuple[str, ...] | None = None
     seeds: PositiveInt = 8  # Runs of each arm
     first_seed: NonNegativeInt = 0  # Seed of the first one
     steps: PositiveInt = 100  # RL steps of each run
     jobs: PositiveInt = 2  # Runs side by side, each on one core
-    folder: str = "runs/study"  # Where runs are
+    folder: str = OF_THE_FLOW  # Where runs are; with --reward runs/judge-NAME
     json: str | None = None  # File for the figures; by default FOLDER/study.json
     # Held-out problems for the evaluation before and after each run
     eval_problems: PositiveInt = 64
@@ -230,32 +126,46 @@ class Study:
         """The file for the figures."""
         return Path(self.json or f"{self.folder}/study.json")
 
+    @cached_property
+    def rewards(self) -> list[FileReward]:
+        """The rewards that are judged; ValueError if a file has none."""
+        return [read_reward(text) for text in self.reward]
 
-def find_arm(text: str) -> Arm:
-    """Return the arm that a text names, with the settings that it changes; ValueError if unknown."""
-    name, _, changes = text.partition(":")
-    if name not in ARMS:
-        raise ValueError(f"arm {text!r}: {name!r} is unknown; expected one of {', '.join(ARMS)}")
-    arm = ARMS[name]
-    changed = {}
-    for change in filter(None, changes.split(",")):
-        key, _, value = change.partition("=")
-        changed[key] = {"True": True, "False": False}.get(value, value)
-    unknown = sorted(changed.keys() - flatten(train_rl.Config()).keys())
-    if unknown:
-        raise ValueError(f"arm {text!r}: {unknown} are no settings of train_rl.py")
-    return replace(arm, prepared={**arm.prepared, **changed})
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """All arms that there are."""
+        return make_catalogue(self.rewards)
+
+    @property
+    def chosen_arms(self) -> list[str]:
+        """The arms that run."""
+        if self.arms is not None:
+            return list(self.arms)
+        if not self.reward:
+            return [name for name in ARMS if name not in JUDGING]
+        own = [name for name in self.catalogue.arms if name not in ARMS]
+        if self.quick:
+            weakest = [reward.shuffled_name(SHARES[-1]) for reward in self.rewards]
+            own = [name for name in own if name.endswith(".py") or name in weakest]
+            return ["rlvr", *own, "process"]
+        return [*METHODS, *own]
 
 
-def find_world(name: str) -> toy.World:
-    """Return the world of a name, made if need be, or that of a folder."""
-    world = toy.find_world(name)
-    if world:
-        return world
-    if not Path(name, "world.json").exists():
-        known = ", ".join(toy.WORLDS)
-        raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
-    return toy.World(name)
+def find_worlds(study: Study) -> list[toy.World]:
+    """Return the world of each base, made if need be: the one named, and others of its kind."""
+    name = study.world
+    if name not in toy.WORLDS:
+        if not Path(name, "world.json").exists():
+            known = ", ".join(toy.WORLDS)
+            raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
+        if study.bases > 1:
+            raise ValueError(f"bases={study.bases}: the world {name!r} is a folder, with one base")
+        return [toy.World(name)]
+    worlds = [toy.find_world(name)]
+    for base in range(1, study.bases):
+        folder = f"{study.folder}/worlds/{base}"
+        worlds.append(toy.make(replace(toy.WORLDS[name], folder=folder, seed=base)))
+    return worlds
 
 
 def preset(script: str | None, study: Study) -> dict[str, object]:
@@ -276,6 +186,8 @@ def preset(script: str | None, study: Study) -> dict[str, object]:
             engine="torch",
             steps=study.steps,
         )
+    if script == "train_rl" and study.reward:
+        settings.update(log_rollouts=max(1, study.steps // 2))  # the first step's, a middle one's
     return settings
 
 
@@ -290,7 +202,9 @@ class Job:
     settings: dict[str, object]
     product: str  # in the folder; when it is there, the process had come to its end
     outdated: tuple[str, ...]  # what is removed from the folder then
-    label: dict[str, object]  # arm and seed of a run; empty for a preparation
+    needs: tuple[str, ...]  # names of the preparations that the command has a placeholder for
+    base: int  # which base model it is of
+    label: dict[str, object]  # arm, seed and base of a run; empty for a preparation
 
     @property
     def record_file(self) -> Path:
@@ -334,14 +248,9 @@ class Job:
         """The command, without what its placeholders stand for."""
         return [*self.script, *to_flags(self.settings)]
 
-    @property
-    def needs(self) -> list[str]:
-        """Names of the preparations that the command has a placeholder for."""
-        return [name for name in PREPARATIONS if f"{{{name}}}" in " ".join(self.words)]
-
-    def command(self, paths: dict[str, str]) -> list[str]:
-        """Return the command that begins the job, or goes on with it."""
-        script, *arguments = [word.format(**paths) for word in self.words]
+    def command(self, paths: Sequence[dict[str, object]]) -> list[str]:
+        """Return the command that begins the job, or goes on with it; paths are those of each base."""
+        script, *arguments = [word.format(**paths[self.base]) for word in self.words]
         has_begun = (self.folder / "config.json").exists()
         where = ["--resume" if has_begun else "--folder", str(self.folder)]
         return [sys.executable, str(ROOT / script), *arguments, *where]
@@ -353,20 +262,6 @@ class Job:
             remove(self.folder / name)
 
 
-def to_flags(settings: dict[str, object]) -> list[str]:
-    """Return settings as command-line flags."""
-    flags = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)]
-        else:
-            flags += [f"--{flag}", str(value)]
-    return flags
-
-
 def versions() -> str:
     """Name the software that figures may depend on."""
     return (
@@ -375,66 +270,105 @@ def versions() -> str:
     )
 
 
-def make_preparation(name: str, study: Study) -> Job:
-    """Return the job that makes what runs share under a name."""
-    preparation = PREPARATIONS[name]
+def make_preparation(name: str, base: int, study: Study) -> Job:
+    """Return the job that makes what runs of a base share under a name."""
+    preparation = study.catalogue.preparations[name]
+    settings = {**preset(preparation.preset, study), **preparation.settings}
     return Job(
-        name=name,
-        folder=Path(study.folder, "prepared", name),
+        name=job_name(name, base),
+        folder=prepared_folder(study, base) / name,
         script=preparation.script,
-        settings={**preset(preparation.preset, study), **preparation.settings},
+        settings=settings,
         product=preparation.product,
         outdated=("checkpoints",),
+        needs=find_needs(preparation.script, settings, base, study),
+        base=base,
         label={},
     )
 
 
 def make_run(name: str, seed: int, study: Study) -> Job:
     """Return the job of an arm and a seed."""
-    arm = find_arm(name)
+    arm = study.catalogue.find(name)
+    settings = {**preset("train_rl", study), **arm.settings, "seed": seed}
+    base = seed % study.bases
     return Job(
         name=f"{name}/seed-{seed}",
         folder=Path(study.folder, name.replace(":", "-"), f"seed-{seed}"),
         script=arm.script,
-        settings={**preset("train_rl", study), **arm.settings, "seed": seed},
+        settings=settings,
         product="policy",
         outdated=("checkpoints", "policy", "flow"),
-        label={"arm": name, "seed": seed},
+        needs=find_needs(arm.script, settings, base, study),
+        base=base,
+        label={"arm": name, "seed": seed, "base": base, "beside": arm.beside},
     )
+
+
+def job_name(preparation: str, base: int) -> str:
+    """Return the name of the job that makes something for a base."""
+    return f"{preparation}@{base}" if base else preparation
+
+
+def prepared_folder(study: Study, base: int) -> Path:
+    """Return where what runs of a base share is."""
+    folder = Path(study.folder, "prepared")
+    return folder / f"base-{base}" if base else folder
+
+
+def find_needs(script: Sequence[str], settings: dict, base: int, study: Study) -> tuple[str, ...]:
+    """Return the names of the jobs of the preparations that a command has placeholders for."""
+    words = " ".join([*script, *to_flags(settings)])
+    names = [name for name in study.catalogue.preparations if f"{{{name}}}" in words]
+    return tuple(job_name(name, base) for name in names)
 
 
 def plan(study: Study) -> tuple[list[Job], list[Job]]:
     """Return the runs of a study and what they need to have prepared, in a possible order."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     # all arms of a seed together: a study that is cut short has whole pairs
-    runs = [make_run(arm, seed, study) for seed in seeds for arm in study.arms]
+    runs = [make_run(arm, seed, study) for seed in seeds for arm in study.chosen_arms]
     preparations: dict[str, Job] = {}
 
     def add_needs(job: Job) -> None:
-        for name in job.needs:
-            preparation = make_preparation(name, study)
+        for needed in job.needs:
+            preparation = make_preparation(needed.partition("@")[0], job.base, study)
             add_needs(preparation)
-            preparations[name] = preparation
+            preparations[needed] = preparation
 
     for run in runs:
         add_needs(run)
     return list(preparations.values()), runs
 
 
-def find_paths(study: Study, world: toy.World) -> dict[str, str]:
-    """Return what the placeholders in settings stand for."""
-    prepared = Path(study.folder, "prepared")
-    paths = {
-        "base": world.path("model"),
-        "problems": world.path("train.jsonl"),
-        "solutions": world.path("expert.jsonl"),
-        "evaluation": str(prepared / "evaluation.jsonl"),
-        "rewards": str(ROOT / "study" / "rewards"),
-        "n_held_out": str(study.held_out),
-    }
-    for name, preparation in PREPARATIONS.items():
-        paths[name] = str(prepared / name / preparation.product)
-    return paths
+class ReadLater:
+    """Stands for the text of a file that a preparation writes, in a command that is not yet run."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __format__(self, _specification: str) -> str:
+        return self.file.read_text()
+
+
+def find_paths(study: Study, worlds: Sequence[toy.World]) -> list[dict[str, object]]:
+    """Return what the placeholders in settings stand for, for each base."""
+    of_bases = []
+    for base, world in enumerate(worlds):
+        prepared = prepared_folder(study, base)
+        paths: dict[str, object] = {
+            "base": world.path("model"),
+            "problems": world.path("train.jsonl"),
+            "solutions": world.path("expert.jsonl"),
+            "evaluation": str(prepared / "evaluation.jsonl"),
+            "rewards": str(ROOT / "study" / "rewards"),
+            "n_held_out": str(study.held_out),
+        }
+        for name, preparation in study.catalogue.preparations.items():
+            product = prepared / name / preparation.product
+            paths[name] = ReadLater(product) if product.suffix == ".txt" else str(product)
+        of_bases.append(paths)
+    return of_bases
 
 
 # ---- Running them
@@ -497,7 +431,7 @@ def locked(path: Path) -> Iterator[IO]:
         yield file
 
 
-def run_job(job: Job, paths: dict[str, str], needed: Sequence[Future], processes: Processes) -> str:
+def run_job(job: Job, paths: Sequence[dict], needed: Sequence[Future], processes: Processes) -> str:
     """Run a job unless it is finished, after those that it needs; return its status."""
     missing = []
     for name, future in zip(job.needs, needed, strict=True):
@@ -526,7 +460,7 @@ def last_line(file: Path) -> str:
 
 
 def run_all(
-    jobs: Sequence[Job], n_at_once: int, paths: dict[str, str], after_each: Callable[[], None]
+    jobs: Sequence[Job], n_at_once: int, paths: Sequence[dict], after_each: Callable[[], None]
 ) -> dict[str, str]:
     """Run jobs, those that others need before them; return each one's status by its name."""
     futures: dict[str, Future] = {}
@@ -545,32 +479,66 @@ def run_all(
 
 
 # ---- Figures: what is equal for all runs, and a record of each
-def describe(study: Study, world: toy.World) -> dict:
+def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
     """Return what all runs of a study have in common; figures of others are not compared."""
-    weights = Path(world.path("model"), "model.safetensors").read_bytes()
+    first, *others = [hash_of_base(world) for world in worlds]
     common = {
-        "world": json.loads(Path(world.path("world.json")).read_text()),
-        "base": hashlib.sha256(weights).hexdigest()[:16],
+        "world": json.loads(Path(worlds[0].path("world.json")).read_text()),
+        "base": first,
         "settings": preset("train_rl", study),
         "flow": preset("train_flow", study),
         "eval_problems": study.eval_problems,
         "held_out": study.held_out,
     }
+    if others:
+        common["other_bases"] = others
     return json.loads(json.dumps(common))
 
 
-def begin(study: Study, world: toy.World) -> None:
+def hash_of_base(world: toy.World) -> str:
+    """Return a text by which the weights of a base model are known again."""
+    weights = Path(world.path("model"), "model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+def begin(study: Study, worlds: Sequence[toy.World]) -> None:
     """Make the folder, or check that it is of the same study; ValueError if it is not."""
+    if study.reward:
+        register(study)
     file = Path(study.folder, "common.json")
-    common = describe(study, world)
+    common = describe(study, worlds)
     if file.exists():
         check_equal(json.loads(file.read_text()), common, str(file))
         return
-    problems = Path(world.path("test.jsonl")).read_text().splitlines(keepends=True)
-    evaluation = Path(study.folder, "prepared", "evaluation.jsonl")
-    with written_whole(evaluation) as temporary:
-        temporary.write_text("".join(problems[: study.eval_problems]))
+    for base, world in enumerate(worlds):
+        problems = Path(world.path("test.jsonl")).read_text().splitlines(keepends=True)
+        evaluation = prepared_folder(study, base) / "evaluation.jsonl"
+        with written_whole(evaluation) as temporary:
+            temporary.write_text("".join(problems[: study.eval_problems]))
     write_json(file, common)
+
+
+def register(study: Study) -> None:
+    """Write what will be run and tested before the first run; ValueError if it was another plan."""
+    file = Path(study.folder, "registered.json")
+    plan = {
+        "arms": study.chosen_arms,
+        "settings": {arm: study.catalogue.find(arm).settings for arm in study.chosen_arms},
+        "seeds": [study.first_seed, study.first_seed + study.seeds - 1],
+        "bases": study.bases,
+        "steps": study.steps,
+        "first": "escape: the mean accuracy of the last 10 steps is above 0.5; McNemar's exact test",
+        "then": "steps to a 10-step mean of 0.5; accuracy of the last 10 steps, exact sign-flip test "
+        "and 95 % bootstrap over bases and seeds",
+        "pairs": "each arm against rlvr, and each control against the reward, on the same seeds; "
+        "p-values are not corrected for their number",
+        "excluded": "runs that did not finish; a seed counts for a pair if both have finished",
+    }
+    plan = json.loads(json.dumps(plan))
+    if file.exists():
+        check_equal(json.loads(file.read_text()), plan, str(file))
+        return
+    write_json(file, plan)
 
 
 def check_equal(stored: dict, asked: dict, name: str) -> None:
@@ -599,12 +567,37 @@ def read_run(record_file: Path) -> dict:
     record = json.loads(record_file.read_text())
     folder = record_file.with_suffix("")
     steps = read_steps(folder / "metrics.jsonl")
-    kept = ("arm", "seed", "status", "error", "settings", "script", "versions")
-    run = {key: record[key] for key in kept}
+    kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
+    run = {key: record[key] for key in kept if key in record}
     run["seconds"] = round(sum(step["time/step"] for step in steps))
     run["series"] = read_series(steps)
     run["held_out"] = read_evaluations(folder / "summary.json")
+    if "log_rollouts" in run["settings"]:
+        run["auc"] = read_aucs(folder)
     return run
+
+
+def read_aucs(folder: Path) -> dict[str, float | None]:
+    """Return how well the rewards of recorded tokens tell right steps from wrong ones, by step."""
+    aucs = {}
+    for step, file in record.find_files(folder).items():
+        value = auc(*label_rewards(record.read(file)))
+        aucs[str(step)] = None if math.isnan(value) else round(value, N_DIGITS)
+    return aucs
+
+
+def label_rewards(records: Sequence[dict]) -> tuple[list[float], list[bool]]:
+    """Return the dense reward of each token inside a step, and whether the step is right."""
+    rewards = []
+    labels = []
+    for one in records:
+        ends = list(itertools.accumulate(len(text) for text in one["tokens"]))
+        for step in toy.label_steps(one["question"], one["response"]):
+            for end, reward in zip(ends, one["dense_reward"], strict=True):
+                if one["dense"] and reward is not None and step.start < end <= step.end:
+                    rewards.append(reward)
+                    labels.append(step.is_right)
+    return rewards, labels
 
 
 def read_steps(file: Path) -> list[dict[str, float]]:
@@ -621,7 +614,8 @@ def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
     names = dict.fromkeys(name for step in steps for name in step)
     series: dict[str, list[float | None]] = {}
     for name in names:
-        if name in SERIES or name.startswith("flow/"):
+        is_score = name.endswith("/score") and not name.startswith("time/")
+        if name in SERIES or name.startswith("flow/") or is_score:
             values = [step.get(name) for step in steps]
             series[name] = [None if value is None else round(value, N_DIGITS) for value in values]
     return series
@@ -641,7 +635,7 @@ def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
 
 # ---- The file of figures
 def in_order(runs: Sequence[dict]) -> list[dict]:
-    """Sort runs by arm, in the order of ARMS, and by seed."""
+    """Sort runs by arm, in the order of ARMS, then the arms of rewards, and by seed."""
     places = {name: place for place, name in enumerate(ARMS)}
 
     def key(run: dict) -> tuple:
@@ -718,16 +712,31 @@ def report(statuses: dict[str, str], study: Study) -> int:
     """Say what failed or was stopped; return the exit code, 0 if all is finished."""
     counts = Counter(statuses.values())
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{said}; the figures are in {study.json_file}; next: python study/evidence.py")
+    print(f"{said}; the figures are in {study.json_file}")
     for name, status in statuses.items():
         if status != "finished":
             print(f"{status}: {name}, see its .log in {study.folder}")
+    if study.reward:
+        print(write_verdict(read_study(study.json_file), Path(study.folder)))
+    else:
+        print("next: python study/evidence.py")
     return int(counts["finished"] < len(statuses))
+
+
+def check(study: Study) -> None:
+    """Raise ValueError for settings that cannot work."""
+    check_values(study)
+    if study.quick and not study.reward:
+        raise ValueError("quick: expected --reward FILE.py, whose first answer it is")
+    if study.reward and study.seeds > MOST_FLIPPED:
+        raise ValueError(
+            f"seeds={study.seeds}: the exact tests take at most {MOST_FLIPPED}; lower --seeds"
+        )
 
 
 def main(study: Study) -> int:
     """Run a study, or do what it asks in place of that; return the exit code."""
-    check_values(study)
+    check(study)
     if study.merge:
         files = [study.json_file] if study.json_file.exists() else []
         write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))
@@ -735,16 +744,29 @@ def main(study: Study) -> int:
     if study.collect:
         update_file(study.json_file, study.folder)
         return 0
+    if study.quick:
+        study = replace(study, **QUICK)
+    if study.reward and study.folder == OF_THE_FLOW:
+        names = "-".join(reward.file.stem for reward in study.rewards)
+        study = replace(study, folder=f"runs/judge-{names}")
     preparations, runs = plan(study)
     jobs = [*preparations, *runs]
     for job in jobs:
         job.check()
-    world = find_world(study.world)
-    begin(study, world)
-    paths = find_paths(study, world)
+    try_rewards(study.rewards)
+    worlds = find_worlds(study)
+    begin(study, worlds)
+    paths = find_paths(study, worlds)
     after_each = partial(update_file, study.json_file, study.folder)
     return report(run_all(jobs, study.jobs, paths, after_each), study)
 
 
+def run() -> None:
+    """Run the command; an error of input is one line."""
+    codes = []
+    errors.run(lambda: codes.append(main(tyro.cli(Study))))
+    sys.exit(codes[0])
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Study)))
+    run()

@@ -66,6 +66,8 @@ def all_runs(world, folder: Path) -> dict[str, train_rl.Config]:
     runs["shuffled"] = run_of(
         world, folder / "shuffled", FOLDER / "shuffled.py", shuffled, flow="new"
     )
+    file = FOLDER / "squared_flow.py"
+    runs["squared_flow"] = run_of(world, folder / "squared", file, flow="new", flow_lr=0.0)
     return runs
 
 
@@ -90,7 +92,7 @@ def runs(world, expert, tmp_path_factory) -> dict[str, train_rl.Config]:
 
 
 def test_every_file_of_the_study_is_tried(runs):
-    files = {file.stem for file in FOLDER.glob("*.py") if "DenseReward" in file.read_text()}
+    files = {file.stem for file in FOLDER.glob("*.py") if "from dense import" in file.read_text()}
     assert files == runs.keys() - {"learning_reward"} and len(files) >= 10
 
 

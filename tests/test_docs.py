@@ -32,6 +32,7 @@ FOREIGN_FLAGS = {
     "--overwrite",
     "--name",
     "--check",
+    "--dist",
     "--nnodes",
     "--nproc-per-node",
     "--repo-type",

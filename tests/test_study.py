@@ -19,6 +19,8 @@ sys.path.append(str(ROOT / "study"))
 import dense
 import evidence
 import hasty
+import measures
+import methods
 import sft
 import study
 import train_flow
@@ -35,41 +37,36 @@ PAGE = ROOT / "docs" / "evidence.md"
 # ---- Statistics, by hand
 def test_measures_of_a_run():
     accuracy = [0.0] * 10 + [1.0] * 10
-    assert evidence.last_accuracy(accuracy) == 1
-    assert evidence.last_accuracy([0.9] * 5 + [0.2] * 10) == pytest.approx(0.2)
-    assert evidence.area(accuracy) == 0.5
+    assert measures.last_accuracy(accuracy) == 1
+    assert measures.last_accuracy([0.9] * 5 + [0.2] * 10) == pytest.approx(0.2)
+    assert measures.area(accuracy) == 0.5
     # after step 13 three of the last ten steps are right, after 15 five
-    assert evidence.steps_to(accuracy, 0.3) == 13
-    assert evidence.steps_to(accuracy, 0.5) == 15
-    assert evidence.steps_to(accuracy[:14], 0.5) == math.inf
-    assert evidence.steps_to([0.5] * 10, 0.5) == 10
-
-
-def test_quantiles_of_t():
-    for degrees, quantile in ((1, 12.706), (2, 4.303), (7, 2.365), (30, 2.042)):
-        assert evidence.t_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
+    assert measures.steps_to(accuracy, 0.3) == 13
+    assert measures.steps_to(accuracy, 0.5) == 15
+    assert measures.steps_to(accuracy[:14], 0.5) == math.inf
+    assert measures.steps_to([0.5] * 10, 0.5) == 10
 
 
 def test_interval_of_the_paired_t_test():
     # mean 0.2, standard error 0.1, quantile 12.706
-    value, low, high = evidence.t_interval([0.1, 0.3])
+    value, low, high = measures.t_interval([0.1, 0.3])
     assert (value, low, high) == pytest.approx((0.2, 0.2 - 1.2706, 0.2 + 1.2706), abs=1e-3)
-    assert math.isnan(evidence.t_interval([0.1]).low)
+    assert math.isnan(measures.t_interval([0.1]).low)
 
 
 def test_bootstrap():
-    assert evidence.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3, 0.3))
+    assert measures.bootstrap([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3, 0.3))
     # of two seeds, a quarter of the samples has only the one, a quarter only the other
-    assert evidence.bootstrap([0.0, 1.0]) == pytest.approx((0.5, 0.0, 1.0))
+    assert measures.bootstrap([0.0, 1.0]) == pytest.approx((0.5, 0.0, 1.0))
 
 
 def test_captured():
-    half = evidence.captured(arm=[0.3, 0.5], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
+    half = measures.captured(arm=[0.3, 0.5], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
     assert half == pytest.approx((0.5, 0.5, 0.5))
     # gains 0 and 0.4 of room 0.4 each: from nothing to everything
-    spread = evidence.captured(arm=[0.1, 0.7], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
+    spread = measures.captured(arm=[0.1, 0.7], baseline=[0.1, 0.3], ceiling=[0.5, 0.7])
     assert spread == pytest.approx((0.5, 0.0, 1.0))
-    assert math.isnan(evidence.captured([0.5], [0.6], [0.6]).value)
+    assert math.isnan(measures.captured([0.5], [0.6], [0.6]).value)
 
 
 def a_run(arm: str, seed: int, accuracy: float, status: str = "finished", steps: int = 12) -> dict:
@@ -136,13 +133,13 @@ def test_studies_are_merged():
 
 # ---- Arms
 def test_every_arm_has_settings_of_the_script_and_preparations_that_exist():
-    for name in study.ARMS:
+    for name in methods.ARMS:
         job = study.make_run(name, 0, study.Study())
         paths = dict.fromkeys(("base", "problems", "solutions", "evaluation", "rewards"), "x")
-        paths |= dict.fromkeys((*study.PREPARATIONS, "n_held_out"), "x")
-        assert job.command(paths)
+        paths |= dict.fromkeys((*methods.PREPARATIONS, "n_held_out"), "x")
+        assert job.command([paths])
     flow_settings = flatten(train_flow.Config())
-    for name, preparation in study.PREPARATIONS.items():
+    for name, preparation in methods.PREPARATIONS.items():
         if preparation.script == ("train_flow.py",):
             assert preparation.settings.keys() <= flow_settings.keys(), name
 
@@ -162,25 +159,25 @@ def test_the_file_of_an_arm_begins_a_run(file, monkeypatch):
         "toy-sparse",
         "--config",
         str(file),
-        *study.to_flags(again),
+        *methods.to_flags(again),
     ]
     monkeypatch.setattr("sys.argv", command)
     config = flatten(parse_config(train_rl.Config, toy.PRESETS["train_rl"]))
     assert {name: json.loads(json.dumps(config[name])) for name in own} == own
-    assert any(arm.file == file.stem for arm in study.ARMS.values())
+    assert any(arm.file == file.stem for arm in methods.ARMS.values())
 
 
 def test_an_arm_with_changed_settings():
-    arm = study.find_arm("calibrated:dense_coef=0.1,flow_lr=1e-3")
-    calibrated = study.ARMS["calibrated"].settings
+    arm = methods.make_catalogue().find("calibrated:dense_coef=0.1,flow_lr=1e-3")
+    calibrated = methods.ARMS["calibrated"].settings
     assert arm.settings == {**calibrated, "dense_coef": "0.1", "flow_lr": "1e-3"}
-    assert study.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
+    assert methods.to_flags({"a_b": False, "c": (1, 2)}) == ["--no-a-b", "--c", "1", "2"]
     with pytest.raises(ValueError, match="arm 'nothing'"):
-        study.find_arm("nothing")
+        methods.make_catalogue().find("nothing")
     with pytest.raises(ValueError, match="no settings of train_rl.py"):
-        study.find_arm("rlvr:colour=red")
+        methods.make_catalogue().find("rlvr:colour=red")
     with pytest.raises(ValueError, match="neither toy"):
-        study.find_world("nowhere")
+        study.find_worlds(study.Study(world="nowhere"))
 
 
 def test_preparations_come_before_what_needs_them():
@@ -301,7 +298,7 @@ def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monke
     assert 0 < len(begun) < 3
     job = study.make_run("rlvr", 0, asked)
     elsewhere = change(job, folder=tmp_path / "run")
-    command = elsewhere.command(study.find_paths(asked, world))
+    command = elsewhere.command(study.find_paths(asked, [world]))
     monkeypatch.setattr(sys, "argv", command[1:])
     train_rl.main(parse_config(train_rl.Config, {}))
     uninterrupted = study.read_series(study.read_steps(tmp_path / "run" / "metrics.jsonl"))

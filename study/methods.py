@@ -1,0 +1,363 @@
+"""The arms of a study: methods, controls, and what runs of them share. Rewards of files become arms, too.
+
+In settings, {flow} stands for the path of what was prepared under that name; the rest is of study.py:
+{base}, {problems}, {solutions}, {evaluation}, {rewards} and {n_held_out}.
+
+A reward FILE.py of --reward is tried in arms that differ in one thing:
+    FILE.py                  the reward, on the mean of each response, at the coefficient of scale.py
+    FILE.py-shuffled-25      a quarter of its scores in other places, and so on to 100
+    FILE.py-wrong            fitted to wrong solutions, where it is fitted to solutions (`experts`)
+    FILE.py-no-expert        with the base model for an expert, where it asks one (`expert`)
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import train_rl
+from dense import DenseReward
+from infra.files import import_file
+from infra.kinds import as_tuple
+from infra.settings import flatten
+from repository import ROOT
+
+# ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
+FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
+FLOW = {"flow": "{flow}"}
+RLVR = {"shaping": "none"}
+# Whoever learns from the expert solutions leaves out those that the calibration is on
+SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: what it asks, and its settings of train_rl.py."""
+
+    asks: str
+    file: str  # of settings, in study/arms/, which --config of train_rl.py takes as well
+    prepared: dict[str, object] = field(default_factory=dict)  # settings with what was prepared
+    script: tuple[str, ...] = ("train_rl.py",)  # with its first arguments
+    beside: str | None = None  # the arm that it is a control or a variant of; None: a method itself
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """All settings of the arm, by flag name."""
+        text = (ROOT / "study" / "arms" / f"{self.file}.json").read_text()
+        # its files of rewards are found from any folder
+        own = json.loads(text.replace("study/rewards/", "{rewards}/"))
+        return {**{name: as_tuple(value) for name, value in own.items()}, **self.prepared}
+
+
+ARMS = {
+    "rlvr": Arm("What does the outcome alone achieve?", "rlvr"),
+    "entropy": Arm("Does the entropy advantage help?", "entropy"),
+    "published": Arm("Does the flow reward help as published?", "published", FLOW),
+    "calibrated": Arm(
+        "Does it help as a response's excess over the flow's values on expert tokens?",
+        "calibrated",
+        FLOW,
+    ),
+    "process": Arm(
+        "What would a perfect dense reward achieve? The share of right steps, the ceiling.",
+        "process",
+    ),
+    "sft": Arm(
+        "What do the expert solutions achieve as mere training data? As many solutions a step as "
+        "others have episodes.",
+        "rlvr",
+        script=SFT,
+        beside="calibrated",
+    ),
+    "sft-rlvr": Arm(
+        "And what does the outcome achieve after that?",
+        "rlvr",
+        {"model": "{sft}"},
+        beside="calibrated",
+    ),
+    "distillation": Arm(
+        "What does an expert policy's log-prob, less the policy's own, achieve token by token?",
+        "distillation",
+        {"dense": ("expert={sft}",)},
+        beside="calibrated",
+    ),
+    "noise": Arm(
+        "What do random numbers achieve?",
+        "noise",
+        {"dense_coef": "{scale_noise}"},
+        beside="calibrated",
+    ),
+    "published-shuffled": Arm(
+        "Does it matter which tokens of a response the published scores fall on?",
+        "published-shuffled",
+        FLOW,
+        beside="published",
+    ),
+    "calibrated-shuffled": Arm(
+        "Does it matter which response of a step a mean excess belongs to?",
+        "calibrated-shuffled",
+        FLOW,
+        beside="calibrated",
+    ),
+    "calibrated-token-shuffled": Arm(
+        "Does it matter which tokens of a response an excess falls on?",
+        "calibrated-token-shuffled",
+        FLOW,
+        beside="calibrated-token",
+    ),
+    "published-untrained": Arm(
+        "Does the published reward need a flow that has learnt?",
+        "published-frozen",
+        {"flow": "{untrained_flow}"},
+        beside="published",
+    ),
+    "untrained": Arm(
+        "Does the calibrated reward need a flow that has learnt? The calibration is on the same "
+        "expert tokens.",
+        "calibrated",
+        {"flow": "{untrained_flow}"},
+        beside="calibrated",
+    ),
+    "hasty-flow": Arm(
+        "Does it need expert solutions? The flow is fitted to wrong responses of the base model.",
+        "calibrated",
+        {"flow": "{hasty_flow}"},
+        beside="calibrated",
+    ),
+    "length": Arm("Is it a reward for length?", "length", beside="calibrated"),
+    "logprob": Arm(
+        "Would the expert's own likelihood do? The excess is that of -log p under the supervised "
+        "policy, calibrated on the same expert tokens.",
+        "logprob",
+        {"dense": ("expert={sft}", "experts={solutions}", "held_out={n_held_out}")},
+        beside="calibrated",
+    ),
+    "calibrated-online": Arm(
+        "Does it help to update the flow online?", "calibrated-online", FLOW, beside="calibrated"
+    ),
+    "calibrated-token": Arm(
+        "Does it help to say where in a response the excess is?",
+        "calibrated-token",
+        FLOW,
+        beside="calibrated",
+    ),
+    "calibrated-standardised": Arm(
+        "Does it help to standardise latents?",
+        "calibrated",
+        {"flow": "{standardised_flow}"},
+        beside="calibrated",
+    ),
+}
+
+
+# ---- What several runs share
+@dataclass(frozen=True)
+class Preparation:
+    """Something that is made once, before the runs that need it."""
+
+    script: tuple[str, ...]  # with its first arguments
+    settings: dict[str, object]
+    product: str  # what {NAME} stands for, in its folder
+    preset: str | None = None  # script whose settings for the world it takes, too
+
+
+OFFLINE = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
+PREPARATIONS = {
+    "flow": Preparation(("train_flow.py",), OFFLINE, "flow", "train_flow"),
+    "standardised_flow": Preparation(
+        ("train_flow.py",), {**OFFLINE, "standardise": True}, "flow", "train_flow"
+    ),
+    "hasty_solutions": Preparation(
+        ("study/hasty.py",),
+        {"model": "{base}", "data": "{problems}", "like": "{solutions}"},
+        "solutions.jsonl",
+    ),
+    "hasty_flow": Preparation(
+        ("train_flow.py",), {**OFFLINE, "data": "{hasty_solutions}"}, "flow", "train_flow"
+    ),
+    # at such a rate no weight changes, and the calibration is the same
+    "untrained_flow": Preparation(
+        ("train_flow.py",), {**OFFLINE, "lr": 1e-30, "epochs": 1}, "flow", "train_flow"
+    ),
+    "sft": Preparation(SFT, RLVR, "policy", "train_rl"),
+    "scale_noise": Preparation(
+        ("study/scale.py",),
+        {"shaping": "{rewards}/noise.py", "dense_on": "response", "dense_coef": 1.0},
+        "coefficient.txt",
+        "train_rl",
+    ),
+}
+
+
+# ---- Rewards of files
+SHARES = (25, 50, 75, 100)  # percent of a reward's scores that a control puts in other places
+# What a reward may ask for, by the names of its settings, and what it gets in a study
+GIVEN = {"experts": "{solutions}", "held_out": "{n_held_out}", "expert": "{sft}"}
+# Another one of each, which knows nothing of good solutions
+WORSE = {"experts": ("wrong", "{hasty_solutions}"), "expert": ("no-expert", "{base}")}
+ON_RESPONSE = {"dense_on": "response"}
+
+
+@dataclass(frozen=True)
+class FileReward:
+    """A dense reward of a file, with the settings that it gets in a study."""
+
+    file: Path
+    own: dict[str, str]  # of the file: NAME=VALUE of --dense
+    settings: dict[str, object]  # of train_rl.py
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def scale(self) -> str:
+        """The name of the preparation that finds its coefficient."""
+        return f"scale_{self.file.stem}"
+
+    @property
+    def path(self) -> str:
+        """The file's path, the same on every machine if it is one of study/rewards/."""
+        file = self.file.resolve()
+        folder = ROOT / "study" / "rewards"
+        return f"{{rewards}}/{file.name}" if file.parent == folder else str(file)
+
+    def shaping(self, **changes: str) -> dict[str, object]:
+        """Return the settings that train with the reward, some of its own changed."""
+        own = {**self.own, **changes}
+        return {"shaping": self.path, "dense": as_pairs(own), **self.settings}
+
+    def shuffled_name(self, share: int) -> str:
+        """Return the name of the control in which a share of its scores has other places."""
+        return f"{self.name}-shuffled-{share}"
+
+    def shuffled(self, share: int) -> dict[str, object]:
+        """Return the settings that train with it, a share of its scores in other places."""
+        among = "responses" if self.settings["dense_on"] == "response" else "tokens"
+        control = {"of": self.path, "among": among, "share": str(share / 100)}
+        return {
+            "shaping": "{rewards}/shuffled.py",
+            "dense": as_pairs({**control, **self.own}),
+            **self.settings,
+        }
+
+    def arms(self) -> dict[str, Arm]:
+        """Return the arms in which it is tried."""
+        asks = f"Does {self.name} help?"
+        arms = {self.name: Arm(asks, "rlvr", self.shaping())}
+        for share in SHARES:
+            arms[self.shuffled_name(share)] = Arm(
+                f"Does it with {share} % of its scores in other places?",
+                "rlvr",
+                self.shuffled(share),
+                beside=self.name,
+            )
+        for setting, (word, value) in WORSE.items():
+            if setting in self.own:
+                arms[f"{self.name}-{word}"] = Arm(
+                    f"Does it with {setting}={value}?",
+                    "rlvr",
+                    self.shaping(**{setting: value}),
+                    beside=self.name,
+                )
+        return arms
+
+    def preparations(self) -> dict[str, Preparation]:
+        """Return what is measured before its runs."""
+        if self.settings["dense_coef"] != f"{{{self.scale}}}":
+            return {}
+        settings = {**self.shaping(), "dense_coef": 1.0}
+        return {
+            self.scale: Preparation(
+                ("study/scale.py",), settings, "coefficient.txt", preset="train_rl"
+            )
+        }
+
+
+def as_pairs(values: dict[str, str]) -> tuple[str, ...]:
+    """Return values as the texts NAME=VALUE of --dense."""
+    return tuple(f"{name}={value}" for name, value in values.items())
+
+
+def read_reward(text: str) -> FileReward:
+    """Read FILE.py or FILE.py:SETTING=VALUE,… with settings of train_rl.py or of the file.
+
+    A reward acts on the mean of a response unless dense_on says otherwise. Its coefficient is found
+    by scale.py unless dense_coef is given. Raises ValueError if the file has no reward.
+    """
+    name, _, changes = text.partition(":")
+    file = Path(name)
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"reward {text!r}: no file {name!r}; expected a Python file, FILE.py")
+    kind = getattr(import_file(str(file)), "Reward", None)
+    if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
+        raise ValueError(f"{file} defines no class Reward(dense.DenseReward)")
+    asked = {each.name for each in dataclasses.fields(kind.Settings)}
+    own = {setting: value for setting, value in GIVEN.items() if setting in asked}
+    settings = {**ON_RESPONSE, "dense_coef": f"{{scale_{file.stem}}}"}
+    for setting, value in read_changes(changes).items():
+        (own if setting in asked else settings)[setting] = value
+    check_settings(settings, f"reward {text!r}")
+    return FileReward(file, own, settings)
+
+
+# ---- All there is
+@dataclass(frozen=True)
+class Catalogue:
+    """The arms of a study and what they need, by name."""
+
+    arms: dict[str, Arm]
+    preparations: dict[str, Preparation]
+
+    def find(self, text: str) -> Arm:
+        """Return the arm NAME, or NAME:SETTING=VALUE,… with changed settings; ValueError if none."""
+        name, _, changes = text.partition(":")
+        if name not in self.arms:
+            raise ValueError(
+                f"arm {text!r}: {name!r} is unknown; expected one of {', '.join(self.arms)}"
+            )
+        arm = self.arms[name]
+        changed = read_changes(changes)
+        check_settings(changed, f"arm {text!r}")
+        return replace(arm, prepared={**arm.prepared, **changed})
+
+
+def read_changes(text: str) -> dict[str, object]:
+    """Read SETTING=VALUE,SETTING=VALUE."""
+    changed: dict[str, object] = {}
+    for change in filter(None, text.split(",")):
+        setting, _, value = change.partition("=")
+        changed[setting] = {"True": True, "False": False}.get(value, value)
+    return changed
+
+
+def check_settings(settings: dict[str, object], whose: str) -> None:
+    """Raise ValueError for a name that is no setting of train_rl.py."""
+    unknown = sorted(settings.keys() - flatten(train_rl.Config()).keys())
+    if unknown:
+        raise ValueError(f"{whose}: {unknown} are no settings of train_rl.py")
+
+
+def make_catalogue(rewards: Sequence[FileReward] = ()) -> Catalogue:
+    """Return all arms: those that are always there, and those of some rewards of files."""
+    arms = dict(ARMS)
+    preparations = dict(PREPARATIONS)
+    for reward in rewards:
+        arms |= reward.arms()
+        preparations |= reward.preparations()
+    return Catalogue(arms, preparations)
+
+
+def to_flags(settings: dict[str, object]) -> list[str]:
+    """Return settings as command-line flags."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags

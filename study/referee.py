@@ -1,0 +1,247 @@
+"""The page that says what came of a dense reward: FOLDER/verdict.html, and its table as text.
+
+It is made of the study's JSON file and of registered.json alone. Escapes and the time to them stand
+first, since runs of these worlds either leave the base model's habit or do not.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from common import table
+from infra.files import written_whole
+from measures import (
+    ESCAPED,
+    WINDOW,
+    Interval,
+    captured,
+    has_escaped,
+    interval,
+    last_accuracy,
+    mcnemar,
+    nested,
+    number,
+    running_mean,
+    sign_flip,
+    steps_to,
+)
+from pages.page import FOLDER as PAGES
+from repository import ROOT
+
+BASELINE = "rlvr"
+CEILING = "process"
+WIDTH, HEIGHT = 260, 140  # of a chart
+Runs = dict[str, dict[int, dict]]  # arm -> seed -> run
+
+
+def write_verdict(figures: dict, folder: Path) -> str:
+    """Write the page of a study's figures into its folder; return the same in words and tables."""
+    registered = json.loads((folder / "registered.json").read_text())
+    runs = finished_runs(figures, registered)
+    methods = methods_table(runs)
+    controls = controls_table(runs)
+    said = "\n".join(sentences(runs, registered))
+    path = folder / "verdict.html"
+    page = make_page(said, runs, {"Methods": methods, "Controls": controls}, registered)
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return f"\n{methods}\n\n{controls}\n\n{said}\nopen {path}"
+
+
+# ---- Runs
+def finished_runs(figures: dict, registered: dict) -> Runs:
+    """Return the finished runs of the arms and seeds that were registered."""
+    first, last = registered["seeds"]
+    runs: Runs = {arm: {} for arm in registered["arms"]}
+    for run in figures["runs"]:
+        counts = run["arm"] in runs and first <= run["seed"] <= last
+        if counts and run["status"] == "finished":
+            runs[run["arm"]][run["seed"]] = run
+    return {arm: seeds for arm, seeds in runs.items() if seeds}
+
+
+def curve(run: dict) -> list[float]:
+    """Return the training accuracy of each step of a run."""
+    return run["series"]["correct"]
+
+
+def pairs(runs: Runs, *arms: str) -> list[list[list[float]]]:
+    """Return the curves of several arms on the seeds that all of them have, a list for each arm."""
+    common = sorted(set.intersection(*(set(runs.get(arm, {})) for arm in arms)))
+    return [[curve(runs[arm][seed]) for seed in common] for arm in arms]
+
+
+def by_base(runs: Runs, arm: str, other: str) -> list[list[float]]:
+    """Return the differences of accuracy of two arms, a list for each base model."""
+    groups: dict[int, list[float]] = {}
+    for seed in sorted(set(runs[arm]) & set(runs[other])):
+        own, its = runs[arm][seed], runs[other][seed]
+        difference = last_accuracy(curve(own)) - last_accuracy(curve(its))
+        groups.setdefault(own["base"], []).append(difference)
+    return list(groups.values())
+
+
+# ---- Tables
+def methods_table(runs: Runs) -> str:
+    """Return the table of each arm, and of it against the baseline."""
+    head = ("arm", "runs", "escaped", "steps to 0.5", "accuracy", "AUC of steps", "length")
+    head += (f"minus `{BASELINE}`", "95 %", "p", "p of escapes", "captured", "tokens", "minutes")
+    return table(head, [method_row(arm, runs) for arm in runs])
+
+
+def method_row(arm: str, runs: Runs) -> list[str]:
+    """Return the cells of an arm."""
+    own = list(runs[arm].values())
+    curves = [curve(run) for run in own]
+    escaped = sum(map(has_escaped, curves))
+    return [
+        f"`{arm}`",
+        str(len(own)),
+        f"{escaped} of {len(own)}",
+        number(float(np.median([steps_to(each, ESCAPED) for each in curves])), 0),
+        number(float(np.mean([last_accuracy(each) for each in curves]))),
+        auc_cell(own),
+        number(float(np.mean([run["series"]["length"][-WINDOW:] for run in own])), 0),
+        *comparison(arm, BASELINE, runs),
+        number(share_captured(arm, runs)),
+        f"{np.mean([sampled_tokens(run) for run in own]) / 1e6:.2f} M",
+        f"{np.mean([run['seconds'] for run in own]) / 60:.1f}",
+    ]
+
+
+def comparison(arm: str, other: str, runs: Runs) -> list[str]:
+    """Return the cells that compare an arm with another: difference, interval, two exact p."""
+    if arm == other or not set(runs[arm]) & set(runs.get(other, {})):
+        return ["–"] * 4
+    groups = by_base(runs, arm, other)
+    estimate: Interval = nested(groups)
+    differences = [value for group in groups for value in group]
+    own, its = pairs(runs, arm, other)
+    p_escape = mcnemar([*map(has_escaped, own)], [*map(has_escaped, its)])
+    p = number(sign_flip(differences), 4)
+    return [f"{estimate.value:+.2f}", interval(estimate), p, number(p_escape, 4)]
+
+
+def share_captured(arm: str, runs: Runs) -> float:
+    """Return the share of the way from the baseline to the ceiling that an arm went, NaN if unknown."""
+    if arm in (BASELINE, CEILING):
+        return math.nan
+    curves = pairs(runs, arm, BASELINE, CEILING)
+    own, baseline, ceiling = ([last_accuracy(each) for each in some] for some in curves)
+    return captured(own, baseline, ceiling).value if own else math.nan
+
+
+def auc_cell(runs: Sequence[dict]) -> str:
+    """Return the AUC of the dense reward of tokens for right against wrong steps, as recorded."""
+    steps = list(dict.fromkeys(step for run in runs for step in run.get("auc", ())))
+    means = []
+    for step in steps:
+        values = [run["auc"][step] for run in runs if run.get("auc", {}).get(step) is not None]
+        means.append(number(float(np.mean(values))) if values else "–")
+    return " / ".join(means) if set(means) - {"–"} else "–"
+
+
+def sampled_tokens(run: dict) -> float:
+    """Return how many tokens a run sampled in training."""
+    settings = run["settings"]
+    episodes = int(settings["prompts"]) * int(settings.get("group_size", 8))
+    return episodes * sum(run["series"]["length"])
+
+
+def controls_table(runs: Runs) -> str:
+    """Return the table of the controls, each against the arm that it is of."""
+    head = ("control", "of", "escaped", "of that", "minus that", "95 %", "p", "p of escapes")
+    rows = []
+    for arm, seeds in runs.items():
+        other = next(iter(seeds.values())).get("beside")
+        if other not in runs:
+            continue
+        counts = [sum(map(has_escaped, some)) for some in pairs(runs, arm, other)]
+        rows.append([f"`{arm}`", f"`{other}`", *map(str, counts), *comparison(arm, other, runs)])
+    return table(head, rows)
+
+
+# ---- In words
+def sentences(runs: Runs, registered: dict) -> list[str]:
+    """Say what came of each reward, and how little the pairs can show."""
+    said = []
+    for arm in runs:
+        if not arm.endswith(".py"):
+            continue
+        own, others = pairs(runs, arm, BASELINE)
+        if not own:
+            continue
+        p = mcnemar([*map(has_escaped, own)], [*map(has_escaped, others)])
+        differences = [value for group in by_base(runs, arm, BASELINE) for value in group]
+        said.append(
+            f"{arm}: {sum(map(has_escaped, own))} of {len(own)} runs escaped, of {BASELINE} "
+            f"{sum(map(has_escaped, others))} (McNemar p {p:.4f}); accuracy "
+            f"{np.mean(differences):+.2f} (sign flip p {sign_flip(differences):.4f}; no p of "
+            f"{len(own)} pairs is below {2 / 2 ** len(own):.4f})."
+        )
+    n_bases = registered["bases"]
+    if n_bases == 1:
+        said.append("All runs begin with one base model: of others this says nothing.")
+    return said
+
+
+# ---- The page
+def make_page(said: str, runs: Runs, tables: dict[str, str], registered: dict) -> str:
+    """Return the page as HTML: sentences, curves, tables, and what was registered."""
+    charts = "".join(chart(arm, runs) for arm in runs)
+    style = (PAGES / "page.css").read_text() + (ROOT / "study" / "referee.css").read_text()
+    parts = "".join(f"<h2>{name}</h2>{html_table(text)}" for name, text in tables.items())
+    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in said.splitlines())
+    plan = escape(json.dumps(registered, indent=1))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Does it help?</title><style>{style}</style>"
+        f"<h1>Does it help?</h1>{paragraphs}"
+        f"<h2>Every run</h2><p>Training accuracy, mean of {WINDOW} steps; in grey the runs of "
+        f"{BASELINE}; a run above the line has escaped.</p><div class=charts>{charts}</div>"
+        f"{parts}<h2>Registered before the first run</h2><pre>{plan}</pre></html>\n"
+    )
+
+
+def chart(arm: str, runs: Runs) -> str:
+    """Return the chart of an arm as SVG, a line a run, those of the baseline behind them."""
+    lines = ""
+    if arm != BASELINE:
+        for run in runs.get(BASELINE, {}).values():
+            lines += polyline(curve(run), "behind")
+    for run in runs[arm].values():
+        lines += polyline(curve(run), "own")
+    y = HEIGHT * (1 - ESCAPED)
+    return (
+        f"<figure><figcaption>{escape(arm)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(arm)}">'
+        f'<line x1="0" x2="{WIDTH}" y1="{y}" y2="{y}"/>{lines}</svg></figure>'
+    )
+
+
+def polyline(accuracy: Sequence[float], kind: str) -> str:
+    """Return a run's running mean as a line of SVG."""
+    if len(accuracy) < WINDOW:
+        return ""
+    values = running_mean(accuracy)
+    width = max(1, len(values) - 1)
+    points = [f"{WIDTH * k / width:.1f},{HEIGHT * (1 - v):.1f}" for k, v in enumerate(values)]
+    return f'<polyline class="{kind}" points="{" ".join(points)}"/>'
+
+
+def html_table(text: str) -> str:
+    """Return a table of Markdown as HTML."""
+    lines = text.splitlines()
+    if len(lines) < 3:
+        return "<p>There are none.</p>"
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+    head = "".join(f"<th>{escape(cell.replace('`', ''))}" for cell in rows[0])
+    body = ""
+    for row in rows[2:]:
+        body += "<tr>" + "".join(f"<td>{escape(cell)}" for cell in row)
+    return f'<div class="wide"><table><tr>{head}{body}</table></div>'

@@ -1,0 +1,203 @@
+"""The referee of dense rewards: exact tests by hand, the arms of a reward, what is refused, its page."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "study"))
+import measures
+import methods
+import referee
+import study
+import trial
+from infra.settings import change
+
+REWARDS = ROOT / "study" / "rewards"
+
+
+# ---- Exact tests, by hand
+def test_mcnemar():
+    """Only pairs of which one escaped count, as tosses of a coin."""
+    assert measures.mcnemar([True] * 4, [False] * 4) == pytest.approx(2 / 2**4)
+    assert measures.mcnemar([True, True, False], [True, True, False]) == 1
+    # 5 against 1 of 6 tosses: 2 * (1 + 6) / 64
+    own, others = [True] * 5 + [False], [False] * 5 + [True]
+    assert measures.mcnemar(own + [True], others + [True]) == pytest.approx(14 / 64)
+
+
+def test_sign_flip():
+    """All signs of the differences are tried."""
+    assert measures.sign_flip([0.1, 0.2, 0.3, 0.4]) == pytest.approx(2 / 16)
+    assert measures.sign_flip([0.0] * 5) == 1
+    differences = [0.3, -0.1, 0.2, 0.05, -0.4]
+    observed = abs(sum(differences))
+    as_large = 0
+    for signs in product((1, -1), repeat=5):
+        flipped = sum(sign * value for sign, value in zip(signs, differences, strict=True))
+        as_large += abs(flipped) >= observed - 1e-9
+    assert measures.sign_flip(differences) == pytest.approx(as_large / 32)
+    assert measures.sign_flip([-value for value in differences]) == pytest.approx(as_large / 32)
+    with pytest.raises(ValueError, match="17 pairs: expected 1 to 16"):
+        measures.sign_flip([0.1] * 17)
+
+
+def test_an_interval_over_bases_is_wider_than_one_over_their_seeds():
+    """Seeds of a base that are all alike say nothing of other bases."""
+    value, low, high = measures.nested([[0.8] * 8, [0.0] * 8])
+    assert (value, low, high) == pytest.approx((0.4, 0.0, 0.8))
+    assert measures.nested([[0.3, 0.3]]) == pytest.approx((0.3, 0.3, 0.3))
+    assert math.isnan(measures.nested([[0.5]]).low)
+    # a base counts as one, however many seeds it has
+    assert measures.nested([[1.0] * 9, [0.0]]).value == pytest.approx(0.5)
+
+
+def test_auc():
+    assert measures.auc([3, 2, 1, 0], [True, True, False, False]) == 1
+    assert measures.auc([0, 1], [True, False]) == 0
+    assert measures.auc([1, 1, 1], [True, False, False]) == 0.5, "ties count half"
+    assert measures.auc([2, 1, 3], [True, False, False]) == 0.5
+    assert math.isnan(measures.auc([1, 2], [True, True]))
+
+
+# ---- The arms of a reward
+def test_a_reward_of_experts_gets_them_and_its_controls():
+    reward = methods.read_reward(f"{REWARDS / 'ridge.py'}:whiten=True,gamma=0.9")
+    assert reward.own == {"experts": "{solutions}", "held_out": "{n_held_out}", "whiten": True}
+    assert reward.settings["gamma"] == "0.9" and reward.settings["dense_on"] == "response"
+    arms = reward.arms()
+    shuffled = [f"ridge.py-shuffled-{share}" for share in (25, 50, 75, 100)]
+    assert list(arms) == ["ridge.py", *shuffled, "ridge.py-wrong"]
+    half = arms["ridge.py-shuffled-50"].settings["dense"]
+    assert {"of={rewards}/ridge.py", "among=responses", "share=0.5", "whiten=True"} <= set(half)
+    assert "experts={hasty_solutions}" in arms["ridge.py-wrong"].settings["dense"]
+    assert all(arm.beside == "ridge.py" for name, arm in arms.items() if name != "ridge.py")
+
+
+def test_the_coefficient_is_measured_unless_it_is_given():
+    measured = methods.read_reward(str(REWARDS / "noise.py"))
+    assert measured.settings["dense_coef"] == "{scale_noise}"
+    assert list(measured.preparations()) == ["scale_noise"]
+    given = methods.read_reward(f"{REWARDS / 'noise.py'}:dense_coef=2.0,dense_on=token")
+    assert given.settings["dense_coef"] == "2.0" and not given.preparations()
+    assert "among=tokens" in given.arms()["noise.py-shuffled-25"].settings["dense"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nowhere.py", "no file 'nowhere.py'; expected a Python file"),
+        (str(ROOT / "README.md"), "expected a Python file, FILE.py"),
+        (str(REWARDS / "length_reward.py"), r"defines no class Reward\(dense.DenseReward\)"),
+        (f"{REWARDS / 'noise.py'}:colour=red", r"\['colour'\] are no settings of train_rl.py"),
+    ],
+    ids=str,
+)
+def test_what_is_no_reward_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        study.main(study.Study(reward=(text,)))
+
+
+def test_which_arms_run():
+    text = (str(REWARDS / "distillation.py"),)
+    quick = study.Study(reward=text, quick=True).chosen_arms
+    assert quick == ["rlvr", "distillation.py", "distillation.py-shuffled-100", "process"]
+    whole = study.Study(reward=text).chosen_arms
+    assert whole[: len(study.METHODS)] == list(study.METHODS)
+    assert "distillation.py-no-expert" in whole and "noise" in whole
+    assert not {"distillation", "noise"} & set(study.Study().chosen_arms), "of the flow's own study"
+    with pytest.raises(ValueError, match="quick: expected --reward"):
+        study.main(study.Study(quick=True))
+    with pytest.raises(ValueError, match="seeds=17: the exact tests take at most 16"):
+        study.main(study.Study(reward=text, seeds=17))
+
+
+def test_bases_are_nested_and_have_preparations_of_their_own(tmp_path):
+    asked = study.Study(reward=(str(REWARDS / "ridge.py"),), bases=2, seeds=4, arms=("ridge.py",))
+    preparations, runs = study.plan(asked)
+    assert [job.name for job in preparations] == ["scale_ridge", "scale_ridge@1"]
+    assert [(job.label["seed"], job.base) for job in runs] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert runs[1].needs == ("scale_ridge@1",)
+    assert preparations[1].folder.parent.name == "base-1"
+    (tmp_path / "world.json").write_text("{}")
+    with pytest.raises(ValueError, match="bases=2: the world .* is a folder, with one base"):
+        study.find_worlds(change(asked, world=str(tmp_path)))
+
+
+# ---- What comes out
+def a_run(arm: str, seed: int, accuracy: float, **more) -> dict:
+    series = {"correct": [accuracy] * 12, "length": [20.0] * 12}
+    settings = {"prompts": 8}
+    run = {"arm": arm, "seed": seed, "base": seed % 2, "status": "finished", "seconds": 60}
+    return {**run, "series": series, "settings": settings, "beside": None, **more}
+
+
+def test_the_page_says_escapes_first(tmp_path):
+    own = [a_run("good.py", seed, 0.9, auc={"1": 1.0, "12": None}) for seed in range(4)]
+    plain = [a_run("rlvr", seed, 0.9 if seed == 3 else 0.1) for seed in range(4)]
+    control = [a_run("good.py-shuffled-100", seed, 0.1, beside="good.py") for seed in range(4)]
+    cut = a_run("rlvr", 4, 0.9, status="failed")
+    figures = {"runs": [*plain, cut, *own, *control, a_run("rlvr", 100, 0.9)]}
+    arms = ["rlvr", "good.py", "good.py-shuffled-100"]
+    plan = {"arms": arms, "seeds": [0, 4], "bases": 2}
+    (tmp_path / "registered.json").write_text(json.dumps(plan))
+    said = referee.write_verdict(figures, tmp_path)
+    assert "good.py: 4 of 4 runs escaped, of rlvr 1 (McNemar p 0.2500)" in said
+    assert "accuracy +0.60 (sign flip p 0.2500; no p of 4 pairs is below 0.1250)" in said
+    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line[:1] == "|"}
+    assert "| 4 of 4 | 10 | 0.90 | 1.00 / – | 20 | +0.60 |" in rows["`good.py`"]
+    assert "| `good.py` | 0 | 4 | -0.80 |" in rows["`good.py-shuffled-100`"]
+    page = (tmp_path / "verdict.html").read_text()
+    assert page.count("<polyline") == 4 + 8 + 8 and "Registered before" in page
+    assert "All runs begin with one base model" not in said
+
+
+def test_a_reward_with_a_bug_is_refused_before_anything_slow(tmp_path, monkeypatch):
+    file = tmp_path / "broken.py"
+    file.write_text(
+        "from dense import DenseReward\n\n\nclass Reward(DenseReward):\n"
+        "    def score(self, part):\n        return part.output.logp * float('nan')\n"
+    )
+
+    def slow(*_):
+        raise AssertionError("a world was made before the trial")
+
+    monkeypatch.setattr(study, "find_worlds", slow)
+    with pytest.raises(ValueError, match=r"reward .*broken.py: broken: .* are not finite"):
+        study.main(study.Study(reward=(str(file),), quick=True, folder=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> dict[str, dict]:
+    """The truth, a control of it and noise, put through the referee in a small world; runs by arm."""
+    folder = tmp_path_factory.mktemp("judged")
+    sizes = {"steps": 150, "batch_size": 32, "hidden_size": 64}
+    world = trial.toy.make(replace(trial.WORLD, folder=str(folder / "world"), **sizes))
+    asked = study.Study(
+        reward=(
+            f"{REWARDS / 'steps.py'}:dense_on=token,gamma=0.0",
+            f"{REWARDS / 'noise.py'}:dense_on=token,gamma=0.0",
+        ),
+        world=world.folder,
+        arms=("steps.py", "steps.py-shuffled-100", "noise.py"),
+        seeds=1,
+        steps=1,
+        folder=str(folder / "runs"),
+        eval_problems=2,
+        held_out=8,
+    )
+    assert study.main(asked) == 0
+    with pytest.raises(ValueError, match="registered.json has seeds="):
+        study.main(change(asked, seeds=2))
+    return {run["arm"]: run for run in study.read_study(asked.json_file)["runs"]}
+
+
+def test_a_perfect_a_shuffled_and_a_random_signal_come_out_as_what_they_are(judged):
+    assert judged["steps.py"]["auc"] == {"1": 1.0}
+    for arm in ("steps.py-shuffled-100", "noise.py"):
+        assert judged[arm]["auc"]["1"] == pytest.approx(0.5, abs=0.15), arm
