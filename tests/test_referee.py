@@ -198,6 +198,7 @@ def judged(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_a_perfect_a_shuffled_and_a_random_signal_come_out_as_what_they_are(judged):
-    assert judged["steps.py"]["auc"] == {"1": 1.0}
-    for arm in ("steps.py-shuffled-100", "noise.py"):
-        assert judged[arm]["auc"]["1"] == pytest.approx(0.5, abs=0.15), arm
+    """Shuffled among the tokens of a response, the truth still knows which responses are good."""
+    assert judged["steps.py"]["auc"]["1"] == 1
+    assert judged["steps.py-shuffled-100"]["auc"]["1"] < 0.9
+    assert judged["noise.py"]["auc"]["1"] == pytest.approx(0.5, abs=0.15)
