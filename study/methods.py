@@ -88,6 +88,11 @@ ARMS = {
         {"dense_coef": "{scale_noise}"},
         beside="calibrated",
     ),
+    "default": Arm(
+        "How does `python train_rl.py` go, on other base models and seeds?",
+        "default",
+        {"flow": "{default_flow}"},
+    ),
     "published-shuffled": Arm(
         "Does it matter which tokens of a response the published scores fall on?",
         "published-shuffled",
@@ -165,6 +170,12 @@ class Preparation:
 OFFLINE = {"data": "{solutions}", "held_out": "{n_held_out}", "calibrate_at": (0.2, 0.5, 0.8)}
 PREPARATIONS = {
     "flow": Preparation(("train_flow.py",), OFFLINE, "flow", "train_flow"),
+    "default_flow": Preparation(
+        ("train_flow.py",),
+        {"data": "{solutions}", "epochs": 12, "flow_blocks": 1},  # of the world toy
+        "flow",
+        "train_flow",
+    ),
     "standardised_flow": Preparation(
         ("train_flow.py",), {**OFFLINE, "standardise": True}, "flow", "train_flow"
     ),

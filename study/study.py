@@ -90,7 +90,7 @@ METHODS = (
     "distillation",
 )
 METHODS += ("length", "noise")
-JUDGING = ("distillation", "noise")  # came with them; the flow reward's own study has neither
+JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
 
