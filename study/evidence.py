@@ -10,6 +10,8 @@ around them stays. What is read, each if it is there:
                                 which settings were chosen, are left out
     study/tuning.json           of study.py, on those seeds
     study/toy-study.json        of study.py, in the world toy
+    study/default-run.json      of study.py, the default run on several base models
+    study/default-tuning.json   of study.py, the same on seeds from 100 on
     study/signal.json           of flow_signal.py
     study/signal-text.json      of text_signal.py
 
@@ -36,6 +38,7 @@ from matplotlib import pyplot as plt
 
 import flow_signal
 from common import put_tables, table
+from figures import merge, read_study
 from measures import (
     LEVELS,
     WINDOW,
@@ -45,6 +48,7 @@ from measures import (
     captured,
     has_escaped,
     interval,
+    largest_fall,
     last_accuracy,
     number,
     resample,
@@ -53,7 +57,7 @@ from measures import (
     t_interval,
 )
 from methods import ARMS, to_flags
-from study import ROOT, merge, read_study
+from repository import ROOT
 
 BASELINE = "rlvr"
 CEILING = "process"
@@ -203,6 +207,47 @@ def small_tables(study: dict) -> str:
     """Return the tables of measures and of differences of a study in another world."""
     runs = reported_runs(study)
     return f"{measures_table(runs)}\n\n{differences_table(runs)}"
+
+
+SETTLED = 30  # steps, after which the default run shall not fall far
+
+
+def default_table(study: dict) -> str:
+    """Return the table of default runs, a row each: how far they came, and how far one fell back."""
+    rows = []
+    for run in study["runs"]:
+        accuracy = run["series"]["correct"]
+        held_out = run["held_out"]
+        rows.append(
+            [
+                f"`{run['arm']}`",
+                str(run["seed"]),
+                str(run.get("base", 0)),
+                number(accuracy[0]),
+                number(last_accuracy(accuracy)),
+                number(largest_fall(accuracy, SETTLED)),
+                number(held_out["before"]["sampled"]),
+                number(held_out["after"]["sampled"]),
+                number(held_out["after"]["greedy"]),
+            ]
+        )
+    head = ("arm", "seed", "base model", "first step", "last 10 steps")
+    head += (f"largest fall after step {SETTLED}", "held-out before", "after", "after, greedy")
+    return table(head, rows)
+
+
+def draw_default_runs(study: dict) -> plt.Figure:
+    """Draw the training accuracy of each step of each default run."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    for run in study["runs"]:
+        accuracy = run["series"]["correct"]
+        colour = COLOURS[run.get("base", 0) % len(COLOURS)]
+        axes.plot(range(1, len(accuracy) + 1), accuracy, color=colour, linewidth=0.9)
+    for base in sorted({run.get("base", 0) for run in study["runs"]}):
+        axes.plot([], [], color=COLOURS[base % len(COLOURS)], label=f"base model {base}")
+    axes.set(xlabel="step", ylabel="training accuracy of a step", ylim=(0, 1))
+    axes.legend(loc="lower right")
+    return figure
 
 
 def arms_table(study: dict) -> str:
@@ -383,6 +428,8 @@ def other_tables(folder: Path) -> dict[str, str]:
     makers = {
         "tuning": lambda file: tuning_table(read_study(file)),
         "toy-study": lambda file: small_tables(read_study(file)),
+        "default-run": lambda file: default_table(read_study(file)),
+        "default-tuning": lambda file: default_table(read_study(file)),
         "signal": flow_signal.tables,
         "signal-text": flow_signal.tables,
     }
@@ -417,6 +464,10 @@ def main(settings: Settings) -> int:
     print(f"{page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")
     if runs:
         draw(runs, folder)
+    default_runs = folder / "default-run.json"
+    if default_runs.exists():
+        with plt.rc_context(STYLE):
+            save(draw_default_runs(read_study(default_runs)), folder / "default-run.png")
     return 0
 
 

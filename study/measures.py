@@ -3,6 +3,7 @@
 Measures of a run, from its training accuracy in each step:
     accuracy        mean of the last 10 steps                            last_accuracy
     area            mean of all steps                                    area
+    largest fall    how far a step is below the best before it           largest_fall
     steps to A      first step whose 10-step mean reaches A              steps_to
     escaped         accuracy > 0.5                                       has_escaped
 
@@ -45,6 +46,12 @@ def has_escaped(accuracy: Sequence[float]) -> bool:
 def area(accuracy: Sequence[float]) -> float:
     """Return the area under the curve of accuracy, as the mean over all steps."""
     return float(np.mean(accuracy))
+
+
+def largest_fall(accuracy: Sequence[float], after: int) -> float:
+    """Return how far a run fell below the best step that it had had, in its steps from `after` on."""
+    best = np.maximum.accumulate(accuracy)
+    return float(np.max((best - np.asarray(accuracy))[after:], initial=0.0))
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

@@ -31,6 +31,7 @@ from measures import (
 )
 from pages.page import FOLDER as PAGES
 from repository import ROOT
+from tuning import FIRST_SEED, read_chosen, tuning_table
 
 BASELINE = "rlvr"
 CEILING = "process"
@@ -45,8 +46,12 @@ def write_verdict(figures: dict, folder: Path) -> str:
     methods = methods_table(runs)
     controls = controls_table(runs)
     said = "\n".join(sentences(runs, registered))
+    tables = {"Methods": methods, "Controls": controls}
+    chosen = read_chosen(folder)
+    if chosen:
+        tables[f"Chosen on seeds from {FIRST_SEED} on"] = tuning_table(figures, chosen)
     path = folder / "verdict.html"
-    page = make_page(said, runs, {"Methods": methods, "Controls": controls}, registered)
+    page = make_page(said, runs, tables, registered)
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return f"\n{methods}\n\n{controls}\n\n{said}\nopen {path}"

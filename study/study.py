@@ -31,11 +31,10 @@ from repository import ROOT
 # isort: split
 import fcntl
 import hashlib
-import itertools
 import json
-import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -53,15 +52,17 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-from infra import errors, record
+import tuning
+from figures import check_equal, merge, read_study, update_file, write_study
+from infra import errors
 from infra.files import remove, write_json, written_whole
-from infra.metrics import read_metrics
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
-from measures import MOST_FLIPPED, auc
+from measures import MOST_FLIPPED
 from methods import (
     ARMS,
     FLOW_EPOCHS,
     SHARES,
+    Arm,
     Catalogue,
     FileReward,
     make_catalogue,
@@ -70,11 +71,9 @@ from methods import (
 )
 from referee import write_verdict
 from trial import try_rewards
+from tuning import read_chosen
 from worlds import toy
 
-# Figures of a step that the JSON file keeps, besides those of the flow
-SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
-N_DIGITS = 4  # of each, after the point
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # ---- Settings of a study
@@ -107,6 +106,8 @@ class Study:
     world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
     # Base models, each of a world made with a seed of its own: seed s has base s modulo their number
     bases: PositiveInt = 1
+    # First choose settings for each method, among three, on two seeds from 100 on for each base
+    tune: bool = False
     # NAME, or NAME:SETTING=VALUE,SETTING=VALUE; by default all, with --reward those that judge it
     arms: tuple[str, ...] | None = None
     seeds: PositiveInt = 8  # Runs of each arm
@@ -288,13 +289,13 @@ def make_preparation(name: str, base: int, study: Study) -> Job:
 
 
 def make_run(name: str, seed: int, study: Study) -> Job:
-    """Return the job of an arm and a seed."""
-    arm = study.catalogue.find(name)
+    """Return the job of an arm and a seed, with the settings that the study has chosen for it."""
+    arm = find_arm(name, study)
     settings = {**preset("train_rl", study), **arm.settings, "seed": seed}
     base = seed % study.bases
     return Job(
         name=f"{name}/seed-{seed}",
-        folder=Path(study.folder, name.replace(":", "-"), f"seed-{seed}"),
+        folder=Path(study.folder, re.sub(r"[:{}]+", "-", name), f"seed-{seed}"),
         script=arm.script,
         settings=settings,
         product="policy",
@@ -303,6 +304,15 @@ def make_run(name: str, seed: int, study: Study) -> Job:
         base=base,
         label={"arm": name, "seed": seed, "base": base, "beside": arm.beside},
     )
+
+
+def find_arm(name: str, study: Study) -> Arm:
+    """Return an arm with the settings that the study has chosen for it, or for what it is of."""
+    arm = study.catalogue.find(name)
+    chosen = read_chosen(study.folder) if study.reward else {}
+    changes = chosen.get(name, chosen.get(arm.beside, ""))
+    is_of_its_own = ":" in name or (arm.beside is not None and not name.startswith(arm.beside))
+    return arm if is_of_its_own else study.catalogue.find(tuning.with_changes(name, changes))
 
 
 def job_name(preparation: str, base: int) -> str:
@@ -319,7 +329,10 @@ def prepared_folder(study: Study, base: int) -> Path:
 def find_needs(script: Sequence[str], settings: dict, base: int, study: Study) -> tuple[str, ...]:
     """Return the names of the jobs of the preparations that a command has placeholders for."""
     words = " ".join([*script, *to_flags(settings)])
-    names = [name for name in study.catalogue.preparations if f"{{{name}}}" in words]
+    names = []
+    for name in study.catalogue.preparations:
+        if f"{{{name}}}" in words or f"{{{name}:" in words:
+            names.append(name)
     return tuple(job_name(name, base) for name in names)
 
 
@@ -342,13 +355,16 @@ def plan(study: Study) -> tuple[list[Job], list[Job]]:
 
 
 class ReadLater:
-    """Stands for the text of a file that a preparation writes, in a command that is not yet run."""
+    """Stands for the number in a file that a preparation writes, in a command that is not yet run.
+
+    {NAME} is the number, {NAME:3} three times as much.
+    """
 
     def __init__(self, file: Path):
         self.file = file
 
-    def __format__(self, _specification: str) -> str:
-        return self.file.read_text()
+    def __format__(self, factor: str) -> str:
+        return f"{float(self.file.read_text()) * float(factor or 1):.4g}"
 
 
 def find_paths(study: Study, worlds: Sequence[toy.World]) -> list[dict[str, object]]:
@@ -478,7 +494,7 @@ def run_all(
     return statuses
 
 
-# ---- Figures: what is equal for all runs, and a record of each
+# ---- What all runs have in common, and the plan
 def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
     """Return what all runs of a study have in common; figures of others are not compared."""
     first, *others = [hash_of_base(world) for world in worlds]
@@ -503,8 +519,6 @@ def hash_of_base(world: toy.World) -> str:
 
 def begin(study: Study, worlds: Sequence[toy.World]) -> None:
     """Make the folder, or check that it is of the same study; ValueError if it is not."""
-    if study.reward:
-        register(study)
     file = Path(study.folder, "common.json")
     common = describe(study, worlds)
     if file.exists():
@@ -523,7 +537,8 @@ def register(study: Study) -> None:
     file = Path(study.folder, "registered.json")
     plan = {
         "arms": study.chosen_arms,
-        "settings": {arm: study.catalogue.find(arm).settings for arm in study.chosen_arms},
+        "settings": {arm: find_arm(arm, study).settings for arm in study.chosen_arms},
+        "tuned": read_chosen(study.folder) or "not tuned",
         "seeds": [study.first_seed, study.first_seed + study.seeds - 1],
         "bases": study.bases,
         "steps": study.steps,
@@ -541,172 +556,6 @@ def register(study: Study) -> None:
     write_json(file, plan)
 
 
-def check_equal(stored: dict, asked: dict, name: str) -> None:
-    """Raise ValueError if runs of two studies are not comparable."""
-    for key in asked:
-        if stored.get(key) != asked[key]:
-            raise ValueError(
-                f"{name} has {key}={stored.get(key)}, expected {asked[key]}: their runs are not "
-                "comparable; name another --folder or --json"
-            )
-
-
-def collect(folder: str) -> dict:
-    """Return the figures of all runs in a study's folder, finished or not."""
-    common = Path(folder, "common.json")
-    if not common.exists():
-        raise ValueError(f"{folder} holds no study; expected the --folder of one")
-    runs = []
-    for record_file in Path(folder).glob("*/seed-*.json"):
-        runs.append(read_run(record_file))
-    return {**json.loads(common.read_text()), "runs": in_order(runs)}
-
-
-def read_run(record_file: Path) -> dict:
-    """Return the figures of a run: what the study noted of it, and its series."""
-    record = json.loads(record_file.read_text())
-    folder = record_file.with_suffix("")
-    steps = read_steps(folder / "metrics.jsonl")
-    kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
-    run = {key: record[key] for key in kept if key in record}
-    run["seconds"] = round(sum(step["time/step"] for step in steps))
-    run["series"] = read_series(steps)
-    run["held_out"] = read_evaluations(folder / "summary.json")
-    if "log_rollouts" in run["settings"]:
-        run["auc"] = read_aucs(folder)
-    return run
-
-
-def read_aucs(folder: Path) -> dict[str, float | None]:
-    """Return how well the rewards of recorded tokens tell right steps from wrong ones, by step."""
-    aucs = {}
-    for step, file in record.find_files(folder).items():
-        value = auc(*label_rewards(record.read(file)))
-        aucs[str(step)] = None if math.isnan(value) else round(value, N_DIGITS)
-    return aucs
-
-
-def label_rewards(records: Sequence[dict]) -> tuple[list[float], list[bool]]:
-    """Return the dense reward of each token inside a step, and whether the step is right."""
-    rewards = []
-    labels = []
-    for one in records:
-        ends = list(itertools.accumulate(len(text) for text in one["tokens"]))
-        for step in toy.label_steps(one["question"], one["response"]):
-            for end, reward in zip(ends, one["dense_reward"], strict=True):
-                if one["dense"] and reward is not None and step.start < end <= step.end:
-                    rewards.append(reward)
-                    labels.append(step.is_right)
-    return rewards, labels
-
-
-def read_steps(file: Path) -> list[dict[str, float]]:
-    """Return the figures of each step that a run has logged so far, without those not finite."""
-    return read_metrics(file) if file.exists() else []
-
-
-def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
-    """Return the figures of steps that are kept, by name, rounded; None where a step has none.
-
-    A step without right answers, for instance, has no flow reward of right ones, and a figure that
-    was not finite is none.
-    """
-    names = dict.fromkeys(name for step in steps for name in step)
-    series: dict[str, list[float | None]] = {}
-    for name in names:
-        is_score = name.endswith("/score") and not name.startswith("time/")
-        if name in SERIES or name.startswith("flow/") or is_score:
-            values = [step.get(name) for step in steps]
-            series[name] = [None if value is None else round(value, N_DIGITS) for value in values]
-    return series
-
-
-def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
-    """Return the accuracies on held-out problems, before and after, sampled and greedy."""
-    accuracies: dict[str, dict[str, float]] = {}
-    summary = json.loads(file.read_text()) if file.exists() else {}
-    for when, sets in summary.items():
-        (kinds,) = sets.values()
-        accuracies[when] = {
-            kind: round(row["avg"]["mean"], N_DIGITS) for kind, row in kinds.items()
-        }
-    return accuracies
-
-
-# ---- The file of figures
-def in_order(runs: Sequence[dict]) -> list[dict]:
-    """Sort runs by arm, in the order of ARMS, then the arms of rewards, and by seed."""
-    places = {name: place for place, name in enumerate(ARMS)}
-
-    def key(run: dict) -> tuple:
-        name = run["arm"].partition(":")[0]
-        return places.get(name, len(places)), run["arm"], run["seed"]
-
-    return sorted(runs, key=key)
-
-
-def merge(studies: Sequence[dict]) -> dict:
-    """Put the runs of several studies together; ValueError if they are not comparable.
-
-    Of a run that is in several of them, the one that came furthest stays, or the first of equals.
-    """
-    common = {key: value for key, value in studies[0].items() if key != "runs"}
-    runs: dict[tuple[str, int], dict] = {}
-    settings: dict[str, dict] = {}
-    for study in studies:
-        check_equal(study, common, "a study to be merged")
-        for run in study["runs"]:
-            key = (run["arm"], run["seed"])
-            expected = settings.setdefault(run["arm"], without_seed(run))
-            if without_seed(run) != expected:
-                raise ValueError(
-                    f"runs of {run['arm']} differ in settings, {without_seed(run)} and {expected}: "
-                    "they are not comparable; leave one file out"
-                )
-            if key not in runs or progress(run) > progress(runs[key]):
-                runs[key] = run
-    return {**common, "runs": in_order(list(runs.values()))}
-
-
-def without_seed(run: dict) -> dict:
-    """Return the settings that all runs of an arm share."""
-    settings = {name: value for name, value in run["settings"].items() if name != "seed"}
-    return {"script": run["script"], **settings}
-
-
-def progress(run: dict) -> tuple[bool, int]:
-    """Return how far a run came."""
-    return run["status"] == "finished", len(run["series"].get("correct", ()))
-
-
-def read_study(file: str | Path) -> dict:
-    """Read a file of figures; ValueError if it is none."""
-    study = json.loads(Path(file).read_text())
-    if "runs" not in study:
-        raise ValueError(f"{file} holds no runs; expected a file that study/study.py wrote")
-    return study
-
-
-def write_study(file: Path, study: dict) -> None:
-    """Write a file of figures, a run a line."""
-    head = [
-        f"{json.dumps(key)}: {json.dumps(value)},\n"
-        for key, value in study.items()
-        if key != "runs"
-    ]
-    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in study["runs"])
-    with written_whole(file) as temporary:
-        temporary.write_text("{\n" + "".join(head) + '"runs": [\n' + runs + "\n]}\n")
-
-
-def update_file(file: Path, folder: str) -> None:
-    """Put the figures of the runs in a study's folder into a file; what else it holds stays."""
-    studies = [collect(folder)]
-    if file.exists():
-        studies.append(read_study(file))
-    write_study(file, merge(studies))
-
-
 # ---- The command
 def report(statuses: dict[str, str], study: Study) -> int:
     """Say what failed or was stopped; return the exit code, 0 if all is finished."""
@@ -716,7 +565,7 @@ def report(statuses: dict[str, str], study: Study) -> int:
     for name, status in statuses.items():
         if status != "finished":
             print(f"{status}: {name}, see its .log in {study.folder}")
-    if study.reward:
+    if Path(study.folder, "registered.json").exists():
         print(write_verdict(read_study(study.json_file), Path(study.folder)))
     else:
         print("next: python study/evidence.py")
@@ -728,6 +577,8 @@ def check(study: Study) -> None:
     check_values(study)
     if study.quick and not study.reward:
         raise ValueError("quick: expected --reward FILE.py, whose first answer it is")
+    if study.tune and not study.reward:
+        raise ValueError("tune: expected --reward FILE.py, beside which the methods are tuned")
     if study.reward and study.seeds > MOST_FLIPPED:
         raise ValueError(
             f"seeds={study.seeds}: the exact tests take at most {MOST_FLIPPED}; lower --seeds"
@@ -749,16 +600,57 @@ def main(study: Study) -> int:
     if study.reward and study.folder == OF_THE_FLOW:
         names = "-".join(reward.file.stem for reward in study.rewards)
         study = replace(study, folder=f"runs/judge-{names}")
+    check_jobs(study)
+    try_rewards(study.rewards)
+    worlds = find_worlds(study)
+    begin(study, worlds)
+    if study.tune and not tune(study, worlds):
+        return 1
+    if study.reward:
+        register(study)
+    return report(run_arms(study, worlds), study)
+
+
+def check_jobs(study: Study) -> list[Job]:
+    """Return all jobs; ValueError if a folder holds one with other settings."""
     preparations, runs = plan(study)
     jobs = [*preparations, *runs]
     for job in jobs:
         job.check()
-    try_rewards(study.rewards)
-    worlds = find_worlds(study)
-    begin(study, worlds)
+    return jobs
+
+
+def run_arms(study: Study, worlds: Sequence[toy.World]) -> dict[str, str]:
+    """Run the arms of a study on its seeds; return each job's status by its name."""
     paths = find_paths(study, worlds)
     after_each = partial(update_file, study.json_file, study.folder)
-    return report(run_all(jobs, study.jobs, paths, after_each), study)
+    return run_all(check_jobs(study), study.jobs, paths, after_each)
+
+
+def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
+    """Choose the settings of each method, on seeds of their own; return whether all runs ended."""
+    file = Path(study.folder, "chosen.json")
+    if file.exists():
+        return True
+    scales = {reward.name: reward.scale for reward in study.rewards if reward.preparations()}
+    tried = {}
+    for arm in study.chosen_arms:
+        found = tuning.candidates(arm, scales.get(arm))
+        if found:
+            tried[arm] = found
+    names = [tuning.with_changes(arm, each) for arm, some in tried.items() for each in some]
+    trial_runs = replace(
+        study,
+        arms=tuple(names),
+        first_seed=tuning.FIRST_SEED,
+        seeds=tuning.SEEDS_PER_BASE * study.bases,
+    )
+    statuses = run_arms(trial_runs, worlds)
+    if set(statuses.values()) != {"finished"}:
+        report(statuses, study)
+        return False
+    write_json(file, tuning.choose(read_study(study.json_file), tried))
+    return True
 
 
 def run() -> None:

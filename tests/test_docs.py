@@ -33,6 +33,7 @@ FOREIGN_FLAGS = {
     "--name",
     "--check",
     "--dist",
+    "--quick",
     "--nnodes",
     "--nproc-per-node",
     "--repo-type",

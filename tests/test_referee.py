@@ -10,11 +10,13 @@ import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "study"))
+import figures
 import measures
 import methods
 import referee
 import study
 import trial
+import tuning
 from infra.settings import change
 
 REWARDS = ROOT / "study" / "rewards"
@@ -194,7 +196,7 @@ def judged(tmp_path_factory) -> dict[str, dict]:
     assert study.main(asked) == 0
     with pytest.raises(ValueError, match="registered.json has seeds="):
         study.main(change(asked, seeds=2))
-    return {run["arm"]: run for run in study.read_study(asked.json_file)["runs"]}
+    return {run["arm"]: run for run in figures.read_study(asked.json_file)["runs"]}
 
 
 def test_a_perfect_a_shuffled_and_a_random_signal_come_out_as_what_they_are(judged):
@@ -202,3 +204,34 @@ def test_a_perfect_a_shuffled_and_a_random_signal_come_out_as_what_they_are(judg
     assert judged["steps.py"]["auc"]["1"] == 1
     assert judged["steps.py-shuffled-100"]["auc"]["1"] < 0.9
     assert judged["noise.py"]["auc"]["1"] == pytest.approx(0.5, abs=0.15)
+
+
+# ---- Tuning
+def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
+    reward = (str(REWARDS / "noise.py"),)
+    asked = study.Study(reward=reward, folder=str(tmp_path), arms=("rlvr", "noise.py"), seeds=1)
+    tried = {
+        "rlvr": tuning.candidates("rlvr", None),
+        "noise.py": tuning.candidates("noise.py", "scale_noise"),
+    }
+    assert [len(each) for each in tried.values()] == [3, 3], "each has as many"
+    accuracies = {"rlvr": 0.2, "rlvr:lr=1e-4": 0.2, "rlvr:lr=4e-4": 0.1}
+    accuracies |= dict.fromkeys(map("noise.py:dense_coef={{scale_noise:{}}}".format, (0.3, 3)), 0.5)
+    runs = [a_run(arm, 100, value) for arm, value in accuracies.items()]
+    runs.append(a_run("noise.py", 100, 0.9, status="failed"))
+    runs.append(a_run("rlvr:lr=4e-4", 1, 1.0))
+    chosen = tuning.choose({"runs": runs}, tried)
+    assert chosen == {"rlvr": "", "noise.py": "dense_coef={scale_noise:0.3}"}
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen))
+    for arm in ("noise.py", "noise.py-shuffled-25"):
+        job = study.make_run(arm, 0, asked)
+        assert job.settings["dense_coef"] == "{scale_noise:0.3}" and job.needs == ("scale_noise",)
+    assert study.make_run("noise", 0, asked).settings["dense_coef"] == "{scale_noise}"
+    assert "| `rlvr` | 0.20 | 0 of 1 | chosen |" in tuning.tuning_table({"runs": runs}, chosen)
+    assert tuning.read_chosen(tmp_path / "nowhere") == {}
+
+
+def test_a_number_that_is_read_later_may_be_multiplied(tmp_path):
+    (tmp_path / "coefficient.txt").write_text("0.25")
+    number = study.ReadLater(tmp_path / "coefficient.txt")
+    assert f"{number} {number:3}" == "0.25 0.75"

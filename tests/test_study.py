@@ -18,6 +18,7 @@ from conftest import ROOT, find_model_in, read_lines, small_run
 sys.path.append(str(ROOT / "study"))
 import dense
 import evidence
+import figures
 import hasty
 import measures
 import methods
@@ -117,18 +118,18 @@ def test_pairs_are_of_seeds_that_both_have_and_that_count():
 def test_studies_are_merged():
     here = a_study(a_run("rlvr", 0, 0.1), a_run("rlvr", 1, 0.1, "unfinished"))
     there = a_study(a_run("rlvr", 1, 0.3), a_run("calibrated", 0, 0.5))
-    merged = study.merge([here, there])
+    merged = figures.merge([here, there])
     kept = [(run["arm"], run["seed"], run["status"]) for run in merged["runs"]]
     assert kept == [
         (arm, seed, "finished") for arm, seed in (("rlvr", 0), ("rlvr", 1), ("calibrated", 0))
     ]
-    assert study.merge([merged, here, there]) == merged
+    assert figures.merge([merged, here, there]) == merged
     with pytest.raises(ValueError, match="base=other, expected abc"):
-        study.merge([here, {**there, "base": "other"}])
+        figures.merge([here, {**there, "base": "other"}])
     other = a_run("rlvr", 2, 0.1)
     other["settings"]["shaping"] = "flow"
     with pytest.raises(ValueError, match="runs of rlvr differ in settings"):
-        study.merge([here, a_study(other)])
+        figures.merge([here, a_study(other)])
 
 
 # ---- Arms
@@ -277,7 +278,7 @@ def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
     metrics = folder / "runs" / "rlvr" / "seed-0" / "metrics.jsonl"
     threading.Thread(target=stop_once_begun, args=(metrics,), daemon=True).start()
     assert study.main(asked) == 1
-    interrupted = study.read_study(asked.json_file)
+    interrupted = figures.read_study(asked.json_file)
     rest = change(asked, arms=asked.arms[1:])
     assert study.main(rest) == 0
     return rest, interrupted
@@ -293,7 +294,7 @@ def test_an_interrupted_study(small_study):
 
 def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monkeypatch):
     asked, interrupted = small_study
-    whole = {run["arm"]: run for run in study.read_study(asked.json_file)["runs"]}
+    whole = {run["arm"]: run for run in figures.read_study(asked.json_file)["runs"]}
     begun = {run["arm"]: run for run in interrupted["runs"]}["rlvr"]["series"]["correct"]
     assert 0 < len(begun) < 3
     job = study.make_run("rlvr", 0, asked)
@@ -301,7 +302,7 @@ def test_a_resumed_run_gives_the_same_series(small_study, world, tmp_path, monke
     command = elsewhere.command(study.find_paths(asked, [world]))
     monkeypatch.setattr(sys, "argv", command[1:])
     train_rl.main(parse_config(train_rl.Config, {}))
-    uninterrupted = study.read_series(study.read_steps(tmp_path / "run" / "metrics.jsonl"))
+    uninterrupted = figures.read_series(figures.read_steps(tmp_path / "run" / "metrics.jsonl"))
     assert whole["rlvr"]["series"] == uninterrupted
     assert whole["rlvr"]["held_out"].keys() == {"before", "after"}
     assert not any((job.folder / name).exists() for name in job.outdated)
@@ -364,13 +365,13 @@ def test_figures_that_some_steps_lack(tmp_path):
     Nor is there a figure that was not finite, or a line that is still being written.
     """
     file = tmp_path / "metrics.jsonl"
-    assert study.read_steps(file) == []
+    assert figures.read_steps(file) == []
     file.write_text(
         '{"step": 1, "correct": 0.0, "flow/reward_wrong": -0.12345, "flow/reward_right": null}\n'
         '{"step": 2, "correct": 0.5, "flow/reward_wrong": -0.2, "flow/reward_right": -0.1}\n'
         '{"step": 3, "corr'
     )
-    assert study.read_series(study.read_steps(file)) == {
+    assert figures.read_series(figures.read_steps(file)) == {
         "correct": [0.0, 0.5],
         "flow/reward_wrong": [-0.1235, -0.2],
         "flow/reward_right": [None, -0.1],

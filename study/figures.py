@@ -1,0 +1,188 @@
+"""The figures of a study: those of each run, read from its folder, and the JSON file that keeps them.
+
+A run's series are rounded; runs of several machines are put together if they are comparable.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from infra import record
+from infra.files import written_whole
+from infra.metrics import read_metrics
+from measures import auc
+from methods import ARMS
+from worlds import toy
+
+# Figures of a step that the JSON file keeps, besides those of the flow
+SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
+N_DIGITS = 4  # of each, after the point
+
+
+# ---- Runs
+def collect(folder: str) -> dict:
+    """Return the figures of all runs in a study's folder, finished or not."""
+    common = Path(folder, "common.json")
+    if not common.exists():
+        raise ValueError(f"{folder} holds no study; expected the --folder of one")
+    runs = []
+    for record_file in Path(folder).glob("*/seed-*.json"):
+        runs.append(read_run(record_file))
+    return {**json.loads(common.read_text()), "runs": in_order(runs)}
+
+
+def read_run(record_file: Path) -> dict:
+    """Return the figures of a run: what the study noted of it, and its series."""
+    record = json.loads(record_file.read_text())
+    folder = record_file.with_suffix("")
+    steps = read_steps(folder / "metrics.jsonl")
+    kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
+    run = {key: record[key] for key in kept if key in record}
+    run["seconds"] = round(sum(step["time/step"] for step in steps))
+    run["series"] = read_series(steps)
+    run["held_out"] = read_evaluations(folder / "summary.json")
+    if "log_rollouts" in run["settings"]:
+        run["auc"] = read_aucs(folder)
+    return run
+
+
+def read_aucs(folder: Path) -> dict[str, float | None]:
+    """Return how well the rewards of recorded tokens tell right steps from wrong ones, by step."""
+    aucs = {}
+    for step, file in record.find_files(folder).items():
+        value = auc(*label_rewards(record.read(file)))
+        aucs[str(step)] = None if math.isnan(value) else round(value, N_DIGITS)
+    return aucs
+
+
+def label_rewards(records: Sequence[dict]) -> tuple[list[float], list[bool]]:
+    """Return the dense reward of each token inside a step, and whether the step is right."""
+    rewards = []
+    labels = []
+    for one in records:
+        ends = list(itertools.accumulate(len(text) for text in one["tokens"]))
+        for step in toy.label_steps(one["question"], one["response"]):
+            for end, reward in zip(ends, one["dense_reward"], strict=True):
+                if one["dense"] and reward is not None and step.start < end <= step.end:
+                    rewards.append(reward)
+                    labels.append(step.is_right)
+    return rewards, labels
+
+
+def read_steps(file: Path) -> list[dict[str, float]]:
+    """Return the figures of each step that a run has logged so far, without those not finite."""
+    return read_metrics(file) if file.exists() else []
+
+
+def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
+    """Return the figures of steps that are kept, by name, rounded; None where a step has none.
+
+    A step without right answers, for instance, has no flow reward of right ones, and a figure that
+    was not finite is none.
+    """
+    names = dict.fromkeys(name for step in steps for name in step)
+    series: dict[str, list[float | None]] = {}
+    for name in names:
+        is_score = name.endswith("/score") and not name.startswith("time/")
+        if name in SERIES or name.startswith("flow/") or is_score:
+            values = [step.get(name) for step in steps]
+            series[name] = [None if value is None else round(value, N_DIGITS) for value in values]
+    return series
+
+
+def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
+    """Return the accuracies on held-out problems, before and after, sampled and greedy."""
+    accuracies: dict[str, dict[str, float]] = {}
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    for when, sets in summary.items():
+        (kinds,) = sets.values()
+        accuracies[when] = {
+            kind: round(row["avg"]["mean"], N_DIGITS) for kind, row in kinds.items()
+        }
+    return accuracies
+
+
+# ---- The file of figures
+def in_order(runs: Sequence[dict]) -> list[dict]:
+    """Sort runs by arm, in the order of ARMS, then the arms of rewards, and by seed."""
+    places = {name: place for place, name in enumerate(ARMS)}
+
+    def key(run: dict) -> tuple:
+        name = run["arm"].partition(":")[0]
+        return places.get(name, len(places)), run["arm"], run["seed"]
+
+    return sorted(runs, key=key)
+
+
+def merge(studies: Sequence[dict]) -> dict:
+    """Put the runs of several studies together; ValueError if they are not comparable.
+
+    Of a run that is in several of them, the one that came furthest stays, or the first of equals.
+    """
+    common = {key: value for key, value in studies[0].items() if key != "runs"}
+    runs: dict[tuple[str, int], dict] = {}
+    settings: dict[str, dict] = {}
+    for study in studies:
+        check_equal(study, common, "a study to be merged")
+        for run in study["runs"]:
+            key = (run["arm"], run["seed"])
+            expected = settings.setdefault(run["arm"], without_seed(run))
+            if without_seed(run) != expected:
+                raise ValueError(
+                    f"runs of {run['arm']} differ in settings, {without_seed(run)} and {expected}: "
+                    "they are not comparable; leave one file out"
+                )
+            if key not in runs or progress(run) > progress(runs[key]):
+                runs[key] = run
+    return {**common, "runs": in_order(list(runs.values()))}
+
+
+def without_seed(run: dict) -> dict:
+    """Return the settings that all runs of an arm share."""
+    settings = {name: value for name, value in run["settings"].items() if name != "seed"}
+    return {"script": run["script"], **settings}
+
+
+def progress(run: dict) -> tuple[bool, int]:
+    """Return how far a run came."""
+    return run["status"] == "finished", len(run["series"].get("correct", ()))
+
+
+def read_study(file: str | Path) -> dict:
+    """Read a file of figures; ValueError if it is none."""
+    study = json.loads(Path(file).read_text())
+    if "runs" not in study:
+        raise ValueError(f"{file} holds no runs; expected a file that study/study.py wrote")
+    return study
+
+
+def write_study(file: Path, study: dict) -> None:
+    """Write a file of figures, a run a line."""
+    head = [
+        f"{json.dumps(key)}: {json.dumps(value)},\n"
+        for key, value in study.items()
+        if key != "runs"
+    ]
+    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in study["runs"])
+    with written_whole(file) as temporary:
+        temporary.write_text("{\n" + "".join(head) + '"runs": [\n' + runs + "\n]}\n")
+
+
+def update_file(file: Path, folder: str) -> None:
+    """Put the figures of the runs in a study's folder into a file; what else it holds stays."""
+    studies = [collect(folder)]
+    if file.exists():
+        studies.append(read_study(file))
+    write_study(file, merge(studies))
+
+
+def check_equal(stored: dict, asked: dict, name: str) -> None:
+    """Raise ValueError if runs of two studies are not comparable."""
+    for key in asked:
+        if stored.get(key) != asked[key]:
+            raise ValueError(
+                f"{name} has {key}={stored.get(key)}, expected {asked[key]}: their runs are not "
+                "comparable; name another --folder or --json"
+            )
