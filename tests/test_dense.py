@@ -1,9 +1,11 @@
 """Dense rewards of files: each of study/rewards/ runs, on ranks, with adapters and images; bad ones are refused."""
 
 import json
+import math
 import pickle
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import (
     BY_LENGTH,
     ROOT,
     figures,
+    find_model_in,
     flags,
     flow_reward_of,
     last_state,
@@ -27,12 +30,13 @@ import rlfr
 import train_rl
 from infra.files import import_file
 from infra.settings import change, parse_config, upgraded
+from policy import load_policy
 from run import export_checkpoint
 
 FOLDER = ROOT / "study" / "rewards"
 LEARNING = ROOT / "tests" / "learning_reward.py"
-LATENTS = ("mahalanobis", "nearest", "probe", "ridge")  # what reads latents
-EXPERTS = ("bigram", *LATENTS)
+LATENTS = ("mahalanobis", "mlp", "nearest", "probe", "ridge")  # what reads latents
+EXPERTS = ("ngram", *LATENTS)
 OTHERS = ("noise", "self_certainty", "steps", "logprob", "distillation")
 
 
@@ -43,7 +47,7 @@ def own_settings(name: str, world) -> tuple[str, ...]:
         settings += (f"expert={world.path('model')}",)
     if name in (*EXPERTS, "logprob"):
         settings += (f"experts={world.path('expert.jsonl')}",)
-    if name in ("bigram", "mahalanobis", "nearest", "ridge", "logprob"):
+    if name in ("ngram", "mahalanobis", "mlp", "nearest", "ridge", "logprob"):
         settings += ("held_out=16",)
     return settings
 
@@ -427,3 +431,30 @@ def test_records_and_pages_name_the_reward(runs):
     assert json.dumps("ridge") in data
     (record, *_) = read_lines(Path(runs["noise"].folder) / "rollouts" / "step-1.jsonl")
     assert record["taps"] == [] and len(record["dense_score"]) == 1
+
+
+def test_counts_of_groups_of_tokens(world):
+    """Against counting in Python, for pairs and for groups of four."""
+    rows = read_lines(world.path("expert.jsonl"))
+    model = find_model_in(world.path("model"))
+    config = run_of(world, None, FOLDER / "ngram.py", problem_column="problem")
+    host = dense.Host(model, config, lambda: load_policy(model.path), names_flow=True)
+    fitted, _ = host.solutions(world.path("expert.jsonl"), 16)
+    assert len(fitted) == len(rows) - 16
+    texts = [[*row.prompt_ids, *row.response_ids] for row in fitted]
+    for n in (2, 4):
+        own = {"experts": world.path("expert.jsonl"), "held_out": "16", "n": str(n)}
+        reward = dense.make(str(FOLDER / "ngram.py"), own, host)
+        counts = Counter()
+        for row, ids in zip(fitted, texts, strict=True):
+            for end in range(len(row.prompt_ids), len(ids)):
+                counts[tuple(ids[end - n + 1 : end + 1])] += 1
+                counts[tuple(ids[end - n + 1 : end])] += 1
+        (part, *_) = host.run_policy(fitted[:1], ())
+        ids, start = texts[0], len(fitted[0].prompt_ids)
+        expected = []
+        for end in range(start, len(ids)):
+            group, before = tuple(ids[end - n + 1 : end + 1]), tuple(ids[end - n + 1 : end])
+            of_before = counts[before] + 0.1 * len(model.tokenizer)
+            expected.append(-math.log((counts[group] + 0.1) / of_before))
+        assert reward.surprise(part).tolist() == pytest.approx(expected, abs=1e-5), n
