@@ -41,11 +41,29 @@ def read_run(record_file: Path) -> dict:
     kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
     run = {key: record[key] for key in kept if key in record}
     run["seconds"] = round(sum(step["time/step"] for step in steps))
+    if "needs" in record:
+        run["prepared_seconds"] = preparing_seconds(record["needs"], record_file.parents[1])
     run["series"] = read_series(steps)
     run["held_out"] = read_evaluations(folder / "summary.json")
     if "log_rollouts" in run["settings"]:
         run["auc"] = read_aucs(folder)
     return run
+
+
+def preparing_seconds(needs: Sequence[str], study: Path) -> int:
+    """Return how long it took to prepare what a run needs, such as an offline start."""
+    seconds: dict[str, int] = {}
+    waiting = list(needs)
+    while waiting:
+        needed = waiting.pop()
+        name, _, base = needed.partition("@")
+        folder = study / "prepared" / f"base-{base}" if base else study / "prepared"
+        file = folder / f"{name}.json"
+        if needed not in seconds and file.exists():
+            of_job = json.loads(file.read_text())
+            seconds[needed] = of_job.get("seconds", 0)
+            waiting += of_job.get("needs", ())
+    return sum(seconds.values())
 
 
 def read_aucs(folder: Path) -> dict[str, float | None]:
@@ -93,7 +111,7 @@ def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
 
 
 def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
-    """Return the accuracies on held-out problems, before and after, sampled and greedy."""
+    """Return the accuracies on held-out problems, before and after, sampled and greedy, and pass@k."""
     accuracies: dict[str, dict[str, float]] = {}
     summary = json.loads(file.read_text()) if file.exists() else {}
     for when, sets in summary.items():
@@ -101,6 +119,10 @@ def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
         accuracies[when] = {
             kind: round(row["avg"]["mean"], N_DIGITS) for kind, row in kinds.items()
         }
+        passed = kinds["sampled"]["pass"]
+        k = max(passed, key=int)
+        if int(k) > 1:
+            accuracies[when][f"pass@{k}"] = round(passed[k]["mean"], N_DIGITS)
     return accuracies
 
 

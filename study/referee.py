@@ -94,7 +94,17 @@ def by_base(runs: Runs, arm: str, other: str) -> list[list[float]]:
 def methods_table(runs: Runs) -> str:
     """Return the table of each arm, and of it against the baseline."""
     head = ("arm", "runs", "escaped", "steps to 0.5", "accuracy", "AUC of steps", "length")
-    head += (f"minus `{BASELINE}`", "95 %", "p", "p of escapes", "captured", "tokens", "minutes")
+    head += (
+        f"minus `{BASELINE}`",
+        "95 %",
+        "p",
+        "p of escapes",
+        "captured",
+        "pass@4",
+        "tokens",
+        "minutes",
+        "minutes before",
+    )
     return table(head, [method_row(arm, runs) for arm in runs])
 
 
@@ -113,8 +123,10 @@ def method_row(arm: str, runs: Runs) -> list[str]:
         number(float(np.mean([run["series"]["length"][-WINDOW:] for run in own])), 0),
         *comparison(arm, BASELINE, runs),
         number(share_captured(arm, runs)),
+        pass_cell(own),
         f"{np.mean([sampled_tokens(run) for run in own]) / 1e6:.2f} M",
         f"{np.mean([run['seconds'] for run in own]) / 60:.1f}",
+        f"{np.mean([run.get('prepared_seconds', 0) for run in own]) / 60:.1f}",
     ]
 
 
@@ -148,6 +160,13 @@ def auc_cell(runs: Sequence[dict]) -> str:
         values = [run["auc"][step] for run in runs if run.get("auc", {}).get(step) is not None]
         means.append(number(float(np.mean(values))) if values else "–")
     return " / ".join(means) if set(means) - {"–"} else "–"
+
+
+def pass_cell(runs: Sequence[dict]) -> str:
+    """Return the mean pass@4 of the trained policies on held-out problems."""
+    values = [run["held_out"].get("after", {}).get("pass@4") for run in runs if "held_out" in run]
+    known = [value for value in values if value is not None]
+    return number(float(np.mean(known))) if known else "–"
 
 
 def sampled_tokens(run: dict) -> float:

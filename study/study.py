@@ -38,6 +38,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -188,7 +189,8 @@ def preset(script: str | None, study: Study) -> dict[str, object]:
             steps=study.steps,
         )
     if script == "train_rl" and study.reward:
-        settings.update(log_rollouts=max(1, study.steps // 2))  # the first step's, a middle one's
+        # rollouts of the first step, a middle one and the last; pass@4
+        settings.update(log_rollouts=max(1, study.steps // 2), eval_samples=4)
     return settings
 
 
@@ -232,14 +234,19 @@ class Job:
                     "name another --folder, or remove that run"
                 )
 
-    def write_record(self, status: str, error: str = "") -> None:
-        """Write settings and status, finished, failed or unfinished, beside the folder."""
+    def write_record(self, status: str, error: str = "", seconds: float = 0) -> None:
+        """Write settings and status, finished, failed or unfinished, beside the folder.
+
+        The seconds are those of all its processes so far, whether they ended or were stopped.
+        """
         record = {
             **self.label,
             "status": status,
             "error": error,
             "script": self.script,
             "settings": self.settings,
+            "needs": self.needs,
+            "seconds": self.record().get("seconds", 0) + round(seconds),
             "versions": versions(),
         }
         write_json(self.record_file, record)
@@ -256,9 +263,9 @@ class Job:
         where = ["--resume" if has_begun else "--folder", str(self.folder)]
         return [sys.executable, str(ROOT / script), *arguments, *where]
 
-    def finish(self) -> None:
+    def finish(self, seconds: float) -> None:
         """Note that the job is done, and remove what nobody needs any more."""
-        self.write_record("finished")
+        self.write_record("finished", seconds=seconds)
         for name in self.outdated:
             remove(self.folder / name)
 
@@ -461,11 +468,16 @@ def run_job(job: Job, paths: Sequence[dict], needed: Sequence[Future], processes
             job.write_record("failed", f"without {', '.join(missing)}, not prepared")
             return "failed"
         job.write_record("unfinished")
+        began = time.monotonic()
         code = processes.call(job.command(paths), job.log_file, lock)
+        seconds = time.monotonic() - began
         if code == 0 and (job.folder / job.product).exists():
-            job.finish()
+            job.finish(seconds)
         elif code != 0 and not processes.is_stopping:
-            job.write_record("failed", last_line(job.log_file) or f"exit code {code}")
+            said = last_line(job.log_file) or f"exit code {code}"
+            job.write_record("failed", said, seconds)
+        else:
+            job.write_record("unfinished", seconds=seconds)
         return job.record()["status"]
 
 
