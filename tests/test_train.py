@@ -921,7 +921,7 @@ def test_the_command_line(world, flow_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_rl.py", *arguments])
         return parse_config(train_rl.Config, {"toy": toy.TRAIN_RL})
 
-    assert parse() == change(train_rl.Config(), **toy.TRAIN_RL) and parse().lr == 3e-4
+    assert parse() == change(train_rl.Config(), **toy.TRAIN_RL) and parse().lr == 1.5e-4
     assert (
         parse("--model", "Qwen2.5-7B").lr == 1e-6
         and parse("--model=Qwen2.5-7B").sampling.prompts == 128
