@@ -666,7 +666,7 @@ class FlowReward(DenseReward):
     @classmethod
     def make(cls, values: Mapping[str, str], host: Host) -> "FlowReward":
         """Load the flow that the settings name, and make a reward of it; a file may subclass it."""
-        parse_settings(cls.Settings, values)
+        own = parse_settings(cls.Settings, values)
         config = host.config
         if config.flow is None:
             raise ValueError("the reward is of a flow: name it with --flow FOLDER, or --flow new")
@@ -678,7 +678,9 @@ class FlowReward(DenseReward):
         parallel.compile_forward([flow.model], config.compute.compile)
         settings = (config.flow_reward, config.flow_update)
         group_size = config.sampling.group_size
-        return cls(flow, host.policy.n_layers, *settings, seed=config.seed, group_size=group_size)
+        reward = cls(flow, host.policy.n_layers, *settings, seed=config.seed, group_size=group_size)
+        reward.own = own  # settings of a file, an object of its class Settings
+        return reward
 
     def begin(self, step: int, episodes: Sequence) -> None:
         """Begin to score a step's episodes; the flow accepts those that are right."""

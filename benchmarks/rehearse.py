@@ -5,7 +5,7 @@
 The flags are those of train_rl.py. Scoring, the dense reward's part, forward and backward of a
 micro-batch are done at the longest lengths that the settings allow, max_prompt_tokens + max_tokens.
 The largest size of all tensors is printed, or what to lower where they do not fit. No step is taken
-and nothing is written. Sampling is not rehearsed: an engine sizes its cache by what is free.
+and no run is written. Sampling is not rehearsed: an engine sizes its cache by what is free.
 """
 
 import repository  # noqa: F401

@@ -177,8 +177,9 @@ def settings_of_file(path: str, config_class: type) -> dict[str, object]:
     `folder` and `resume`, which the file of a run has, are left out: a new run has a place of its own.
     """
     values = read_settings(path, config_class.script)
-    values = {name: as_tuple(value) for name, value in values.items() if name not in WHERE}
+    values = {name: value for name, value in values.items() if name not in WHERE}
     values = upgraded(values, path, "take that version, or leave it out")
+    values = {name: as_tuple(value) for name, value in values.items()}
     kinds = kinds_of(config_class())
     unknown = [shown(name) for name in values if name not in kinds]
     if unknown:
@@ -287,7 +288,7 @@ RENAMED = {
     "flow_after": "dense_after",
 }
 # Settings that earlier versions had, and that do not count for a run that goes on
-OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images", "other_contexts")
+OF_NO_EFFECT = ("log_groups", "grader_deadline", "max_images", "other_contexts", "rehearse")
 # Settings that earlier versions had, and the value at which those did what every run does now
 NO_LONGER_SET = {"ratio_cap": 3.0, "lr_floor": 0.1, "eval_split": "test", "min_pixels": None}
 # The same, where they count for one kind of shaping alone

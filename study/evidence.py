@@ -38,7 +38,7 @@ from matplotlib import pyplot as plt
 
 import flow_signal
 from common import put_tables, table
-from figures import merge, read_study
+from figures import FIRST_TUNING_SEED, merge, read_study
 from measures import (
     LEVELS,
     WINDOW,
@@ -61,7 +61,6 @@ from repository import ROOT
 
 BASELINE = "rlvr"
 CEILING = "process"
-FIRST_TUNING_SEED = 100
 N_COLUMNS = 3  # of panels
 
 
@@ -212,10 +211,15 @@ def small_tables(study: dict) -> str:
 SETTLED = 30  # steps, after which the default run shall not fall far
 
 
+def finished(study: dict) -> list[dict]:
+    """Return the runs of a study that came to their end."""
+    return [run for run in study["runs"] if run["status"] == "finished"]
+
+
 def default_table(study: dict) -> str:
     """Return the table of default runs, a row each: how far they came, and how far one fell back."""
     rows = []
-    for run in study["runs"]:
+    for run in finished(study):
         accuracy = run["series"]["correct"]
         held_out = run["held_out"]
         rows.append(
@@ -239,11 +243,11 @@ def default_table(study: dict) -> str:
 def draw_default_runs(study: dict) -> plt.Figure:
     """Draw the training accuracy of each step of each default run."""
     figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    for run in study["runs"]:
+    for run in finished(study):
         accuracy = run["series"]["correct"]
         colour = COLOURS[run.get("base", 0) % len(COLOURS)]
         axes.plot(range(1, len(accuracy) + 1), accuracy, color=colour, linewidth=0.9)
-    for base in sorted({run.get("base", 0) for run in study["runs"]}):
+    for base in sorted({run.get("base", 0) for run in finished(study)}):
         axes.plot([], [], color=COLOURS[base % len(COLOURS)], label=f"base model {base}")
     axes.set(xlabel="step", ylabel="training accuracy of a step", ylim=(0, 1))
     axes.legend(loc="lower right")

@@ -21,6 +21,9 @@ SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups"
 N_DIGITS = 4  # of each, after the point
 
 
+FIRST_TUNING_SEED = 100  # from here on settings are chosen, and nothing is reported
+
+
 # ---- Runs
 def collect(folder: str) -> dict:
     """Return the figures of all runs in a study's folder, finished or not."""
@@ -46,7 +49,7 @@ def read_run(record_file: Path) -> dict:
     run["series"] = read_series(steps)
     run["held_out"] = read_evaluations(folder / "summary.json")
     if "log_rollouts" in run["settings"]:
-        run["auc"] = read_aucs(folder)
+        run["auc"] = read_aucs(folder, record["settings"].get("dense_on", "token"))
     return run
 
 
@@ -66,27 +69,47 @@ def preparing_seconds(needs: Sequence[str], study: Path) -> int:
     return sum(seconds.values())
 
 
-def read_aucs(folder: Path) -> dict[str, float | None]:
-    """Return how well the rewards of recorded tokens tell right steps from wrong ones, by step."""
+def read_aucs(folder: Path, dense_on: str) -> dict[str, float | None]:
+    """Return how well what recorded tokens get tells right steps from wrong ones, by step.
+
+    That is a token's reward, or with --dense-on response, where all tokens have the same, its score.
+    """
     aucs = {}
     for step, file in record.find_files(folder).items():
-        value = auc(*label_rewards(record.read(file)))
+        value = auc(*label_tokens(record.read(file), dense_on))
         aucs[str(step)] = None if math.isnan(value) else round(value, N_DIGITS)
     return aucs
 
 
-def label_rewards(records: Sequence[dict]) -> tuple[list[float], list[bool]]:
-    """Return the dense reward of each token inside a step, and whether the step is right."""
-    rewards = []
+def label_tokens(records: Sequence[dict], dense_on: str) -> tuple[list[float], list[bool]]:
+    """Return a value of each token inside a step, higher is better, and whether the step is right."""
+    values = []
     labels = []
     for one in records:
+        of_tokens = one["dense_reward"] if dense_on == "token" else scores_of(one)
         ends = list(itertools.accumulate(len(text) for text in one["tokens"]))
         for step in toy.label_steps(one["question"], one["response"]):
-            for end, reward in zip(ends, one["dense_reward"], strict=True):
-                if one["dense"] and reward is not None and step.start < end <= step.end:
-                    rewards.append(reward)
+            for end, value in zip(ends, of_tokens, strict=True):
+                if one["dense"] and value is not None and step.start < end <= step.end:
+                    values.append(value)
                     labels.append(step.is_right)
-    return rewards, labels
+    return values, labels
+
+
+def scores_of(one: dict) -> list[float | None]:
+    """Return the score of each token of a record, mean over taps, higher is better; None if unknown.
+
+    Of a control that shuffles rewards the scores are those of the reward that it shuffles, so that
+    they say nothing of it.
+    """
+    if one["dense"] == "shuffled" or not one["dense_score"]:
+        return [None] * len(one["tokens"])
+    sign = -1 if one["dense"] == "flow" else 1  # the flow's is a deviation
+    scores = []
+    for by_tap in zip(*one["dense_score"], strict=True):
+        known = [value for value in by_tap if value is not None]
+        scores.append(sign * sum(known) / len(known) if known else None)
+    return scores
 
 
 def read_steps(file: Path) -> list[dict[str, float]]:
@@ -145,12 +168,15 @@ def merge(studies: Sequence[dict]) -> dict:
     """
     common = {key: value for key, value in studies[0].items() if key != "runs"}
     runs: dict[tuple[str, int], dict] = {}
-    settings: dict[str, dict] = {}
+    settings: dict[tuple[str, bool], dict] = {}
     for study in studies:
         check_equal(study, common, "a study to be merged")
         for run in study["runs"]:
             key = (run["arm"], run["seed"])
-            expected = settings.setdefault(run["arm"], without_seed(run))
+            is_tuning = (
+                run["seed"] >= FIRST_TUNING_SEED
+            )  # with the settings among which one chooses
+            expected = settings.setdefault((run["arm"], is_tuning), without_seed(run))
             if without_seed(run) != expected:
                 raise ValueError(
                     f"runs of {run['arm']} differ in settings, {without_seed(run)} and {expected}: "
@@ -202,9 +228,9 @@ def update_file(file: Path, folder: str) -> None:
 
 def check_equal(stored: dict, asked: dict, name: str) -> None:
     """Raise ValueError if runs of two studies are not comparable."""
-    for key in asked:
-        if stored.get(key) != asked[key]:
+    for key in sorted((stored.keys() | asked.keys()) - {"runs"}):
+        if stored.get(key) != asked.get(key):
             raise ValueError(
-                f"{name} has {key}={stored.get(key)}, expected {asked[key]}: their runs are not "
+                f"{name} has {key}={stored.get(key)}, expected {asked.get(key)}: their runs are not "
                 "comparable; name another --folder or --json"
             )

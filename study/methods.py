@@ -7,7 +7,6 @@ A reward FILE.py of --reward is tried in arms that differ in one thing:
     FILE.py                  the reward, on the mean of each response, at the coefficient of scale.py
     FILE.py-shuffled-25      a quarter of its scores in other places, and so on to 100
     FILE.py-wrong            fitted to wrong solutions, where it is fitted to solutions (`experts`)
-    FILE.py-no-expert        with the base model for an expert, where it asks one (`expert`)
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import train_rl
-from dense import DenseReward
+from dense import DenseReward, FlowReward
 from infra.files import import_file
 from infra.kinds import as_tuple
 from infra.settings import flatten
@@ -100,7 +99,7 @@ ARMS = {
         beside="published",
     ),
     "calibrated-shuffled": Arm(
-        "Does it matter which response of a step a mean excess belongs to?",
+        "Does it matter which response of a group a mean excess belongs to?",
         "calibrated-shuffled",
         FLOW,
         beside="calibrated",
@@ -205,9 +204,6 @@ PREPARATIONS = {
 SHARES = (25, 50, 75, 100)  # percent of a reward's scores that a control puts in other places
 # What a reward may ask for, by the names of its settings, and what it gets in a study
 GIVEN = {"experts": "{solutions}", "held_out": "{n_held_out}", "expert": "{sft}"}
-# Another one of each, which knows nothing of good solutions
-WORSE = {"experts": ("wrong", "{hasty_solutions}"), "expert": ("no-expert", "{base}")}
-ON_RESPONSE = {"dense_on": "response"}
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ class FileReward:
     @property
     def scale(self) -> str:
         """The name of the preparation that finds its coefficient."""
-        return f"scale_{self.file.stem}"
+        return f"coefficient_of_{self.file.stem}"
 
     @property
     def path(self) -> str:
@@ -264,14 +260,13 @@ class FileReward:
                 self.shuffled(share),
                 beside=self.name,
             )
-        for setting, (word, value) in WORSE.items():
-            if setting in self.own:
-                arms[f"{self.name}-{word}"] = Arm(
-                    f"Does it with {setting}={value}?",
-                    "rlvr",
-                    self.shaping(**{setting: value}),
-                    beside=self.name,
-                )
+        if "experts" in self.own:
+            arms[f"{self.name}-wrong"] = Arm(
+                "Does it if it is fitted to wrong solutions of the base model?",
+                "rlvr",
+                self.shaping(experts="{hasty_solutions}"),
+                beside=self.name,
+            )
         return arms
 
     def preparations(self) -> dict[str, Preparation]:
@@ -306,11 +301,21 @@ def read_reward(text: str) -> FileReward:
         raise ValueError(f"{file} defines no class Reward(dense.DenseReward)")
     asked = {each.name for each in dataclasses.fields(kind.Settings)}
     own = {setting: value for setting, value in GIVEN.items() if setting in asked}
-    settings = {**ON_RESPONSE, "dense_coef": f"{{scale_{file.stem}}}"}
+    taken = asked & {"of", "among", "share"}
+    if taken:
+        raise ValueError(
+            f"{file} has settings called {', '.join(sorted(taken))}, as rewards/shuffled.py has, which "
+            "makes its controls: give them other names"
+        )
+    settings = {"dense_on": "response"}
+    if issubclass(kind, FlowReward):
+        settings["flow"] = "{flow}"
     for setting, value in read_changes(changes).items():
         (own if setting in asked else settings)[setting] = value
     check_settings(settings, f"reward {text!r}")
-    return FileReward(file, own, settings)
+    reward = FileReward(file, own, settings)
+    settings.setdefault("dense_coef", f"{{{reward.scale}}}")
+    return reward
 
 
 # ---- All there is
@@ -335,10 +340,16 @@ class Catalogue:
 
 
 def read_changes(text: str) -> dict[str, object]:
-    """Read SETTING=VALUE,SETTING=VALUE."""
+    """Read SETTING=VALUE,SETTING=VALUE,… where a VALUE may be several with commas between them."""
     changed: dict[str, object] = {}
+    setting = ""
     for change in filter(None, text.split(",")):
-        setting, _, value = change.partition("=")
+        name, equals, value = change.partition("=")
+        if not equals and setting:  # one more value of the setting before
+            before = changed[setting]
+            changed[setting] = (*(before if isinstance(before, tuple) else (before,)), change)
+            continue
+        setting = name
         changed[setting] = {"True": True, "False": False}.get(value, value)
     return changed
 
@@ -355,6 +366,11 @@ def make_catalogue(rewards: Sequence[FileReward] = ()) -> Catalogue:
     arms = dict(ARMS)
     preparations = dict(PREPARATIONS)
     for reward in rewards:
+        if reward.name in arms:
+            raise ValueError(
+                f"two rewards are called {reward.name}: judge one at a time, or copy the file under "
+                "another name"
+            )
         arms |= reward.arms()
         preparations |= reward.preparations()
     return Catalogue(arms, preparations)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common import table
+from figures import FIRST_TUNING_SEED
 from infra.files import written_whole
 from measures import (
     ESCAPED,
@@ -31,10 +32,11 @@ from measures import (
 )
 from pages.page import FOLDER as PAGES
 from repository import ROOT
-from tuning import FIRST_SEED, read_chosen, tuning_table
+from tuning import read_chosen, tuning_table
 
 BASELINE = "rlvr"
 CEILING = "process"
+KNOW_NOTHING = ("noise", "length")  # arms that every reward is compared with
 WIDTH, HEIGHT = 260, 140  # of a chart
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> run
 
@@ -49,7 +51,7 @@ def write_verdict(figures: dict, folder: Path) -> str:
     tables = {"Methods": methods, "Controls": controls}
     chosen = read_chosen(folder)
     if chosen:
-        tables[f"Chosen on seeds from {FIRST_SEED} on"] = tuning_table(figures, chosen)
+        tables[f"Chosen on seeds from {FIRST_TUNING_SEED} on"] = tuning_table(figures, chosen)
     path = folder / "verdict.html"
     page = make_page(said, runs, tables, registered)
     with written_whole(path) as temporary:
@@ -177,13 +179,18 @@ def sampled_tokens(run: dict) -> float:
 
 
 def controls_table(runs: Runs) -> str:
-    """Return the table of the controls, each against the arm that it is of."""
+    """Return the table of the controls of rewards of files, each against its reward."""
     head = ("control", "of", "escaped", "of that", "minus that", "95 %", "p", "p of escapes")
-    rows = []
+    rewards = [arm for arm in runs if arm.endswith(".py")]
+    of_whom = []
     for arm, seeds in runs.items():
         other = next(iter(seeds.values())).get("beside")
-        if other not in runs:
-            continue
+        if other in rewards:
+            of_whom.append((arm, other))
+        if arm in KNOW_NOTHING:
+            of_whom += [(arm, reward) for reward in rewards]
+    rows = []
+    for arm, other in of_whom:
         counts = [sum(map(has_escaped, some)) for some in pairs(runs, arm, other)]
         rows.append([f"`{arm}`", f"`{other}`", *map(str, counts), *comparison(arm, other, runs)])
     return table(head, rows)

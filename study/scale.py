@@ -50,14 +50,14 @@ def spread_of(experience: train_rl.Experience, reward: dense.DenseReward, config
     group_size = config.sampling.group_size
     mask = experience.mask
     scored = experience.scored
-    dense.check_varied(reward, experience.score, scored)
     rewards = dense.token_rewards(reward, experience.score, scored, settings, group_size)
     added = dense.credit(rewards, scored, mask, settings, group_size, config.advantage.baseline)
     spread = added[mask].std().item()
     if spread == 0:
         raise ValueError(
-            f"{reward.name}: it adds the same to the advantages of all tokens; is its clamp "
-            f"{settings.dense_clamp or reward.clamp} too narrow?"
+            f"{reward.name}: in the first step it adds the same to the advantages of all tokens "
+            f"(clamp {settings.dense_clamp or reward.clamp}), so that its coefficient cannot be "
+            "measured: give it, FILE.py:dense_coef=NUMBER"
         )
     return spread
 

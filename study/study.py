@@ -54,7 +54,7 @@ import tyro
 from tqdm import tqdm
 
 import tuning
-from figures import check_equal, merge, read_study, update_file, write_study
+from figures import FIRST_TUNING_SEED, check_equal, merge, read_study, update_file, write_study
 from infra import errors
 from infra.files import remove, write_json, written_whole
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
@@ -91,6 +91,7 @@ METHODS = (
 )
 METHODS += ("length", "noise")
 JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
+SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
 
@@ -102,7 +103,7 @@ class Study:
     # Dense rewards to be judged: FILE.py, or FILE.py:SETTING=VALUE,SETTING=VALUE with settings of
     # train_rl.py or of the file; see methods.py for their arms
     reward: tuple[str, ...] = ()
-    # A first answer: the reward, its control, RLVR and a perfect reward, 4 seeds of 60 steps each
+    # A first answer: the reward, its control, RLVR and a perfect reward, by default 4 seeds of 60 steps
     quick: bool = False
     world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
     # Base models, each of a world made with a seed of its own: seed s has base s modulo their number
@@ -111,9 +112,9 @@ class Study:
     tune: bool = False
     # NAME, or NAME:SETTING=VALUE,SETTING=VALUE; by default all, with --reward those that judge it
     arms: tuple[str, ...] | None = None
-    seeds: PositiveInt = 8  # Runs of each arm
+    seeds: PositiveInt | None = None  # Runs of each arm; by default 8
     first_seed: NonNegativeInt = 0  # Seed of the first one
-    steps: PositiveInt = 100  # RL steps of each run
+    steps: PositiveInt | None = None  # RL steps of each run; by default 100
     jobs: PositiveInt = 2  # Runs side by side, each on one core
     folder: str = OF_THE_FLOW  # Where runs are; with --reward runs/judge-NAME
     json: str | None = None  # File for the figures; by default FOLDER/study.json
@@ -122,6 +123,16 @@ class Study:
     held_out: PositiveInt = 64  # Expert solutions for calibration, on which nothing is fitted
     collect: bool = False  # Run nothing: collect the figures of the runs in the folder
     merge: tuple[str, ...] = ()  # Run nothing: add the figures of these files, of other machines
+
+    @property
+    def n_seeds(self) -> int:
+        """How many seeds each arm has."""
+        return self.seeds or (QUICK if self.quick else SIZES)["seeds"]
+
+    @property
+    def n_steps(self) -> int:
+        """How many RL steps each run has."""
+        return self.steps or (QUICK if self.quick else SIZES)["steps"]
 
     @property
     def json_file(self) -> Path:
@@ -186,11 +197,11 @@ def preset(script: str | None, study: Study) -> dict[str, object]:
             eval_data=("{evaluation}",),
             eval_samples=1,
             engine="torch",
-            steps=study.steps,
+            steps=study.n_steps,
         )
     if script == "train_rl" and study.reward:
         # rollouts of the first step, a middle one and the last; pass@4
-        settings.update(log_rollouts=max(1, study.steps // 2), eval_samples=4)
+        settings.update(log_rollouts=max(1, study.n_steps // 2), eval_samples=4)
     return settings
 
 
@@ -302,7 +313,7 @@ def make_run(name: str, seed: int, study: Study) -> Job:
     base = seed % study.bases
     return Job(
         name=f"{name}/seed-{seed}",
-        folder=Path(study.folder, re.sub(r"[:{}]+", "-", name), f"seed-{seed}"),
+        folder=folder_of_run(name, seed, study),
         script=arm.script,
         settings=settings,
         product="policy",
@@ -313,13 +324,22 @@ def make_run(name: str, seed: int, study: Study) -> Job:
     )
 
 
+def folder_of_run(arm: str, seed: int, study: Study) -> Path:
+    """Return the folder of the run of an arm and a seed."""
+    return Path(study.folder, re.sub(r"[:{}]+", "-", arm), f"seed-{seed}")
+
+
 def find_arm(name: str, study: Study) -> Arm:
     """Return an arm with the settings that the study has chosen for it, or for what it is of."""
     arm = study.catalogue.find(name)
-    chosen = read_chosen(study.folder) if study.reward else {}
-    changes = chosen.get(name, chosen.get(arm.beside, ""))
-    is_of_its_own = ":" in name or (arm.beside is not None and not name.startswith(arm.beside))
-    return arm if is_of_its_own else study.catalogue.find(tuning.with_changes(name, changes))
+    if ":" in name or not study.reward:
+        return arm
+    chosen = read_chosen(study.folder)
+    of_whom = name
+    if arm.beside and name.startswith(f"{arm.beside}-"):
+        of_whom = arm.beside
+    changes = chosen.get(of_whom, "")
+    return study.catalogue.find(tuning.with_changes(name, changes))
 
 
 def job_name(preparation: str, base: int) -> str:
@@ -345,9 +365,14 @@ def find_needs(script: Sequence[str], settings: dict, base: int, study: Study) -
 
 def plan(study: Study) -> tuple[list[Job], list[Job]]:
     """Return the runs of a study and what they need to have prepared, in a possible order."""
-    seeds = range(study.first_seed, study.first_seed + study.seeds)
+    seeds = range(study.first_seed, study.first_seed + study.n_seeds)
     # all arms of a seed together: a study that is cut short has whole pairs
-    runs = [make_run(arm, seed, study) for seed in seeds for arm in study.chosen_arms]
+    elsewhere = finished_elsewhere(study)
+    runs = []
+    for seed in seeds:
+        for arm in study.chosen_arms:
+            if (arm, seed) not in elsewhere:
+                runs.append(make_run(arm, seed, study))
     preparations: dict[str, Job] = {}
 
     def add_needs(job: Job) -> None:
@@ -359,6 +384,18 @@ def plan(study: Study) -> tuple[list[Job], list[Job]]:
     for run in runs:
         add_needs(run)
     return list(preparations.values()), runs
+
+
+def finished_elsewhere(study: Study) -> set[tuple[str, int]]:
+    """Return arm and seed of runs that the JSON file has as finished and the folder has not at all."""
+    if not study.json_file.exists():
+        return set()
+    found = set()
+    for run in read_study(study.json_file)["runs"]:
+        here = folder_of_run(run["arm"], run["seed"], study)
+        if run["status"] == "finished" and not here.with_name(f"{here.name}.json").exists():
+            found.add((run["arm"], run["seed"]))
+    return found
 
 
 class ReadLater:
@@ -525,14 +562,20 @@ def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
 
 def hash_of_base(world: toy.World) -> str:
     """Return a text by which the weights of a base model are known again."""
-    weights = Path(world.path("model"), "model.safetensors").read_bytes()
-    return hashlib.sha256(weights).hexdigest()[:16]
+    return hash_of(Path(world.path("model"), "model.safetensors"))
+
+
+def hash_of(file: Path) -> str:
+    """Return a text by which a file's content is known again."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def begin(study: Study, worlds: Sequence[toy.World]) -> None:
     """Make the folder, or check that it is of the same study; ValueError if it is not."""
     file = Path(study.folder, "common.json")
     common = describe(study, worlds)
+    if study.json_file.exists():
+        check_equal(read_study(study.json_file), common, str(study.json_file))
     if file.exists():
         check_equal(json.loads(file.read_text()), common, str(file))
         return
@@ -551,9 +594,10 @@ def register(study: Study) -> None:
         "arms": study.chosen_arms,
         "settings": {arm: find_arm(arm, study).settings for arm in study.chosen_arms},
         "tuned": read_chosen(study.folder) or "not tuned",
-        "seeds": [study.first_seed, study.first_seed + study.seeds - 1],
+        "files": {each.name: hash_of(each.file) for each in study.rewards},
+        "seeds": [study.first_seed, study.first_seed + study.n_seeds - 1],
         "bases": study.bases,
-        "steps": study.steps,
+        "steps": study.n_steps,
         "first": "escape: the mean accuracy of the last 10 steps is above 0.5; McNemar's exact test",
         "then": "steps to a 10-step mean of 0.5; accuracy of the last 10 steps, exact sign-flip test "
         "and 95 % bootstrap over bases and seeds",
@@ -577,11 +621,16 @@ def report(statuses: dict[str, str], study: Study) -> int:
     for name, status in statuses.items():
         if status != "finished":
             print(f"{status}: {name}, see its .log in {study.folder}")
+    show_verdict(study)
+    return int(counts["finished"] < len(statuses))
+
+
+def show_verdict(study: Study) -> None:
+    """Print what came of the rewards that are judged, and write its page."""
     if Path(study.folder, "registered.json").exists():
         print(write_verdict(read_study(study.json_file), Path(study.folder)))
-    else:
+    elif not study.reward:
         print("next: python study/evidence.py")
-    return int(counts["finished"] < len(statuses))
 
 
 def check(study: Study) -> None:
@@ -591,27 +640,43 @@ def check(study: Study) -> None:
         raise ValueError("quick: expected --reward FILE.py, whose first answer it is")
     if study.tune and not study.reward:
         raise ValueError("tune: expected --reward FILE.py, beside which the methods are tuned")
-    if study.reward and study.seeds > MOST_FLIPPED:
+    if study.n_seeds < study.bases:
         raise ValueError(
-            f"seeds={study.seeds}: the exact tests take at most {MOST_FLIPPED}; lower --seeds"
+            f"bases={study.bases} with seeds={study.n_seeds}: some bases would have no run; raise "
+            "--seeds, or lower --bases"
         )
+    if study.reward and study.n_seeds > MOST_FLIPPED:
+        raise ValueError(
+            f"seeds={study.n_seeds}: the exact tests take at most {MOST_FLIPPED}; lower --seeds"
+        )
+    if study.tune and study.first_seed + study.n_seeds > FIRST_TUNING_SEED:
+        raise ValueError(
+            f"seeds up to {study.first_seed + study.n_seeds - 1} are reported, and from "
+            f"{FIRST_TUNING_SEED} on --tune chooses settings: lower --first-seed or --seeds"
+        )
+    for reward in study.rewards if study.tune else ():
+        if not reward.preparations():
+            raise ValueError(
+                f"{reward.name} has dense_coef={reward.settings['dense_coef']}, which --tune would "
+                "choose as for every other arm: leave one of them out"
+            )
 
 
 def main(study: Study) -> int:
     """Run a study, or do what it asks in place of that; return the exit code."""
     check(study)
-    if study.merge:
-        files = [study.json_file] if study.json_file.exists() else []
-        write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))
-        return 0
-    if study.collect:
-        update_file(study.json_file, study.folder)
-        return 0
-    if study.quick:
-        study = replace(study, **QUICK)
     if study.reward and study.folder == OF_THE_FLOW:
         names = "-".join(reward.file.stem for reward in study.rewards)
         study = replace(study, folder=f"runs/judge-{names}")
+    if study.merge:
+        files = [study.json_file] if study.json_file.exists() else []
+        write_study(study.json_file, merge([read_study(file) for file in [*files, *study.merge]]))
+        show_verdict(study)
+        return 0
+    if study.collect:
+        update_file(study.json_file, study.folder)
+        show_verdict(study)
+        return 0
     check_jobs(study)
     try_rewards(study.rewards)
     worlds = find_worlds(study)
@@ -654,7 +719,7 @@ def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
     trial_runs = replace(
         study,
         arms=tuple(names),
-        first_seed=tuning.FIRST_SEED,
+        first_seed=FIRST_TUNING_SEED,
         seeds=tuning.SEEDS_PER_BASE * study.bases,
     )
     statuses = run_arms(trial_runs, worlds)

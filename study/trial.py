@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
-from methods import FileReward, to_flags
+from methods import GIVEN, FileReward, to_flags
 from repository import ROOT
 from worlds import toy
 
@@ -60,10 +60,13 @@ def try_reward(reward: FileReward, world: toy.World, folder: str) -> None:
         "solutions": world.path("expert.jsonl"),
         "n_held_out": "16",
         "sft": world.path("model"),
+        "flow": "new",
         "rewards": str(ROOT / "study" / "rewards"),
         reward.scale: "1",
     }
-    settings = {**SETTINGS, **reward.shaping()}
+    # whatever else was given, as the tiny world has other sizes
+    given = {name: GIVEN[name] for name in reward.own if name in GIVEN}
+    settings = {**SETTINGS, **reward.shaping(**given)}
     settings |= {"model": world.path("model"), "data": world.path("train.jsonl"), "folder": folder}
     words = [word.format(**paths) for word in to_flags(settings)]
     done = subprocess.run(

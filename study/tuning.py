@@ -1,8 +1,8 @@
 """Parity of tuning: every method's settings are chosen among as many, on seeds that nobody reports.
 
 The candidates are named here, before anything runs. Each is tried on SEEDS_PER_BASE seeds from
-FIRST_SEED on for each base model, and the one with the best mean accuracy is taken, of equals the one
-that is named first. Controls take the choice of what they are of.
+FIRST_TUNING_SEED on for each base model, and the one with the best mean accuracy is taken, of equals the one
+that is named first. NAME-shuffled and other controls NAME-… take the choice of NAME.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from common import table
+from figures import FIRST_TUNING_SEED
 from measures import has_escaped, last_accuracy, number
 
-FIRST_SEED = 100
 SEEDS_PER_BASE = 2
 RATES = ("", "lr=1e-4", "lr=4e-4")
 CANDIDATES = {  # arm -> changes of its settings, as in NAME:SETTING=VALUE; "" changes nothing
@@ -43,7 +43,7 @@ def candidates(arm: str, scale: str | None) -> Sequence[str]:
 def choose(figures: dict, tried: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Return the changes of settings that each arm has done best with.
 
-    figures: with the runs of the arms NAME or NAME:CHANGES on seeds from FIRST_SEED on
+    figures: with the runs of the arms NAME or NAME:CHANGES on seeds from FIRST_TUNING_SEED on
     tried: arm -> its candidates
     """
     accuracies = by_arm(figures)
@@ -63,7 +63,7 @@ def by_arm(figures: dict) -> dict[str, list[float]]:
     """Return the accuracies of the finished tuning runs of each arm."""
     accuracies: dict[str, list[float]] = {}
     for run in figures["runs"]:
-        if run["status"] == "finished" and run["seed"] >= FIRST_SEED:
+        if run["status"] == "finished" and run["seed"] >= FIRST_TUNING_SEED:
             accuracy = last_accuracy(run["series"]["correct"])
             accuracies.setdefault(run["arm"], []).append(accuracy)
     return accuracies

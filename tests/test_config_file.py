@@ -93,6 +93,13 @@ def test_switches_and_nulls(write, parse):
     assert not parse("--config", file, "--no-dense-centre").dense_reward.dense_centre
 
 
+def test_settings_of_an_earlier_version(write, parse):
+    """Regression: what two settings have become one list was refused as a list."""
+    file = write({"clip_low": 0.2, "clip_high": 0.28, "freeze_flow": True, "rehearse": False})
+    config = parse("--model", "Qwen2.5-7B", "--config", file)
+    assert config == change(train_rl.Config(), model="Qwen2.5-7B", clip=(0.2, 0.28), flow_lr=0.0)
+
+
 # ---- Whose files
 @pytest.mark.parametrize("config_class", [train_rl.Config, train_flow.Config])
 def test_the_settings_of_a_run(tmp_path, parse, config_class):

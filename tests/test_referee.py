@@ -77,13 +77,15 @@ def test_a_reward_of_experts_gets_them_and_its_controls():
     half = arms["ridge.py-shuffled-50"].settings["dense"]
     assert {"of={rewards}/ridge.py", "among=responses", "share=0.5", "whiten=True"} <= set(half)
     assert "experts={hasty_solutions}" in arms["ridge.py-wrong"].settings["dense"]
+    clamped = methods.read_reward(f"{REWARDS / 'ridge.py'}:dense_clamp=-2,0,gamma=0.9")
+    assert clamped.settings["dense_clamp"] == ("-2", "0") and clamped.settings["gamma"] == "0.9"
     assert all(arm.beside == "ridge.py" for name, arm in arms.items() if name != "ridge.py")
 
 
 def test_the_coefficient_is_measured_unless_it_is_given():
     measured = methods.read_reward(str(REWARDS / "noise.py"))
-    assert measured.settings["dense_coef"] == "{scale_noise}"
-    assert list(measured.preparations()) == ["scale_noise"]
+    assert measured.settings["dense_coef"] == "{coefficient_of_noise}"
+    assert list(measured.preparations()) == ["coefficient_of_noise"]
     given = methods.read_reward(f"{REWARDS / 'noise.py'}:dense_coef=2.0,dense_on=token")
     assert given.settings["dense_coef"] == "2.0" and not given.preparations()
     assert "among=tokens" in given.arms()["noise.py-shuffled-25"].settings["dense"]
@@ -104,16 +106,43 @@ def test_what_is_no_reward_is_refused(text, words):
         study.main(study.Study(reward=(text,)))
 
 
+def test_a_reward_that_is_called_like_a_built_in_arm_leaves_that_as_it_is(tmp_path):
+    file = tmp_path / "noise.py"
+    file.write_text((REWARDS / "self_certainty.py").read_text())
+    catalogue = methods.make_catalogue([methods.read_reward(str(file))])
+    assert catalogue.preparations["scale_noise"] == methods.PREPARATIONS["scale_noise"]
+    assert catalogue.arms["noise"] == methods.ARMS["noise"]
+    file.write_text(
+        "from dataclasses import dataclass\nfrom dense import DenseReward\n\n\n@dataclass\n"
+        "class Own:\n    share: float = 0.3\n\n\nclass Reward(DenseReward):\n    Settings = Own\n"
+    )
+    with pytest.raises(ValueError, match="settings called share, as rewards/shuffled.py has"):
+        methods.read_reward(str(file))
+
+
+def test_a_reward_of_a_flow_gets_the_flow():
+    assert methods.read_reward(str(REWARDS / "squared_flow.py")).settings["flow"] == "{flow}"
+
+
 def test_which_arms_run():
     text = (str(REWARDS / "distillation.py"),)
     quick = study.Study(reward=text, quick=True).chosen_arms
     assert quick == ["rlvr", "distillation.py", "distillation.py-shuffled-100", "process"]
     whole = study.Study(reward=text).chosen_arms
     assert whole[: len(study.METHODS)] == list(study.METHODS)
-    assert "distillation.py-no-expert" in whole and "noise" in whole
+    assert "noise" in whole and "distillation.py-shuffled-25" in whole
     assert not {"distillation", "noise"} & set(study.Study().chosen_arms), "of the flow's own study"
     with pytest.raises(ValueError, match="quick: expected --reward"):
         study.main(study.Study(quick=True))
+    with pytest.raises(ValueError, match="bases=4 with seeds=2: some bases would have no run"):
+        study.main(study.Study(reward=text, bases=4, seeds=2))
+    with pytest.raises(ValueError, match="seeds up to 107 are reported"):
+        study.main(study.Study(reward=text, tune=True, first_seed=100))
+    with pytest.raises(ValueError, match="has dense_coef=2.0, which --tune would choose"):
+        study.main(study.Study(reward=(f"{text[0]}:dense_coef=2.0",), tune=True))
+    with pytest.raises(ValueError, match="two rewards are called distillation.py"):
+        study.main(study.Study(reward=text * 2))
+    assert study.Study(quick=True).n_seeds == 4 and study.Study(quick=True, seeds=7).n_seeds == 7
     with pytest.raises(ValueError, match="seeds=17: the exact tests take at most 16"):
         study.main(study.Study(reward=text, seeds=17))
 
@@ -121,9 +150,9 @@ def test_which_arms_run():
 def test_bases_are_nested_and_have_preparations_of_their_own(tmp_path):
     asked = study.Study(reward=(str(REWARDS / "ridge.py"),), bases=2, seeds=4, arms=("ridge.py",))
     preparations, runs = study.plan(asked)
-    assert [job.name for job in preparations] == ["scale_ridge", "scale_ridge@1"]
+    assert [job.name for job in preparations] == ["coefficient_of_ridge", "coefficient_of_ridge@1"]
     assert [(job.label["seed"], job.base) for job in runs] == [(0, 0), (1, 1), (2, 0), (3, 1)]
-    assert runs[1].needs == ("scale_ridge@1",)
+    assert runs[1].needs == ("coefficient_of_ridge@1",)
     assert preparations[1].folder.parent.name == "base-1"
     (tmp_path / "world.json").write_text("{}")
     with pytest.raises(ValueError, match="bases=2: the world .* is a folder, with one base"):
@@ -212,23 +241,40 @@ def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
     asked = study.Study(reward=reward, folder=str(tmp_path), arms=("rlvr", "noise.py"), seeds=1)
     tried = {
         "rlvr": tuning.candidates("rlvr", None),
-        "noise.py": tuning.candidates("noise.py", "scale_noise"),
+        "noise.py": tuning.candidates("noise.py", "coefficient_of_noise"),
     }
     assert [len(each) for each in tried.values()] == [3, 3], "each has as many"
     accuracies = {"rlvr": 0.2, "rlvr:lr=1e-4": 0.2, "rlvr:lr=4e-4": 0.1}
-    accuracies |= dict.fromkeys(map("noise.py:dense_coef={{scale_noise:{}}}".format, (0.3, 3)), 0.5)
+    accuracies |= dict.fromkeys(
+        map("noise.py:dense_coef={{coefficient_of_noise:{}}}".format, (0.3, 3)), 0.5
+    )
     runs = [a_run(arm, 100, value) for arm, value in accuracies.items()]
     runs.append(a_run("noise.py", 100, 0.9, status="failed"))
     runs.append(a_run("rlvr:lr=4e-4", 1, 1.0))
     chosen = tuning.choose({"runs": runs}, tried)
-    assert chosen == {"rlvr": "", "noise.py": "dense_coef={scale_noise:0.3}"}
+    assert chosen == {"rlvr": "", "noise.py": "dense_coef={coefficient_of_noise:0.3}"}
     (tmp_path / "chosen.json").write_text(json.dumps(chosen))
     for arm in ("noise.py", "noise.py-shuffled-25"):
         job = study.make_run(arm, 0, asked)
-        assert job.settings["dense_coef"] == "{scale_noise:0.3}" and job.needs == ("scale_noise",)
+        assert job.settings["dense_coef"] == "{coefficient_of_noise:0.3}" and job.needs == (
+            "coefficient_of_noise",
+        )
     assert study.make_run("noise", 0, asked).settings["dense_coef"] == "{scale_noise}"
+    for arm in ("sft", "distillation"):
+        (tmp_path / "chosen.json").write_text(json.dumps({arm: "lr=4e-4"}))
+        assert study.make_run(arm, 0, asked).settings["lr"] == "4e-4", "no control of calibrated"
     assert "| `rlvr` | 0.20 | 0 of 1 | chosen |" in tuning.tuning_table({"runs": runs}, chosen)
     assert tuning.read_chosen(tmp_path / "nowhere") == {}
+
+
+def test_a_chosen_setting_and_the_default_that_was_tried_are_kept_side_by_side():
+    """Regression: after hours of runs their figures could not be put together."""
+    tried = {**a_run("rlvr", 100, 0.2), "script": [], "settings": {"lr": 2e-4}}
+    reported = {**a_run("rlvr", 0, 0.2), "script": [], "settings": {"lr": 4e-4}}
+    assert len(figures.merge([{"runs": [tried]}, {"runs": [reported]}])["runs"]) == 2
+    other = {**a_run("rlvr", 1, 0.2), "script": [], "settings": {"lr": 2e-4}}
+    with pytest.raises(ValueError, match="runs of rlvr differ in settings"):
+        figures.merge([{"runs": [reported]}, {"runs": [other]}])
 
 
 def test_a_number_that_is_read_later_may_be_multiplied(tmp_path):

@@ -10,6 +10,7 @@ good steps from bad ones, latents have nothing to add.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from dense import DenseReward
 
@@ -33,6 +34,8 @@ class Reward(DenseReward):
     clamp = (-10.0, 0.0)
 
     def __init__(self, settings, host):
+        if settings.n < 1:
+            raise ValueError(f"n={settings.n}: expected 1 or more tokens")
         self.settings = settings
         self.n_tokens = len(host.model.tokenizer)
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
@@ -50,7 +53,8 @@ class Reward(DenseReward):
         ids, targets = part.batch.input_ids, part.batch.targets
         before = torch.zeros_like(ids)
         for place in range(self.settings.n - 1, 0, -1):
-            before = before * FACTOR + ids.roll(place, dims=1) + 1
+            shifted = F.pad(ids, (place, 0))[:, : ids.shape[1]]  # 0 before the row's beginning
+            before = before * FACTOR + shifted + 1
         return (before * FACTOR + ids + 1)[targets], before[targets]
 
     def surprise(self, part):

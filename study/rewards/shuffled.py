@@ -1,7 +1,8 @@
-"""A control: another dense reward, a share of whose scores change places.
+"""A control: another dense reward, a share of whose rewards change places.
 
-Among the tokens of a response the mean of each response stays as it is. Among the responses of a step
-every token gets the mean score of another response.
+What it makes of its scores is shuffled, so that the control gives as much reward as the other one, but
+to others. Among the tokens of a response the mean of each response stays as it is. Among the responses
+to a problem every token gets the mean reward of another response.
 
     python train_rl.py --model toy-sparse --shaping study/rewards/shuffled.py \\
         --dense of=study/rewards/ridge.py experts=runs/toy-sparse/expert.jsonl among=responses share=0.5
@@ -25,11 +26,11 @@ class Settings:
 
     of: str  # flow, or the file of a reward
     among: Literal["tokens", "responses"] = "tokens"
-    share: float = 1.0  # of the scores that change places
+    share: float = 1.0  # of the rewards that change places
 
 
 class Reward(DenseReward):
-    """The other reward, but for where its scores are."""
+    """The other reward, but for where it rewards."""
 
     @classmethod
     def make(cls, values, host):
@@ -39,23 +40,24 @@ class Reward(DenseReward):
         shape = reward.shape
 
         def shape_shuffled(score, mask):
-            return shape(
-                shuffle_scores(score, mask, settings, ("shuffled", host.seed, reward.step)), mask
-            )
+            key = ("shuffled", host.seed, reward.step)
+            group_size = host.config.sampling.group_size
+            return shuffle_rewards(shape(score, mask), mask, settings, group_size, key)
 
         reward.shape = shape_shuffled
         return reward
 
 
-def shuffle_scores(score, mask, settings, key):
-    """Return scores (B, T), of which a share have changed places."""
+def shuffle_rewards(reward, mask, settings, group_size, key):
+    """Return rewards (B, T), of which a share have changed places."""
     if settings.among == "responses":
-        mean = rlfr.mean_over_tokens(score, mask)  # (B,)
-        return shuffle(mean, settings.share, *key)[:, None] * mask
-    score = score.clone()
+        groups = rlfr.mean_over_tokens(reward, mask).split(group_size)
+        moved = [shuffle(group, settings.share, *key, i) for i, group in enumerate(groups)]
+        return torch.cat(moved)[:, None] * mask
+    reward = reward.clone()
     for row, scored in enumerate(mask):
-        score[row, scored] = shuffle(score[row, scored], settings.share, *key, row)
-    return score
+        reward[row, scored] = shuffle(reward[row, scored], settings.share, *key, row)
+    return reward
 
 
 def shuffle(values, share, *key):

@@ -14,6 +14,8 @@ class Reward(FlowReward):
 
     def shape(self, score, mask):
         settings = self.settings
+        if settings.flow_scope != "response":
+            raise ValueError(f"flow_scope={settings.flow_scope!r}: expected response, in this file")
         unit = rlfr.normalise(score, mask, settings.flow_bilateral, power=2.0)
         return -rlfr.select(
             unit, settings.flow_threshold, settings.flow_top_k, settings.flow_bilateral
