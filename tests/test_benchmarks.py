@@ -41,6 +41,7 @@ OTHERS = {
     "peer_trl",
     "peers",
     "recording",
+    "rehearse",
     "repository",
     "rl_step",
     "smollm2",

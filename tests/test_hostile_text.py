@@ -13,8 +13,8 @@ import pytest
 from evals import vlm
 from evals.question import Question
 from grading import boxes, judge_response, tag_format
+from grading.official import is_degenerate
 from grading.options import letter_in_response
-from rewards import is_degenerate
 
 LENGTH = 300_000  # characters
 CPU_LIMIT = 10  # seconds
