@@ -1,6 +1,6 @@
 """Does a dense reward help? Arms that differ in one thing, on the same seeds, with controls.
 
-    python study/study.py --reward FILE.py --quick                  a first answer, in 20 minutes
+    python study/study.py --reward FILE.py --quick                  a first answer, in minutes
     python study/study.py --reward FILE.py --jobs 15                beside all methods and controls
     python study/study.py --jobs 15 --json runs/study.json          the flow reward: all its arms
     python study/study.py --arms rlvr calibrated --seeds 2          some of them
