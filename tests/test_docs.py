@@ -33,6 +33,7 @@ FOREIGN_FLAGS = {
     "--name",
     "--check",
     "--dist",
+    "--no-loadscope-reorder",
     "--quick",
     "--nnodes",
     "--nproc-per-node",
