@@ -81,7 +81,7 @@ class Policy(nn.Module):
 
     @property
     def image_encoder(self) -> Callable[[Sequence[vision.Image]], Tensor] | None:
-        """tower_features() if the vision tower does not learn and sees images beforehand, else None."""
+        """tower_features() if the vision tower is frozen and sees images beforehand, else None."""
         return self.tower_features if self.takes_features else None
 
     @property

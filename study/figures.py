@@ -1,4 +1,4 @@
-"""The figures of a study: those of each run, read from its folder, and the JSON file that keeps them.
+"""The figures of a study: those of each run, and the JSON file that keeps them.
 
 A run's series are rounded; runs of several machines are put together if they are comparable.
 """
@@ -72,7 +72,7 @@ def preparing_seconds(needs: Sequence[str], study: Path) -> int:
 def read_aucs(folder: Path, dense_on: str) -> dict[str, float | None]:
     """Return how well what recorded tokens get tells right steps from wrong ones, by step.
 
-    That is a token's reward, or with --dense-on response, where all tokens have the same, its score.
+    That is a token's reward; with --dense-on response, where all tokens have the same, its score.
     """
     aucs = {}
     for step, file in record.find_files(folder).items():
@@ -82,7 +82,7 @@ def read_aucs(folder: Path, dense_on: str) -> dict[str, float | None]:
 
 
 def label_tokens(records: Sequence[dict], dense_on: str) -> tuple[list[float], list[bool]]:
-    """Return a value of each token inside a step, higher is better, and whether the step is right."""
+    """Return a value of each token inside a step (higher is better) and whether that is right."""
     values = []
     labels = []
     for one in records:
@@ -97,7 +97,7 @@ def label_tokens(records: Sequence[dict], dense_on: str) -> tuple[list[float], l
 
 
 def scores_of(one: dict) -> list[float | None]:
-    """Return the score of each token of a record, mean over taps, higher is better; None if unknown.
+    """Return the score of each token, mean over taps, higher is better; None if unknown.
 
     Of a control that shuffles rewards the scores are those of the reward that it shuffles, so that
     they say nothing of it.
@@ -134,7 +134,7 @@ def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
 
 
 def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
-    """Return the accuracies on held-out problems, before and after, sampled and greedy, and pass@k."""
+    """Return the accuracies on held-out problems, before and after, and pass@k."""
     accuracies: dict[str, dict[str, float]] = {}
     summary = json.loads(file.read_text()) if file.exists() else {}
     for when, sets in summary.items():

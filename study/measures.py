@@ -1,4 +1,4 @@
-"""What is measured of a run, and what may be said of several: escapes, times, intervals, exact tests.
+"""What is measured of a run, and what may be said of several: intervals and exact tests.
 
 Measures of a run, from its training accuracy in each step:
     accuracy        mean of the last 10 steps                            last_accuracy
@@ -49,7 +49,7 @@ def area(accuracy: Sequence[float]) -> float:
 
 
 def largest_fall(accuracy: Sequence[float], after: int) -> float:
-    """Return how far a run fell below the best step that it had had, in its steps from `after` on."""
+    """Return how far a run fell below its best step so far, in its steps from `after` on."""
     best = np.maximum.accumulate(accuracy)
     return float(np.max((best - np.asarray(accuracy))[after:], initial=0.0))
 
@@ -152,7 +152,7 @@ def mcnemar(own: Sequence[bool], others: Sequence[bool]) -> float:
 def sign_flip(differences: Sequence[float]) -> float:
     """Return the exact two-sided p that the mean of paired differences is 0.
 
-    All signs are tried, so a mean that rounding alone sets apart from the observed one counts as it.
+    All signs are tried; a mean that differs from the observed one by rounding alone counts as it.
     Raises ValueError for more pairs than MOST_FLIPPED.
     """
     n = len(differences)
@@ -166,7 +166,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 # ---- A signal against labels
 def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Return the chance that a score of a true label is above one of a false label; NaN if it has none."""
+    """Return the chance that a score of a true label is above one of a false; NaN without both."""
     scores, labels = np.asarray(scores), np.asarray(labels, dtype=bool)
     n_true, n_false = labels.sum(), (~labels).sum()
     if not n_true or not n_false:

@@ -1,10 +1,10 @@
-"""The arms of a study: methods, controls, and what runs of them share. Rewards of files become arms, too.
+"""The arms of a study: methods, controls, rewards of files, and what their runs share.
 
-In settings, {flow} stands for the path of what was prepared under that name; the rest is of study.py:
+In settings, {flow} stands for the path of what was prepared under that name. study.py gives
 {base}, {problems}, {solutions}, {evaluation}, {rewards} and {n_held_out}.
 
 A reward FILE.py of --reward is tried in arms that differ in one thing:
-    FILE.py                  the reward, on the mean of each response, at the coefficient of scale.py
+    FILE.py                  the reward, on the mean of a response, at the coefficient of scale.py
     FILE.py-shuffled-25      a quarter of its scores in other places, and so on to 100
     FILE.py-wrong            fitted to wrong solutions, where it is fitted to solutions (`experts`)
 """
@@ -304,8 +304,8 @@ def read_reward(text: str) -> FileReward:
     taken = asked & {"of", "among", "share"}
     if taken:
         raise ValueError(
-            f"{file} has settings called {', '.join(sorted(taken))}, as rewards/shuffled.py has, which "
-            "makes its controls: give them other names"
+            f"{file} has settings called {', '.join(sorted(taken))}, as rewards/shuffled.py "
+            "has, which makes its controls: give them other names"
         )
     settings = {"dense_on": "response"}
     if issubclass(kind, FlowReward):
@@ -327,7 +327,7 @@ class Catalogue:
     preparations: dict[str, Preparation]
 
     def find(self, text: str) -> Arm:
-        """Return the arm NAME, or NAME:SETTING=VALUE,… with changed settings; ValueError if none."""
+        """Return the arm NAME, or NAME:SETTING=VALUE,… with changed settings."""
         name, _, changes = text.partition(":")
         if name not in self.arms:
             raise ValueError(
@@ -368,8 +368,8 @@ def make_catalogue(rewards: Sequence[FileReward] = ()) -> Catalogue:
     for reward in rewards:
         if reward.name in arms:
             raise ValueError(
-                f"two rewards are called {reward.name}: judge one at a time, or copy the file under "
-                "another name"
+                f"two rewards are called {reward.name}: judge one at a time, or copy the "
+                "file under another name"
             )
         arms |= reward.arms()
         preparations |= reward.preparations()

@@ -146,7 +146,7 @@ def comparison(arm: str, other: str, runs: Runs) -> list[str]:
 
 
 def share_captured(arm: str, runs: Runs) -> float:
-    """Return the share of the way from the baseline to the ceiling that an arm went, NaN if unknown."""
+    """Return how much of the way from baseline to ceiling an arm went, NaN if unknown."""
     if arm in (BASELINE, CEILING):
         return math.nan
     curves = pairs(runs, arm, BASELINE, CEILING)

@@ -2,9 +2,9 @@
 
     python study/scale.py --folder FOLDER --shaping FILE.py [FLAGS of train_rl.py]
 
-Rewards have scales of their own: bits, spreads, distances. A step is sampled and scored, and nothing is
-learnt. What the reward then adds to the advantage of a token, at a coefficient of 1, has some spread
-over the tokens; the coefficient that makes the spread SPREAD is written to FOLDER/coefficient.txt. The
+Rewards have scales of their own: bits, spreads, distances. A step is sampled and scored, and
+nothing is learnt. What the reward then adds to the advantage of a token, at a coefficient of 1, has
+some spread over the tokens. The coefficient that makes it SPREAD goes to FOLDER/coefficient.txt. The
 outcome's own advantage has a spread of 1 in a group of right and wrong responses.
 """
 

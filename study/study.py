@@ -8,8 +8,8 @@
     python study/study.py --merge other.json --json runs/study.json
     python study/evidence.py                                        tables and figures of docs/evidence.md
 
-A reward is tried for a moment first, and refused if it cannot work (trial.py). methods.py has the arms,
-referee.py the page of what came out, FOLDER/verdict.html.
+A reward is tried for a moment first, and refused if it cannot work (trial.py). methods.py has the
+arms, referee.py the page of what came out, FOLDER/verdict.html.
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
 changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --json study/tuning.json.
@@ -103,10 +103,10 @@ class Study:
     # Dense rewards to be judged: FILE.py, or FILE.py:SETTING=VALUE,SETTING=VALUE with settings of
     # train_rl.py or of the file; see methods.py for their arms
     reward: tuple[str, ...] = ()
-    # A first answer: the reward, its control, RLVR and a perfect reward, by default 4 seeds of 60 steps
+    # A first answer: the reward, its control, RLVR, a perfect reward; by default 4 seeds of 60 steps
     quick: bool = False
     world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
-    # Base models, each of a world made with a seed of its own: seed s has base s modulo their number
+    # Base models, each of a world with a seed of its own: seed s has base s modulo their number
     bases: PositiveInt = 1
     # First choose settings for each method, among three, on two seeds from 100 on for each base
     tune: bool = False
@@ -268,7 +268,7 @@ class Job:
         return [*self.script, *to_flags(self.settings)]
 
     def command(self, paths: Sequence[dict[str, object]]) -> list[str]:
-        """Return the command that begins the job, or goes on with it; paths are those of each base."""
+        """Return the command that begins the job, or goes on with it; paths: those of each base."""
         script, *arguments = [word.format(**paths[self.base]) for word in self.words]
         has_begun = (self.folder / "config.json").exists()
         where = ["--resume" if has_begun else "--folder", str(self.folder)]
@@ -387,7 +387,7 @@ def plan(study: Study) -> tuple[list[Job], list[Job]]:
 
 
 def finished_elsewhere(study: Study) -> set[tuple[str, int]]:
-    """Return arm and seed of runs that the JSON file has as finished and the folder has not at all."""
+    """Return arm and seed of runs that the JSON file has as finished, and the folder lacks."""
     if not study.json_file.exists():
         return set()
     found = set()

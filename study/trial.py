@@ -1,7 +1,7 @@
 """A moment's trial of a dense reward, before a study that takes hours: one step in a tiny world.
 
-What the trainer says of a reward with a bug, a number that is not finite, a wrong shape, the same score
-everywhere, is said here after some seconds.
+What the trainer says of a reward with a bug (a number that is not finite, a wrong shape, the same
+score everywhere) is said here after some seconds.
 """
 
 import repository  # noqa: F401

@@ -1,8 +1,8 @@
 """Parity of tuning: every method's settings are chosen among as many, on seeds that nobody reports.
 
 The candidates are named here, before anything runs. Each is tried on SEEDS_PER_BASE seeds from
-FIRST_TUNING_SEED on for each base model, and the one with the best mean accuracy is taken, of equals the one
-that is named first. NAME-shuffled and other controls NAME-… take the choice of NAME.
+FIRST_TUNING_SEED on for each base model. The one with the best mean accuracy is taken, of equals
+the one that is named first. NAME-shuffled and other controls NAME-… take the choice of NAME.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A small network that tells a latent from the one before: what the flow is without its noise and times.
+"""A small network that tells a latent from the one before: the flow without its noise and times.
 
-It is fitted to expert solutions by squared errors, one network for each tap; a token is penalised by
-its error beyond that of expert tokens.
+It is fitted to expert solutions by squared errors, one network for each tap. A token is penalised
+by its error beyond that of expert tokens.
 
     python train_rl.py --model toy-sparse --shaping study/rewards/mlp.py --dense-on response \\
         --dense experts=runs/toy-sparse/expert.jsonl

@@ -1,7 +1,7 @@
-"""Counting: how unlikely a token is after the n - 1 before, among expert tokens. It reads no latents.
+"""Counting: how unlikely a token is after the n - 1 before, among expert tokens.
 
-The null model of all rewards that do: where counting pairs of tokens (n=2), or groups of four, tells
-good steps from bad ones, latents have nothing to add.
+It reads no latents, and is the null model of all rewards that do: where counting pairs of tokens
+(n=2), or groups of four, tells good steps from bad ones, latents have nothing to add.
 
     python train_rl.py --model toy-sparse --shaping study/rewards/ngram.py --dense-on response \\
         --dense experts=runs/toy-sparse/expert.jsonl n=4
@@ -49,7 +49,7 @@ class Reward(DenseReward):
         self.calibrate(torch.cat(surprise))
 
     def keys(self, part):
-        """Return a number for each response token's group, and for the tokens before it, (M,) each."""
+        """Return a number for each token's group, and for the tokens before it, (M,) each."""
         ids, targets = part.batch.input_ids, part.batch.targets
         before = torch.zeros_like(ids)
         for place in range(self.settings.n - 1, 0, -1):

@@ -1,8 +1,8 @@
 """A control: another dense reward, a share of whose rewards change places.
 
-What it makes of its scores is shuffled, so that the control gives as much reward as the other one, but
-to others. Among the tokens of a response the mean of each response stays as it is. Among the responses
-to a problem every token gets the mean reward of another response.
+What it makes of its scores is shuffled, so that the control gives as much reward, but to others.
+Among the tokens of a response the mean of each response stays as it is. Among the responses to a
+problem every token gets the mean reward of another response.
 
     python train_rl.py --model toy-sparse --shaping study/rewards/shuffled.py \\
         --dense of=study/rewards/ridge.py experts=runs/toy-sparse/expert.jsonl among=responses share=0.5
