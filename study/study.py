@@ -88,8 +88,9 @@ METHODS = (
     "sft",
     "sft-rlvr",
     "distillation",
+    "length",
+    "noise",
 )
-METHODS += ("length", "noise")
 JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
 SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
