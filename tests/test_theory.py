@@ -30,7 +30,9 @@ def assert_same(found: str, shown: str) -> None:
     """Assert that two texts are equal but for spaces and for one unit of a number's last place."""
     found_parts = re.split(NUMBER, found)
     shown_parts = re.split(NUMBER, shown)
-    assert [part.split() for part in found_parts[::2]] == [part.split() for part in shown_parts[::2]]
+    assert [part.split() for part in found_parts[::2]] == [
+        part.split() for part in shown_parts[::2]
+    ]
     for number, expected in zip(found_parts[1::2], shown_parts[1::2], strict=True):
         n_places = len(expected.partition(".")[2])
         unit = 10.0**-n_places if n_places else 0.0
