@@ -31,6 +31,8 @@ PAGES = (
     "docs/exercises.md",
     "docs/turns.md",
     "docs/walkthrough.md",
+    "docs/theory.md",
+    "docs/glossary.md",
     "grading/README.md",
 )
 # Flags of torchrun, hf, rewards.py, benchmarks/ and study/
