@@ -67,4 +67,4 @@ class Reward(DenseReward):
 
 def with_constant(latents):
     """Return latents (M, D) with a 1 behind them."""
-    return F.pad(latents.float(), (0, 1), value=1.0)
+    return F.pad(latents, (0, 1), value=1.0)
