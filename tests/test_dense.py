@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import math
 import pickle
 import re
@@ -38,7 +37,7 @@ from run import export_checkpoint
 
 FOLDER = ROOT / "study" / "rewards"
 LEARNING = ROOT / "tests" / "learning_reward.py"
-LATENTS = ("mahalanobis", "mlp", "nearest", "probe", "ridge")  # what reads latents
+LATENTS = ("mahalanobis", "mlp", "nearest", "probe", "ridge", "whitened_flow")  # what reads latents
 EXPERTS = ("ngram", *LATENTS)
 OTHERS = ("noise", "self_certainty", "steps", "logprob", "distillation")
 
@@ -50,8 +49,10 @@ def own_settings(name: str, world) -> tuple[str, ...]:
         settings += (f"expert={world.path('model')}",)
     if name in (*EXPERTS, "logprob"):
         settings += (f"experts={world.path('expert.jsonl')}",)
-    if name in ("ngram", "mahalanobis", "mlp", "nearest", "ridge", "logprob"):
+    if name in (*EXPERTS, "logprob") and name != "probe":
         settings += ("held_out=16",)
+    if name in ("mlp", "whitened_flow"):
+        settings += ("steps=20",)
     return settings
 
 
@@ -99,7 +100,7 @@ def runs(world, expert, tmp_path_factory) -> dict[str, train_rl.Config]:
 
 
 def test_every_file_of_the_study_is_tried(runs):
-    files = {file.stem for file in FOLDER.glob("*.py") if "from dense import" in file.read_text()}
+    files = {file.stem for file in FOLDER.glob("*.py") if "class Reward" in file.read_text()}
     assert files == runs.keys() - {"learning_reward"} and len(files) >= 10
 
 
@@ -157,7 +158,7 @@ def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
 
 def test_each_reward_with_adapters(runs, tmp_path):
     for name, config in runs.items():
-        first = ("first=True", "whiten=True") if name == "ridge" else ()
+        first = ("first=True", "whiten=True") if name in ("ridge", "whitened_flow") else ()
         own = (*config.dense_reward.dense, *first)
         folder = str(tmp_path / name)
         train_rl.main(change(config, steps=1, lora_rank=4, dense=own, folder=folder))
@@ -267,6 +268,38 @@ def test_a_resumed_run_names_its_file_again(world, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(ValueError, match=r"give --shaping .*noise.py again if you trust it"):
         parse_config(train_rl.Config, {})
+
+
+def test_a_probe_is_fitted_once_or_again_and_again(runs, tmp_path):
+    once = runs["probe"]
+    own = (*once.dense_reward.dense, "refit=1")
+    train_rl.main(change(once, dense=own, folder=str(tmp_path / "run")))
+    (first, second), (same, other) = figures(once.folder), figures(str(tmp_path / "run"))
+    assert same == first and other["probe/score"] != second["probe/score"]
+
+
+def test_a_flow_of_whitened_residuals(world):
+    """Before its fit its velocity is 0; the fit makes it smaller for expert tokens, whose excess is 0."""
+    host = host_of(world)
+    own = {"experts": world.path("expert.jsonl"), "held_out": "16"}
+    file = str(FOLDER / "whitened_flow.py")
+    untrained, trained = (dense.make(file, {**own, "steps": n}, host) for n in ("0", "60"))
+    _, held_out = host.solutions(own["experts"], 16)
+    parts = list(host.run_policy(held_out, trained.taps))
+    x_1 = torch.cat([untrained.residuals(part) for part in parts], dim=1)
+    u = x_1 - untrained.module.noise.squeeze(1)  # (L, M, D)
+    weight = (0.25 + 1 + 4) / 3  # the mean of t / (1 - t) over 0.2, 0.5, 0.8
+    before = torch.cat([untrained.errors(part) for part in parts], dim=1)
+    torch.testing.assert_close(before, weight * u.square().mean(dim=2))
+    after = torch.cat([trained.errors(part) for part in parts], dim=1)
+    assert (after.mean(dim=1) < 0.9 * before.mean(dim=1)).all()
+    excess = trained.excess(after)
+    torch.testing.assert_close(excess.mean(dim=1), torch.zeros(3), atol=1e-4, rtol=0)
+    # whitened on the solutions that it was fitted to, where the residuals have unit spreads
+    fitted, _ = host.solutions(own["experts"], 16)
+    parts = host.run_policy(fitted, trained.taps)
+    for of_tap in torch.cat([trained.residuals(part) for part in parts], dim=1):
+        torch.testing.assert_close(torch.cov(of_tap.T), torch.eye(32), atol=0.05, rtol=0)
 
 
 # ---- What is wrong is said
@@ -486,7 +519,7 @@ def test_records_and_pages_name_the_reward(runs):
     assert len(record["dense_score"]) == 3 and any(record["dense_reward"])
     assert "Dense reward: ridge" in (folder / "report.html").read_text()
     data = (folder / "rollouts.html").read_text()
-    assert json.dumps("ridge") in data
+    assert re.search(r'"dense": ?"ridge", ?"taps": ?\[1, ?2, ?2\]', data)
     (record, *_) = read_lines(Path(runs["noise"].folder) / "rollouts" / "step-1.jsonl")
     assert record["taps"] == [] and len(record["dense_score"]) == 1
 
