@@ -32,11 +32,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import torch
 import tyro
@@ -453,13 +454,9 @@ def padded(trainer: Trainer) -> Iterator[None]:
     trainer.policy.packs = True
 
 
-@contextmanager
-def small_chunks(_trainer: Trainer) -> Iterator[None]:
+def small_chunks(_trainer: Trainer) -> AbstractContextManager:
     """Make a chunk of logits as small as on a CPU."""
-    before = logprobs.CHUNK_LOGITS
-    logprobs.CHUNK_LOGITS = 2**25
-    yield
-    logprobs.CHUNK_LOGITS = before
+    return mock.patch.object(logprobs, "CHUNK_LOGITS", 2**25)
 
 
 @contextmanager
