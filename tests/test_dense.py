@@ -336,6 +336,10 @@ BAD = {
         "        return part.output.logp\n",
         "a kept after the start; keep a tensor of that name",
     ),
+    "calibrated": (
+        "    def __init__(self, settings, host):\n        self.calibrate(torch.zeros(2, 3))\n",
+        r"calibrate\(\) got one tensor; expected one for each micro-batch",
+    ),
     "shaped": (
         "    def score(self, part):\n        return part.output.logp\n"
         "    def shape(self, score, mask):\n        return score / 0\n",
