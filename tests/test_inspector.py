@@ -152,7 +152,7 @@ def test_any_model_flow_and_problems(world, flow_folder, tmp_path, shaping):
     assert all(all(one["logp"]) and all(one["entropy"]) for one in records)
     page = (tmp_path / "look" / "rollouts.html").read_text()
     assert inspect_run(config.folder).read_text() == page
-    assert f'"dense":{json.dumps(name)},"taps":{json.dumps(records[0]["taps"])}' in squeezed(page)
+    assert squeezed(f'"dense": {json.dumps(name)}, "taps": {records[0]["taps"]}') in squeezed(page)
     assert not (tmp_path / "look" / "policy").exists()
 
 
