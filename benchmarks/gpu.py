@@ -32,12 +32,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-from unittest import mock
 
 import torch
 import tyro
@@ -49,7 +48,7 @@ import flow as fl
 import rollout
 import train_rl
 from common import machine
-from infra import batching, logprobs, parallel
+from infra import batching, parallel
 from infra.errors import first_line
 from infra.metrics import read_metrics
 from infra.runs import leave
@@ -454,11 +453,6 @@ def padded(trainer: Trainer) -> Iterator[None]:
     trainer.policy.packs = True
 
 
-def small_chunks(_trainer: Trainer) -> AbstractContextManager:
-    """Make a chunk of logits as small as on a CPU."""
-    return mock.patch.object(logprobs, "CHUNK_LOGITS", 2**25)
-
-
 @contextmanager
 def checkpointing(trainer: Trainer) -> Iterator[None]:
     """Recompute activations in the backward."""
@@ -492,7 +486,6 @@ def small_batches(trainer: Trainer) -> Iterator[None]:
 VARIANTS = {
     "checkpointing": [checkpointing],
     "with padding": [checkpointing, padded],
-    "small chunks of logits": [checkpointing, small_chunks],
     "small batches": [checkpointing, small_batches],
     "compiled": [checkpointing, compiled],
     "small, all activations": [small_batches],
