@@ -43,6 +43,7 @@ FOREIGN_FLAGS = {
     "--check",
     "--dist",
     "--no-loadscope-reorder",
+    "--retries",
     "--quick",
     "--nnodes",
     "--nproc-per-node",
