@@ -39,7 +39,6 @@ class Reward(ridge.Reward):
         """Fit the regressions, and the flow to their residuals."""
         super().fit(parts, settings)
         n_taps, _, dim = self.module.weights.shape
-        # the same noise for all tokens: a score is then of the latents alone
         self.keep(noise=torch.randn(n_taps, 1, 1, dim))
         flow = fl.VelocityNet(dim, dim, width=dim, n_blocks=1).to(self.module.noise.device)
         optimiser = torch.optim.AdamW(flow.parameters(), lr=1e-3)
@@ -61,8 +60,11 @@ class Reward(ridge.Reward):
         return fl.FlowRows(residuals.flatten(0, 1), torch.cat(before), depth, exists)
 
     def errors(self, part, first=False):
-        """Return the velocity deviation of each response token at each tap, (L, M)."""
+        """Return the velocity deviation of each response token at each tap, (L, M).
+
+        All tokens have the same noise, and its opposite, so that a score is of the latents alone.
+        """
         rows = self.rows(part, first)
         noise = self.module.noise.expand(*rows.exists.shape, -1)
-        errors = fl.errors_of_rows(self.module.flow, rows, noise, TIMES)
-        return fl.deviation_score(errors, TIMES).view(len(self.taps), -1)
+        both = [fl.errors_of_rows(self.module.flow, rows, each, TIMES) for each in (noise, -noise)]
+        return fl.deviation_score(sum(both) / 2, TIMES).view(len(self.taps), -1)
