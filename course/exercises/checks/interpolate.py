@@ -50,7 +50,9 @@ def cases(student: ModuleType) -> Iterator[Case]:
         u,
         [
             Mistake(-u, "u points from the noise to the latent, the way that time runs"),
-            Mistake(X_1 - x_t, "u is the velocity of the whole line, x_1 - x_0, also in the middle"),
+            Mistake(
+                X_1 - x_t, "u is the velocity of the whole line, x_1 - x_0, also in the middle"
+            ),
         ],
     )
     yield Case(
@@ -116,7 +118,9 @@ def show(student: ModuleType) -> None:
     y, x = torch.meshgrid(torch.linspace(3, -3, 17), torch.linspace(-3, 3, 45), indexing="ij")
     errors = errors_at(student, net, torch.stack([x, y], dim=-1).view(-1, 2), n_draws=32)
     shade = (errors.log2().clamp(0, 4.99) * 2).long().view(x.shape)
-    print("The velocity error at t = 0.8 of a flow that has seen points of a ring, and nothing else:\n")
+    print(
+        "The velocity error at t = 0.8 of a flow that has seen points of a ring, and nothing else:\n"
+    )
     for row in shade.tolist():
         print("  " + "".join(SHADES[level] for level in row).rstrip())
     on, inside, outside = errors_at(

@@ -131,7 +131,9 @@ def update(student: ModuleType, clip: tuple[float, float]) -> list[list[float]]:
 
 def show(student: ModuleType) -> None:
     """Print how far a policy moves on the same samples, with the clip and without."""
-    print("Probability of the one answer in ten that was right, after updates on the same samples:\n")
+    print(
+        "Probability of the one answer in ten that was right, after updates on the same samples:\n"
+    )
     print("  updates          0     1     2     4     8    15")
     for name, clip in (("clip (0.2, 0.28)", CLIP), ("no clip", NO_CLIP)):
         passes = update(student, clip)

@@ -31,7 +31,8 @@ def cases(student: ModuleType) -> Iterator[Case]:
                 "the sum begins with the token's own reward: j >= k",
             ),
             Mistake(
-                torch.full((1, 5), -3.0), "each token has a sum of its own, of the rewards from it on"
+                torch.full((1, 5), -3.0),
+                "each token has a sum of its own, of the rewards from it on",
             ),
         ],
     )
