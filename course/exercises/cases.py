@@ -41,22 +41,38 @@ def judge(case: Case, student: ModuleType) -> list[str]:
     except NotImplementedError as error:
         return [f"{place_of(error, student)} is still blank: write it, then run this again"]
     except Exception as error:  # whatever the student's code raises
-        lines = [f"{case.asks}: {place_of(error, student)} raised {type(error).__name__}: {error}"]
-        return lines + hints(case, lambda known: isinstance(error, known), is_error=True)
+        complaint = (
+            f"{case.asks}: {place_of(error, student)} raised {type(error).__name__}: {error}"
+        )
+        return [complaint, *hint_for_error(case, error)]
     if got is None:
         return [f"{case.asks}: still blank (None); expected {kind_of(case.expected)}"]
     if is_same(got, case.expected, case.tolerance):
         return []
     lines = [case.asks, f"  expected {show(case.expected)}", f"  got      {show(got)}"]
-    if torch.is_tensor(got) and torch.is_tensor(case.expected) and got.shape != case.expected.shape:
-        lines.append(f"  expected the shape {tuple(case.expected.shape)}, got {tuple(got.shape)}")
-    return lines + hints(case, lambda known: is_same(got, known, case.tolerance), is_error=False)
+    return lines + about_shapes(got, case.expected) + hint_for_answer(case, got)
 
 
-def hints(case: Case, fits: Callable[[object], bool], is_error: bool) -> list[str]:
-    """Return the hint of the first known mistake that fits, as a list of one line, or of none."""
+def about_shapes(got: object, expected: object) -> list[str]:
+    """Return a line if a tensor has another shape than expected, else none."""
+    if not (torch.is_tensor(got) and torch.is_tensor(expected)) or got.shape == expected.shape:
+        return []
+    return [f"  expected the shape {tuple(expected.shape)}, got {tuple(got.shape)}"]
+
+
+def hint_for_answer(case: Case, got: object) -> list[str]:
+    """Return the hint of the first known mistake with this answer as a line, or no line."""
     for mistake in case.mistakes:
-        if isinstance(mistake.answer, type) == is_error and fits(mistake.answer):
+        is_answer = not isinstance(mistake.answer, type)
+        if is_answer and is_same(got, mistake.answer, case.tolerance):
+            return [f"  hint: {mistake.hint}"]
+    return []
+
+
+def hint_for_error(case: Case, error: Exception) -> list[str]:
+    """Return the hint of the first known mistake that raises such an error as a line, or no line."""
+    for mistake in case.mistakes:
+        if isinstance(mistake.answer, type) and isinstance(error, mistake.answer):
             return [f"  hint: {mistake.hint}"]
     return []
 

@@ -8,12 +8,14 @@ docs/exercises.md leads through them. A check ends with code 0 if the exercise i
 with 1. What it draws at the end is made with the functions of the graded file.
 """
 
+# ruff: noqa: E402
+
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-import infra.waiting  # noqa: E402, F401
+import infra.waiting  # noqa: F401
 
 # isort: split
 import argparse

@@ -63,7 +63,7 @@ def cases(student: ModuleType) -> Iterator[Case]:
         torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]]),
         [
             Mistake(
-                (RATIO != clipped).float(),
+                (clipped != RATIO).float(),
                 "a ratio outside the clip is not enough: it binds where clipped*A < rho*A",
             ),
         ],
