@@ -32,6 +32,7 @@ class Case:
     expected: object  # a tensor, a number or a text
     mistakes: Sequence[Mistake] = ()
     tolerance: float = 1e-4
+    expects: str = ""  # what to say of the right answer, where to show it would give it away
 
 
 def judge(case: Case, student: ModuleType) -> list[str]:
@@ -46,10 +47,11 @@ def judge(case: Case, student: ModuleType) -> list[str]:
         )
         return [complaint, *hint_for_error(case, error)]
     if got is None:
-        return [f"{case.asks}: still blank (None); expected {kind_of(case.expected)}"]
+        return [f"{case.asks}: still blank (None); expected {case.expects or kind_of(case.expected)}"]
     if is_same(got, case.expected, case.tolerance):
         return []
-    lines = [case.asks, f"  expected {show(case.expected)}", f"  got      {show(got)}"]
+    expected = case.expects or show(case.expected)
+    lines = [case.asks, f"  expected {expected}", f"  got      {show(got)}"]
     return lines + about_shapes(got, case.expected) + hint_for_answer(case, got)
 
 

@@ -68,7 +68,7 @@ def cases(student: ModuleType) -> Iterator[Case]:
         "SEED is one of 0 to 7",
         lambda: None if student.SEED is None else student.SEED in SEEDS,
         True,
-        [Mistake(False, "the study has the seeds 0 to 7")],
+        expects="a seed of the study, 0 to 7",
     )
     rlvr, published = (accuracies()[arm][student.SEED] for arm in ("rlvr", "published"))
     yield Case(
@@ -76,6 +76,12 @@ def cases(student: ModuleType) -> Iterator[Case]:
         f"{published:.2f}",
         lambda: student.CLAIM,
         claim_of(published - rlvr),
+        [
+            Mistake(
+                "no difference", "these two runs differ by more than 0.1, and one would speak of it"
+            )
+        ],
+        expects='another of "helps", "harms" and "no difference"',
     )
     values = differences("published")
     small = [0.1, 0.3, -0.1, 0.5]
@@ -119,6 +125,7 @@ def cases(student: ModuleType) -> Iterator[Case]:
             Mistake("harms", "the interval reaches far above 0"),
             Mistake("helps", "the interval reaches far below 0"),
         ],
+        expects='another of "helps", "harms" and "cannot tell"',
     )
 
 
