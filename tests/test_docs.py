@@ -26,7 +26,7 @@ PAGES = (
     "docs/walkthrough.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/ and course/
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -42,6 +42,7 @@ FOREIGN_FLAGS = {
     "--workers",
     "--json",
     "--deadline",
+    "--solution",
 }
 
 

@@ -47,7 +47,9 @@ def judge(case: Case, student: ModuleType) -> list[str]:
         )
         return [complaint, *hint_for_error(case, error)]
     if got is None:
-        return [f"{case.asks}: still blank (None); expected {case.expects or kind_of(case.expected)}"]
+        return [
+            f"{case.asks}: still blank (None); expected {case.expects or kind_of(case.expected)}"
+        ]
     if is_same(got, case.expected, case.tolerance):
         return []
     expected = case.expects or show(case.expected)

@@ -1,15 +1,15 @@
-"""Responses as text with signs beneath, and the responses of the stored run."""
+"""Responses as text with signs beneath, and the responses of the recorded run."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from infra import record
 
-RUN = Path(__file__).parent / "collapse"  # a run of train_rl.py that is stored, see exercise 10
+RUN = Path(__file__).parent / "recorded"  # a part of a run of train_rl.py, see exercise 10
 
 
 def stored(step: int) -> list[dict]:
-    """Return the episodes of a step of the stored run, as infra/record.py describes them."""
+    """Return the episodes of a step of the recorded run, as infra/record.py describes them."""
     return record.read(RUN / record.FOLDER / f"step-{step}.jsonl")
 
 
@@ -23,9 +23,9 @@ def below(tokens: Sequence[str], signs: Sequence[str]) -> str:
 
 
 def two_responses() -> list[dict]:
-    """Return a right and a wrong response to the same problem, of the same length or nearly so."""
+    """Return the longest right response of the first stored step, and a wrong one to its problem."""
     episodes = stored(1)
-    right = next(one for one in episodes if one["correct"])
+    right = max((one for one in episodes if one["correct"]), key=lambda one: len(one["tokens"]))
     wrong = next(
         one for one in episodes if one["question"] == right["question"] and not one["correct"]
     )

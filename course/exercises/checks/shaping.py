@@ -103,7 +103,7 @@ def cases(student: ModuleType) -> Iterator[Case]:
 
 
 def show(student: ModuleType) -> None:
-    """Mark the penalised tokens of a right and of a wrong response of the stored run."""
+    """Mark the penalised tokens of a right and of a wrong response of the recorded run."""
     print("Penalised tokens of two responses to the same problem, by your functions:\n")
     for episode in picture.two_responses():
         score = torch.tensor(episode["dense_score"]).mean(dim=0)[None]  # (1, T)
