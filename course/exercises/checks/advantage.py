@@ -18,8 +18,8 @@ def scaled(groups: Tensor, dim: int, correction: int = 1) -> Tensor:
     return (groups - groups.mean(dim=dim, keepdim=True)) / spread
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def varied_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question of groups whose rewards differ."""
     groups = REWARD.view(2, 4)
     yield Case(
         "rewards 1 0 0 0 and 1 1 0 1, G = 4",
@@ -53,6 +53,10 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def equal_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question of a group of equal rewards."""
     equal = torch.full((8,), 0.7)
     centred = equal - equal.mean()
     yield Case(
@@ -69,6 +73,12 @@ def cases(student: ModuleType) -> Iterator[Case]:
             Mistake(torch.full((8,), torch.nan), "0/0 is NaN: equal rewards have advantage 0"),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from varied_cases(student)
+    yield from equal_cases(student)
     random = torch.rand(24, generator=torch.Generator().manual_seed(0))
     yield Case(
         "24 random rewards, G = 6",

@@ -16,8 +16,8 @@ TOKEN = torch.tensor([3, 2, 3])
 COUNTS = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 2], [0, 0, 1, 0]])
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def pair_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to pairs and count."""
     part = SimpleNamespace(batch=collate([Row([11, 12], [13, 14, 15]), Row([17], [18])]))
     yield Case(
         "pairs: the tokens before those of responses 13 14 15 (prompt 11 12) and 18 (prompt 17)",
@@ -51,6 +51,10 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def surprise_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to surprise."""
     n, s, v = COUNTS[BEFORE, TOKEN], 0.1, 4
     total = COUNTS.sum(dim=1)[BEFORE]
     expected = -((n + s) / (total + s * v)).log()
@@ -68,6 +72,12 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from pair_cases(student)
+    yield from surprise_cases(student)
     rows = tiny_world.rows_of("idle")[:20]
     right, _ = tiny_world.scores_of(tiny_world.make_reward(NGRAM), rows)
     yield Case(

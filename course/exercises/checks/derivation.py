@@ -20,8 +20,8 @@ def right(s: float, t: float) -> float:
     return s**2 / (t**2 * s**2 + (1 - t) ** 2)
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def error_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to best_error."""
     yield Case(
         f"best_error at (s, t) = {', '.join(map(str, PLACES))}",
         lambda: values_of(student.best_error),
@@ -56,6 +56,11 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from error_cases(student)
     times = (0.5, 0.8, 0.3)
     yield Case(
         "wide_score at t = 0.5, 0.8, 0.3",

@@ -90,8 +90,8 @@ def verdict() -> str:
 
 
 # ---- Questions
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def step_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions where it fell."""
     step = step_of_fall()
     yield Case(
         "STEP, at which the share of right answers falls most",
@@ -110,6 +110,11 @@ def cases(student: ModuleType) -> Iterator[Case]:
         first["question"],
         expects="another problem of that step, whose eight responses are all wrong",
     )
+
+
+def cause_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions why it fell."""
+    (first, *_) = failed()
     written, _ = wrong_step()
     last = toy.label_steps(first["question"], first["response"])[-1]
     yield Case(
@@ -134,6 +139,11 @@ def cases(student: ModuleType) -> Iterator[Case]:
         ],
         expects='another of "calculation" and "operation"',
     )
+
+
+def reward_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions what outcome and flow reward say of it."""
+    (first, *_) = failed()
     yield Case(
         "OUTCOME, the outcome advantage of the responses to this problem",
         lambda: student.OUTCOME,
@@ -163,15 +173,27 @@ def cases(student: ModuleType) -> Iterator[Case]:
     )
 
 
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from step_cases(student)
+    yield from cause_cases(student)
+    yield from reward_cases(student)
+
+
 def show(student: ModuleType) -> None:
     """Show the failed responses with their penalties."""
     written, episodes = wrong_step()
-    print(f"{len(failed())} responses to {failed()[0]['question']} of step {step_of_fall()}; ^ is a penalty:\n")
+    print(
+        f"{len(failed())} responses to {failed()[0]['question']} of step {step_of_fall()}; ^ is a penalty:\n"
+    )
     for episode in failed()[:4]:
         signs = ["^" if reward < 0 else " " for reward in episode["dense_reward"]]
         print(picture.below(episode["tokens"], signs))
     hits = sum(episode["dense_reward"][wrong_place(episode)] < 0 for episode in episodes)
-    counts = Counter(n for one in episodes for n in [sum(r < 0 for r in one["dense_reward"])])
-    fewest, most = min(counts), max(counts)
-    print(f"\n{len(episodes)} of them write {written}. The wrong token is penalised in {hits} of these,")
-    print(f"as one of {fewest} to {most} penalised tokens; {share_of('='):.0%} of the step's flow reward falls on =.")
+    penalties = [sum(reward < 0 for reward in episode["dense_reward"]) for episode in episodes]
+    print(
+        f"\n{len(episodes)} of them write {written}. The wrong token is penalised in {hits} of these;",
+        end="",
+    )
+    print(f" {min(penalties)} to {max(penalties)} tokens are in all.")
+    print(f"{share_of('='):.0%} of the step's flow reward falls on =.")

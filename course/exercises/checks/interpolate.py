@@ -13,6 +13,8 @@ from course.exercises.cases import Case, Mistake
 X_1 = torch.tensor([[4.0, 0.0], [2.0, 2.0]])
 X_0 = torch.tensor([[0.0, 2.0], [2.0, -2.0]])
 T = torch.tensor([0.25, 0.5])
+X_T = torch.tensor([[1.0, 1.5], [2.0, 0.0]])
+U = torch.tensor([[4.0, -2.0], [0.0, 4.0]])
 SHADES = " .:-=+*#%@"  # from a small error to a large one
 
 
@@ -21,14 +23,12 @@ def half_of(x_t: Tensor, t: Tensor, context: Tensor, depth: Tensor) -> Tensor:
     return x_t / 2 + context
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
-    x_t = torch.tensor([[1.0, 1.5], [2.0, 0.0]])
-    u = torch.tensor([[4.0, -2.0], [0.0, 4.0]])
+def path_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to interpolate."""
     yield Case(
         "interpolate: the point x_t at t = 0.25 and 0.5",
         lambda: student.interpolate(X_1, X_0, T)[0],
-        x_t,
+        X_T,
         [
             Mistake(
                 (1 - T[:, None]) * X_1 + T[:, None] * X_0,
@@ -47,11 +47,11 @@ def cases(student: ModuleType) -> Iterator[Case]:
     yield Case(
         "interpolate: the velocity u",
         lambda: student.interpolate(X_1, X_0, T)[1],
-        u,
+        U,
         [
-            Mistake(-u, "u points from the noise to the latent, the way that time runs"),
+            Mistake(-U, "u points from the noise to the latent, the way that time runs"),
             Mistake(
-                X_1 - x_t, "u is the velocity of the whole line, x_1 - x_0, also in the middle"
+                X_1 - X_T, "u is the velocity of the whole line, x_1 - x_0, also in the middle"
             ),
         ],
     )
@@ -60,8 +60,12 @@ def cases(student: ModuleType) -> Iterator[Case]:
         lambda: student.interpolate(X_1, X_0, torch.tensor([1.0]))[0],
         X_1,
     )
+
+
+def error_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to velocity_error of two rows."""
     context = torch.ones(2, 2)
-    error = (half_of(x_t, T, context, T) - u).square()
+    error = (half_of(X_T, T, context, T) - U).square()
     yield Case(
         "velocity_error of a flow with v = x_t/2 + context",
         lambda: student.velocity_error(half_of, X_1, context, T, X_0, T),
@@ -71,12 +75,18 @@ def cases(student: ModuleType) -> Iterator[Case]:
             Mistake(error.mean(), "one error for each row, (P,): take the mean over D alone"),
             Mistake(error.mean(dim=0), "the mean went over the rows; D is the last dimension"),
             Mistake(
-                (half_of(X_1, T, context, T) - u).square().mean(dim=1),
+                (half_of(X_1, T, context, T) - U).square().mean(dim=1),
                 "the flow is asked at x_t, the point of the path, not at the latent",
             ),
             Mistake(error.sqrt().mean(dim=1), "the difference is squared"),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from path_cases(student)
+    yield from error_cases(student)
     generator = torch.Generator().manual_seed(0)
     x_1, x_0, context = torch.randn(3, 50, 7, generator=generator)
     t = torch.rand(50, generator=generator)

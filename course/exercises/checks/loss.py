@@ -13,33 +13,33 @@ RATIO = torch.tensor([[1.5, 0.5, 1.5, 0.5, 1.0]])
 ADVANTAGE = torch.tensor([[1.0, 1.0, -1.0, -1.0, 2.0]])
 CLIP = (0.2, 0.28)
 NO_CLIP = (1.0, 1e9)
+CLIPPED = RATIO.clamp(0.8, 1.28)
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
-    clipped = RATIO.clamp(0.8, 1.28)
-    nothing = torch.zeros_like(RATIO)
+def loss_at(student: ModuleType, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the student's loss at ratios, and where its clip binds."""
+    return student.ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, CLIP)
 
-    def loss_of(ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-        return student.ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, CLIP)
 
+def value_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question what the loss is."""
     yield Case(
         "the loss at ratios 1.5 and 0.5 with A = 1, the same with A = -1, and 1 with A = 2; "
         "clip (0.2, 0.28)",
-        lambda: loss_of(RATIO, ADVANTAGE)[0],
+        lambda: loss_at(student, RATIO, ADVANTAGE)[0],
         torch.tensor([[-1.28, -0.5, 1.5, 0.8, -2.0]]),
         [
             Mistake(
-                torch.minimum(RATIO * ADVANTAGE, clipped * ADVANTAGE),
+                torch.minimum(RATIO * ADVANTAGE, CLIPPED * ADVANTAGE),
                 "a loss is minimised, and the advantage is to be made larger: mind the sign",
             ),
             Mistake(
-                -torch.maximum(RATIO * ADVANTAGE, clipped * ADVANTAGE),
+                -torch.maximum(RATIO * ADVANTAGE, CLIPPED * ADVANTAGE),
                 "the minimum of the two, before the sign is turned: with the maximum the clip stops "
                 "the tokens that moved the wrong way",
             ),
             Mistake(
-                -clipped * ADVANTAGE,
+                -CLIPPED * ADVANTAGE,
                 "the clip alone also stops tokens that have moved the wrong way: take the minimum "
                 "with the ratio that is not clipped",
             ),
@@ -57,20 +57,24 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def clip_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions where the clip binds, and of a ratio that it does not bound."""
     yield Case(
         "where the clip binds",
-        lambda: loss_of(RATIO, ADVANTAGE)[1].float(),
+        lambda: loss_at(student, RATIO, ADVANTAGE)[1].float(),
         torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]]),
         [
             Mistake(
-                (clipped != RATIO).float(),
+                (CLIPPED != RATIO).float(),
                 "a ratio outside the clip is not enough: it binds where clipped*A < rho*A",
             ),
         ],
     )
     yield Case(
         "the loss at a ratio of 20 with A = -1",
-        lambda: loss_of(torch.tensor([[20.0]]), torch.tensor([[-1.0]]))[0],
+        lambda: loss_at(student, torch.tensor([[20.0]]), torch.tensor([[-1.0]]))[0],
         torch.tensor([[3.0]]),
         [
             Mistake(
@@ -81,9 +85,13 @@ def cases(student: ModuleType) -> Iterator[Case]:
         ],
     )
 
+
+def gradient_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to the gradient."""
+
     def gradient() -> Tensor:
         logp = RATIO.log().requires_grad_()
-        loss, _ = student.ppo_loss(logp, nothing, ADVANTAGE, CLIP)
+        loss, _ = student.ppo_loss(logp, torch.zeros_like(RATIO), ADVANTAGE, CLIP)
         loss.sum().backward()
         return logp.grad
 
@@ -94,10 +102,17 @@ def cases(student: ModuleType) -> Iterator[Case]:
         [
             Mistake(
                 RuntimeError,
-                "the loss has no gradient: nothing on its way from logp may be detached",
+                "the loss has no gradient: torch.zeros_like(RATIO) on its way from logp may be detached",
             ),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from value_cases(student)
+    yield from clip_cases(student)
+    yield from gradient_cases(student)
     generator = torch.Generator().manual_seed(0)
     logp, old_logp, advantage = torch.randn(3, 8, 12, generator=generator)
     yield Case(
@@ -110,7 +125,7 @@ def cases(student: ModuleType) -> Iterator[Case]:
 def update(student: ModuleType, clip: tuple[float, float]) -> list[list[float]]:
     """Update a policy over four answers on ten samples; return its probabilities after each pass.
 
-    One sample of four, the third answer, was right: it has a large advantage, by luck or not.
+    Of ten samples one, the third answer, was right: it has a large advantage, by luck or not.
     """
     sampled = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3, 3])
     right = (sampled == 2).float()

@@ -14,8 +14,8 @@ ALL = torch.ones(1, 5, dtype=torch.bool)
 LEVELS = " .:-=+*#%@"
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def undiscounted_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to gamma 1."""
     yield Case(
         "gamma 1: rewards 0, -1, 0, -2, 0",
         lambda: student.token_returns(REWARD, ALL, 1.0),
@@ -36,6 +36,10 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def discounted_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to gamma 0.5 and 0."""
     yield Case(
         "gamma 0.5: the same rewards",
         lambda: student.token_returns(REWARD, ALL, 0.5),
@@ -59,6 +63,16 @@ def cases(student: ModuleType) -> Iterator[Case]:
         REWARD,
         [Mistake(torch.full((1, 5), torch.nan), "0/0: do not divide by powers of gamma")],
     )
+
+
+def gamma_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to some gammas."""
+    yield from undiscounted_cases(student)
+    yield from discounted_cases(student)
+
+
+def tool_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question of a response with tokens of a tool."""
     tool = torch.tensor([[True, True, False, False, True]])
     reward = torch.tensor([[0.0, 0.0, -9.0, 0.0, -4.0]])
     yield Case(
@@ -81,6 +95,12 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from gamma_cases(student)
+    yield from tool_cases(student)
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(10, 20, generator=generator)
     mask = torch.rand(10, 20, generator=generator) < 0.7

@@ -62,12 +62,12 @@ def verdict_of(low: float, high: float) -> str:
     return "helps" if low > 0 else "harms"
 
 
-def cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to a student's file."""
+def claim_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions of one seed."""
     yield Case(
-        "SEED is one of 0 to 7",
-        lambda: None if student.SEED is None else student.SEED in SEEDS,
-        True,
+        "SEED",
+        lambda: student.SEED,
+        student.SEED if student.SEED in SEEDS else 0,
         expects="a seed of the study, 0 to 7",
     )
     rlvr, published = (accuracies()[arm][student.SEED] for arm in ("rlvr", "published"))
@@ -83,6 +83,10 @@ def cases(student: ModuleType) -> Iterator[Case]:
         ],
         expects='another of "helps", "harms" and "no difference"',
     )
+
+
+def interval_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to paired_interval."""
     values = differences("published")
     small = [0.1, 0.3, -0.1, 0.5]
     for name, sample in (("0.1, 0.3, -0.1, 0.5", small), ("the eight pairs", values)):
@@ -111,7 +115,11 @@ def cases(student: ModuleType) -> Iterator[Case]:
             ],
             tolerance=1e-3,
         )
-    _, low, high = interval(values)
+
+
+def verdict_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question of all seeds."""
+    _, low, high = interval(differences("published"))
     yield Case(
         f"VERDICT, with an interval from {low:+.2f} to {high:+.2f}",
         lambda: student.VERDICT,
@@ -127,6 +135,13 @@ def cases(student: ModuleType) -> Iterator[Case]:
         ],
         expects='another of "helps", "harms" and "cannot tell"',
     )
+
+
+def cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to a student's file."""
+    yield from claim_cases(student)
+    yield from interval_cases(student)
+    yield from verdict_cases(student)
 
 
 def show(student: ModuleType) -> None:

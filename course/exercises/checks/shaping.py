@@ -14,8 +14,8 @@ MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
 UNIT = torch.tensor([[0.2, 0.7, 0.9, 0.65, 1.0], [0.1, 0.8, 0.3, 0.2, 0.0]])
 
 
-def normalise_cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to normalise."""
+def unequal_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question of responses whose scores differ."""
     padded = SCORE / torch.tensor([[6.0], [60.0]])
     padded[1] = torch.tensor([0.0, 1.0, 0.25, 0.5])
     of_batch = (SCORE - 4) / 56
@@ -44,6 +44,11 @@ def normalise_cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def normalise_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to normalise."""
+    yield from unequal_cases(student)
     yield Case(
         "normalise: a response whose scores are equal",
         lambda: student.normalise(torch.full((1, 3), 5.0), torch.ones(1, 3, dtype=torch.bool)),

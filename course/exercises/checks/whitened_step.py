@@ -12,10 +12,11 @@ from course.exercises.cases import Case, Mistake
 # Mean 1 and 2; the second dimension follows the first, and is ten times as wide
 STEPS = torch.tensor([[0.0, -9.0], [2.0, 13.0], [0.0, -7.0], [2.0, 11.0]])
 
+SPREAD = torch.cov(STEPS.T) + 1e-6 * torch.eye(2)
 
-def white_cases(student: ModuleType) -> Iterator[Case]:
-    """Yield the questions to fit and distance."""
-    spread = torch.cov(STEPS.T) + 1e-6 * torch.eye(2)
+
+def fit_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to fit."""
     yield Case(
         "fit: the mean of four steps",
         lambda: student.fit(STEPS)[0],
@@ -25,11 +26,11 @@ def white_cases(student: ModuleType) -> Iterator[Case]:
     yield Case(
         "fit: L L^T is the covariance",
         lambda: student.fit(STEPS)[1] @ student.fit(STEPS)[1].T,
-        spread,
+        SPREAD,
         [
-            Mistake(spread @ spread, "this is the covariance itself: take its Cholesky factor"),
+            Mistake(SPREAD @ SPREAD, "this is the covariance itself: take its Cholesky factor"),
             Mistake(
-                torch.diag(spread.diag()),
+                torch.diag(SPREAD.diag()),
                 "each dimension was scaled by itself; the covariance between them counts, too",
             ),
             Mistake(
@@ -39,7 +40,11 @@ def white_cases(student: ModuleType) -> Iterator[Case]:
             Mistake(RuntimeError, "torch.cov wants the dimensions as rows: steps.T"),
         ],
     )
-    mean, factor = STEPS.mean(dim=0), torch.linalg.cholesky(spread)
+
+
+def distance_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the question to distance."""
+    mean, factor = STEPS.mean(dim=0), torch.linalg.cholesky(SPREAD)
     centred = (STEPS - mean).T
     white = torch.linalg.solve_triangular(factor, centred, upper=False)
     transposed = torch.linalg.solve_triangular(factor.T, centred, upper=True)
@@ -61,6 +66,12 @@ def white_cases(student: ModuleType) -> Iterator[Case]:
             ),
         ],
     )
+
+
+def white_cases(student: ModuleType) -> Iterator[Case]:
+    """Yield the questions to fit and distance."""
+    yield from fit_cases(student)
+    yield from distance_cases(student)
 
 
 def cases(student: ModuleType) -> Iterator[Case]:
