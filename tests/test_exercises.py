@@ -202,7 +202,7 @@ def test_the_page_shows_what_a_check_shows(solved, number):
 
 # ---- Demonstrations, and the edit
 def test_demonstrations_print_what_the_page_says():
-    assert len(DEMONSTRATIONS) == 4
+    assert len(DEMONSTRATIONS) == 3
     for program, expected in DEMONSTRATIONS:
         with redirect_stdout(StringIO()) as printed:
             exec(program, {})

@@ -15,7 +15,7 @@ REWARD = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
 def scaled(groups: Tensor, dim: int, correction: int = 1) -> Tensor:
     """Return groups less their mean along a dimension, in their spreads."""
     spread = groups.std(dim=dim, keepdim=True, correction=correction)
-    return (groups - groups.mean(dim=dim, keepdim=True)) / spread
+    return (groups - groups.mean(dim=dim, keepdim=True)) / (spread + 1e-9)
 
 
 def varied_cases(student: ModuleType) -> Iterator[Case]:

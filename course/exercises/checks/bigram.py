@@ -25,6 +25,11 @@ def pair_cases(student: ModuleType) -> Iterator[Case]:
         torch.tensor([12, 13, 14, 17]),
         [
             Mistake(
+                torch.tensor([14, 15, 11, 0]),
+                "these are the tokens after, and 11 came round from the row's beginning; shift the "
+                "other way",
+            ),
+            Mistake(
                 torch.tensor([14, 15, 0, 0]), "these are the tokens after; shift the other way"
             ),
             Mistake(
