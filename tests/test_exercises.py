@@ -141,23 +141,24 @@ def test_a_file_that_cannot_be_imported(tmp_path):
     assert "line 2: ratio" in printed
 
 
-def test_the_command():
-    """Its exit code, its list, and the errors of its own."""
-    command = [sys.executable, str(FOLDER / "check.py")]
+def test_the_command_of_a_blank():
+    command = [sys.executable, str(FOLDER / "check.py"), "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1
+    assert "token_returns() in returns.py, line 24, is still blank" in done.stdout
 
-    def run(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd="/")
-        return done.returncode, done.stdout + done.stderr
 
-    assert run("3", "--solution")[0] == 0
-    code, printed = run("3")
-    assert code == 1
-    assert "token_returns() in returns.py, line 24, is still blank" in printed
-    code, printed = run("12")
-    assert (code, printed) == (1, "error: there is no exercise 12; expected 1 to 11\n")
-    code, printed = run()
-    assert code == 0
-    assert len(printed.splitlines()) == 11
+def test_the_command(monkeypatch, capsys):
+    """It ends quietly with a solution, lists exercises, and names a number that there is not."""
+    monkeypatch.setattr(sys, "argv", ["check.py", "3", "--solution"])
+    check.main()
+    assert capsys.readouterr().out.endswith("passed\n")
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    check.main()
+    assert len(capsys.readouterr().out.splitlines()) == 11
+    monkeypatch.setattr(sys, "argv", ["check.py", "12"])
+    with pytest.raises(ValueError, match="no exercise 12; expected 1 to 11"):
+        check.main()
 
 
 # ---- The page, and the folder

@@ -10,6 +10,10 @@ import rlfr
 from course.exercises.cases import Case, Mistake
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+ONE_BEHIND_THE_OTHER = (
+    "the G episodes of a group stand one behind the other: view(-1, group_size), where the second size "
+    "is G; view(group_size, -1) makes groups of another size"
+)
 
 
 def scaled(groups: Tensor, dim: int, correction: int = 1) -> Tensor:
@@ -35,11 +39,8 @@ def varied_cases(student: ModuleType) -> Iterator[Case]:
                 scaled(groups, 0).flatten(),
                 "the comparison went across the groups: dim=1 runs inside a group",
             ),
-            Mistake(
-                scaled(REWARD.view(4, 2), 0).flatten(),
-                "the episodes of a group stand one behind the other: view(-1, group_size), as "
-                "view(group_size, -1) deals them out among the groups",
-            ),
+            Mistake(scaled(REWARD.view(4, 2), 0).flatten(), ONE_BEHIND_THE_OTHER),
+            Mistake(scaled(REWARD.view(4, 2), 1).flatten(), ONE_BEHIND_THE_OTHER),
             Mistake(
                 scaled(groups, 1, correction=0).flatten(),
                 "std divides by G - 1, as torch does unless told otherwise",
