@@ -9,7 +9,7 @@ A flow learns to carry noise x_0 (t = 0) along a straight line to a latent x_1 (
 P counts rows, each with a time of its own; D is the width of a latent. flow.py has the legend.
 
 Bar: every case is right. The check then fits a flow to points of a ring with your two functions, and
-draws the plane: the lighter a place, the better a point there fits the flow.
+draws the plane: it is blank where a point has a small error.
 """
 
 from torch import Tensor, nn
