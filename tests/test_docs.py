@@ -35,7 +35,7 @@ PAGES = (
     "docs/glossary.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/ and course/
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -52,6 +52,7 @@ FOREIGN_FLAGS = {
     "--workers",
     "--json",
     "--deadline",
+    "--solution",
 }
 
 
