@@ -1,7 +1,8 @@
-"""What is made of a run afterwards: weights for other programs, and a page of curves.
+"""What is made of a run afterwards, weights and a page of curves; and the plan of one before it.
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
     python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
+    python run.py plan --on 8xH100 --model NAME   what a run would take, before it: see plan/command.py
 
 What a run's folder holds stands in infra/runs.py.
 """
@@ -10,6 +11,8 @@ What a run's folder holds stands in infra/runs.py.
 import infra.waiting  # noqa: F401
 
 # isort: split
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -157,6 +160,17 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
     print(f"open {write_run_report(paths, Path(out or beside / 'report.html'))}")
 
 
+# ---- python run.py plan --on 8xH100 --model NAME
+def plan() -> None:
+    """Say what memory and time a run of train_rl.py would take of GPUs that are not there."""
+    root = Path(__file__).resolve().parent
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    os.execve(sys.executable, [sys.executable, "-m", "plan", *sys.argv[2:]], environment)
+
+
 if __name__ == "__main__":
-    commands = {"export": export_checkpoint, "report": report}
+    if sys.argv[1:2] == ["plan"]:  # it has the flags of train_rl.py
+        plan()
+    commands = {"export": export_checkpoint, "report": report, "plan": plan}
     errors.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))
