@@ -69,9 +69,9 @@ class Trace(TorchDispatchMode):
         self.counts = True
         self.sizes: dict[int, tuple[weakref.ref, int]] = {}  # of storages, by their addresses
         self.held = 0  # bytes of all storages
-        self.clear()
+        self.count_anew()
 
-    def clear(self) -> None:
+    def count_anew(self) -> None:
         """Begin to count anew; what is there stays."""
         self.peak = self.held
         self.products = 0
@@ -97,7 +97,7 @@ class Trace(TorchDispatchMode):
 
     def measure(self, work: Callable) -> tuple[object, Cost]:
         """Do some work; return its result and what it took, with all that was there before."""
-        self.clear()
+        self.count_anew()
         self.in_phase = True
         try:
             result = work()
@@ -116,7 +116,7 @@ class Trace(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.note_storage(leaf.untyped_storage())
-        self.count(func, args, kwargs, result)
+        self.note_work(func, args, kwargs, result)
         return result
 
     def compute(self, func, args: tuple, kwargs: dict):
@@ -179,7 +179,7 @@ class Trace(TorchDispatchMode):
 
         return resize_and_note
 
-    def count(self, func, args: tuple, kwargs: dict, result) -> None:
+    def note_work(self, func, args: tuple, kwargs: dict, result) -> None:
         """Count the operations of a product, or the bytes of a collective."""
         packet = func._overloadpacket
         if packet is ATTENTION:
