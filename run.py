@@ -7,11 +7,11 @@
 What a run's folder holds stands in infra/runs.py.
 """
 
-# first: torch reads what this sets when it is imported
+# first: torch reads what these set when it is imported
 import infra.waiting  # noqa: F401
+import plan.unseen
 
 # isort: split
-import os
 import sys
 from pathlib import Path
 
@@ -161,16 +161,17 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
 
 
 # ---- python run.py plan --on 8xH100 --model NAME
-def plan() -> None:
+def plan_run() -> None:
     """Say what memory and time a run of train_rl.py would take of GPUs that are not there."""
-    root = Path(__file__).resolve().parent
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
-    os.execve(sys.executable, [sys.executable, "-m", "plan", *sys.argv[2:]], environment)
+    from plan.command import Config, main
+    from worlds import PRESETS
+
+    del sys.argv[1]  # it has the flags of train_rl.py, which are read as there
+    runs.launch(main, Config, PRESETS["train_rl"])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["plan"]:  # it has the flags of train_rl.py
-        plan()
-    commands = {"export": export_checkpoint, "report": report, "plan": plan}
+    if plan.unseen.IS_ASKED_FOR:
+        plan_run()
+    commands = {"export": export_checkpoint, "report": report, "plan": plan_run}
     errors.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))
