@@ -495,7 +495,8 @@ def deviation_score(errors: Tensor, times: Sequence[float]) -> Tensor:
 
     t/(1-t) is the weight of a squared velocity error in the likelihood bound of this path: half of
     d(log SNR)/dt is 1/(t(1-t)), and the error of the noise is t times that of the velocity, squared
-    t^2. With a single time it is a constant, which the min-max of the shaping cancels.
+    t^2. With a single time it is a constant, which the min-max of the shaping cancels. The bound, and
+    what a few times and one draw of noise keep of it: docs/theory.md.
     """
     factors = [t / (1 - t) for t in times]
     weights = torch.tensor(factors, dtype=errors.dtype, device=errors.device)

@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +20,20 @@ from worlds import toy
 
 PAGES = (
     "README.md",
+    "CONTRIBUTING.md",
+    "AGENTS.md",
+    "docs/algorithm.md",
+    "docs/development.md",
+    "docs/full-runs.md",
+    "docs/results.md",
     "docs/running.md",
     "docs/departures.md",
     "docs/seeing.md",
     "docs/exercises.md",
     "docs/turns.md",
     "docs/walkthrough.md",
+    "docs/theory.md",
+    "docs/glossary.md",
     "grading/README.md",
 )
 # Flags of torchrun, hf, rewards.py, benchmarks/ and study/
@@ -46,16 +55,37 @@ FOREIGN_FLAGS = {
 }
 
 
-def test_functions_that_the_readme_links():
-    links = re.findall(
-        r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(([\w/]+)\.py\)", (ROOT / "README.md").read_text()
-    )
+def test_functions_that_the_page_of_the_algorithm_links():
+    page = (ROOT / "docs" / "algorithm.md").read_text()
+    links = re.findall(r"\[`(\w+)\.(?!py`)([\w.]+)`\]\(\.\./([\w/]+)\.py\)", page)
     assert len(links) >= 20
     for module, path, file in links:
         assert module == file.rpartition("/")[2]
         value = importlib.import_module(file.replace("/", "."))
         for name in path.split("."):
             value = getattr(value, name)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
+
+
+def test_links_lead_somewhere():
+    pages = [page for page in ROOT.rglob("*.md") if not {"runs", ".venv"} & set(page.parts)]
+    assert len(pages) >= 20
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("http"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+            if anchor:
+                assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
 
 
 @pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "plan"])

@@ -1,4 +1,4 @@
-"""Who imports whom, against the table of floors in the README: no lower room knows an upper one."""
+"""Who imports whom, against the table of floors: no lower room knows an upper one."""
 
 import ast
 import re
@@ -8,9 +8,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def floors() -> dict[str, int]:
-    """Return the floor of each root file and package, from the README's table, the lowest first."""
+    """Return the floor of each root file and package, the lowest first, from the page on development."""
     found = {}
-    rows = re.findall(r"^\| (\d) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "development.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
     for floor, names in rows:
         for name in re.findall(r"`(\w+)(?:/|\.py)`", names):
             found[name] = int(floor)
