@@ -55,16 +55,14 @@ def main(config: Config) -> None:
         held = trial.held_by(models)
         n_parameters = count_weights(models.policy)
         n_dense = count_weights(models.dense.module) if models.dense else 0
-        trials = [trial.try_out(models, shape, config, trace) for shape in shapes_of(config)]
-    phases = estimate.learning_phases(config, held, trials, n_held)
+        traced = trial.try_out(models, largest_shape(config), config, trace)
+    phases = estimate.learning_phases(config, held, traced, n_held)
     roll_out = estimate.roll_out_phase(config, model, n_parameters, n_held, machine)
     print_head(config, model, n_parameters, n_dense, machine)
     print_memory(config, held, roll_out, phases, machine)
     if isinstance(roll_out, Phase):
-        times = estimate.times_of_step(
-            config, model, n_parameters, trials[0], roll_out.cache, machine
-        )
-        print_times(config, trials[0], times, machine)
+        times = estimate.times_of_step(config, model, n_parameters, traced, roll_out.cache, machine)
+        print_times(config, traced, times, machine)
     print(SOURCES)
 
 
@@ -94,20 +92,20 @@ def resolve(config: Config, machine: Machine) -> tuple[Config, Model]:
     return config, model
 
 
-def shapes_of(config: Config) -> list[trial.Shape]:
-    """Return the micro-batches to try out: the longest responses, and the longest rows.
+def largest_shape(config: Config) -> trial.Shape:
+    """Return the micro-batch that takes the most memory: the longest responses, a full budget.
 
-    The second only if its tokens are more than those of the first. No micro-batch has more rows
-    than a rank gets of an optimiser step.
+    It has as many rows as the budget holds with prompts of the mean length, and no more than a rank
+    gets of an optimiser step; longer prompts fill it up. A single row may exceed the budget.
     """
-    most_rows = config.optimisation.train_batch // dist.get_world_size()
+    budget = config.compute.tokens_per_gpu
     n_response = config.sampling.max_tokens
-    shapes = []
-    for n_prompt in (config.prompt_tokens, config.problems.max_prompt_tokens):
-        fitting = config.compute.tokens_per_gpu // (n_prompt + n_response)
-        shapes.append(trial.Shape(max(1, min(most_rows, fitting)), n_prompt, n_response))
-    typical, longest = (shape.n_rows * shape.row_length for shape in shapes)
-    return shapes if longest > typical else shapes[:1]
+    longest = config.problems.max_prompt_tokens + n_response
+    if longest > budget:
+        return trial.Shape(1, longest - n_response, n_response)
+    of_rank = config.optimisation.train_batch // dist.get_world_size()
+    n_rows = max(1, min(of_rank, budget // (config.prompt_tokens + n_response)))
+    return trial.Shape(n_rows, min(longest, budget // n_rows) - n_response, n_response)
 
 
 def count_weights(module) -> int:
@@ -177,10 +175,10 @@ def what_to_lower(config: Config, phase: Phase, machine: Machine) -> list[str]:
 
 
 def print_times(
-    config: Config, first: trial.Trial, times: estimate.Times, machine: Machine
+    config: Config, traced: trial.Trial, times: estimate.Times, machine: Machine
 ) -> None:
     """Print the operations and the seconds of a step."""
-    work = estimate.work_of_rank(config, first, machine.n_gpus)
+    work = estimate.work_of_rank(config, traced, machine.n_gpus)
     n_episodes = config.sampling.prompts * config.sampling.group_size
     print(
         f"\na step of {n_episodes} episodes, {config.prompt_tokens} + {config.response_tokens} tokens "

@@ -52,15 +52,15 @@ def roll_out_phase(
     return Phase("roll out", trainer, 0, weights + GRAPHS, cache)
 
 
-def learning_phases(config, held: Held, trials: list[Trial], n_held: float) -> list[Phase]:
-    """Return the memory of scoring and of the update: the most that any trial took.
+def learning_phases(config, held: Held, traced: Trial, n_held: float) -> list[Phase]:
+    """Return the memory of scoring and of the update.
 
-    n_held: bytes of all tensors before the first trial
+    n_held: bytes of all tensors before the trial
     """
     is_on_gpu = config.compute.offload != "always"
     phases = []
     for name, stays in (("score", n_held), ("update", n_held + held.gradients)):
-        peak = max(getattr(trial, name).peak for trial in trials)
+        peak = getattr(traced, name).peak
         phases.append(Phase(name, stays * is_on_gpu, peak - stays, 0, 0))
     return phases
 
@@ -89,7 +89,7 @@ class Work(NamedTuple):
     update: float
 
 
-def work_of_rank(config, trial: Trial, n_ranks: int) -> Work:
+def work_of_rank(config, traced: Trial, n_ranks: int) -> Work:
     """Scale what a micro-batch took to a rank's share of a step.
 
     Products grow with tokens, attention with the squares of rows.
@@ -98,21 +98,21 @@ def work_of_rank(config, trial: Trial, n_ranks: int) -> Work:
     n_episodes = sampling.prompts * sampling.group_size / n_ranks
     length = config.prompt_tokens + config.response_tokens
     n_packed = n_episodes * (config.response_tokens + config.prompt_tokens / sampling.group_size)
-    tokens = n_packed / (trial.shape.n_rows * trial.shape.row_length)
-    squares = n_episodes * length**2 / (trial.shape.n_rows * trial.shape.row_length**2)
-    costs = (trial.score, trial.update)
+    tokens = n_packed / (traced.shape.n_rows * traced.shape.row_length)
+    squares = n_episodes * length**2 / (traced.shape.n_rows * traced.shape.row_length**2)
+    costs = (traced.score, traced.update)
     score, update = (tokens * cost.products + squares * cost.attention for cost in costs)
     return Work(n_episodes, n_packed, score, update)
 
 
 def times_of_step(
-    config, model: Model, n_parameters: int, trial: Trial, cache: float, machine: Machine
+    config, model: Model, n_parameters: int, traced: Trial, cache: float, machine: Machine
 ) -> Times:
     """Estimate the seconds of a step.
 
     cache: bytes of an engine's cache on a rank
     """
-    work = work_of_rank(config, trial, machine.n_gpus)
+    work = work_of_rank(config, traced, machine.n_gpus)
     shares = measured_shares(model.text_config.hidden_size, config.compute.compile != "off")
     n_in_step = config.sampling.prompts * config.sampling.group_size
     n_optimiser_steps = n_in_step // config.optimisation.train_batch
@@ -122,7 +122,7 @@ def times_of_step(
     seconds = {}
     for name, n_calls in (("score", n_batches), ("update", n_updates)):
         computes = getattr(work, name) / (getattr(shares, name) * machine.gpu.products)
-        sends = n_calls * getattr(trial, name).sent / machine.link
+        sends = n_calls * getattr(traced, name).sent / machine.link
         seconds[name] = max(computes, sends)  # the one behind the other
     weights = engine_bytes(model, n_parameters, 1)
     return Times(
