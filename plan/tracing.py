@@ -88,6 +88,8 @@ class Trace(TorchDispatchMode):
         propagate = self.without_counting(ShardingPropagator._propagate_tensor_meta_non_cached)
         name = propagate.__name__
         self.stack.enter_context(patch.object(ShardingPropagator, name, propagate))
+        swap = self.swapping(torch.utils.swap_tensors)
+        self.stack.enter_context(patch.object(torch.utils, "swap_tensors", swap))
         self.stack.enter_context(self.fake)
         return super().__enter__()
 
@@ -167,6 +169,18 @@ class Trace(TorchDispatchMode):
                 self.counts = True
 
         return propagate_uncounted
+
+    def swapping(self, swap: Callable) -> Callable:
+        """Return the function by which a module changes its dtype, for tensors that the mode remembers.
+
+        It refuses those with a weak reference, which the mode keeps of some.
+        """
+
+        def forget_and_swap(one: Tensor, other: Tensor) -> None:
+            self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
+            swap(one, other)
+
+        return forget_and_swap
 
     def resizing(self, resize: Callable) -> Callable:
         """Return the method by which FSDP frees a storage and takes it again, so that it is seen."""
