@@ -344,7 +344,6 @@ def main(config: Config) -> None:
     solutions = tokenise(texts, answers, images, config.solutions, model)
     dtype = parallel.compute_dtype(config.loading.dtype)
     policy = load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
-    fitted_to = fingerprints.of_weights(policy.model)
     parallel.shard(policy, policy.blocks, dtype, config.compute.always_offloads)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
@@ -355,7 +354,7 @@ def main(config: Config) -> None:
         percentiles=config.percentiles,
         standardised=config.flow.standardise,
         calibrated_at=config.flow.calibrate_at if n_held_out else (),
-        fitted_to=fitted_to,
+        fitted_to=policy.fingerprint,
     )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
