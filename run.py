@@ -87,11 +87,11 @@ def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> t
     """
     from infra.models import LoadingSettings, find_model
     from policy import load_policy
-    from worlds import toy
+    from worlds import WORLDS
 
     name = stored["model"]
-    if name in toy.WORLDS:
-        name = toy.WORLDS[name].path("model")
+    if name in WORLDS:
+        name = WORLDS[name].path("model")
     values = {field: stored[field] for field in runs.FIELDS_OF_LOADING}
     loading = LoadingSettings(**values, trust_remote_code=trust_remote_code)
     model = find_model(name, loading)

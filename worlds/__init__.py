@@ -10,6 +10,9 @@ A world is a folder with problems, expert solutions, a base model and its settin
 import infra.waiting  # noqa: F401
 
 # isort: split
+from pathlib import Path
+
+from infra.files import read_json
 from worlds import gsm, toy
 from worlds.offline_start import make_flow
 from worlds.shared import Step
@@ -19,6 +22,7 @@ __all__ = [
     "WORLDS",
     "World",
     "find_world",
+    "kind_of",
     "label_steps",
     "make",
     "make_flow",
@@ -40,6 +44,12 @@ def make(world: World) -> World:
 def find_world(model: str) -> World | None:
     """Return the world that a script's --model names, made if it is not there; None: no world."""
     return make(WORLDS[model]) if model in WORLDS else None
+
+
+def kind_of(folder: str) -> str:
+    """Return the name of the embedded world whose presets fit a folder that holds one."""
+    file = Path(folder, "world.json")
+    return read_json(file, "the settings of an embedded world").get("kind", "toy-sparse")
 
 
 def label_steps(problem: str, solution: str | None, response: str) -> list[Step]:
