@@ -168,13 +168,11 @@ class Study:
 def find_worlds(study: Study) -> list[worlds.World]:
     """Return the world of each base, made if need be: the one named, and others of its kind."""
     name = study.world
+    kind = worlds.kind_of(name)
     if name not in worlds.WORLDS:
-        if not Path(name, "world.json").exists():
-            known = ", ".join(worlds.WORLDS)
-            raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
         if study.bases > 1:
             raise ValueError(f"bases={study.bases}: the world {name!r} is a folder, with one base")
-        return [replace(worlds.WORLDS[worlds.kind_of(name)], folder=name)]
+        return [replace(worlds.WORLDS[kind], folder=name)]
     found = [worlds.find_world(name)]
     for base in range(1, study.bases):
         folder = f"{study.folder}/worlds/{base}"
@@ -186,9 +184,8 @@ def preset(script: str | None, study: Study) -> dict[str, object]:
     """Return the settings that all runs of a script have in a study."""
     if script is None:
         return {}
-    presets = worlds.PRESETS[script]
-    kind = study.world if study.world in presets else worlds.kind_of(study.world)
-    settings = {**presets[kind], "model": "{base}", "save_every": 25, "keep": 1}
+    settings = dict(worlds.PRESETS[script][worlds.kind_of(study.world)])
+    settings.update(model="{base}", save_every=25, keep=1)
     if script == "train_flow":
         settings.update(epochs=FLOW_EPOCHS, flow_blocks=2)
     if script == "train_rl":

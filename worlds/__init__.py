@@ -46,9 +46,14 @@ def find_world(model: str) -> World | None:
     return make(WORLDS[model]) if model in WORLDS else None
 
 
-def kind_of(folder: str) -> str:
-    """Return the name of the embedded world whose presets fit a folder that holds one."""
-    file = Path(folder, "world.json")
+def kind_of(name: str) -> str:
+    """Return the name of the world whose presets fit one that is named, or a folder that holds one."""
+    if name in WORLDS:
+        return name
+    file = Path(name, "world.json")
+    if not file.exists():
+        known = ", ".join(WORLDS)
+        raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
     return read_json(file, "the settings of an embedded world").get("kind", "toy-sparse")
 
 
