@@ -14,11 +14,15 @@ import pytest
 from conftest import ROOT, read_lines
 
 sys.path.append(str(ROOT / "study"))
+import eval as evaluation
 import study
+import train_flow
+import train_rl
 import worlds
 from infra import batching
 from infra.data import ProblemSettings, load_problems
 from infra.models import LoadingSettings, find_model
+from infra.settings import change
 from policy import load_policy
 from rewards import Grader
 from worlds import gsm, toy
@@ -220,6 +224,17 @@ def test_fine_tuning_learns_the_solutions(world):
     before = policy(batch).logp[batch.response_mask].mean().item()
     gsm.fine_tune(gsm.World(steps=8, batch_size=2, lr=3e-3), policy, solutions)
     assert policy(batch).logp[batch.response_mask].mean().item() > before + 0.5
+
+
+def test_presets_are_settings_of_the_scripts():
+    for script, module in {
+        "train_rl": train_rl,
+        "train_flow": train_flow,
+        "eval": evaluation,
+    }.items():
+        preset = worlds.PRESETS[script]["gsm"]
+        assert change(module.Config(), **preset) != module.Config()
+        assert worlds.PRESETS[script]["toy"] == toy.PRESETS[script]["toy"]
 
 
 def test_the_study_takes_the_settings_of_a_folder(tmp_path):
