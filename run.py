@@ -102,11 +102,11 @@ def check_trust(run: str, stored: dict[str, object], trust_remote_code: bool) ->
 
 def find_initial_model(stored: dict[str, object], trust_remote_code: bool) -> Model:
     """Find the model that a run began with, by the settings of the run."""
-    from worlds import toy
+    from worlds import WORLDS
 
     name = stored["model"]
-    if name in toy.WORLDS:
-        name = toy.WORLDS[name].path("model")
+    if name in WORLDS:
+        name = WORLDS[name].path("model")
     values = {field: stored[field] for field in runs.FIELDS_OF_LOADING}
     return find_model(name, LoadingSettings(**values, trust_remote_code=trust_remote_code))
 
