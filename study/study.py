@@ -94,7 +94,8 @@ METHODS = (
     "length",
     "noise",
 )
-JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
+# The flow reward's own study has none of these
+JUDGING = ("distillation", "noise", "default", "luffy")
 SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
