@@ -26,7 +26,6 @@ keeps what it holds of other worlds.
 import repository  # noqa: F401
 
 # isort: split
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -99,21 +98,18 @@ class Responses(NamedTuple):
 
 def scoring_settings(world: toy.World, settings: Settings) -> train_rl.Config:
     """Return the settings with which a base's responses are sampled, one a problem, and scored."""
-    return change(
-        train_rl.Config(),
-        **toy.PRESETS["train_rl"]["toy-sparse"]
-        | {
-            "model": world.path("model"),
-            "data": world.path("train.jsonl"),
-            "shaping": "none",
-            "engine": "torch",
-            "prompts": settings.n_responses,
-            "group_size": 1,
-            "baseline": "reinforce",
-            "train_batch": settings.n_responses,
-            "seed": FIRST_SEED,
-        },
-    )
+    own = {
+        "model": world.path("model"),
+        "data": world.path("train.jsonl"),
+        "shaping": "none",
+        "engine": "torch",
+        "prompts": settings.n_responses,
+        "group_size": 1,
+        "baseline": "reinforce",
+        "train_batch": settings.n_responses,
+        "seed": FIRST_SEED,
+    }
+    return change(train_rl.Config(), **{**toy.PRESETS["train_rl"]["toy-sparse"], **own})
 
 
 def sample(config: train_rl.Config, model: Model, n_written: int) -> Responses:
@@ -267,28 +263,29 @@ def decide(bases: Sequence[dict]) -> bool | None:
     return n_failed <= MOST_UNSOLVED * len(bases) and n_unsolved > len(bases) / 2
 
 
-def examine(world: str, settings: Settings) -> dict:
-    """Score the bases of a world and run its arms; return what was found."""
-    asked = study_of(world, settings)
-    worlds = study.find_worlds(asked)
+def kept_scores(asked: study.Study, worlds: Sequence[toy.World], settings: Settings) -> list[dict]:
+    """Return what is known of each base before the runs, which the study's folder keeps."""
     scores = []
-    for base, made in enumerate(worlds):
-        file = Path(asked.folder, f"scores-{base}.json")
+    sizes = f"{settings.n_responses}-{settings.n_written}"
+    for base, world in enumerate(worlds):
+        file = Path(asked.folder, f"scores-{base}-{sizes}.json")
         if not file.exists():
-            config, model = train_rl.resolve(scoring_settings(made, settings))
+            config, model = train_rl.resolve(scoring_settings(world, settings))
             responses = sample(config, model, settings.n_written)
-            scorers = score(responses, made.path("expert.jsonl"), config, model)
+            scorers = score(responses, world.path("expert.jsonl"), config, model)
             write_json(file, {**describe(responses), "scorers": scorers})
         scores.append(read_json(file, "the scores of a base"))
-    if settings.runs and study.main(asked) != 0:
-        print(f"{world}: not all runs have finished; the same command goes on")
-    accuracies = read_accuracies(asked)
+    return scores
+
+
+def gather(asked: study.Study, worlds: Sequence[toy.World], scores: Sequence[dict]) -> dict:
+    """Return all that is known of a world so far, and the decision."""
     bases = []
-    for made, accuracy, scored in zip(worlds, accuracies, scores, strict=True):
-        bases.append({"world_seed": made.seed, **accuracy, **scored})
+    for world, accuracy, scored in zip(worlds, read_accuracies(asked), scores, strict=True):
+        bases.append({"world_seed": world.seed, **accuracy, **scored})
     return {
         "world": read_json(worlds[0].path("world.json"), "the settings of an embedded world"),
-        "steps": settings.steps,
+        "steps": asked.n_steps,
         "machine": machine(),
         "bases": bases,
         "accepted": decide(bases),
@@ -332,16 +329,26 @@ def main(settings: Settings) -> None:
     """Examine worlds one after the other, write what was found, and print its tables."""
     check_values(settings)
     file = Path(settings.json)
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = read_json(file, "what was found of worlds") if file.exists() else {}
     if settings.render:
-        for world, of_world in found.items():
-            print(tables(world, of_world))
+        for name, of_world in found.items():
+            print(tables(name, of_world))
         return
     parallel.start()
-    for world in settings.worlds:
-        found[world] = examine(world, settings)
+    for name in settings.worlds:
+        asked = study_of(name, settings)
+        worlds = study.find_worlds(asked)
+        scores = kept_scores(asked, worlds, settings)
+        found[name] = gather(asked, worlds, scores)
         write_json(file, found)
-        print(tables(world, found[world]))
+        if settings.runs:
+            study.begin(asked, worlds)
+            statuses = study.run_arms(asked, worlds)
+            found[name] = gather(asked, worlds, scores)
+            write_json(file, found)
+            if set(statuses.values()) != {"finished"}:
+                raise ValueError(f"not all runs in {asked.folder} have finished, see their .log")
+        print(tables(name, found[name]))
 
 
 if __name__ == "__main__":
