@@ -33,9 +33,10 @@ import rollout
 import train_rl
 from engines import awake, make_engine
 from infra import batching, parallel
-from infra.data import load_problems
+from infra.data import Problem, load_problems
 from infra.models import find_model
 from infra.runs import launch
+from policy import Policy
 from rewards import Grader
 from rollout import Episode
 from worlds import toy
@@ -135,7 +136,7 @@ class MixedUpdate:
             group.append(replace(expert, verdict=verdict))
         return groups
 
-    def expert_episode(self, problem) -> Episode:
+    def expert_episode(self, problem: Problem) -> Episode:
         """Return the expert solution of a problem as an episode; its log-probs are nobody's."""
         response_ids = list(self.solutions[tuple(problem.prompt_ids)])
         text = self.sampler.engine.tokenizer.decode(response_ids, skip_special_tokens=True)
@@ -161,7 +162,11 @@ def with_rows(advantage: Tensor, of_mixed: Tensor, mixed: list[Episode]) -> Tens
 
 
 def learn(
-    policy, episodes: list[Episode], advantage: Tensor, is_expert: Tensor, config: train_rl.Config
+    policy: Policy,
+    episodes: list[Episode],
+    advantage: Tensor,
+    is_expert: Tensor,
+    config: train_rl.Config,
 ) -> float:
     """Add the gradient of a step's loss to the policy's; return the loss, weighted as in RL.
 
@@ -190,8 +195,12 @@ def learn(
     return parallel.sum_over_ranks(total).item()
 
 
-def check(config: train_rl.Config) -> None:
+def check(config: train_rl.Config, n_prompts: int) -> None:
     """Raise ValueError for settings that this update does not know."""
+    if n_prompts < 1:
+        raise ValueError(
+            f"--expert-prompts {n_prompts}: expected 1 or more; train_rl.py is what has none"
+        )
     n_episodes = config.sampling.prompts * config.sampling.group_size
     settings = config.optimisation
     if settings.train_batch != n_episodes:
@@ -206,7 +215,7 @@ def check(config: train_rl.Config) -> None:
 
 def train(config: train_rl.Config, solutions_file: str, n_held_out: int, n_prompts: int) -> None:
     """Train with expert solutions in the groups of their problems."""
-    check(config)
+    check(config, n_prompts)
     with Grader(config.reward, config.grading, config.sampling.max_tokens or 0) as grader:
         update = MixedUpdate(solutions_file, n_held_out, n_prompts, grader)
         train_rl.main(config, update=update)

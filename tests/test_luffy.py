@@ -83,3 +83,5 @@ def test_settings_that_the_update_does_not_know(config, world):
     ):
         with pytest.raises(ValueError, match=words):
             luffy.train(change(config, **changes), world.path("expert.jsonl"), 8, 2)
+    with pytest.raises(ValueError, match="--expert-prompts 0: expected 1 or more"):
+        luffy.train(config, world.path("expert.jsonl"), 8, 0)
