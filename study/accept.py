@@ -10,8 +10,9 @@ them RLVR ends below 0.3. Both run through study.py, on seeds from 200 on, which
 
 Beside this it is measured what is known without a reward, by scoring the untrained base's responses:
 
-    a wrong step        AUC over all steps, of the mean over a step's tokens; what is wrong is said by
-                        label_steps() of worlds/toy.py
+    a wrong step        AUC over steps, of the mean over a step's tokens; what is wrong is said by
+                        label_steps() of worlds/toy.py. The first step of a response is left out: it has
+                        nothing to repeat, and what it follows is the prompt
     a response that does not do all operations of its problem, against complete ones. Where the base
                         completes next to none, the world's own solutions stand in for them
 
@@ -93,7 +94,8 @@ class Responses(NamedTuple):
     episodes: list[rollout.Episode]
     n_sampled: int  # the first ones; the others are the world's own solutions
     is_incomplete: np.ndarray  # (n,) bool
-    steps: list[tuple[int, toy.Step]]  # of the sampled ones, each with its response
+    # of the sampled ones but for their first, each with its response
+    steps: list[tuple[int, toy.Step]]
 
 
 def scoring_settings(world: toy.World, settings: Settings) -> train_rl.Config:
@@ -135,7 +137,7 @@ def make_episode(problem: Problem, solution: str, model: Model) -> rollout.Episo
 
 
 def label(episodes: list[rollout.Episode], n_sampled: int, model: Model) -> Responses:
-    """Label responses, and the steps of those that were sampled."""
+    """Label responses, and the steps after the first of those that were sampled."""
     is_incomplete = []
     steps = []
     for i, episode in enumerate(episodes):
@@ -147,7 +149,7 @@ def label(episodes: list[rollout.Episode], n_sampled: int, model: Model) -> Resp
         done = [text[step.start + 1 : step.end].partition("=")[0] for step in of_response]
         is_incomplete.append(done != problem.rstrip(">").split()[1:])
         if i < n_sampled:
-            steps += [(i, step) for step in of_response]
+            steps += [(i, step) for step in of_response[1:]]
     return Responses(episodes, n_sampled, np.array(is_incomplete), steps)
 
 

@@ -73,11 +73,10 @@ def test_labels(setting):
     assert responses.is_incomplete[:40].all()
     assert not responses.is_incomplete[40:].any()
     assert {i for i, _ in responses.steps} == set(range(40))
-    firsts = [step for _, step in responses.steps if step.start == 0]
-    assert all(step.is_right for step in firsts)  # the first has nothing to repeat
+    assert all(step.start > 0 for _, step in responses.steps)
     counts = accept.describe(responses)
     assert (counts["responses"], counts["complete"], counts["written"]) == (40, 0, 40)
-    assert 0.5 < counts["wrong_steps"] / counts["steps"] < 0.75
+    assert 0.6 < counts["wrong_steps"] / counts["steps"] < 0.8
 
 
 def test_what_is_higher_for_wrong_steps_has_an_auc_of_1(setting):
