@@ -28,7 +28,9 @@ FLOW_EPOCHS = 4  # of the offline start; the world's own default became three ti
 FLOW = {"flow": "{flow}"}
 RLVR = {"shaping": "none"}
 # Whoever learns from the expert solutions leaves out those that the calibration is on
-SFT = ("study/sft.py", "--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
+EXPERTS = ("--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
+SFT = ("study/sft.py", *EXPERTS)
+LUFFY = ("study/luffy.py", *EXPERTS, "--expert-prompts", "2")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,14 @@ ARMS = {
         "And what does the outcome achieve after that?",
         "rlvr",
         {"model": "{sft}"},
+        beside="calibrated",
+    ),
+    "luffy": Arm(
+        "What do they achieve as further episodes of their groups? As many answers a step as others "
+        "have, to two problems with an expert solution among them.",
+        "rlvr",
+        {"prompts": 6, "train_batch": 48},
+        script=LUFFY,
         beside="calibrated",
     ),
     "distillation": Arm(

@@ -4,6 +4,7 @@
     python study/study.py --reward FILE.py --jobs 15                beside all methods and controls
     python study/study.py --jobs 15 --json runs/study.json          the flow reward: all its arms
     python study/study.py --arms rlvr calibrated --seeds 2          some of them
+    python study/study.py --world toy-beyond:n_expert=64 --bases 4 --folder FOLDER    in another world
     python study/study.py --collect --json runs/study.json          the figures of unfinished runs
     python study/study.py --merge other.json --json runs/study.json
     python study/evidence.py                                        tables and figures of docs/evidence.md
@@ -46,7 +47,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, get_type_hints
 
 import torch
 import transformers
@@ -58,6 +59,7 @@ import worlds
 from figures import FIRST_TUNING_SEED, check_equal, merge, read_study, update_file, write_study
 from infra import errors
 from infra.files import remove, write_json, written_whole
+from infra.kinds import check_kinds, from_text
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from measures import MOST_FLIPPED
 from methods import (
@@ -68,6 +70,7 @@ from methods import (
     Catalogue,
     FileReward,
     make_catalogue,
+    read_changes,
     read_reward,
     to_flags,
 )
@@ -91,7 +94,8 @@ METHODS = (
     "length",
     "noise",
 )
-JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
+# The flow reward's own study has none of these
+JUDGING = ("distillation", "noise", "default", "luffy")
 SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
@@ -106,7 +110,9 @@ class Study:
     reward: tuple[str, ...] = ()
     # A first answer: the reward, its control, RLVR, a perfect reward; by default 4 seeds of 60 steps
     quick: bool = False
-    world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
+    # Name of an embedded world, NAME:SETTING=VALUE,SETTING=VALUE with settings of worlds.toy.World,
+    # or a folder that holds one
+    world: str = "toy-sparse"
     # Base models, each of a world with a seed of its own: seed s has base s modulo their number
     bases: PositiveInt = 1
     # First choose settings for each method, among three, on two seeds from 100 on for each base
@@ -167,24 +173,53 @@ class Study:
 
 def find_worlds(study: Study) -> list[worlds.World]:
     """Return the world of each base, made if need be: the one named, and others of its kind."""
-    name = study.world
-    kind = worlds.kind_of(name)
+    name, _, changes = study.world.partition(":")
     if name not in worlds.WORLDS:
-        if study.bases > 1:
-            raise ValueError(f"bases={study.bases}: the world {name!r} is a folder, with one base")
-        return [replace(worlds.WORLDS[kind], folder=name)]
-    found = [worlds.find_world(name)]
-    for base in range(1, study.bases):
+        return [world_of_folder(study)]
+    named = read_world(study.world)
+    # one whose settings are changed is the study's own, from the first base on
+    found = [] if changes else [worlds.make(named)]
+    for base in range(len(found), study.bases):
         folder = f"{study.folder}/worlds/{base}"
-        found.append(worlds.make(replace(worlds.WORLDS[name], folder=folder, seed=base)))
+        found.append(worlds.make(replace(named, folder=folder, seed=named.seed + base)))
     return found
+
+
+def read_world(text: str) -> worlds.World:
+    """Read NAME or NAME:SETTING=VALUE,…; ValueError for what is no setting of a world."""
+    name, _, changes = text.partition(":")
+    named = worlds.WORLDS[name]
+    given = read_changes(changes)
+    kinds = get_type_hints(type(named))
+    unknown = sorted(given.keys() - kinds.keys() | given.keys() & {"folder"})
+    if unknown:
+        known = ", ".join(kinds.keys() - {"folder"})
+        raise ValueError(f"world {text!r}: {unknown} are no settings of a world; expected {known}")
+    values = {setting: from_text(str(value), kinds[setting]) for setting, value in given.items()}
+    world = replace(named, **values)
+    try:
+        check_kinds(world)
+        worlds.check(world)
+    except ValueError as error:
+        raise ValueError(f"world {text!r}: {error}") from error
+    return world
+
+
+def world_of_folder(study: Study) -> worlds.World:
+    """Return the world that a folder holds; ValueError if it holds none."""
+    folder = study.world
+    kind = worlds.kind_of(folder)
+    if study.bases > 1:
+        raise ValueError(f"bases={study.bases}: the world {folder!r} is a folder, with one base")
+    return replace(worlds.WORLDS[kind], folder=folder)
 
 
 def preset(script: str | None, study: Study) -> dict[str, object]:
     """Return the settings that all runs of a script have in a study."""
     if script is None:
         return {}
-    settings = dict(worlds.PRESETS[script][worlds.kind_of(study.world)])
+    kind = worlds.kind_of(study.world.partition(":")[0])
+    settings = dict(worlds.PRESETS[script][kind])
     settings.update(model="{base}", save_every=25, keep=1)
     if script == "train_flow":
         settings.update(epochs=FLOW_EPOCHS, flow_blocks=2)

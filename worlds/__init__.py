@@ -21,6 +21,7 @@ __all__ = [
     "PRESETS",
     "WORLDS",
     "World",
+    "check",
     "find_world",
     "kind_of",
     "label_steps",
@@ -36,9 +37,19 @@ PRESETS = {  # script -> value of --model -> flag -> value
 }
 
 
+def module_of(world: World):
+    """Return the module that a world is of."""
+    return gsm if isinstance(world, gsm.World) else toy
+
+
+def check(world: World) -> None:
+    """Raise ValueError for a world that cannot be made."""
+    module_of(world).check(world)
+
+
 def make(world: World) -> World:
     """Make a world unless its folder has it; errors as of make() in its module."""
-    return gsm.make(world) if isinstance(world, gsm.World) else toy.make(world)
+    return module_of(world).make(world)
 
 
 def find_world(model: str) -> World | None:

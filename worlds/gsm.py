@@ -381,6 +381,13 @@ def fine_tune(world: World, policy: Policy, solutions: Sequence[batching.Row]) -
 
 
 # ---- The whole world
+def check(world: World) -> None:
+    """Raise ValueError for a world that cannot be made."""
+    check_values(world)
+    if world.steps * WARMUP == 1:  # the schedule would divide by the steps before its first one
+        raise ValueError(f"--steps={world.steps}: expected any number but that; take one more")
+
+
 def make(world: World = World()) -> World:
     """Make the world unless its folder has it.
 
@@ -388,9 +395,7 @@ def make(world: World = World()) -> World:
         ValueError: if a package is missing, the folder holds something else, or a size is not
             possible.
     """
-    check_values(world)
-    if world.steps * WARMUP == 1:  # the schedule would divide by the steps before its first one
-        raise ValueError(f"--steps={world.steps}: expected any number but that; take one more")
+    check(world)
     make_once(world.folder, settings_of(world), partial(write_world, world))
     return world
 
