@@ -56,7 +56,7 @@ class Reward(dense.DenseReward):
         counts = [count(*pairs(part), n_tokens) for part in host.run_policy(fitted, ())]
         self.keep(counts=sum(counts))
         parts = host.run_policy(held_out, ())
-        self.calibrate(torch.cat([surprise(self.module.counts, *pairs(part)) for part in parts]))
+        self.calibrate(surprise(self.module.counts, *pairs(part)) for part in parts)
 
     def score(self, part):
         """Return the score of each response token, (B, T); part.per_token spreads (M,)."""

@@ -47,11 +47,11 @@ class Reward(dense.DenseReward):
         mean, factor = fit(torch.cat([self.steps(part) for part in parts]))
         self.keep(mean=mean, factor=factor)
         parts = host.run_policy(held_out, self.taps)
-        self.calibrate(torch.cat([self.distance(part) for part in parts]))
+        self.calibrate(self.distance(part) for part in parts)
 
     def steps(self, part):
         """Return h_k - h_(k-1) of each response token at the tap, (M, D); see part.latents."""
-        return (part.latents(0.5) - part.latents(0.5, back=1)).float()
+        return part.latents(0.5) - part.latents(0.5, back=1)
 
     def distance(self, part):
         """Return the distance of the step of each response token, (M,)."""
