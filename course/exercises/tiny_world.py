@@ -32,13 +32,13 @@ from worlds import toy
 SOLUTIONS = Path(__file__).parent / "solutions"
 N_HELD_OUT = 100  # expert solutions on which a reward is calibrated
 SIZES = {
-    "steps": 120,
+    "steps": 80,
     "batch_size": 16,
     "hidden_size": 32,
     "n_layers": 4,
     "n_train": 16,
-    "n_test": 200,
-    "n_expert": 400,
+    "n_test": 100,
+    "n_expert": 300,
 }
 
 
