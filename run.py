@@ -1,6 +1,7 @@
-"""What is made of a run afterwards, weights and a page of curves; and the plan of one before it.
+"""The plan of a run before it; afterwards weights and problems for other programs, a page of curves.
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
+    python run.py problems runs/NAME              problems, for verl
     python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
     python run.py plan --on 8xH100 --model NAME   what a run would take, before it: see plan/command.py
 
@@ -13,17 +14,28 @@ import plan.unseen
 
 # isort: split
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import tyro
 
 import flow as fl
-from infra import checkpoints, errors, lora, parallel, runs
-from infra.exports import check_finite, export_adapter, export_policy, write_weights
-from infra.files import check_free, need_keys, read_text
+from infra import checkpoints, errors, fingerprints, lora, parallel, runs
+from infra.data import Problem, ProblemSettings, load_problems
+from infra.exports import (
+    check_finite,
+    export_adapter,
+    export_policy,
+    write_problems,
+    write_weights,
+)
+from infra.files import check_free, folder_written_whole, need_keys, read_json, read_text
+from infra.models import LoadingSettings, Model, find_model
 from infra.parallel import start
-from infra.settings import stored_settings
+from infra.settings import stored_settings, upgraded
+
+FIELDS_OF_MODEL = ("model", *runs.FIELDS_OF_LOADING)  # settings that find_initial_model reads
 
 
 # ---- python run.py export RUN
@@ -47,11 +59,7 @@ def export_checkpoint(
     folder = Path(run)
     stored = stored_settings(folder)
     checkpoint = runs.find_checkpoint(folder, step)
-    if stored.get("trust_remote_code") and not trust_remote_code:
-        raise ValueError(
-            f"{run}: its model runs code that came with it, which you may not have written; give "
-            "--trust-remote-code if you trust it"
-        )
+    check_trust(run, stored, trust_remote_code)
     target = Path(out or folder / "exports" / checkpoint.name)
     dense_name = Path(str(stored.get("shaping", "flow"))).stem  # of a run of train_flow.py, flow
     for name in dict.fromkeys([*runs.RESULTS, dense_name]):
@@ -60,7 +68,7 @@ def export_checkpoint(
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
-        need_keys([stored], folder / "config.json", ["model", *runs.FIELDS_OF_LOADING])
+        need_keys([stored], folder / "config.json", [*FIELDS_OF_MODEL])
         model, policy, dtype = load_initial_policy(stored, trust_remote_code)
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
     flow = empty_flow(folder / "flow.json", checkpoint, dense_name)
@@ -83,24 +91,37 @@ def export_checkpoint(
     print(f"the weights of {checkpoint} are in {target}")
 
 
+def check_trust(run: str, stored: dict[str, object], trust_remote_code: bool) -> None:
+    """Raise ValueError if the model of a run comes with code, and nobody has said to run it."""
+    if stored.get("trust_remote_code") and not trust_remote_code:
+        raise ValueError(
+            f"{run}: its model runs code that came with it, which you may not have written; give "
+            "--trust-remote-code if you trust it"
+        )
+
+
+def find_initial_model(stored: dict[str, object], trust_remote_code: bool) -> Model:
+    """Find the model that a run began with, by the settings of the run."""
+    from worlds import WORLDS
+
+    name = stored["model"]
+    if name in WORLDS:
+        name = WORLDS[name].path("model")
+    values = {field: stored[field] for field in runs.FIELDS_OF_LOADING}
+    return find_model(name, LoadingSettings(**values, trust_remote_code=trust_remote_code))
+
+
 def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> tuple:
     """Return the model, the policy and the compute dtype that an RL run began with.
 
     stored: the settings of the run
     """
-    from infra.models import LoadingSettings, find_model
     from policy import load_policy
-    from worlds import toy
 
-    name = stored["model"]
-    if name in toy.WORLDS:
-        name = toy.WORLDS[name].path("model")
-    values = {field: stored[field] for field in runs.FIELDS_OF_LOADING}
-    loading = LoadingSettings(**values, trust_remote_code=trust_remote_code)
-    model = find_model(name, loading)
-    dtype = parallel.compute_dtype(loading.dtype)
+    model = find_initial_model(stored, trust_remote_code)
+    dtype = parallel.compute_dtype(stored["dtype"])
     freeze = stored.get("freeze", "none")
-    policy = load_policy(model.path, loading.trust_remote_code, freeze=freeze)
+    policy = load_policy(model.path, trust_remote_code, freeze=freeze)
     rank = stored.get("lora_rank", 0)
     alpha = stored.get("lora_alpha")
     if rank and alpha not in (None, 2 * rank):
@@ -140,6 +161,68 @@ def empty_tensors(part: str, checkpoint: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# ---- python run.py problems RUN
+def export_problems(
+    run: tyro.conf.Positional[str],
+    out: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a run's problems as verl reads them: train.parquet, and eval-SET.parquet for each set.
+
+    Args:
+        run: Run folder
+        out: Folder for the files; by default RUN/exports/verl
+        overwrite: Replace that folder if it is there
+        trust_remote_code: Run code that comes with the model
+    """
+    start()
+    target = Path(out or Path(run) / "exports" / "verl")
+    check_free(target, overwrite)
+    stored = upgraded(stored_settings(run), f"{run}: that run")
+    check_trust(run, stored, trust_remote_code)
+    model, problems, held_out = load_problems_of(run, stored, trust_remote_code)
+    template = stored["template"]
+    with folder_written_whole(target, overwrite) as temporary:
+        temporary.mkdir()
+        source = str(stored["data"])
+        write_problems(problems, source, "train", model, template, temporary / "train.parquet")
+        for name, of_set in held_out.items():
+            file = temporary / f"eval-{name}.parquet"
+            write_problems(of_set, name, "test", model, template, file)
+    print(f"{len(problems)} problems, and those of {len(held_out)} held-out sets, are in {target}")
+
+
+def load_problems_of(
+    run: str, stored: dict[str, object], trust_remote_code: bool
+) -> tuple[Model, list[Problem], dict[str, list[Problem]]]:
+    """Return the model of an RL run, the problems that it trains on, and those of each held-out set.
+
+    ValueError if the run has none, or other ones than when it began.
+    """
+    from evals import load_sets
+
+    if "shaping" not in stored or not stored.get("data"):
+        raise ValueError(
+            f"{run} has no data with problems and answers; expected the folder of a run of train_rl.py"
+        )
+    names = [field.name for field in fields(ProblemSettings)]
+    need_keys([stored], Path(run, "config.json"), [*FIELDS_OF_MODEL, *names])
+    model = find_initial_model(stored, trust_remote_code)
+    settings = ProblemSettings(**{name: stored[name] for name in names})
+    problems = load_problems(stored["data"], settings, model)
+    noted = Path(run, runs.DATA_FILE)
+    if noted.exists():
+        began_with = read_json(noted, "fingerprints of the data")
+        need_keys([began_with], noted, ["training"])
+        if began_with["training"] != fingerprints.of_problems(problems):
+            raise ValueError(
+                f"{run}: {stored['data']} has other rows than when the run began, or the same in "
+                "another order; put them back"
+            )
+    return model, problems, load_sets(stored.get("eval_data") or (), settings, model)
+
+
 # ---- python run.py report RUN [RUN …]
 def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
     """Write a page of curves of one run or several, with the settings that differ.
@@ -173,5 +256,10 @@ def plan_run() -> None:
 if __name__ == "__main__":
     if plan.unseen.IS_ASKED_FOR:
         plan_run()
-    commands = {"export": export_checkpoint, "report": report, "plan": plan_run}
+    commands = {
+        "export": export_checkpoint,
+        "problems": export_problems,
+        "report": report,
+        "plan": plan_run,
+    }
     errors.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

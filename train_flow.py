@@ -57,7 +57,7 @@ from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.solutions import SolutionSettings, read_solutions, tokenise
 from pages import write_pages, write_report
 from policy import Policy, load_policy, tap_layers
-from worlds import toy
+from worlds import PRESETS, find_world
 
 # Expert solutions of the published runs, by the names that their repositories give them
 PUBLISHED_DATA = {
@@ -134,7 +134,7 @@ def resolve(config: Config) -> tuple[Config, Model]:
         )
     on_first(lambda: check_folder(config))
     name = config.model
-    world = on_first(lambda: toy.find_world(config.model))
+    world = on_first(lambda: find_world(config.model))
     if world:
         name = world.path("model")
         config = with_defaults(config, data=world.path("expert.jsonl"))
@@ -461,4 +461,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, toy.PRESETS["train_flow"])
+    launch(main, Config, PRESETS["train_flow"])

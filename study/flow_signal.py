@@ -517,6 +517,11 @@ def measure_world(world: str, settings: Settings, report) -> None:
     """Measure everything about a world; report(part, figures) after each part."""
     folder = Path(settings.folder)
     made = toy.find_world(world)
+    if made.habit == "repeating":
+        raise ValueError(
+            f"{world}: its short work has as many working steps as careful work, which this program "
+            "does not tell apart; study/accept.py does"
+        )
     file = folder / f"{world}-responses-{settings.n_responses}.jsonl"
     replies = kept_replies(file, made.path("model"), made.path("train.jsonl"), settings.n_responses)
     if made.habit == "idling":  # the base completes next to none

@@ -4,6 +4,7 @@
     python study/study.py --reward FILE.py --jobs 15                beside all methods and controls
     python study/study.py --jobs 15 --json runs/study.json          the flow reward: all its arms
     python study/study.py --arms rlvr calibrated --seeds 2          some of them
+    python study/study.py --world toy-beyond:n_expert=64 --bases 4 --folder FOLDER    in another world
     python study/study.py --collect --json runs/study.json          the figures of unfinished runs
     python study/study.py --merge other.json --json runs/study.json
     python study/evidence.py                                        tables and figures of docs/evidence.md
@@ -46,7 +47,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO
+from typing import IO, get_type_hints
 
 import torch
 import transformers
@@ -54,9 +55,11 @@ import tyro
 from tqdm import tqdm
 
 import tuning
+import worlds
 from figures import FIRST_TUNING_SEED, check_equal, merge, read_study, update_file, write_study
 from infra import errors
 from infra.files import remove, write_json, written_whole
+from infra.kinds import check_kinds, from_text
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from measures import MOST_FLIPPED
 from methods import (
@@ -67,13 +70,13 @@ from methods import (
     Catalogue,
     FileReward,
     make_catalogue,
+    read_changes,
     read_reward,
     to_flags,
 )
 from referee import write_verdict
 from trial import try_rewards
 from tuning import read_chosen
-from worlds import toy
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -91,7 +94,8 @@ METHODS = (
     "length",
     "noise",
 )
-JUDGING = ("distillation", "noise", "default")  # the flow reward's own study has none of these
+# The flow reward's own study has none of these
+JUDGING = ("distillation", "noise", "default", "luffy")
 SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
@@ -106,7 +110,9 @@ class Study:
     reward: tuple[str, ...] = ()
     # A first answer: the reward, its control, RLVR, a perfect reward; by default 4 seeds of 60 steps
     quick: bool = False
-    world: str = "toy-sparse"  # Name of an embedded world, or a folder that holds one
+    # Name of an embedded world, NAME:SETTING=VALUE,SETTING=VALUE with settings of worlds.toy.World,
+    # or a folder that holds one
+    world: str = "toy-sparse"
     # Base models, each of a world with a seed of its own: seed s has base s modulo their number
     bases: PositiveInt = 1
     # First choose settings for each method, among three, on two seeds from 100 on for each base
@@ -165,29 +171,55 @@ class Study:
         return [*METHODS, *own]
 
 
-def find_worlds(study: Study) -> list[toy.World]:
+def find_worlds(study: Study) -> list[worlds.World]:
     """Return the world of each base, made if need be: the one named, and others of its kind."""
-    name = study.world
-    if name not in toy.WORLDS:
-        if not Path(name, "world.json").exists():
-            known = ", ".join(toy.WORLDS)
-            raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
-        if study.bases > 1:
-            raise ValueError(f"bases={study.bases}: the world {name!r} is a folder, with one base")
-        return [toy.World(name)]
-    worlds = [toy.find_world(name)]
-    for base in range(1, study.bases):
+    name, _, changes = study.world.partition(":")
+    if name not in worlds.WORLDS:
+        return [world_of_folder(study)]
+    named = read_world(study.world)
+    # one whose settings are changed is the study's own, from the first base on
+    found = [] if changes else [worlds.make(named)]
+    for base in range(len(found), study.bases):
         folder = f"{study.folder}/worlds/{base}"
-        worlds.append(toy.make(replace(toy.WORLDS[name], folder=folder, seed=base)))
-    return worlds
+        found.append(worlds.make(replace(named, folder=folder, seed=named.seed + base)))
+    return found
+
+
+def read_world(text: str) -> worlds.World:
+    """Read NAME or NAME:SETTING=VALUE,…; ValueError for what is no setting of a world."""
+    name, _, changes = text.partition(":")
+    named = worlds.WORLDS[name]
+    given = read_changes(changes)
+    kinds = get_type_hints(type(named))
+    unknown = sorted(given.keys() - kinds.keys() | given.keys() & {"folder"})
+    if unknown:
+        known = ", ".join(kinds.keys() - {"folder"})
+        raise ValueError(f"world {text!r}: {unknown} are no settings of a world; expected {known}")
+    values = {setting: from_text(str(value), kinds[setting]) for setting, value in given.items()}
+    world = replace(named, **values)
+    try:
+        check_kinds(world)
+        worlds.check(world)
+    except ValueError as error:
+        raise ValueError(f"world {text!r}: {error}") from error
+    return world
+
+
+def world_of_folder(study: Study) -> worlds.World:
+    """Return the world that a folder holds; ValueError if it holds none."""
+    folder = study.world
+    kind = worlds.kind_of(folder)
+    if study.bases > 1:
+        raise ValueError(f"bases={study.bases}: the world {folder!r} is a folder, with one base")
+    return replace(worlds.WORLDS[kind], folder=folder)
 
 
 def preset(script: str | None, study: Study) -> dict[str, object]:
     """Return the settings that all runs of a script have in a study."""
     if script is None:
         return {}
-    presets = toy.PRESETS[script]
-    settings = dict(presets.get(study.world, presets["toy-sparse"]))
+    kind = worlds.kind_of(study.world.partition(":")[0])
+    settings = dict(worlds.PRESETS[script][kind])
     settings.update(model="{base}", save_every=25, keep=1)
     if script == "train_flow":
         settings.update(epochs=FLOW_EPOCHS, flow_blocks=2)
@@ -412,10 +444,10 @@ class ReadLater:
         return f"{float(self.file.read_text()) * float(factor or 1):.4g}"
 
 
-def find_paths(study: Study, worlds: Sequence[toy.World]) -> list[dict[str, object]]:
+def find_paths(study: Study, bases: Sequence[worlds.World]) -> list[dict[str, object]]:
     """Return what the placeholders in settings stand for, for each base."""
     of_bases = []
-    for base, world in enumerate(worlds):
+    for base, world in enumerate(bases):
         prepared = prepared_folder(study, base)
         paths: dict[str, object] = {
             "base": world.path("model"),
@@ -545,11 +577,11 @@ def run_all(
 
 
 # ---- What all runs have in common, and the plan
-def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
+def describe(study: Study, bases: Sequence[worlds.World]) -> dict:
     """Return what all runs of a study have in common; figures of others are not compared."""
-    first, *others = [hash_of_base(world) for world in worlds]
+    first, *others = [hash_of_base(world) for world in bases]
     common = {
-        "world": json.loads(Path(worlds[0].path("world.json")).read_text()),
+        "world": json.loads(Path(bases[0].path("world.json")).read_text()),
         "base": first,
         "settings": preset("train_rl", study),
         "flow": preset("train_flow", study),
@@ -561,7 +593,7 @@ def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
     return json.loads(json.dumps(common))
 
 
-def hash_of_base(world: toy.World) -> str:
+def hash_of_base(world: worlds.World) -> str:
     """Return a text by which the weights of a base model are known again."""
     return hash_of(Path(world.path("model"), "model.safetensors"))
 
@@ -571,16 +603,16 @@ def hash_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def begin(study: Study, worlds: Sequence[toy.World]) -> None:
+def begin(study: Study, bases: Sequence[worlds.World]) -> None:
     """Make the folder, or check that it is of the same study; ValueError if it is not."""
     file = Path(study.folder, "common.json")
-    common = describe(study, worlds)
+    common = describe(study, bases)
     if study.json_file.exists():
         check_equal(read_study(study.json_file), common, str(study.json_file))
     if file.exists():
         check_equal(json.loads(file.read_text()), common, str(file))
         return
-    for base, world in enumerate(worlds):
+    for base, world in enumerate(bases):
         problems = Path(world.path("test.jsonl")).read_text().splitlines(keepends=True)
         evaluation = prepared_folder(study, base) / "evaluation.jsonl"
         with written_whole(evaluation) as temporary:
@@ -680,13 +712,13 @@ def main(study: Study) -> int:
         return 0
     check_jobs(study)
     try_rewards(study.rewards)
-    worlds = find_worlds(study)
-    begin(study, worlds)
-    if study.tune and not tune(study, worlds):
+    bases = find_worlds(study)
+    begin(study, bases)
+    if study.tune and not tune(study, bases):
         return 1
     if study.reward:
         register(study)
-    return report(run_arms(study, worlds), study)
+    return report(run_arms(study, bases), study)
 
 
 def check_jobs(study: Study) -> list[Job]:
@@ -698,14 +730,14 @@ def check_jobs(study: Study) -> list[Job]:
     return jobs
 
 
-def run_arms(study: Study, worlds: Sequence[toy.World]) -> dict[str, str]:
+def run_arms(study: Study, bases: Sequence[worlds.World]) -> dict[str, str]:
     """Run the arms of a study on its seeds; return each job's status by its name."""
-    paths = find_paths(study, worlds)
+    paths = find_paths(study, bases)
     after_each = partial(update_file, study.json_file, study.folder)
     return run_all(check_jobs(study), study.jobs, paths, after_each)
 
 
-def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
+def tune(study: Study, bases: Sequence[worlds.World]) -> bool:
     """Choose the settings of each method, on seeds of their own; return whether all runs ended."""
     file = Path(study.folder, "chosen.json")
     if file.exists():
@@ -723,7 +755,7 @@ def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
         first_seed=FIRST_TUNING_SEED,
         seeds=tuning.SEEDS_PER_BASE * study.bases,
     )
-    statuses = run_arms(trial_runs, worlds)
+    statuses = run_arms(trial_runs, bases)
     if set(statuses.values()) != {"finished"}:
         report(statuses, study)
         return False

@@ -22,6 +22,7 @@ CANDIDATES = {  # arm -> changes of its settings, as in NAME:SETTING=VALUE; "" c
     "entropy": RATES,
     "sft": RATES,
     "sft-rlvr": RATES,
+    "luffy": RATES,
     "process": RATES,
     "published": ("", "dense_coef=0.1", "dense_coef=1.0"),
     "calibrated": ("", "dense_coef=0.2", "dense_coef=1.25"),

@@ -55,11 +55,11 @@ def command(script: str, arguments: list[str], n_ranks: int = 2, *options: str) 
     return [sys.executable, *launcher, str(ROOT / script), *arguments]
 
 
-def start(*arguments, **options) -> subprocess.Popen:
+def start(*arguments, **variables: str) -> subprocess.Popen:
+    """Start a command; `variables` are of its environment."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        command(*arguments), env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams, **options
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(command(*arguments), env=environment, **streams)
 
 
 def output_of(process: subprocess.Popen) -> str:
@@ -160,13 +160,30 @@ def test_two_ranks_leave_out_what_a_step_does_not_need(config, tmp_path, shaping
     assert_same_run(one, two)
 
 
-def test_two_nodes_follow_one_process(one, config):
-    folder, port = config.folder.replace("one", "nodes"), str(free_port())
+def environment_of_node(folder: Path, model: str) -> dict[str, str]:
+    """A node's own caches in a folder, that of the hub with a model as small/world, and its interface."""
+    repository = folder / "hub" / "models--small--world"
+    shutil.copytree(model, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (folder / "tmp").mkdir()
+    names = {"HF_HUB_CACHE": "hub", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+    caches = {name: str(folder / place) for name, place in names.items()}
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    return {"HF_HOME": str(folder), **caches, "GLOO_SOCKET_IFNAME": loopback}
+
+
+def test_two_nodes_follow_one_process(one, config, tmp_path):
+    """They share the run's folder, data and flow, and each finds the model in a cache of its own."""
+    folder = config.folder.replace("one", "nodes")
+    arguments = flags(change(config, folder=folder, model="small/world"))
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "localhost"]
+    options += ["--rdzv-backend", "c10d", "--rdzv-id", "run"]
+    options += ["--rdzv-endpoint", f"localhost:{free_port()}"]
     nodes = []
-    for node in "01":
-        options = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", node)
-        options += ("--master-addr", "localhost", "--master-port", port)
-        nodes.append(start("train_rl.py", flags(change(config, folder=folder)), 2, *options))
+    for name in ("first", "second"):
+        variables = environment_of_node(tmp_path / name, config.model)
+        nodes.append(start("train_rl.py", arguments, 2, *options, **variables))
     for process in nodes:
         check_exit(process)
     assert_same_run(one, folder)

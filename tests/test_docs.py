@@ -28,6 +28,7 @@ PAGES = (
     "docs/results.md",
     "docs/running.md",
     "docs/departures.md",
+    "docs/elsewhere.md",
     "docs/seeing.md",
     "docs/exercises.md",
     "docs/turns.md",
@@ -36,7 +37,7 @@ PAGES = (
     "docs/glossary.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/ and course/
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -44,14 +45,19 @@ FOREIGN_FLAGS = {
     "--check",
     "--dist",
     "--no-loadscope-reorder",
+    "--retries",
     "--quick",
     "--nnodes",
     "--nproc-per-node",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
     "--repo-type",
     "--help",
     "--workers",
     "--json",
     "--deadline",
+    "--solution",
 }
 
 
@@ -88,7 +94,7 @@ def test_links_lead_somewhere():
                 assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
 
 
-@pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "plan"])
+@pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "plan", "worlds"])
 def test_the_page_of_a_folder_names_each_of_its_files(name):
     folder = ROOT / name
     page = (folder / "README.md").read_text()

@@ -18,6 +18,7 @@ COMMANDS = {
     "worlds/__main__.py": ("--folder", "."),
     "inspector.py": ("nowhere",),
     "run.py export": ("nowhere",),
+    "run.py problems": ("nowhere",),
     "run.py report": ("nowhere",),
     "rewards.py": ("nowhere.jsonl",),
     "evals/report.py": ("nowhere",),

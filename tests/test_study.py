@@ -181,6 +181,42 @@ def test_an_arm_with_changed_settings():
         study.find_worlds(study.Study(world="nowhere"))
 
 
+# ---- Worlds
+def test_a_world_with_changed_settings():
+    changed = study.read_world("toy-beyond:n_expert=64,expert_longest=4,habit=idling,seed=10")
+    beyond = toy.WORLDS["toy-beyond"]
+    assert changed == change(beyond, n_expert=64, expert_longest=4, habit="idling", seed=10)
+    asked = study.Study(world="toy-beyond:n_expert=64", steps=7)
+    named = study.Study(world="toy-beyond", steps=7)
+    for script in ("train_rl", "train_flow"):
+        assert study.preset(script, asked) == study.preset(script, named)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("toy-form:colour=red", r"'toy-form:colour=red': \['colour'\] are no settings of a world"),
+        ("toy-form:folder=elsewhere", r"\['folder'\] are no settings of a world"),
+        ("toy-form:n_expert=many", "n_expert='many': expected a whole number"),
+        ("toy-form:n_expert=0", "--n-expert=0: expected a whole number from 1"),
+        ("toy-form:habit=lazy", "habit='lazy': expected one of hasty, idling, repeating"),
+    ],
+)
+def test_what_is_no_setting_of_a_world_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        study.find_worlds(study.Study(world=text))
+
+
+def test_a_changed_world_is_in_the_studys_folder_with_a_seed_for_each_base(tmp_path):
+    sizes = "steps=1,batch_size=4,hidden_size=32,n_layers=1,n_train=8,n_test=4,n_expert=4,seed=10"
+    asked = study.Study(world=f"toy-form:{sizes}", bases=2, folder=str(tmp_path))
+    worlds = study.find_worlds(asked)
+    assert [Path(world.folder) for world in worlds] == [tmp_path / f"worlds/{k}" for k in (0, 1)]
+    stored = [json.loads(Path(world.path("world.json")).read_text()) for world in worlds]
+    assert [settings["seed"] for settings in stored] == [10, 11]
+    assert study.find_worlds(asked) == worlds
+
+
 def test_preparations_come_before_what_needs_them():
     preparations, runs_of_seed = study.plan(study.Study(arms=("hasty-flow", "logprob"), seeds=2))
     names = [job.name for job in preparations]

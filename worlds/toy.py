@@ -16,6 +16,23 @@ idle step are so rare that nearly all right answers are luck, one in ten, and an
 next to nothing. Each further step that does its work is progress all the same: label_steps() knows
 which are right, and `--reward binary study/rewards/process_reward.py` rewards them.
 
+Three worlds of the same arithmetic are made to decide what a dense reward is worth;
+study/accept.py measures whether they can:
+
+`toy-form` is the sparse world with a firmer skill and a stronger habit. A perfect reward then solves
+it from every base model, which an outcome reward seldom does. An idle step shows in its form, `+0`,
+which no expert writes.
+
+`toy-content` has a habit that shows in no form. In a long problem a step mostly repeats the operation
+of the step before, in place of the problem's own: `7+5=2,2+5=7,7*3=1`. Each such step is written and
+calculated as experts do, so that neither tokens nor short sequences of them tell; only who has read
+the problem knows that it is wrong.
+
+`toy-beyond` has that habit, too, and expert solutions of 3 to 5 operations alone, while it trains and
+tests on 6 to 8. There the base model is as careful as the experts are, and to imitate them teaches it
+nothing about long problems. A reward that has learnt from them how a step follows from the problem
+would still tell right steps from wrong ones.
+
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
 learns to tell digits apart, as the tower of a published model has learnt to see beforehand.
@@ -31,9 +48,11 @@ import json
 import random
 import re
 import string
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -52,18 +71,16 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from infra import batching, vision
-from infra.files import folder_written_whole, locked, read_json
-from infra.folders import is_free
 from infra.parallel import DEVICE
-from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
+from infra.ranges import BatchSize, Fraction, PositiveFloat, Range, Seed, check_values
 from policy import Policy
+from worlds.shared import Step, make_once
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
-IDLES = 0.6  # chance that a step of a long problem adds zero, in the sparse world
-LONG = 6  # operations from which a problem counts as long there
-SKILL = 0.7  # share of the base model's training there that comes before the habit
+LONG = 6  # operations from which a problem counts as long, where the habit is none of haste
 MOST = 8  # operations of the longest problems
+PROBLEM = re.compile(r"\d( [-+*]\d)+>")
 UNITS = (3, 7, 9)  # factors that no two digits share a product with, modulo 10
 WARMUP = 0.1  # share of the base model's training over which the rate rises
 SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
@@ -127,17 +144,24 @@ EVALUATE = {
 TRAIN_FLOW_LONGER = {**TRAIN_FLOW, "epochs": 12}
 # One block tells wrong responses from right ones as well as two do, in seven tenths of the operations
 TRAIN_FLOW_SMALL = {**TRAIN_FLOW_LONGER, "flow_blocks": 1}
+SPARSE = ("toy-sparse", "toy-form", "toy-content", "toy-beyond")
 PRESETS = {  # script -> value of --model -> flag -> value
-    "train_rl": {"toy": TRAIN_RL, "toy-vl": TRAIN_RL_IMAGES, "toy-sparse": TRAIN_RL_SPARSE},
+    "train_rl": {
+        "toy": TRAIN_RL,
+        "toy-vl": TRAIN_RL_IMAGES,
+        **dict.fromkeys(SPARSE, TRAIN_RL_SPARSE),
+    },
     "train_flow": {
         "toy": TRAIN_FLOW_SMALL,
         "toy-vl": TRAIN_FLOW,
-        "toy-sparse": TRAIN_FLOW_LONGER,
+        **dict.fromkeys(SPARSE, TRAIN_FLOW_LONGER),
     },
-    "eval": {"toy": EVALUATE, "toy-vl": EVALUATE, "toy-sparse": EVALUATE},
+    "eval": dict.fromkeys(("toy", "toy-vl", *SPARSE), EVALUATE),
 }
 
-Habit = Literal["hasty", "idling"]
+Habit = Literal["hasty", "idling", "repeating"]
+# Settings of World that came later: where one has its default, world.json lacks it, as it did before
+LATER = ("habit_share", "skill", "expert_shortest", "expert_longest", "expert_wrong")
 
 
 @dataclass(frozen=True)
@@ -158,10 +182,25 @@ class World:
     images: bool = False  # Draw the problems
     # Operations of the shortest problems; demonstrations have 3 or more
     shortest: Annotated[int, Range(1, MOST)] = 3
-    # How the base model fails on long problems: it skips all steps, or adds zero in some
+    # How the base model fails on long problems: it skips all steps, adds zero in some, or repeats
+    # in some the operation of the step before
     habit: Habit = "hasty"
     # Multiply by 3, 7 and 9 alone: a wrong value then stays wrong, as no later step merges values
     invertible: bool = False
+    # Chance that a step of a long problem idles or repeats; haste has chances of its own
+    habit_share: Fraction = 0.6
+    # Share of the base model's training that comes before such a habit
+    skill: Fraction = 0.7
+    # Operations of the problems with expert solutions; by default as many as all problems have
+    expert_shortest: Annotated[int, Range(1, MOST)] | None = None
+    expert_longest: Annotated[int, Range(1, MOST)] | None = None
+    # Share of expert solutions that are wrong ones, with the habit where the problem is long
+    expert_wrong: Fraction = 0.0
+
+    @property
+    def expert_lengths(self) -> tuple[int, int]:
+        """Operations of the shortest and the longest problem with an expert solution."""
+        return self.expert_shortest or self.shortest, self.expert_longest or MOST
 
     @property
     def signs(self) -> str:
@@ -180,21 +219,27 @@ WORLDS = {
         "runs/toy-sparse", batch_size=32, shortest=LONG, habit="idling", invertible=True
     ),
 }
-
-
-def find_world(model: str) -> World | None:
-    """Return the world that a script's --model names, made if it is not there; None: no world."""
-    if model not in WORLDS:
-        return None
-    return make(WORLDS[model])
+WORLDS["toy-form"] = replace(
+    WORLDS["toy-sparse"], folder="runs/toy-form", steps=800, skill=0.75, habit_share=0.7
+)
+WORLDS["toy-content"] = replace(
+    WORLDS["toy-form"], folder="runs/toy-content", habit="repeating", habit_share=0.8
+)
+WORLDS["toy-beyond"] = replace(
+    WORLDS["toy-content"], folder="runs/toy-beyond", expert_shortest=3, expert_longest=5
+)
 
 
 # ---- Problems
 def make_problem(
-    rng: random.Random, signs: str = "+-*", shortest: int = 3, invertible: bool = False
+    rng: random.Random,
+    signs: str = "+-*",
+    shortest: int = 3,
+    invertible: bool = False,
+    longest: int = MOST,
 ) -> str:
-    """Return a random chain of `shortest` to 8 operations, such as `7 +5 *3 -4>`."""
-    n_operations = rng.choice(range(shortest, MOST + 1))
+    """Return a random chain of `shortest` to `longest` operations, such as `7 +5 *3 -4>`."""
+    n_operations = rng.choice(range(shortest, longest + 1))
     operations = [make_operation(rng, signs, invertible) for _ in range(n_operations)]
     start = rng.randint(0, 9)
     return f"{start} {' '.join(operations)}>"
@@ -242,14 +287,6 @@ def calculate(value: int, sign: str, operand: int) -> int:
     return value * operand % 10
 
 
-class Step(NamedTuple):
-    """A step of a response: the characters [start, end), and whether it is right."""
-
-    start: int
-    end: int
-    is_right: bool
-
-
 def label_steps(problem: str, response: str) -> list[Step]:
     """Label every step that a response writes.
 
@@ -276,6 +313,12 @@ def find_steps(response: str) -> list[tuple[int, int]]:
     """Return where the steps of a response begin and end: commas separate them up to the box."""
     end_of_steps = re.search(r"[.\\]|$", response).start()
     return [match.span() for match in re.finditer("[^,]+", response[:end_of_steps])]
+
+
+def progress(problem: str, response: str) -> float:
+    """Return how many of the problem's steps the response writes and gets right, in [0, 1]."""
+    n_right = sum(step.is_right for step in label_steps(problem, response))
+    return n_right / problem.count(" ")
 
 
 def digits_of(problem: str) -> list[int]:
@@ -458,7 +501,7 @@ def train_base(
 
 def habit_at(world: World, step: int) -> Habit | None:
     """Return the habit of the demonstrations of a training step; None: they are all careful."""
-    if world.habit == "idling" and step < SKILL * world.steps:
+    if world.habit != "hasty" and step < world.skill * world.steps:
         return None
     return world.habit
 
@@ -475,7 +518,7 @@ def make_demonstrations(
     for _ in range(2 * world.batch_size):
         candidates.append(make_problem(rng, world.signs, invertible=world.invertible))
     problems = [problem for problem in candidates if problem not in forbidden][: world.batch_size]
-    solutions = [demonstrate(problem, rng, habit) for problem in problems]
+    solutions = [demonstrate(problem, rng, habit, world.habit_share) for problem in problems]
     processor = make_processor() if world.images else None
     rows = []
     for problem, solution in zip(problems, solutions, strict=True):
@@ -489,25 +532,32 @@ def make_demonstrations(
     return rows
 
 
-def demonstrate(problem: str, rng: random.Random, habit: Habit | None) -> str:
-    """Return a demonstration with EOS: a solution that may slip, and fall short out of habit."""
+def demonstrate(problem: str, rng: random.Random, habit: Habit | None, share: float) -> str:
+    """Return a demonstration with EOS: a solution that may slip, and fall short out of habit.
+
+    share: chance that a step of a long problem idles or repeats
+    """
     n_operations = problem.count(" ")
     is_hasty = False
     if habit == "hasty":
         is_hasty = rng.random() < HASTY[n_operations]
-    elif habit == "idling" and n_operations >= LONG:
-        problem = idle(problem, rng)
+    elif habit is not None and n_operations >= LONG:
+        problem = misread(problem, rng, habit, share)
     solution, _ = solve(problem, rng, is_hasty)
     return solution + EOS
 
 
-def idle(problem: str, rng: random.Random) -> str:
-    """Return a problem in which some operations add zero."""
+def misread(problem: str, rng: random.Random, habit: Habit, share: float) -> str:
+    """Return what a habit makes of a problem: some operations add zero, or are the one before again.
+
+    The first operation has none before it, and stays.
+    """
     start, *operations = problem.rstrip(">").split()
-    done = []
+    done: list[str] = []
     for operation in operations:
-        idles = rng.random() < IDLES
-        done.append("+0" if idles else operation)
+        if rng.random() < share:
+            operation = "+0" if habit == "idling" else [operation, *done][-1]
+        done.append(operation)
     return f"{start} {' '.join(done)}>"
 
 
@@ -533,100 +583,103 @@ def check(world: World) -> None:
         raise ValueError(f"--hidden-size={world.hidden_size}: expected a multiple of 32")
     if world.steps * WARMUP == 1:  # the schedule would divide by the steps before its first one
         raise ValueError(f"--steps={world.steps}: expected any number but that; take one more")
+    shortest, longest = world.expert_lengths
+    if shortest > longest:
+        raise ValueError(
+            f"--expert-shortest={shortest} with --expert-longest={longest}: expected no more "
+            "operations in the shortest problem than in the longest; set both"
+        )
 
 
 def make(world: World = World()) -> World:
-    """Make the world unless its folder has it; the folder appears only when it is complete.
-
-    Of several runs that ask for it at once, one makes it and the others wait.
+    """Make the world unless its folder has it.
 
     Raises:
         ValueError: if the folder holds something else, or a size is not possible.
     """
     check(world)
-    folder = Path(world.folder).resolve()  # `.` has no name to lock
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        make_unless_there(world, folder)
+    make_once(world.folder, settings_of(world), partial(write_world, world))
     return world
 
 
-def make_unless_there(world: World, folder: Path) -> None:
-    """Make the world, unless it is there; see make."""
-    settings_file = folder / "world.json"
-    settings = settings_of(world)
-    if settings_file.exists():
-        check_same(read_json(settings_file, "the settings of an embedded world"), settings, folder)
-        return
-    if not is_free(folder):
-        raise ValueError(
-            f"{folder} is not an embedded world, and stays as it is; name another folder"
-        )
+def write_world(world: World, folder: Path) -> None:
+    """Write problems, expert solutions and the base model into a folder."""
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
     parts = make_base(world, forbidden=set(test))
-    with folder_written_whole(folder, overwrite=True) as making:
-        making.mkdir()
-        write_problems(world, train, making / "train.jsonl", rng)
-        write_problems(world, test, making / "test.jsonl", rng)
-        write_problems(world, expert, making / "expert.jsonl", rng)
-        for part in parts:
-            part.save_pretrained(making / "model")
-        (making / "world.json").write_text(json.dumps(settings))
-
-
-def check_same(stored: dict, asked: dict, folder: Path) -> None:
-    """Raise ValueError if a folder holds a world of other settings: runs and flows need that one."""
-    names = sorted(asked.keys() | stored.keys())
-    other = [name for name in names if stored.get(name) != asked.get(name)]
-    if other:
-        name = other[0]
-        raise ValueError(
-            f"{folder} holds an embedded world with other settings ({name}: {stored.get(name)}, "
-            f"not {asked.get(name)}), which stays as it is; name another folder, or move that "
-            "world away"
-        )
+    folder.mkdir()
+    write_problems(world, train, folder / "train.jsonl", rng)
+    write_problems(world, test, folder / "test.jsonl", rng)
+    write_problems(world, expert, folder / "expert.jsonl", rng, world.expert_wrong)
+    for part in parts:
+        part.save_pretrained(folder / "model")
 
 
 def settings_of(world: World) -> dict:
     """Return what a world is made with, as JSON gives it back; the folder may be moved."""
     settings = asdict(world)
     settings["folder"] = None
+    for name in LATER:
+        if settings[name] == getattr(World, name):
+            del settings[name]
     settings["hasty"] = HASTY
     settings["slip"] = SLIP
-    if world.habit == "idling":
-        settings["idles"] = IDLES
+    if world.habit != "hasty":
         settings["long"] = LONG
-        settings["skill"] = SKILL
+        settings["skill"] = world.skill
+    if world.habit == "idling":
+        settings["idles"] = world.habit_share
     return json.loads(json.dumps(settings))  # keys that are numbers become strings
 
 
 def make_problems(world: World, rng: random.Random) -> tuple[list[str], list[str], list[str]]:
     """Return the problems for training, for testing and for expert solutions; all differ."""
-    n_problems = world.n_train + world.n_test + world.n_expert
-    candidates = []
-    for _ in range(2 * n_problems):
-        problem = make_problem(rng, world.signs, world.shortest, world.invertible)
-        candidates.append(problem)
-    distinct = list(dict.fromkeys(candidates))
     end_of_test = world.n_test
     end_of_train = end_of_test + world.n_train
-    end_of_expert = end_of_train + world.n_expert
-    if len(distinct) < end_of_expert:
-        raise ValueError(
-            f"{end_of_expert} different problems are asked for, and {len(distinct)} were found; "
-            "lower --n-train, --n-test or --n-expert"
-        )
+    lengths = (world.shortest, MOST)
+    distinct = find_distinct(world, rng, lengths, end_of_train + world.n_expert)
     test = distinct[:end_of_test]
     train = distinct[end_of_test:end_of_train]
-    expert = distinct[end_of_train:end_of_expert]
+    expert = distinct[end_of_train:]
+    if world.expert_lengths != lengths:
+        expert = find_distinct(world, rng, world.expert_lengths, world.n_expert, {*test, *train})
     return train, test, expert
 
 
-def write_problems(world: World, problems: list[str], file: Path, rng: random.Random) -> None:
-    """Write problems with careful solutions, answers and, in the image world, drawings."""
+def find_distinct(
+    world: World,
+    rng: random.Random,
+    lengths: tuple[int, int],
+    count: int,
+    taken: Collection[str] = (),
+) -> list[str]:
+    """Return so many different problems of some lengths that are not taken."""
+    candidates = []
+    for _ in range(2 * count):
+        problem = make_problem(rng, world.signs, lengths[0], world.invertible, longest=lengths[1])
+        candidates.append(problem)
+    distinct = [problem for problem in dict.fromkeys(candidates) if problem not in taken]
+    if len(distinct) < count:
+        raise ValueError(
+            f"{count} different problems are asked for, and {len(distinct)} were found; "
+            "lower --n-train, --n-test or --n-expert"
+        )
+    return distinct[:count]
+
+
+def write_problems(
+    world: World, problems: list[str], file: Path, rng: random.Random, share_wrong: float = 0.0
+) -> None:
+    """Write problems with solutions, answers and, in the image world, drawings.
+
+    Solutions are careful, but for a share of wrong ones; the answer is always the right one.
+    """
+    choices = random.Random(f"wrong solutions {world.seed}")
     with open(file, "w") as lines:
         for i, problem in enumerate(problems):
             solution, answer = solve(problem)
+            if choices.random() < share_wrong:
+                solution = solve_wrongly(world, problem, choices)
             row = {
                 "id": f"{file.stem}-{i}",
                 "problem": problem,
@@ -637,6 +690,17 @@ def write_problems(world: World, problems: list[str], file: Path, rng: random.Ra
                 row["prompt"] = f"<image>{QUESTION}"
                 row["images"] = [encode(draw(problem, rng))]
             lines.write(json.dumps(row) + "\n")
+
+
+def solve_wrongly(world: World, problem: str, rng: random.Random) -> str:
+    """Return a solution with a wrong answer: out of the world's habit, or else by slips."""
+    _, right = solve(problem)
+    is_read = world.habit == "hasty" or problem.count(" ") < LONG
+    answer = right
+    while answer == right:
+        asked = problem if is_read else misread(problem, rng, world.habit, world.habit_share)
+        solution, answer = solve(asked, rng)
+    return solution
 
 
 def make_base(world: World, forbidden: set[str]) -> list:
