@@ -794,7 +794,7 @@ def test_bad_settings(config, options, words, monkeypatch):
     def slow(*_, **__):
         raise AssertionError("a model was loaded before the error")
 
-    monkeypatch.setattr(train_rl, "load_policy", slow)
+    monkeypatch.setattr(train_rl, "make_policy", slow)
     with pytest.raises(ValueError, match=words):
         train_rl.main(change(config, **options))
     assert not Path(config.folder).exists(), "a run that cannot start leaves nothing behind"
