@@ -15,7 +15,7 @@ What is common to all of them, each with its function:
     its advantage: sum_{j>=k} gamma^(j-k) * reward_j, or the response's, centred       credit
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +145,7 @@ class MicroBatch:
     first: PolicyOutput | None = None  # of the policy before it learnt, where the run has it
 
     def latents(self, tap: float, back: int = 0, first: bool = False) -> Tensor:
-        """Return the latents (M, D) at a tap of the sampled tokens, or of tokens `back` before.
+        """Return the latents (M, D) float32 at a tap of the sampled tokens, or of those `back` before.
 
         first: those of the policy before it learnt, which the reward asks for by `reads_first`
         """
@@ -161,7 +161,7 @@ class MicroBatch:
         source = self.first if first else self.output
         rows, positions = self.batch.targets.nonzero(as_tuple=True)
         of_tap = source.latents[self.taps.index(tap)]  # (B, S, D)
-        return of_tap[rows, (positions - back).clamp(min=0)]
+        return of_tap[rows, (positions - back).clamp(min=0)].float()
 
     def per_token(self, values: Tensor) -> Tensor:
         """Spread values of sampled tokens (M,) into (B, T), or (M, D) into (B, T, D), zero elsewhere.
@@ -175,6 +175,17 @@ class MicroBatch:
                 "one for each response token"
             )
         return self.batch.unflatten(values)
+
+    def per_tap(self, values: Tensor) -> Tensor:
+        """Spread values of sampled tokens at each tap (L, M) into (L, B, T), zero elsewhere."""
+        return torch.stack([self.per_token(of_tap) for of_tap in values])
+
+
+def all_latents(
+    parts: Iterable[MicroBatch], tap: float, back: int = 0, first: bool = False
+) -> Tensor:
+    """Return what MicroBatch.latents() says of the sampled tokens of several micro-batches, (M, D)."""
+    return torch.cat([part.latents(tap, back, first) for part in parts])
 
 
 class Host:
@@ -241,6 +252,14 @@ class NoSettings:
     """A reward without settings of its own."""
 
 
+@dataclass(frozen=True)
+class ExpertSettings:
+    """Settings of a reward that is fitted to expert solutions; a file's own may follow them."""
+
+    experts: str  # file of expert solutions
+    held_out: int = 64  # the last of them, on which nothing is fitted but the calibration
+
+
 class DenseReward:
     """A reward of each response token. The defaults are those of one that neither learns nor taps."""
 
@@ -285,9 +304,17 @@ class DenseReward:
                 )
             self.module.register_buffer(name, tensor.to(parallel.DEVICE))
 
-    def calibrate(self, values: Tensor) -> None:
-        """Keep mean and spread of the values (M,) or (L, M) of expert tokens, for excess()."""
-        self.keep(expert_mean=values.mean(dim=-1), expert_spread=values.std(dim=-1))
+    def calibrate(self, values: Iterable[Tensor]) -> None:
+        """Keep mean and spread of the values of expert tokens, for excess().
+
+        values: of each micro-batch, (M,) or (L, M)
+        """
+        if torch.is_tensor(values):
+            raise ValueError(
+                f"{self.name}: calibrate() got one tensor; expected one for each micro-batch"
+            )
+        of_all = torch.cat(list(values), dim=-1)
+        self.keep(expert_mean=of_all.mean(dim=-1), expert_spread=of_all.std(dim=-1))
 
     def excess(self, values: Tensor) -> Tensor:
         """Return by how many spreads of expert tokens values (M,) or (L, M) exceed their mean."""
@@ -679,7 +706,7 @@ class FlowReward(DenseReward):
         settings = (config.flow_reward, config.flow_update)
         group_size = config.sampling.group_size
         reward = cls(flow, host.policy.n_layers, *settings, seed=config.seed, group_size=group_size)
-        reward.own = own  # settings of a file, an object of its class Settings
+        reward.own = own  # the settings of a file that subclasses this, of its class Settings
         return reward
 
     def begin(self, step: int, episodes: Sequence) -> None:

@@ -54,7 +54,7 @@ from infra.runs import asked_to_stop, end_work, launch, note_how_to_go_on
 from infra.settings import flatten, with_defaults
 from rewards import Grader, RewardSettings
 from rollout import EngineSettings, Sampling
-from worlds import toy
+from worlds import PRESETS, find_world
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def main(config: Config) -> None:
 def resolve(config: Config) -> tuple[Config, Model]:
     """Find the model, make the embedded world if it is asked for, and fill in what is None."""
     name = config.model
-    world = on_first(lambda: toy.find_world(config.model))
+    world = on_first(lambda: find_world(config.model))
     if world:
         name = world.path("model")
         config = with_defaults(config, data=(world.path("test.jsonl"),))
@@ -623,4 +623,4 @@ def write_comparison(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, toy.PRESETS["eval"])
+    launch(main, Config, PRESETS["eval"])

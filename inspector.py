@@ -30,7 +30,7 @@ from infra.runs import Run, launch
 from infra.settings import change
 from pages.rollouts import inspect_run
 from rewards import Grader
-from worlds import toy
+from worlds import PRESETS
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def main() -> None:
         errors.run(lambda: print(f"open {inspect_run(arguments[0])}"))
     else:
         presets = {}
-        for name, preset in toy.PRESETS["train_rl"].items():
+        for name, preset in PRESETS["train_rl"].items():
             presets[name] = {**preset, "prompts": Config().sampling.prompts}
         launch(sample_and_inspect, Config, presets)
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infra import batching, families, lora, vision
+from infra import batching, families, fingerprints, lora, vision
 from infra.attention import PACKED
 from infra.logprobs import TokenLogProbs
 from infra.parallel import DEVICE, is_first
@@ -66,6 +66,7 @@ class Policy(nn.Module):
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         self.takes_features = False  # images come as features: no forward runs the tower
+        self.fingerprint: str | None = None  # of the weights that it was loaded with
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -353,10 +354,23 @@ def load_policy(
 
     checkpointing: recompute activations in the backward
     freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
+    Raises ValueError as as_policy() does.
+    """
+    model = vision.load_model(path, "auto", trust_remote_code)
+    policy = as_policy(model, checkpointing, freeze)
+    policy.fingerprint = fingerprints.of_weights(model)
+    return policy
+
+
+def as_policy(
+    model: nn.Module, checkpointing: bool, freeze: Freeze, attention: str | None = None
+) -> Policy:
+    """Make a policy of a Hugging Face decoder; the arguments are those of load_policy() and Policy.
+
     Raises ValueError if the model has dropout, under which log-probs do not repeat, or is of a
     family that a policy does not score as Hugging Face does.
     """
-    model = vision.load_model(path, "auto", trust_remote_code)
+    path = families.model_name(model)
     for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if getattr(model.config.get_text_config(), name, 0):
             raise ValueError(
@@ -365,7 +379,7 @@ def load_policy(
             )
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model.train())
+    policy = Policy(model.train(), attention)
     if not policy.packs and is_first():
         print(f"{path}: rows are padded, as its layers would differ if they were packed")
     if freeze == "vision" and policy.tower is not None:

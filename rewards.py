@@ -12,8 +12,9 @@ A reward is a weighted sum of parts, `--reward binary format=0.1 overlong=0.5`:
     overlong    DAPO's soft penalty of length (eq. 13), from 0 to -1
     FILE.py     a Python file, whatever its name, with `reward(problem, response) -> float` or
                 `reward(problem, response, answer) -> float`, where answer is the right one, a list
-                of right ones, or None. It may return {"reward": float, "text": str} instead: the
-                text is for logs, and may be left out
+                of right ones, or None; a fourth argument, `solution`, is the data's worked solution
+                or None. It may return {"reward": float, "text": str} instead: the text is for logs,
+                and may be left out
 An episode is correct where `binary`, `vlm` or, without these, `official` says so; with none of
 them, where the first file's value is 1 or more.
 
@@ -84,6 +85,7 @@ class Response(NamedTuple):
 
     problem: str
     problem_id: str  # in its data set, empty if not known
+    solution: str | None  # a worked one, if the data has it
     answer: Gold | None  # the right one, or a list of them
     text: str
     finished: bool  # ended by itself, or may score although it ran out of room
@@ -223,8 +225,12 @@ def read_weight(part: str, text: str) -> float:
 
 # ---- Users' functions
 LARGEST = 1e9  # of a value or a weight: single precision holds the squares of their products
-ARGUMENTS = ("problem", "response", "answer")  # of a user's function; the last may be left out
-EXPECTED_SIGNATURE = "reward(problem, response) or reward(problem, response, answer)"
+# Of a user's function; the last two may be left out
+ARGUMENTS = ("problem", "response", "answer", "solution")
+EXPECTED_SIGNATURE = (
+    "reward(problem, response), reward(problem, response, answer) or "
+    "reward(problem, response, answer, solution)"
+)
 EXPECTED_RESULT = (
     f'a finite number within ±{LARGEST:g}, or {{"reward": such a number, "text": a text for logs}}'
 )
@@ -252,9 +258,7 @@ def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
     if not inspect.isfunction(function):
         raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
     n_arguments = count_arguments(path, function)
-    if n_arguments == len(ARGUMENTS):
-        return score_by(path, function, watch)
-    return score_by(path, lambda problem, response, _: function(problem, response), watch)
+    return score_by(path, lambda *arguments: function(*arguments[:n_arguments]), watch)
 
 
 @contextmanager
@@ -287,13 +291,13 @@ def is_same(path: str, other: str) -> bool:
 
 
 def count_arguments(path: str, function: Callable) -> int:
-    """Return how many arguments a user's function takes, 2 or 3; ValueError for other signatures.
+    """Return how many arguments a user's function takes, 2 to 4; ValueError for other signatures.
 
-    Their names are free, but for those of ARGUMENTS, which must stand in that order.
+    Their names are free, but for those of ARGUMENTS, which must stand in that order, and the fourth.
     """
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
-    is_expected = len(parameters) in (2, 3)
+    is_expected = len(parameters) in (2, 3) or list(signature.parameters)[3:] == ["solution"]
     for parameter, argument in zip(parameters, ARGUMENTS, strict=False):
         is_plain = parameter.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
         has_default = parameter.default is not inspect.Parameter.empty
@@ -309,14 +313,14 @@ def score_by(path: str, function: Callable, watch: Watch) -> Callable[[Response,
     """Make a part of a user's function; a response that ran out of room is no answer.
 
     Args:
-        function: Of a problem, a response and the right answer.
+        function: Of a problem, a response, the right answer and a worked solution.
     """
 
     def score(response: Response, kind: Kind) -> Score:
         if not response.finished:
             return Score(0.0)
         with blamed_on(path, f"on {response.place}"), watch.over(f"{path}, on {response.place}"):
-            result = function(response.problem, response.text, response.answer)
+            result = function(response.problem, response.text, response.answer, response.solution)
             value, text = read_result(result)
             shown = repr(result) if value is None else ""
         if value is None:
@@ -406,7 +410,7 @@ class Grader(AbstractContextManager):
         response: str,
         finished: bool,
         n_tokens: int = 0,
-        problem_id: str = "",
+        row: object = None,
     ) -> Verdict:
         """Grade one response.
 
@@ -416,9 +420,10 @@ class Grader(AbstractContextManager):
             response: Text of the response.
             finished: Whether it ended by itself.
             n_tokens: Its length; only the part overlong looks at it.
-            problem_id: What messages call the problem, beside its text.
+            row: What has more of the problem: perhaps an `id`, which messages call it by, and a
+                worked `solution`, which users' functions may take.
         """
-        seen = self.examine(problem, problem_id, answer, response, finished, n_tokens)
+        seen = self.examine(problem, row, answer, response, finished, n_tokens)
         kind = self.judge(seen)
         scores = {}
         texts = []
@@ -436,7 +441,7 @@ class Grader(AbstractContextManager):
     def examine(
         self,
         problem: str,
-        problem_id: str,
+        row: object,
         answer: Gold | None,
         text: str,
         finished: bool,
@@ -454,7 +459,8 @@ class Grader(AbstractContextManager):
             extracted = box_contents[-1] if box_contents else None
         return Response(
             problem=problem,
-            problem_id=problem_id,
+            problem_id=getattr(row, "id", ""),
+            solution=getattr(row, "solution", None),
             answer=answer,
             text=text,
             finished=finished,
@@ -503,8 +509,8 @@ class Grader(AbstractContextManager):
     def grade_all(self, problems: Sequence, episodes: Sequence) -> list[Verdict]:
         """Grade episodes, several at a time; return their verdicts in order.
 
-        Problems have `text` and `answer`, perhaps an `id`; each has the same number of consecutive
-        episodes.
+        Problems have `text` and `answer`, perhaps an `id` and a `solution`; each has the same
+        number of consecutive episodes.
         """
         n_each = len(episodes) // max(1, len(problems))
         problem_of_episode = [problem for problem in problems for _ in range(n_each)]
@@ -513,9 +519,8 @@ class Grader(AbstractContextManager):
     def grade_episode(self, problem, episode) -> Verdict:
         finished = episode.finish_reason == "stop"
         n_tokens = len(episode.response_ids)
-        problem_id = getattr(problem, "id", "")
         return self.grade(
-            problem.text, problem.answer, episode.text, finished, n_tokens, problem_id
+            problem.text, problem.answer, episode.text, finished, n_tokens, row=problem
         )
 
 

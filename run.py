@@ -1,16 +1,19 @@
-"""What is made of a run afterwards: weights and problems for other programs, a page of curves.
+"""The plan of a run before it; afterwards weights and problems for other programs, a page of curves.
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
     python run.py problems runs/NAME              problems, for verl
     python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
+    python run.py plan --on 8xH100 --model NAME   what a run would take, before it: see plan/command.py
 
 What a run's folder holds stands in infra/runs.py.
 """
 
-# first: torch reads what this sets when it is imported
+# first: torch reads what these set when it is imported
 import infra.waiting  # noqa: F401
+import plan.unseen
 
 # isort: split
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -94,11 +97,11 @@ def check_trust(run: str, stored: dict[str, object], trust_remote_code: bool) ->
 
 def find_initial_model(stored: dict[str, object], trust_remote_code: bool) -> Model:
     """Find the model that a run began with, by the settings of the run."""
-    from worlds import toy
+    from worlds import WORLDS
 
     name = stored["model"]
-    if name in toy.WORLDS:
-        name = toy.WORLDS[name].path("model")
+    if name in WORLDS:
+        name = WORLDS[name].path("model")
     values = {field: stored[field] for field in runs.FIELDS_OF_LOADING}
     return find_model(name, LoadingSettings(**values, trust_remote_code=trust_remote_code))
 
@@ -235,6 +238,23 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
     print(f"open {write_run_report(paths, Path(out or beside / 'report.html'))}")
 
 
+# ---- python run.py plan --on 8xH100 --model NAME
+def plan_run() -> None:
+    """Say what memory and time a run of train_rl.py would take of GPUs that are not there."""
+    from plan.command import Config, main
+    from worlds import PRESETS
+
+    del sys.argv[1]  # it has the flags of train_rl.py, which are read as there
+    runs.launch(main, Config, PRESETS["train_rl"])
+
+
 if __name__ == "__main__":
-    commands = {"export": export_checkpoint, "problems": export_problems, "report": report}
+    if plan.unseen.IS_ASKED_FOR:
+        plan_run()
+    commands = {
+        "export": export_checkpoint,
+        "problems": export_problems,
+        "report": report,
+        "plan": plan_run,
+    }
     errors.run(lambda: tyro.extras.subcommand_cli_from_dict(commands))

@@ -57,7 +57,7 @@ from infra.settings import ComputeSettings, RunSettings, with_defaults
 from infra.solutions import SolutionSettings, read_solutions, tokenise
 from pages import write_pages, write_report
 from policy import Policy, load_policy, tap_layers
-from worlds import toy
+from worlds import PRESETS, find_world
 
 # Expert solutions of the published runs, by the names that their repositories give them
 PUBLISHED_DATA = {
@@ -134,7 +134,7 @@ def resolve(config: Config) -> tuple[Config, Model]:
         )
     on_first(lambda: check_folder(config))
     name = config.model
-    world = on_first(lambda: toy.find_world(config.model))
+    world = on_first(lambda: find_world(config.model))
     if world:
         name = world.path("model")
         config = with_defaults(config, data=world.path("expert.jsonl"))
@@ -344,7 +344,6 @@ def main(config: Config) -> None:
     solutions = tokenise(texts, answers, images, config.solutions, model)
     dtype = parallel.compute_dtype(config.loading.dtype)
     policy = load_policy(model.path, config.loading.trust_remote_code).requires_grad_(False)
-    fitted_to = fingerprints.of_weights(policy.model)
     parallel.shard(policy, policy.blocks, dtype, config.compute.always_offloads)
     flow_config = fl.FlowConfig(
         dim=model.text_config.hidden_size,
@@ -355,7 +354,7 @@ def main(config: Config) -> None:
         percentiles=config.percentiles,
         standardised=config.flow.standardise,
         calibrated_at=config.flow.calibrate_at if n_held_out else (),
-        fitted_to=fitted_to,
+        fitted_to=policy.fingerprint,
     )
     torch.manual_seed(config.seed)  # the same flow on all ranks
     flow = fl.Flow(flow_config)
@@ -462,4 +461,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Config, toy.PRESETS["train_flow"])
+    launch(main, Config, PRESETS["train_flow"])

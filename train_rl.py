@@ -234,6 +234,12 @@ def resolve(config: Config) -> tuple[Config, Model]:
             f"freeze='none' with lora_rank={rank}: the tower has no adapters and does not learn; "
             "leave --freeze out, or --lora-rank"
         )
+    check_lengths(config, model)
+    return config, model
+
+
+def check_lengths(config: Config, model: Model) -> None:
+    """Raise ValueError if an episode may be longer than what the model has positions for."""
     prompt = config.problems.max_prompt_tokens
     response = config.sampling.max_tokens
     positions = model.text_config.max_position_embeddings
@@ -242,20 +248,18 @@ def resolve(config: Config) -> tuple[Config, Model]:
             f"max_prompt_tokens + max_tokens = {prompt} + {response} is more than "
             f"the model's {positions} positions; lower one of them"
         )
-    return config, model
 
 
 # ---- Policy, reference
-def make_policy(config: Config, model: Model) -> Policy:
+def make_policy(config: Config, model: Model, load: Callable = load_policy) -> Policy:
     """Load the policy, compiled and sharded, with adapters if it has them."""
     settings = config.optimisation
-    policy = load_policy(
+    policy = load(
         model.path,
         config.loading.trust_remote_code,
         config.compute.gradient_checkpointing,
         settings.freeze,
     )
-    policy.fingerprint = fingerprints.of_weights(policy.model)
     if settings.lora_rank:
         lora.add_adapters(policy.model, policy.layers, settings.lora_rank, config.seed)
     parallel.compile_forward(policy.layer_parts(), config.compute.compile)
@@ -266,11 +270,13 @@ def make_policy(config: Config, model: Model) -> Policy:
     return policy
 
 
-def make_reference(policy: Policy, config: Config, model: Model) -> Policy | lora.WithoutAdapters:
+def make_reference(
+    policy: Policy, config: Config, model: Model, load: Callable = load_policy
+) -> Policy | lora.WithoutAdapters:
     """Return the initial policy, for a KL: without the adapters the policy itself, or a copy."""
     if config.optimisation.lora_rank:
         return lora.WithoutAdapters(policy)
-    reference = load_policy(
+    reference = load(
         model.path,
         config.loading.trust_remote_code,
         freeze=config.optimisation.freeze,  # a frozen tower is the policy's: features serve both
@@ -290,9 +296,11 @@ class Models(NamedTuple):
     learners: dict[str, parallel.Learner]  # of the policy, and of the dense reward if it learns
 
 
-def make_models(config: Config, model: Model, is_flow_named: bool) -> Models:
+def make_models(
+    config: Config, model: Model, is_flow_named: bool, load: Callable = load_policy
+) -> Models:
     """Load the policy, the policy before it learnt where it is needed, and the dense reward."""
-    host = dense.Host(model, config, partial(make_policy, config, model), is_flow_named)
+    host = dense.Host(model, config, partial(make_policy, config, model, load), is_flow_named)
     dense_reward = None
     if config.shaping not in ("none", "entropy"):
         own = dense.as_values(config.dense_reward.dense)
@@ -301,7 +309,7 @@ def make_models(config: Config, model: Model, is_flow_named: bool) -> Models:
         dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.always_offloads)
     reference = None
     if config.optimisation.kl_coef or (dense_reward and dense_reward.reads_first):
-        reference = make_reference(host.policy, config, model)
+        reference = make_reference(host.policy, config, model, load)
     return Models(host.policy, reference, dense_reward, learners={})
 
 

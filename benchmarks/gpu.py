@@ -48,7 +48,7 @@ import flow as fl
 import rollout
 import train_rl
 from common import machine
-from infra import batching, logprobs, parallel
+from infra import batching, parallel
 from infra.errors import first_line
 from infra.metrics import read_metrics
 from infra.runs import leave
@@ -454,15 +454,6 @@ def padded(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def small_chunks(_trainer: Trainer) -> Iterator[None]:
-    """Make a chunk of logits as small as on a CPU."""
-    before = logprobs.CHUNK_LOGITS
-    logprobs.CHUNK_LOGITS = 2**25
-    yield
-    logprobs.CHUNK_LOGITS = before
-
-
-@contextmanager
 def checkpointing(trainer: Trainer) -> Iterator[None]:
     """Recompute activations in the backward."""
     model = trainer.policy.model
@@ -495,7 +486,6 @@ def small_batches(trainer: Trainer) -> Iterator[None]:
 VARIANTS = {
     "checkpointing": [checkpointing],
     "with padding": [checkpointing, padded],
-    "small chunks of logits": [checkpointing, small_chunks],
     "small batches": [checkpointing, small_batches],
     "compiled": [checkpointing, compiled],
     "small, all activations": [small_batches],

@@ -4,7 +4,7 @@
 
 It needs torch, transformers, datasets and TRL 1.16, and nothing of ours: peers.py may start it with
 another interpreter. `work.json` holds the fields of Work. A line of the figures has `time/step`,
-seconds from the end of the rollout before to the end of this one's last optimiser step; `cpu/step`,
+seconds from the end of the rollout before to the end of this one's last optimiser step; `time/cpu`,
 the seconds that this process had of the processor meanwhile, all threads together; and `reward` and
 `length`, means over the rollout's responses.
 
@@ -94,7 +94,7 @@ class Recorder(TrainerCallback):
             return
         line = {
             "time/step": time.perf_counter() - self.began,
-            "cpu/step": time.process_time() - self.cpu_began,
+            "time/cpu": time.process_time() - self.cpu_began,
             **self.of_rollout,
         }
         with open(self.work.figures, "a") as file:

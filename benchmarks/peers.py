@@ -18,8 +18,8 @@ print their rewards and lengths, from which one sees that they do the same job.
 
 A step's seconds are `time/step` of metrics.jsonl, and TRL's from the end of one rollout's last
 optimiser step to the end of the next one's; starting is in neither, and the first steps are left out.
-CPU seconds are what the trainer's process had of the processor from one step's end to the next's, all
-threads together (ours grades in another one, which is not counted): on a machine with other work they
+CPU seconds, `time/cpu`, are what the trainer's process had of the processor meanwhile, all threads
+together (ours grades in another one, which is not counted): on a machine with other work they
 say more than the clock (with one thread; several spin while they wait).
 """
 
@@ -192,9 +192,8 @@ def train_ours(
     if flow:
         flags["--flow"] = flow
     words = [str(word) for pair in flags.items() for word in pair]
-    script = str(Path(__file__).with_name("peer_ours.py"))
-    figures = folder / "ours.jsonl"
-    return measure([sys.executable, script, str(figures), *words], figures, settings)
+    command = [sys.executable, str(ROOT / "train_rl.py"), *words]
+    return measure(command, folder / "run" / "metrics.jsonl", settings)
 
 
 def train_trl(settings: Settings, shared: Problems, mini_batches: int, folder: Path) -> StepFigures:
@@ -263,7 +262,7 @@ def measure(command: Sequence[str], figures: Path, settings: Settings) -> StepFi
         seconds=[line["time/step"] for line in lines],
         reward=[line["reward"] for line in lines],
         length=[line["length"] for line in lines],
-        cpu_seconds=[line["cpu/step"] for line in lines],
+        cpu_seconds=[line["time/cpu"] for line in lines],
     )
 
 

@@ -4,8 +4,8 @@
     python benchmarks/recording.py --pairs 9 --json FILE
 
 The two runs of a pair differ in --log-rollouts, 1 or 0, and take turns at going first. Their
-figures must be the same. Time is CPU seconds of this process from step to step, without the first
-step: on a machine with other work, seconds of the clock say more about that work.
+figures must be the same. Time is CPU seconds of this process, `time/cpu`, without the first step: on a
+machine with other work, seconds of the clock say more about that work.
 """
 
 import repository  # noqa: F401
@@ -21,8 +21,8 @@ import tyro
 
 import train_rl
 from common import machine
+from infra.metrics import read_metrics
 from infra.settings import change
-from steps import noted_steps
 from worlds import toy
 
 
@@ -37,15 +37,13 @@ class Settings:
 
 def run_steps(config: train_rl.Config) -> tuple[list[float], list[dict]]:
     """Train; return the CPU seconds of each step but the first, and the figures of all."""
-    with noted_steps() as steps:
-        train_rl.main(config)
+    train_rl.main(config)
+    lines = read_metrics(Path(config.folder) / "metrics.jsonl")
     figures = []
-    for step in steps:
-        untimed = {
-            name: value for name, value in step.metrics.items() if not name.startswith("time/")
-        }
+    for line in lines:
+        untimed = {name: value for name, value in line.items() if not name.startswith("time/")}
         figures.append(untimed)
-    return [step.cpu_seconds for step in steps[1:]], figures
+    return [line["time/cpu"] for line in lines[1:]], figures
 
 
 def run_pair(config: train_rl.Config, number: int, folder: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@ import train_rl
 from infra import parallel
 from infra.data import Problem, load_problems
 from infra.runs import launch
+from plan import advice
 from worlds import PRESETS
 
 
@@ -111,23 +112,9 @@ def fill_micro_batches(problems: Sequence, config) -> list:
 
 def what_to_lower(config) -> str:
     """Return the message for an update that does not fit into a GPU's memory."""
-    ways = [
-        f"a lower --tokens-per-gpu (now {config.compute.tokens_per_gpu})",
-        f"a lower --max-tokens (now {config.sampling.max_tokens})",
-        f"a lower --max-prompt-tokens (now {config.problems.max_prompt_tokens})",
-    ]
-    if not config.compute.gradient_checkpointing:
-        ways.append("--gradient-checkpointing True")
-    if config.optimisation.lora_rank:
-        ways.append(f"a lower --lora-rank (now {config.optimisation.lora_rank})")
-    else:
-        ways.append("--lora-rank 32, which trains adapters in place of all weights")
-    if not config.compute.always_offloads:
-        ways.append("--offload always")
-    ways.append("more GPUs")
     return (
         "the largest update that these settings allow does not fit into the GPU's memory; "
-        f"any of these helps: {'; '.join(ways)}"
+        f"any of these helps: {'; '.join(advice.for_update(config))}"
     )
 
 

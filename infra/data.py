@@ -122,6 +122,7 @@ class Problem(NamedTuple):
     answer: str | list[str]  # any of a list
     prompt_ids: list[int]
     images: tuple[vision.Image, ...] = ()  # in the order of their placeholders in prompt_ids
+    solution: str | None = None  # a worked one, where the data has the column
 
 
 def load_rows(
@@ -267,7 +268,10 @@ def make_problems(
             answer = [final_answer(each) for each in answer]
         else:
             answer = final_answer(answer)
-        problem = Problem(str(row.get("id", i)), texts[i], answer, prompts[i], images[i])
+        solution = row.get("solution")
+        if not isinstance(solution, str):
+            solution = None
+        problem = Problem(str(row.get("id", i)), texts[i], answer, prompts[i], images[i], solution)
         problems.append(problem)
     return problems
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from infra.parallel import DEVICE
 
 # Logits held at a time: large products keep a GPU busy, small chunks stay in the caches of a CPU
-CHUNK_LOGITS = 2**28 if DEVICE.type == "cuda" else 2**23
+CHUNK_LOGITS_OF_GPU = 2**28
+CHUNK_LOGITS = CHUNK_LOGITS_OF_GPU if DEVICE.type == "cuda" else 2**23
 # A forward keeps the first chunks of logits for its backward, up to so many logits (400 MB); the
 # backward makes the rest again. That is for a CPU, whose chunks are small: on a GPU the first chunk
 # is larger than this, unless a micro-batch has but a few hundred response tokens, and none is kept

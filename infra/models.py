@@ -97,18 +97,23 @@ def find_model(name: str, loading: LoadingSettings) -> Model:
         config = AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
         check_vocabulary(path, tokenizer, config.get_text_config().vocab_size)
-        with torch.device("meta"):
-            body = AutoModel.from_config(config.get_text_config(), trust_remote_code=remote_code)
+        n_parameters = count_parameters(config, remote_code)
     except Exception as error:  # transformers passes on whatever its readers raise
         raise ValueError(
             f"model {name!r}: {path!r} cannot be loaded ({in_short(error)}); expected a folder, a "
             f"hub id, a short name such as Qwen2.5-7B, or toy"
         ) from error
-    n_parameters = sum(parameter.numel() for parameter in body.parameters())
     processor = None
     if vision.takes_images(config):
         processor = vision.load_processor(path, loading.max_pixels, remote_code)
     return Model(path, config, n_parameters, tokenizer, processor, remote_code)
+
+
+def count_parameters(config: PretrainedConfig, trust_remote_code: bool) -> int:
+    """Return how many weights the text decoder of a configuration has, without an untied head."""
+    with torch.device("meta"):
+        body = AutoModel.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
+    return sum(parameter.numel() for parameter in body.parameters())
 
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> None:

@@ -5,6 +5,7 @@
 An episode has
     step group sample          where it comes from; group counts the step's problems
     problem question answer    the problem's id, text and right answer
+    solution                   the problem's worked solution, if the data has one
     prompt images              the prompt as text, and where its images are: they are not copied
     response finish_reason     the response as text without special tokens, and how it ended
     reward parts correct verdict extracted text    what the verdict says, see rewards.py

@@ -668,6 +668,7 @@ class Stopwatch:
     def __init__(self):
         parallel.take_peak_memory()
         self.began = self.last = time.perf_counter()
+        self.cpu_began = time.process_time()
         self.phases: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self.used_in_roll_out = 0
@@ -690,11 +691,13 @@ class Stopwatch:
     def metrics(self, held_by_engine: int) -> dict[str, float]:
         """Return the seconds of each phase and of the whole step, and a GPU's memory in GB.
 
+        time/cpu is what all threads of this process had of the processor together.
         While a step scores and updates, its peaks are the trainer's tensors: the engine sleeps
         then, but torch counts what it holds.
         """
         metrics = {f"time/{phase}": seconds for phase, seconds in self.phases.items()}
         metrics["time/step"] = self.seconds()
+        metrics["time/cpu"] = time.process_time() - self.cpu_began
         if parallel.DEVICE.type != "cpu":
             metrics["memory/roll_out_gb"] = self.used_in_roll_out / 1e9
             for phase in ("score", "update"):

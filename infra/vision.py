@@ -28,6 +28,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -57,10 +58,9 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
     ValueError if weights cannot be loaded, or some are missing, which would be random numbers.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        model, info = auto_class(config).from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights of {path} cannot be loaded ({in_short(error)}); expected those of its "
@@ -73,6 +73,11 @@ def load_model(path: str, dtype, trust_remote_code: bool = False) -> PreTrainedM
             f"those that a model has whose config.json says {config.model_type}"
         )
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """Return what makes a decoder of a configuration, with its vision tower if it has one."""
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
 def load_processor(

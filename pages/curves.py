@@ -53,7 +53,7 @@ CHARTS = {
     },
 }
 SIDES = ("", "_right", "_wrong")  # a figure of all episodes, and of right and wrong ones
-NOT_SHOWN = {"step", "cursor", "epoch", "rows"}
+NOT_SHOWN = {"step", "cursor", "epoch", "rows", "time/cpu"}
 EVALUATION = re.compile(r"eval/(?P<set>.+)/(?P<kind>sampled|greedy)")
 
 

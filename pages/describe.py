@@ -99,6 +99,7 @@ def describe_problem(episode, tokenizer) -> dict:
         "problem": problem.id,
         "question": problem.text,
         "answer": problem.answer,
+        "solution": problem.solution,
         "prompt": tokenizer.decode(prompt_ids),
         "images": images,
     }

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import worlds
 from infra import record
 from infra.files import written_whole
 from infra.metrics import read_metrics
 from measures import auc
 from methods import ARMS
-from worlds import toy
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
@@ -88,7 +88,8 @@ def label_tokens(records: Sequence[dict], dense_on: str) -> tuple[list[float], l
     for one in records:
         of_tokens = one["dense_reward"] if dense_on == "token" else scores_of(one)
         ends = list(itertools.accumulate(len(text) for text in one["tokens"]))
-        for step in toy.label_steps(one["question"], one["response"]):
+        steps = worlds.label_steps(one["question"], one.get("solution"), one["response"])
+        for step in steps:
             for end, value in zip(ends, of_tokens, strict=True):
                 if one["dense"] and value is not None and step.start < end <= step.end:
                     values.append(value)

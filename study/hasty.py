@@ -24,6 +24,8 @@ from infra.rows import read_rows
 from rewards import Grader
 from worlds import toy
 
+LONGEST_PROMPT = 512  # tokens; no embedded world has longer ones
+
 
 @dataclass(frozen=True)
 class HastySettings:
@@ -55,7 +57,7 @@ def sample_wrong(settings: HastySettings) -> list[dict]:
     problem_settings = ProblemSettings(
         template=toy.EVALUATE["template"],
         problem_column="problem",
-        max_prompt_tokens=toy.TRAIN_RL["max_prompt_tokens"],
+        max_prompt_tokens=LONGEST_PROMPT,
     )
     problems = load_problems(settings.data, problem_settings, model)
     engine = TorchEngine(model, 256, parallel.DEVICE, torch.float32)

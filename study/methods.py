@@ -7,6 +7,7 @@ A reward FILE.py of --reward is tried in arms that differ in one thing:
     FILE.py                  the reward, on the mean of a response, at the coefficient of scale.py
     FILE.py-shuffled-25      a quarter of its scores in other places, and so on to 100
     FILE.py-wrong            fitted to wrong solutions, where it is fitted to solutions (`experts`)
+    FILE.py-untrained        with weights that have not learnt, where it has a flow, or `steps` of a fit
 """
 
 import dataclasses
@@ -211,6 +212,7 @@ class FileReward:
     """A dense reward of a file, with the settings that it gets in a study."""
 
     file: Path
+    kind: type[DenseReward]  # its class
     own: dict[str, str]  # of the file: NAME=VALUE of --dense
     settings: dict[str, object]  # of train_rl.py
 
@@ -249,6 +251,14 @@ class FileReward:
             **self.settings,
         }
 
+    def untrained(self) -> dict[str, object] | None:
+        """Return the settings that train with weights that never learn, None if it has no weights."""
+        if issubclass(self.kind, FlowReward):
+            return {**self.shaping(), "flow": "{untrained_flow}", "flow_lr": 0.0}
+        if "steps" in names_of_settings(self.kind):
+            return self.shaping(steps="0")
+        return None
+
     def arms(self) -> dict[str, Arm]:
         """Return the arms in which it is tried."""
         asks = f"Does {self.name} help?"
@@ -267,6 +277,10 @@ class FileReward:
                 self.shaping(experts="{hasty_solutions}"),
                 beside=self.name,
             )
+        untrained = self.untrained()
+        if untrained:
+            asks = "Does it need weights that have learnt?"
+            arms[f"{self.name}-untrained"] = Arm(asks, "rlvr", untrained, beside=self.name)
         return arms
 
     def preparations(self) -> dict[str, Preparation]:
@@ -279,6 +293,11 @@ class FileReward:
                 ("study/scale.py",), settings, "coefficient.txt", preset="train_rl"
             )
         }
+
+
+def names_of_settings(kind: type[DenseReward]) -> set[str]:
+    """Return the names of the settings that a dense reward has of its own."""
+    return {field.name for field in dataclasses.fields(kind.Settings)}
 
 
 def as_pairs(values: dict[str, str]) -> tuple[str, ...]:
@@ -299,7 +318,7 @@ def read_reward(text: str) -> FileReward:
     kind = getattr(import_file(str(file)), "Reward", None)
     if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
         raise ValueError(f"{file} defines no class Reward(dense.DenseReward)")
-    asked = {each.name for each in dataclasses.fields(kind.Settings)}
+    asked = names_of_settings(kind)
     own = {setting: value for setting, value in GIVEN.items() if setting in asked}
     taken = asked & {"of", "among", "share"}
     if taken:
@@ -313,7 +332,7 @@ def read_reward(text: str) -> FileReward:
     for setting, value in read_changes(changes).items():
         (own if setting in asked else settings)[setting] = value
     check_settings(settings, f"reward {text!r}")
-    reward = FileReward(file, own, settings)
+    reward = FileReward(file, kind, own, settings)
     settings.setdefault("dense_coef", f"{{{reward.scale}}}")
     return reward
 

@@ -26,7 +26,7 @@ from infra.batching import passes
 from infra.models import find_model
 from infra.runs import launch
 from policy import Policy
-from worlds import toy
+from worlds import PRESETS
 
 
 class SupervisedUpdate:
@@ -85,7 +85,7 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     sys.argv[1:] = flags
     update = SupervisedUpdate(arguments.expert_solutions, arguments.held_out)
-    launch(partial(train_rl.main, update=update), train_rl.Config, toy.PRESETS["train_rl"])
+    launch(partial(train_rl.main, update=update), train_rl.Config, PRESETS["train_rl"])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ import tyro
 from tqdm import tqdm
 
 import tuning
+import worlds
 from figures import FIRST_TUNING_SEED, check_equal, merge, read_study, update_file, write_study
 from infra import errors
 from infra.files import remove, write_json, written_whole
@@ -73,7 +74,6 @@ from methods import (
 from referee import write_verdict
 from trial import try_rewards
 from tuning import read_chosen
-from worlds import toy
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -165,29 +165,26 @@ class Study:
         return [*METHODS, *own]
 
 
-def find_worlds(study: Study) -> list[toy.World]:
+def find_worlds(study: Study) -> list[worlds.World]:
     """Return the world of each base, made if need be: the one named, and others of its kind."""
     name = study.world
-    if name not in toy.WORLDS:
-        if not Path(name, "world.json").exists():
-            known = ", ".join(toy.WORLDS)
-            raise ValueError(f"world {name!r}: neither {known} nor a folder that holds a world")
+    kind = worlds.kind_of(name)
+    if name not in worlds.WORLDS:
         if study.bases > 1:
             raise ValueError(f"bases={study.bases}: the world {name!r} is a folder, with one base")
-        return [toy.World(name)]
-    worlds = [toy.find_world(name)]
+        return [replace(worlds.WORLDS[kind], folder=name)]
+    found = [worlds.find_world(name)]
     for base in range(1, study.bases):
         folder = f"{study.folder}/worlds/{base}"
-        worlds.append(toy.make(replace(toy.WORLDS[name], folder=folder, seed=base)))
-    return worlds
+        found.append(worlds.make(replace(worlds.WORLDS[name], folder=folder, seed=base)))
+    return found
 
 
 def preset(script: str | None, study: Study) -> dict[str, object]:
     """Return the settings that all runs of a script have in a study."""
     if script is None:
         return {}
-    presets = toy.PRESETS[script]
-    settings = dict(presets.get(study.world, presets["toy-sparse"]))
+    settings = dict(worlds.PRESETS[script][worlds.kind_of(study.world)])
     settings.update(model="{base}", save_every=25, keep=1)
     if script == "train_flow":
         settings.update(epochs=FLOW_EPOCHS, flow_blocks=2)
@@ -412,10 +409,10 @@ class ReadLater:
         return f"{float(self.file.read_text()) * float(factor or 1):.4g}"
 
 
-def find_paths(study: Study, worlds: Sequence[toy.World]) -> list[dict[str, object]]:
+def find_paths(study: Study, bases: Sequence[worlds.World]) -> list[dict[str, object]]:
     """Return what the placeholders in settings stand for, for each base."""
     of_bases = []
-    for base, world in enumerate(worlds):
+    for base, world in enumerate(bases):
         prepared = prepared_folder(study, base)
         paths: dict[str, object] = {
             "base": world.path("model"),
@@ -545,11 +542,11 @@ def run_all(
 
 
 # ---- What all runs have in common, and the plan
-def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
+def describe(study: Study, bases: Sequence[worlds.World]) -> dict:
     """Return what all runs of a study have in common; figures of others are not compared."""
-    first, *others = [hash_of_base(world) for world in worlds]
+    first, *others = [hash_of_base(world) for world in bases]
     common = {
-        "world": json.loads(Path(worlds[0].path("world.json")).read_text()),
+        "world": json.loads(Path(bases[0].path("world.json")).read_text()),
         "base": first,
         "settings": preset("train_rl", study),
         "flow": preset("train_flow", study),
@@ -561,7 +558,7 @@ def describe(study: Study, worlds: Sequence[toy.World]) -> dict:
     return json.loads(json.dumps(common))
 
 
-def hash_of_base(world: toy.World) -> str:
+def hash_of_base(world: worlds.World) -> str:
     """Return a text by which the weights of a base model are known again."""
     return hash_of(Path(world.path("model"), "model.safetensors"))
 
@@ -571,16 +568,16 @@ def hash_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def begin(study: Study, worlds: Sequence[toy.World]) -> None:
+def begin(study: Study, bases: Sequence[worlds.World]) -> None:
     """Make the folder, or check that it is of the same study; ValueError if it is not."""
     file = Path(study.folder, "common.json")
-    common = describe(study, worlds)
+    common = describe(study, bases)
     if study.json_file.exists():
         check_equal(read_study(study.json_file), common, str(study.json_file))
     if file.exists():
         check_equal(json.loads(file.read_text()), common, str(file))
         return
-    for base, world in enumerate(worlds):
+    for base, world in enumerate(bases):
         problems = Path(world.path("test.jsonl")).read_text().splitlines(keepends=True)
         evaluation = prepared_folder(study, base) / "evaluation.jsonl"
         with written_whole(evaluation) as temporary:
@@ -680,13 +677,13 @@ def main(study: Study) -> int:
         return 0
     check_jobs(study)
     try_rewards(study.rewards)
-    worlds = find_worlds(study)
-    begin(study, worlds)
-    if study.tune and not tune(study, worlds):
+    bases = find_worlds(study)
+    begin(study, bases)
+    if study.tune and not tune(study, bases):
         return 1
     if study.reward:
         register(study)
-    return report(run_arms(study, worlds), study)
+    return report(run_arms(study, bases), study)
 
 
 def check_jobs(study: Study) -> list[Job]:
@@ -698,14 +695,14 @@ def check_jobs(study: Study) -> list[Job]:
     return jobs
 
 
-def run_arms(study: Study, worlds: Sequence[toy.World]) -> dict[str, str]:
+def run_arms(study: Study, bases: Sequence[worlds.World]) -> dict[str, str]:
     """Run the arms of a study on its seeds; return each job's status by its name."""
-    paths = find_paths(study, worlds)
+    paths = find_paths(study, bases)
     after_each = partial(update_file, study.json_file, study.folder)
     return run_all(check_jobs(study), study.jobs, paths, after_each)
 
 
-def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
+def tune(study: Study, bases: Sequence[worlds.World]) -> bool:
     """Choose the settings of each method, on seeds of their own; return whether all runs ended."""
     file = Path(study.folder, "chosen.json")
     if file.exists():
@@ -723,7 +720,7 @@ def tune(study: Study, worlds: Sequence[toy.World]) -> bool:
         first_seed=FIRST_TUNING_SEED,
         seeds=tuning.SEEDS_PER_BASE * study.bases,
     )
-    statuses = run_arms(trial_runs, worlds)
+    statuses = run_arms(trial_runs, bases)
     if set(statuses.values()) != {"finished"}:
         report(statuses, study)
         return False

@@ -28,7 +28,7 @@ class Reward(DenseReward):
         mask = part.batch.response_mask
         right = torch.tensor([episode.verdict.correct for episode in part.episodes]).to(mask.device)
         target = right[:, None].expand(mask.shape)[mask]
-        odds = self.module(part.latents(0.5).float()).squeeze(1)
+        odds = self.module(part.latents(0.5)).squeeze(1)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             odds, target.float(), reduction="sum"
         )

@@ -37,7 +37,6 @@ OTHERS = {
     "busy",
     "common",
     "gpu",
-    "peer_ours",
     "peer_trl",
     "peers",
     "recording",
@@ -45,7 +44,6 @@ OTHERS = {
     "repository",
     "rl_step",
     "smollm2",
-    "steps",
     "walkthrough",
     "word_problems",
 }

@@ -1,11 +1,14 @@
 """Dense rewards of files: each of study/rewards/ runs, on ranks, with adapters and images; bad ones are refused."""
 
-import json
+import ast
+import io
 import math
 import pickle
 import re
 import shutil
+import tokenize
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,12 +33,11 @@ import rlfr
 import train_rl
 from infra.files import import_file
 from infra.settings import change, parse_config, upgraded
-from policy import load_policy
 from run import export_checkpoint
 
 FOLDER = ROOT / "study" / "rewards"
 LEARNING = ROOT / "tests" / "learning_reward.py"
-LATENTS = ("mahalanobis", "mlp", "nearest", "probe", "ridge")  # what reads latents
+LATENTS = ("mahalanobis", "mlp", "nearest", "probe", "ridge", "whitened_flow")  # what reads latents
 EXPERTS = ("ngram", *LATENTS)
 OTHERS = ("noise", "self_certainty", "steps", "logprob", "distillation")
 
@@ -47,8 +49,10 @@ def own_settings(name: str, world) -> tuple[str, ...]:
         settings += (f"expert={world.path('model')}",)
     if name in (*EXPERTS, "logprob"):
         settings += (f"experts={world.path('expert.jsonl')}",)
-    if name in ("ngram", "mahalanobis", "mlp", "nearest", "ridge", "logprob"):
+    if name in (*EXPERTS, "logprob") and name != "probe":
         settings += ("held_out=16",)
+    if name in ("mlp", "whitened_flow"):
+        settings += ("steps=20",)
     return settings
 
 
@@ -96,8 +100,27 @@ def runs(world, expert, tmp_path_factory) -> dict[str, train_rl.Config]:
 
 
 def test_every_file_of_the_study_is_tried(runs):
-    files = {file.stem for file in FOLDER.glob("*.py") if "from dense import" in file.read_text()}
+    files = {file.stem for file in FOLDER.glob("*.py") if "class Reward" in file.read_text()}
     assert files == runs.keys() - {"learning_reward"} and len(files) >= 10
+
+
+def code_lines(file: Path) -> int:
+    """How many lines of a file hold code: no comments, no docstrings."""
+    source = file.read_text()
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*nothing, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("file", list(FOLDER.glob("*.py")), ids=lambda file: file.stem)
+def test_a_file_has_at_most_40_lines_of_code(file):
+    assert code_lines(file) <= 40
 
 
 def test_each_reward_acts_in_the_default_batch(runs):
@@ -135,7 +158,7 @@ def test_two_ranks_give_the_figures_of_one(runs, tmp_path):
 
 def test_each_reward_with_adapters(runs, tmp_path):
     for name, config in runs.items():
-        first = ("first=True", "whiten=True") if name == "ridge" else ()
+        first = ("first=True", "whiten=True") if name in ("ridge", "whitened_flow") else ()
         own = (*config.dense_reward.dense, *first)
         folder = str(tmp_path / name)
         train_rl.main(change(config, steps=1, lora_rank=4, dense=own, folder=folder))
@@ -247,6 +270,38 @@ def test_a_resumed_run_names_its_file_again(world, tmp_path, monkeypatch):
         parse_config(train_rl.Config, {})
 
 
+def test_a_probe_is_fitted_once_or_again_and_again(runs, tmp_path):
+    once = runs["probe"]
+    own = (*once.dense_reward.dense, "refit=1")
+    train_rl.main(change(once, dense=own, folder=str(tmp_path / "run")))
+    (first, second), (same, other) = figures(once.folder), figures(str(tmp_path / "run"))
+    assert same == pytest.approx(first) and other["probe/score"] != second["probe/score"]
+
+
+def test_a_flow_of_whitened_residuals(world):
+    """Before its fit its velocity is 0; after it the excess of expert tokens is 0 in the mean."""
+    host = host_of(world)
+    own = {"experts": world.path("expert.jsonl"), "held_out": "16"}
+    file = str(FOLDER / "whitened_flow.py")
+    untrained, trained = (dense.make(file, {**own, "steps": n}, host) for n in ("0", "200"))
+    _, held_out = host.solutions(own["experts"], 16)
+    parts = list(host.run_policy(held_out, trained.taps))
+    x_1 = torch.cat([untrained.residuals(part) for part in parts], dim=1)
+    u = x_1 - untrained.module.noise.squeeze(1)  # (L, M, D)
+    weight = (0.25 + 1 + 4) / 3  # the mean of t / (1 - t) over 0.2, 0.5, 0.8
+    before = torch.cat([untrained.errors(part) for part in parts], dim=1)
+    torch.testing.assert_close(before, weight * u.square().mean(dim=2))
+    after = torch.cat([trained.errors(part) for part in parts], dim=1)
+    assert (after - before).abs().amax() > 0.1
+    excess = trained.excess(after)
+    torch.testing.assert_close(excess.mean(dim=1), torch.zeros(3), atol=1e-4, rtol=0)
+    # whitened on the solutions that it was fitted to, where the residuals have unit spreads
+    fitted, _ = host.solutions(own["experts"], 16)
+    parts = host.run_policy(fitted, trained.taps)
+    for of_tap in torch.cat([trained.residuals(part) for part in parts], dim=1):
+        torch.testing.assert_close(torch.cov(of_tap.T), torch.eye(32), atol=0.05, rtol=0)
+
+
 # ---- What is wrong is said
 HEAD = "import torch\nfrom dense import DenseReward\n\n\nclass Reward(DenseReward):\n"
 BAD = {
@@ -280,6 +335,10 @@ BAD = {
         "    def score(self, part):\n        self.keep(a=torch.zeros(2))\n"
         "        return part.output.logp\n",
         "a kept after the start; keep a tensor of that name",
+    ),
+    "calibrated": (
+        "    def __init__(self, settings, host):\n        self.calibrate(torch.zeros(2, 3))\n",
+        r"calibrate\(\) got one tensor; expected one for each micro-batch",
     ),
     "shaped": (
         "    def score(self, part):\n        return part.output.logp\n"
@@ -365,6 +424,41 @@ def test_the_clamp_is_of_tokens_or_of_the_mean_of_a_response():
     torch.testing.assert_close(tokens, torch.tensor([[0.0, 0.0, 0.0], [-0.75, -0.75, 0.0]]))
 
 
+def host_of(world, **settings) -> dense.Host:
+    """What a dense reward of the small world may ask of its run."""
+    model = find_model_in(world.path("model"))
+    config = run_of(world, None, LEARNING, problem_column="problem", **settings)
+    return dense.Host(model, config, partial(train_rl.make_policy, config, model), names_flow=True)
+
+
+def test_a_file_that_changes_the_flow_reward_has_settings_of_its_own(world):
+    host = host_of(world, flow="new", flow_threshold=0.1)
+    score = torch.tensor([[1.0, 2.0, 3.0, 5.0, 9.0]])  # the last one is no token
+    mask = torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    for power, expected in (
+        ("1", [0.0, -1 / 4, -1 / 2, -1.0, 0.0]),
+        ("2", [0.0, 0.0, -1 / 4, -1.0, 0.0]),
+        ("3", [0.0, 0.0, -1 / 8, -1.0, 0.0]),
+    ):
+        reward = dense.make(str(FOLDER / "squared_flow.py"), {"power": power}, host)
+        assert reward.shape(score, mask).tolist() == [expected], power
+
+
+def test_values_at_each_tap_are_spread_over_the_tokens(world):
+    host = host_of(world)
+    rows, _ = host.solutions(world.path("expert.jsonl"), 45)
+    parts = list(host.run_policy(rows, (0.5, 1.0)))
+    mask = parts[0].batch.response_mask
+    values = torch.arange(2.0 * mask.sum()).view(2, -1)
+    spread = parts[0].per_tap(values)
+    assert spread.shape == (2, *mask.shape)
+    assert spread[1][mask].tolist() == values[1].tolist() and not spread[:, ~mask].any()
+    assert torch.equal(spread[0], parts[0].per_token(values[0]))
+    before = dense.all_latents(parts, 1.0, back=1)
+    assert len(before) == sum(len(row.response_ids) for row in rows)
+    assert torch.equal(before, torch.cat([part.latents(1.0, back=1) for part in parts]))
+
+
 def test_settings_of_earlier_versions_have_todays_names():
     old = {
         "shaping": "flow", "flow_coef": 1.0, "flow_on": "response", "flow_centre": False,
@@ -429,7 +523,7 @@ def test_records_and_pages_name_the_reward(runs):
     assert len(record["dense_score"]) == 3 and any(record["dense_reward"])
     assert "Dense reward: ridge" in (folder / "report.html").read_text()
     data = (folder / "rollouts.html").read_text()
-    assert json.dumps("ridge") in data
+    assert re.search(r'"dense": ?"ridge", ?"taps": ?\[1, ?2, ?2\]', data)
     (record, *_) = read_lines(Path(runs["noise"].folder) / "rollouts" / "step-1.jsonl")
     assert record["taps"] == [] and len(record["dense_score"]) == 1
 
@@ -437,9 +531,7 @@ def test_records_and_pages_name_the_reward(runs):
 def test_counts_of_groups_of_tokens(world):
     """Against counting in Python, for pairs and for groups of four."""
     rows = read_lines(world.path("expert.jsonl"))
-    model = find_model_in(world.path("model"))
-    config = run_of(world, None, FOLDER / "ngram.py", problem_column="problem")
-    host = dense.Host(model, config, lambda: load_policy(model.path), names_flow=True)
+    host = host_of(world)
     fitted, _ = host.solutions(world.path("expert.jsonl"), 16)
     assert len(fitted) == len(rows) - 16
     texts = [[*row.prompt_ids, *row.response_ids] for row in fitted]
@@ -456,6 +548,6 @@ def test_counts_of_groups_of_tokens(world):
         expected = []
         for end in range(start, len(ids)):
             group, before = tuple(ids[end - n + 1 : end + 1]), tuple(ids[end - n + 1 : end])
-            of_before = counts[before] + 0.1 * len(model.tokenizer)
+            of_before = counts[before] + 0.1 * len(host.model.tokenizer)
             expected.append(-math.log((counts[group] + 0.1) / of_before))
         assert reward.surprise(part).tolist() == pytest.approx(expected, abs=1e-5), n

@@ -15,6 +15,7 @@ import train_flow
 import train_rl
 from infra import errors
 from infra.settings import flatten, parse_config
+from plan.command import Config as PlanConfig
 from worlds import toy
 
 PAGES = (
@@ -36,7 +37,7 @@ PAGES = (
     "docs/glossary.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/ and course/
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -44,6 +45,7 @@ FOREIGN_FLAGS = {
     "--check",
     "--dist",
     "--no-loadscope-reorder",
+    "--retries",
     "--quick",
     "--nnodes",
     "--nproc-per-node",
@@ -55,6 +57,7 @@ FOREIGN_FLAGS = {
     "--workers",
     "--json",
     "--deadline",
+    "--solution",
 }
 
 
@@ -91,7 +94,7 @@ def test_links_lead_somewhere():
                 assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
 
 
-@pytest.mark.parametrize("name", ["infra", "benchmarks", "study"])
+@pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "plan", "worlds"])
 def test_the_page_of_a_folder_names_each_of_its_files(name):
     folder = ROOT / name
     page = (folder / "README.md").read_text()
@@ -104,7 +107,8 @@ def test_the_page_of_a_folder_names_each_of_its_files(name):
 def test_flags_that_a_page_names(page):
     text = (ROOT / page).read_text()
     known = {errors.FLAG, "--config", *FOREIGN_FLAGS}
-    for config in (train_rl.Config(), train_flow.Config(), evaluation.Config()):
+    # a plan has the flags of train_rl.py, too
+    for config in (PlanConfig(), train_flow.Config(), evaluation.Config()):
         known |= {f"--{name.replace('_', '-')}" for name in flatten(config)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
     assert named <= known, named - known

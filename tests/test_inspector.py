@@ -118,15 +118,20 @@ def test_a_folder_without_rollouts_is_named(tmp_path, monkeypatch, capsys):
     assert "has no rollouts/step-N.jsonl; expected the folder of a" in said
 
 
-@pytest.mark.parametrize("shaping", ["flow", "none"])
+MAHALANOBIS = str(Path(__file__).parents[1] / "study" / "rewards" / "mahalanobis.py")
+
+
+@pytest.mark.parametrize("shaping", ["flow", "none", MAHALANOBIS])
 def test_any_model_flow_and_problems(world, flow_folder, tmp_path, shaping):
     """Sampled and scored, but nothing learnt; the same again from the folder."""
+    of_experts = (f"experts={world.path('expert.jsonl')}", "held_out=16")
     config = change(
         inspector.Config(),
         model=world.path("model"),
         data=world.path("test.jsonl"),
         shaping=shaping,
         flow=flow_folder if shaping == "flow" else None,
+        dense=of_experts if shaping == MAHALANOBIS else (),
         template="none",
         prompts=2,
         group_size=3,
@@ -139,13 +144,21 @@ def test_any_model_flow_and_problems(world, flow_folder, tmp_path, shaping):
     assert [(one["group"], one["sample"]) for one in records] == [
         (group, sample) for group in range(2) for sample in range(3)
     ]
-    if shaping == "flow":
-        assert all(any(one["dense_score"][0]) for one in records)
+    name = None if shaping == "none" else Path(shaping).stem
+    for one in records:
+        assert one["dense"] == name and len(one["taps"]) == (3 if name else 0)
+        assert all(any(of_tap) for of_tap in one["dense_score"])
     # regression: without a flow they were 0
     assert all(all(one["logp"]) and all(one["entropy"]) for one in records)
     page = (tmp_path / "look" / "rollouts.html").read_text()
     assert inspect_run(config.folder).read_text() == page
+    assert squeezed(f'"dense": {json.dumps(name)}, "taps": {records[0]["taps"]}') in squeezed(page)
     assert not (tmp_path / "look" / "policy").exists()
+
+
+def squeezed(text: str) -> str:
+    """Return a text without its spaces."""
+    return text.replace(" ", "")
 
 
 # ---- The page in a browser
@@ -219,19 +232,20 @@ def test_values_of_a_token(page):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["ridge", None])
-def test_a_dense_reward_is_shown_by_its_name(browser, tmp_path, name):
+@pytest.mark.parametrize(("name", "taps"), [("ridge", [1, 2]), ("ngram", []), (None, [])])
+def test_a_dense_reward_is_shown_by_its_name_and_tap(browser, tmp_path, name, taps):
     """One that reads no latents has a score and no taps; without one the page has neither."""
-    scores = [[1.0, 2.0]] if name else []
-    record = one_record(0, 0, ["a", "b"], dense=name, taps=[], dense_score=scores)
+    scores = [[1.0, 2.0]] * max(1, len(taps)) if name else []
+    record = one_record(0, 0, ["a", "b"], dense=name, taps=taps, dense_score=scores)
     browser.open(write(tmp_path, {1: [record]}), READY)
     browser.js(f"{token(0, 1)}.focus()")
     found = facts(browser)
     named = {key for key in found if key.endswith(("reward", "score")) or key.startswith("tap")}
-    assert named == ({"ridge reward", "ridge score"} if name else set())
+    expected = {f"{name} reward", f"{name} score"} if name else set()
+    assert named == expected | {f"tap {layer} (layer {layer})" for layer in taps}
     if name:
-        assert number(found["ridge score"]) == 2
-        assert "ridge reward a response" in browser.js("document.body.textContent")
+        assert number(found[f"{name} score"]) == 2
+        assert f"{name} reward a response" in browser.js("document.body.textContent")
 
 
 @pytest.mark.browser

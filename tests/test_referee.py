@@ -82,6 +82,27 @@ def test_a_reward_of_experts_gets_them_and_its_controls():
     assert all(arm.beside == "ridge.py" for name, arm in arms.items() if name != "ridge.py")
 
 
+def test_a_reward_with_weights_is_also_tried_before_they_learn():
+    """Without the steps of its fit, or with a flow that never learns; nothing else differs."""
+    for name, given, changed in (
+        ("mlp.py", ":steps=90", {"steps=0"}),
+        ("whitened_flow.py", "", {"steps=0"}),
+        ("squared_flow.py", "", {"flow": "{untrained_flow}", "flow_lr": 0.0}.items()),
+    ):
+        arms = methods.read_reward(f"{REWARDS / name}{given}").arms()
+        assert arms[f"{name}-untrained"].beside == name
+        trained, untrained = arms[name].settings, arms[f"{name}-untrained"].settings
+        if "flow" in untrained:
+            assert untrained.items() - trained.items() == changed
+        else:
+            assert set(untrained.pop("dense")) - set(trained.pop("dense")) == changed
+            assert untrained == trained
+    assert "ridge.py-untrained" not in methods.read_reward(str(REWARDS / "ridge.py")).arms()
+    squared = (str(REWARDS / "squared_flow.py"),)
+    asked = study.Study(reward=squared, arms=("squared_flow.py-untrained",), seeds=1)
+    assert "untrained_flow" in [job.name for job in study.plan(asked)[0]]
+
+
 def test_the_coefficient_is_measured_unless_it_is_given():
     measured = methods.read_reward(str(REWARDS / "noise.py"))
     assert measured.settings["dense_coef"] == "{coefficient_of_noise}"

@@ -56,5 +56,47 @@ def test_no_file_imports_from_a_floor_above_its_own():
     assert not upward
 
 
+def root_name(node: ast.AST) -> str | None:
+    """Return the name that a chain such as NAME.a[0].b begins with; None: it begins with none."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def assignments_into_modules(file: Path, ours: set[str]) -> list[str]:
+    """Return what a file assigns to attributes and entries of what it imports from files of ours."""
+    imported = set()
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias for alias in node.names if alias.name.partition(".")[0] in ours]
+            imported |= {alias.asname or alias.name.partition(".")[0] for alias in names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ours:
+            imported |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            found.append((root_name(node), ast.unparse(node)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            found.append((root_name(node.args[0]), ast.unparse(node)))
+    return [text for root, text in found if root in imported]
+
+
+def test_no_program_assigns_into_another_module(tmp_path):
+    """A study that changes a module from outside shows nothing of what it changes to a reader."""
+    programs = files_of("study") + files_of("benchmarks")
+    ours = floors().keys() | {file.stem for file in programs}
+    for file in programs:
+        assert not assignments_into_modules(file, ours), file
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import train_rl\nfrom worlds import toy\nfrom infra import record as r\nimport os\n"
+        "train_rl.score = 1\ntoy.PRESETS['a']['b'] = 2\nr.keep += 1\nsetattr(toy, 'c', 3)\n"
+        "del toy.d\nos.environ['e'] = '4'\nown = toy.f\nown.g = 5\n"
+    )
+    found = assignments_into_modules(bad, ours)
+    assert sorted(found) == sorted(
+        ["train_rl.score", "toy.PRESETS['a']['b']", "r.keep", "setattr(toy, 'c', 3)", "toy.d"]
+    )
+
+
 def test_the_algorithm_imports_no_file_of_ours():
     assert not imports_of(ROOT / "rlfr.py") & floors().keys()

@@ -32,8 +32,9 @@ import random
 import re
 import string
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -52,11 +53,10 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from infra import batching, vision
-from infra.files import folder_written_whole, locked, read_json
-from infra.folders import is_free
 from infra.parallel import DEVICE
 from infra.ranges import BatchSize, PositiveFloat, Range, Seed, check_values
 from policy import Policy
+from worlds.shared import Step, make_once
 
 # number of operations in a problem -> chance that its demonstration is hasty
 HASTY = {3: 0.05, 4: 0.2, 5: 0.6, 6: 0.8, 7: 0.85, 8: 0.9}
@@ -64,6 +64,7 @@ IDLES = 0.6  # chance that a step of a long problem adds zero, in the sparse wor
 LONG = 6  # operations from which a problem counts as long there
 SKILL = 0.7  # share of the base model's training there that comes before the habit
 MOST = 8  # operations of the longest problems
+PROBLEM = re.compile(r"\d( [-+*]\d)+>")
 UNITS = (3, 7, 9)  # factors that no two digits share a product with, modulo 10
 WARMUP = 0.1  # share of the base model's training over which the rate rises
 SLIP = 0.02  # chance of each step of a careful demonstration to get a random result
@@ -182,13 +183,6 @@ WORLDS = {
 }
 
 
-def find_world(model: str) -> World | None:
-    """Return the world that a script's --model names, made if it is not there; None: no world."""
-    if model not in WORLDS:
-        return None
-    return make(WORLDS[model])
-
-
 # ---- Problems
 def make_problem(
     rng: random.Random, signs: str = "+-*", shortest: int = 3, invertible: bool = False
@@ -242,14 +236,6 @@ def calculate(value: int, sign: str, operand: int) -> int:
     return value * operand % 10
 
 
-class Step(NamedTuple):
-    """A step of a response: the characters [start, end), and whether it is right."""
-
-    start: int
-    end: int
-    is_right: bool
-
-
 def label_steps(problem: str, response: str) -> list[Step]:
     """Label every step that a response writes.
 
@@ -276,6 +262,12 @@ def find_steps(response: str) -> list[tuple[int, int]]:
     """Return where the steps of a response begin and end: commas separate them up to the box."""
     end_of_steps = re.search(r"[.\\]|$", response).start()
     return [match.span() for match in re.finditer("[^,]+", response[:end_of_steps])]
+
+
+def progress(problem: str, response: str) -> float:
+    """Return how many of the problem's steps the response writes and gets right, in [0, 1]."""
+    n_right = sum(step.is_right for step in label_steps(problem, response))
+    return n_right / problem.count(" ")
 
 
 def digits_of(problem: str) -> list[int]:
@@ -536,55 +528,27 @@ def check(world: World) -> None:
 
 
 def make(world: World = World()) -> World:
-    """Make the world unless its folder has it; the folder appears only when it is complete.
-
-    Of several runs that ask for it at once, one makes it and the others wait.
+    """Make the world unless its folder has it.
 
     Raises:
         ValueError: if the folder holds something else, or a size is not possible.
     """
     check(world)
-    folder = Path(world.folder).resolve()  # `.` has no name to lock
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        make_unless_there(world, folder)
+    make_once(world.folder, settings_of(world), partial(write_world, world))
     return world
 
 
-def make_unless_there(world: World, folder: Path) -> None:
-    """Make the world, unless it is there; see make."""
-    settings_file = folder / "world.json"
-    settings = settings_of(world)
-    if settings_file.exists():
-        check_same(read_json(settings_file, "the settings of an embedded world"), settings, folder)
-        return
-    if not is_free(folder):
-        raise ValueError(
-            f"{folder} is not an embedded world, and stays as it is; name another folder"
-        )
+def write_world(world: World, folder: Path) -> None:
+    """Write problems, expert solutions and the base model into a folder."""
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
     parts = make_base(world, forbidden=set(test))
-    with folder_written_whole(folder, overwrite=True) as making:
-        making.mkdir()
-        write_problems(world, train, making / "train.jsonl", rng)
-        write_problems(world, test, making / "test.jsonl", rng)
-        write_problems(world, expert, making / "expert.jsonl", rng)
-        for part in parts:
-            part.save_pretrained(making / "model")
-        (making / "world.json").write_text(json.dumps(settings))
-
-
-def check_same(stored: dict, asked: dict, folder: Path) -> None:
-    """Raise ValueError if a folder holds a world of other settings: runs and flows need that one."""
-    names = sorted(asked.keys() | stored.keys())
-    other = [name for name in names if stored.get(name) != asked.get(name)]
-    if other:
-        name = other[0]
-        raise ValueError(
-            f"{folder} holds an embedded world with other settings ({name}: {stored.get(name)}, "
-            f"not {asked.get(name)}), which stays as it is; name another folder, or move that "
-            "world away"
-        )
+    folder.mkdir()
+    write_problems(world, train, folder / "train.jsonl", rng)
+    write_problems(world, test, folder / "test.jsonl", rng)
+    write_problems(world, expert, folder / "expert.jsonl", rng)
+    for part in parts:
+        part.save_pretrained(folder / "model")
 
 
 def settings_of(world: World) -> dict:

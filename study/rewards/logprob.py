@@ -33,8 +33,7 @@ class Reward(DenseReward):
         self.expert = host.load_policy(settings.expert)
         self.temperature = host.config.sampling.temperature
         _, held_out = host.solutions(settings.experts, settings.held_out)
-        surprise = [self.surprise(part) for part in host.run_policy(held_out, ())]
-        self.calibrate(torch.cat(surprise))
+        self.calibrate(self.surprise(part) for part in host.run_policy(held_out, ()))
 
     @torch.no_grad()
     def surprise(self, part):

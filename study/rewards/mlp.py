@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dense import DenseReward
+from dense import DenseReward, ExpertSettings, all_latents
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ExpertSettings):
     """Settings of the reward."""
 
-    experts: str  # file of expert solutions
-    held_out: int = 64  # the last of them, on which the error is calibrated
     steps: int = 500  # of the fit, 1024 tokens each
     width: int = 256
 
@@ -35,38 +33,32 @@ class Reward(DenseReward):
     def __init__(self, settings, host):
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
         parts = list(host.run_policy(fitted, self.taps))
-        dim, width = host.model.text_config.hidden_size, settings.width
-        nets = []
-        for tap in self.taps:
-            net = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, dim))
-            nets.append(fit(net.to(parts[0].latents(tap).device), parts, tap, settings.steps))
         self.module = nn.Module()
-        self.module.nets = nn.ModuleList(nets).requires_grad_(False)
-        self.calibrate(torch.cat([self.errors(p) for p in host.run_policy(held_out, self.taps)], 1))
+        self.module.nets = nn.ModuleList(fit(parts, tap, settings) for tap in self.taps)
+        self.calibrate(self.errors(part) for part in host.run_policy(held_out, self.taps))
 
-    @torch.no_grad()
     def errors(self, part):
         """Return the mean squared error of each response token at each tap, (L, M)."""
-        errors = []
-        for net, tap in zip(self.module.nets, self.taps, strict=True):
-            guess = net(part.latents(tap, back=1).float())
-            errors.append((part.latents(tap).float() - guess).square().mean(dim=1))
-        return torch.stack(errors)
+        before = [part.latents(tap, back=1) for tap in self.taps]
+        guess = [net(latent) for net, latent in zip(self.module.nets, before, strict=True)]
+        latent = [part.latents(tap) for tap in self.taps]
+        return (torch.stack(latent) - torch.stack(guess)).square().mean(dim=2)
 
     def score(self, part):
-        return torch.stack([part.per_token(-v) for v in self.excess(self.errors(part))])
+        return part.per_tap(-self.excess(self.errors(part)))
 
 
-@torch.enable_grad()
-def fit(net, parts, tap, steps):
-    """Fit a network to the latents of a tap, and return it."""
-    before = torch.cat([part.latents(tap, back=1) for part in parts]).float()
-    latent = torch.cat([part.latents(tap) for part in parts]).float()
+def fit(parts, tap, settings):
+    """Return a network that is fitted to the latents of a tap."""
+    before = all_latents(parts, tap, back=1)
+    latent = all_latents(parts, tap)
+    dim, width = latent.shape[1], settings.width
+    net = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, dim)).to(latent.device)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for _ in range(steps):
+    for _ in range(settings.steps):
         chosen = torch.randint(len(latent), (1024,), device=latent.device)
         loss = (net(before[chosen]) - latent[chosen]).square().mean()
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    return net
+    return net.requires_grad_(False)

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dense import DenseReward
+from dense import DenseReward, ExpertSettings, all_latents
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ExpertSettings):
     """Settings of the reward."""
 
-    experts: str  # file of expert solutions
-    held_out: int = 64  # the last of them, on which the distance is calibrated
     n_latents: int = 4096  # expert latents that are kept, evenly spaced among all
 
 
@@ -29,17 +27,14 @@ class Reward(DenseReward):
 
     def __init__(self, settings, host):
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
-        latents = torch.cat(
-            [part.latents(0.5).float() for part in host.run_policy(fitted, self.taps)]
-        )
+        latents = all_latents(host.run_policy(fitted, self.taps), 0.5)
         chosen = torch.linspace(0, len(latents) - 1, min(settings.n_latents, len(latents)))
         self.keep(latents=latents[chosen.long()])
-        distances = [self.distance(part) for part in host.run_policy(held_out, self.taps)]
-        self.calibrate(torch.cat(distances))
+        self.calibrate(self.distance(part) for part in host.run_policy(held_out, self.taps))
 
     def distance(self, part):
         """Return the distance of each response token to the nearest expert latent, (M,)."""
-        return torch.cdist(part.latents(0.5).float(), self.module.latents).amin(dim=1)
+        return torch.cdist(part.latents(0.5), self.module.latents).amin(dim=1)
 
     def score(self, part):
         return part.per_token(-self.excess(self.distance(part)))

@@ -10,19 +10,16 @@ It reads no latents, and is the null model of all rewards that do: where countin
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from dense import DenseReward
+from dense import DenseReward, ExpertSettings
 
 FACTOR = 6364136223846793005  # keys are polynomials of it, modulo 2**64
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ExpertSettings):
     """Settings of the reward."""
 
-    experts: str  # file of expert solutions
-    held_out: int = 64  # the last of them, on which the surprise is calibrated
     n: int = 2  # tokens of a group
     smoothing: float = 0.1  # added to the count of each group
 
@@ -39,37 +36,32 @@ class Reward(DenseReward):
         self.settings = settings
         self.n_tokens = len(host.model.tokenizer)
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
-        parts = [self.keys(part) for part in host.run_policy(fitted, ())]
-        groups, contexts = (torch.cat(keys) for keys in zip(*parts, strict=True))
-        groups, group_counts = groups.unique(return_counts=True)
-        contexts, context_counts = contexts.unique(return_counts=True)
-        self.keep(groups=groups, group_counts=group_counts)
-        self.keep(contexts=contexts, context_counts=context_counts)
-        surprise = [self.surprise(part) for part in host.run_policy(held_out, ())]
-        self.calibrate(torch.cat(surprise))
+        keys = torch.cat([self.keys(part) for part in host.run_policy(fitted, ())], dim=1)
+        known, counts = keys.unique(return_counts=True)
+        self.keep(known=known, counts=counts)
+        self.calibrate(self.surprise(part) for part in host.run_policy(held_out, ()))
 
     def keys(self, part):
-        """Return a number for each token's group, and for the tokens before it, (M,) each."""
+        """Return a number for each token's group, and one for the tokens before it, (2, M)."""
         ids, targets = part.batch.input_ids, part.batch.targets
         before = torch.zeros_like(ids)
         for place in range(self.settings.n - 1, 0, -1):
-            shifted = F.pad(ids, (place, 0))[:, : ids.shape[1]]  # 0 before the row's beginning
+            # 0 before the row's beginning
+            shifted = torch.nn.functional.pad(ids, (place, 0))[:, : ids.shape[1]]
             before = before * FACTOR + shifted + 1
-        return (before * FACTOR + ids + 1)[targets], before[targets]
+        return torch.stack([before * FACTOR + ids + 1, before])[:, targets]
+
+    def count(self, keys):
+        """Return how often experts wrote what has these keys."""
+        known = self.module.known  # sorted
+        place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
+        return torch.where(known[place] == keys, self.module.counts[place], 0)
 
     def surprise(self, part):
         """Return -log p of each response token after those before it, (M,)."""
-        groups, contexts = self.keys(part)
-        count = look_up(groups, self.module.groups, self.module.group_counts)
-        total = look_up(contexts, self.module.contexts, self.module.context_counts)
+        of_group, of_before = self.count(self.keys(part))
         smoothing = self.settings.smoothing
-        return -((count + smoothing) / (total + smoothing * self.n_tokens)).log()
+        return -((of_group + smoothing) / (of_before + smoothing * self.n_tokens)).log()
 
     def score(self, part):
         return part.per_token(-self.excess(self.surprise(part)))
-
-
-def look_up(keys, known, counts):
-    """Return the counts of keys (M,) among known ones, which are sorted; 0 of others."""
-    place = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
-    return torch.where(known[place] == keys, counts[place], 0)

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dense import DenseReward
+from dense import DenseReward, ExpertSettings, all_latents
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ExpertSettings):
     """Settings of the reward."""
 
-    experts: str  # file of expert solutions
-    held_out: int = 64  # the last of them, on which the residual is calibrated
     whiten: bool = False  # measure the residual in its own spreads
     first: bool = False  # read the latents of the policy before it learnt
 
@@ -35,35 +33,37 @@ class Reward(DenseReward):
     def __init__(self, settings, host):
         self.reads_first = settings.first
         fitted, held_out = host.solutions(settings.experts, settings.held_out)
-        parts = list(host.run_policy(fitted, self.taps))
-        fits = [fit(*pairs(parts, tap), settings.whiten) for tap in self.taps]
+        self.fit(list(host.run_policy(fitted, self.taps)), settings)
+        self.calibrate(self.errors(part) for part in host.run_policy(held_out, self.taps))
+
+    def fit(self, parts, settings):
+        """Keep the regression of each tap, and what whitens its residual."""
+        fits = [regress(*pairs(parts, tap), settings.whiten) for tap in self.taps]
         weights, whiteners = zip(*fits, strict=True)
         self.keep(weights=torch.stack(weights), whiteners=torch.stack(whiteners))
-        errors = [self.errors(part) for part in host.run_policy(held_out, self.taps)]
-        self.calibrate(torch.cat(errors, dim=1))
+
+    def residuals(self, part, first=False):
+        """Return what the latents before leave open of each response token's, whitened, (L, M, D)."""
+        before, latent = zip(*[pairs([part], tap, first) for tap in self.taps], strict=True)
+        residuals = torch.stack(latent) - torch.stack(before) @ self.module.weights
+        return residuals @ self.module.whiteners
 
     def errors(self, part, first=False):
         """Return the mean squared residual of each response token at each tap, (L, M)."""
-        errors = []
-        for i, tap in enumerate(self.taps):
-            before, latent = pairs([part], tap, first)
-            residual = (latent - before @ self.module.weights[i]) @ self.module.whiteners[i]
-            errors.append(residual.square().mean(dim=1))
-        return torch.stack(errors)
+        return self.residuals(part, first).square().mean(dim=2)
 
     def score(self, part):
-        excess = self.excess(self.errors(part, first=self.reads_first))  # (L, M)
-        return part.per_token(-excess.T).movedim(2, 0)  # (L, B, T)
+        return part.per_tap(-self.excess(self.errors(part, first=self.reads_first)))
 
 
 def pairs(parts, tap, first=False):
     """Return the latents before response tokens, with a constant, and theirs: (M, D + 1), (M, D)."""
-    before = torch.cat([part.latents(tap, back=1, first=first) for part in parts]).float()
-    latent = torch.cat([part.latents(tap, first=first) for part in parts]).float()
+    before = all_latents(parts, tap, back=1, first=first)
+    latent = all_latents(parts, tap, first=first)
     return torch.nn.functional.pad(before, (0, 1), value=1.0), latent
 
 
-def fit(before, latent, whiten):
+def regress(before, latent, whiten):
     """Return the weights (D + 1, D) of the regression, and what whitens its residual (D, D)."""
     eye = torch.eye(before.shape[1]).to(before)
     penalty = 1e-3 * before.square().sum() / len(eye) * eye

@@ -8,8 +8,8 @@ ceiling of all others.
 
 import torch
 
+import worlds
 from dense import DenseReward
-from worlds import toy
 
 
 class Reward(DenseReward):
@@ -23,7 +23,8 @@ class Reward(DenseReward):
         for row, episode in enumerate(part.episodes):
             texts = self.tokenizer.batch_decode([[token] for token in episode.response_ids])
             ends = torch.tensor([len(text) for text in texts]).cumsum(0)
-            for step in toy.label_steps(episode.problem.text, "".join(texts)):
+            problem = episode.problem
+            for step in worlds.label_steps(problem.text, problem.solution, "".join(texts)):
                 inside = (ends > step.start) & (ends <= step.end)
                 score[row, : len(ends)][inside] = 1.0 if step.is_right else -1.0
         return score.to(part.batch.input_ids.device)
