@@ -23,17 +23,12 @@ import tyro
 import flow as fl
 from infra import checkpoints, errors, fingerprints, lora, parallel, runs
 from infra.data import Problem, ProblemSettings, load_problems
-from infra.exports import (
-    check_finite,
-    export_adapter,
-    export_policy,
-    write_problems,
-    write_weights,
-)
+from infra.exports import check_finite, export_adapter, export_policy, write_weights
 from infra.files import check_free, folder_written_whole, need_keys, read_json, read_text
 from infra.models import LoadingSettings, Model, find_model
 from infra.parallel import start
 from infra.settings import stored_settings, upgraded
+from infra.verl import write_problems
 
 FIELDS_OF_MODEL = ("model", *runs.FIELDS_OF_LOADING)  # settings that find_initial_model reads
 

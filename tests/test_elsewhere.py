@@ -15,9 +15,8 @@ import dense
 import train_rl
 from infra import batching, runs
 from infra.data import Problem
-from infra.exports import write_problems
 from infra.files import import_file
-from infra.settings import change
+from infra.verl import write_problems
 from policy import load_policy, tap_layers
 from run import export_problems
 
@@ -165,16 +164,9 @@ def run(world, flow_folder, tmp_path_factory) -> str:
     """A run with two held-out sets; only its settings and its data count here."""
     folder = tmp_path_factory.mktemp("verl") / "run"
     test = world.path("test.jsonl")
-    config = small_run(
-        world,
-        flow_folder,
-        folder,
-        steps=1,
-        shaping="none",
-        flow=None,
-        eval_data=(test, f"b={test}"),
-    )
-    train_rl.main(change(config, prompts=2, group_size=2, train_batch=4, max_tokens=4))
+    settings = {"prompts": 2, "group_size": 2, "train_batch": 4, "max_tokens": 4, "steps": 1}
+    sets = (test, f"b={test}")
+    train_rl.main(small_run(world, None, folder, shaping="none", eval_data=sets, **settings))
     return str(folder)
 
 
