@@ -57,7 +57,7 @@ def test_functions_that_the_readme_links():
             value = getattr(value, name)
 
 
-@pytest.mark.parametrize("name", ["infra", "benchmarks", "study"])
+@pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "course"])
 def test_the_page_of_a_folder_names_each_of_its_files(name):
     folder = ROOT / name
     page = (folder / "README.md").read_text()
