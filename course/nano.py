@@ -121,7 +121,7 @@ def pad(tokenizer, texts, side):
 def learning_rate(peak, step, total, warmup, floor):
     """Return a rate that rises linearly, then falls along a cosine to floor * peak."""
     n_warmup = math.ceil(warmup * total)
-    cosine = math.cos(math.pi * max(0, step - n_warmup) / (total - n_warmup))
+    cosine = math.cos(math.pi * max(0, step - n_warmup) / max(1, total - n_warmup))
     return peak * min((step + 1) / n_warmup, floor + (1 - floor) * (1 + cosine) / 2)
 
 

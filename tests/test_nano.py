@@ -1,11 +1,17 @@
 """The method in one file: course/nano.py computes what train_rl.py and train_flow.py do."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 
+import jupytext
+import nbformat
 import pytest
 import torch
 from conftest import ROOT, save_flow, small_run, torch_engine
+from nbclient import NotebookClient
 from test_rooms import floors, imports_of
 from transformers import AutoTokenizer
 
@@ -17,7 +23,9 @@ from course import nano
 from infra import parallel
 from infra.data import load_problems
 from rewards import Verdict
+from worlds import toy
 
+SOURCE = ROOT / "course" / "nano_notebook.py"
 PROMPTS = 4
 GROUP_SIZE = 4
 TOP_K = 2  # so few that it binds in short responses
@@ -205,6 +213,7 @@ def test_the_ratio_is_clipped_and_rates_are_those_of_the_default_run():
         for warmup, floor in ((0.03, 0.1), (0.1, 0.0)):
             theirs = rlfr.learning_rate(1.0, step, 100, warmup, floor)
             assert nano.learning_rate(1.0, step, 100, warmup, floor) == pytest.approx(theirs)
+    assert nano.learning_rate(1.0, 0, 1, 0.1, 0.0) == 1.0, "a run of one step"
 
 
 class Says:
@@ -257,3 +266,57 @@ def test_it_is_short_and_stands_alone():
     file = ROOT / "course" / "nano.py"
     assert len(file.read_text().splitlines()) <= 250
     assert imports_of(file) & floors().keys() == {"worlds"}
+
+
+# ---- The notebook
+def run_notebook(parameters: dict) -> nbformat.NotebookNode:
+    """Run the notebook with values in the place of those of its cell of parameters."""
+    notebook = jupytext.read(SOURCE)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    folder = {"metadata": {"path": str(SOURCE.parent)}}
+    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=folder).execute()
+    return notebook
+
+
+def outputs_of(notebook: nbformat.NotebookNode) -> tuple[str, list[dict]]:
+    """Return what a notebook has printed, and what it shows, by MIME type."""
+    printed = ""
+    shown = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream" and output.name == "stdout":
+                printed += output.text
+            elif output.output_type == "display_data":
+                shown.append(output.data)
+    return printed, shown
+
+
+def test_the_notebook_runs(world):
+    small = {"STEPS": 2, "FLOW_EPOCHS": 2, "HELD_OUT": 4, "FOLDER": world.folder}
+    printed, shown = outputs_of(run_notebook(small))
+    assert printed.count("held-out problems") == 2 and "step   2" in printed
+    assert sum("image/png" in data for data in shown) == 3
+    (page,) = [data["text/html"] for data in shown if "<iframe" in data.get("text/html", "")]
+    assert "Recorded steps: 2, groups of each: 2." in page
+
+
+@pytest.mark.slow
+def test_the_notebook_learns(tmp_path):
+    """With its own parameters: base 30 to 60 % right, trained at least 80 %, sampled."""
+    world = toy.make(toy.World(str(tmp_path / "toy")))
+    printed, _ = outputs_of(run_notebook({"FOLDER": world.folder}))
+    before, after = map(float, re.findall(r"([\d.]+)% sampled", printed))
+    assert 30 <= before <= 60 and after >= 80
+
+
+@pytest.mark.slow
+def test_the_default_run(tmp_path):
+    """`python -m course.nano`: base 30 to 60 %, trained at least 90 %, sampled and greedy."""
+    command = [sys.executable, "-m", "course.nano"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in ("sampled", "greedy"):
+        before, after = map(float, re.findall(rf"([\d.]+)% {kind}", done.stdout))
+        assert 30 <= before <= 60 and after >= 90
