@@ -23,7 +23,7 @@ import tyro
 import flow as fl
 from infra import checkpoints, errors, fingerprints, lora, parallel, runs
 from infra.data import Problem, ProblemSettings, load_problems
-from infra.exports import check_finite, export_adapter, export_policy, write_weights
+from infra.exports import export_adapter, export_policy, write_weights
 from infra.files import check_free, folder_written_whole, need_keys, read_json, read_text
 from infra.models import LoadingSettings, Model, find_model
 from infra.parallel import start
@@ -53,7 +53,7 @@ def export_checkpoint(
     start()
     folder = Path(run)
     stored = stored_settings(folder)
-    checkpoint = runs.find_checkpoint(folder, step)
+    checkpoint = find_checkpoint(folder, step)
     check_trust(run, stored, trust_remote_code)
     target = Path(out or folder / "exports" / checkpoint.name)
     dense_name = Path(str(stored.get("shaping", "flow"))).stem  # of a run of train_flow.py, flow
@@ -84,6 +84,29 @@ def export_checkpoint(
     elif kept:
         write_weights(tensors, target / dense_name)
     print(f"the weights of {checkpoint} are in {target}")
+
+
+def find_checkpoint(folder: Path, step: int | None) -> Path:
+    """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
+    found = runs.whole_checkpoints(folder)
+    steps = [runs.step_of(checkpoint) for checkpoint in found]
+    if not found:
+        raise ValueError(f"{folder} has no checkpoint; expected the folder of a run with one")
+    if step is None:
+        return found[-1]
+    if step not in steps:
+        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {steps}")
+    return found[steps.index(step)]
+
+
+def check_finite(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Raise FloatingPointError if a weight of a checkpoint is not finite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"the weights {name} of {checkpoint} are not finite and are not exported; choose "
+                "an older checkpoint with --step"
+            )
 
 
 def check_trust(run: str, stored: dict[str, object], trust_remote_code: bool) -> None:

@@ -9,12 +9,14 @@
 # %% [markdown]
 # # RLFR, step by step
 #
-# A small language model knows how to solve chains of arithmetic, but often answers at once, and wrong. Reinforcement learning with
-# verifiable rewards gives it one bit a response. RLFR adds a signal for each token: a *flow* learns what the hidden states of good
-# solutions look like, and tokens whose hidden states deviate from it are penalised.
+# A small language model knows how to solve chains of arithmetic, but often answers at once, and
+# wrong. Reinforcement learning with verifiable rewards gives it one bit a response. RLFR adds a
+# signal for each token: a *flow* learns what the hidden states of good solutions look like, and
+# tokens whose hidden states deviate from it are penalised.
 #
-# This notebook walks through [`nano.py`](nano.py), the whole method in 250 lines. It runs on two cores in a few minutes, as it trains for
-# fewer steps than `python -m course.nano`, which trains for 100.
+# This notebook walks through [`nano.py`](nano.py), the whole method in 250 lines. It runs on two
+# cores in a few minutes, as it trains for fewer steps than `python -m course.nano`, which trains
+# for 100.
 
 # %%
 import inspect
@@ -63,8 +65,8 @@ plt.rcParams.update({"figure.dpi": 70, "axes.spines.top": False, "axes.spines.ri
 # %% [markdown]
 # ## The world
 #
-# A problem is a chain of operations modulo 10, read from left to right. An expert writes out every step. The base model has seen
-# demonstrations that are hasty on long chains.
+# A problem is a chain of operations modulo 10, read from left to right. An expert writes out
+# every step. The base model has seen demonstrations that are hasty on long chains.
 
 # %%
 folder = FOLDER or find_world("toy").folder
@@ -83,10 +85,11 @@ nano.evaluate(policy, tokenizer, held_out)
 # %% [markdown]
 # ## 1. The flow
 #
-# A latent `x_1` is what a tapped layer of the policy outputs at a token. Noise `x_0` is Gaussian. Between them lies a straight path,
-# `x_t = t x_1 + (1 - t) x_0`, with the velocity `u = x_1 - x_0`. A network `v` learns to tell this velocity from `x_t`, the time `t`, the
-# latent at the token before (the *context*), and the depth of the layer. It cannot know `u`, for many paths lead through a point; what it
-# learns is the mean of those that good latents lie on.
+# A latent `x_1` is what a tapped layer of the policy outputs at a token. Noise `x_0` is Gaussian.
+# Between them lies a straight path, `x_t = t x_1 + (1 - t) x_0`, with the velocity `u = x_1 -
+# x_0`. A network `v` learns to tell this velocity from `x_t`, the time `t`, the latent at the
+# token before (the *context*), and the depth of the layer. It cannot know `u`, for many paths
+# lead through a point; what it learns is the mean of those that good latents lie on.
 
 # %%
 show_source(nano.VelocityNet, nano.velocity_error)
@@ -94,8 +97,8 @@ show_source(nano.VelocityNet, nano.velocity_error)
 # %% [markdown]
 # ## 2. The offline start
 #
-# The frozen policy reads expert solutions. `read` gives the log-prob of every response token, which the update needs later, and its
-# latents. The flow is fitted to the latents.
+# The frozen policy reads expert solutions. `read` gives the log-prob of every response token,
+# which the update needs later, and its latents. The flow is fitted to the latents.
 
 # %%
 show_source(nano.read, nano.fit_flow)
@@ -131,9 +134,10 @@ nano.fit_flow(flow, policy, tokenizer, data["expert"])
 after = error_by_time(flow, latents)
 
 # %% [markdown]
-# On the left: noise becomes latents of the middle tap, seen along the two directions in which latents vary most. On the right: the
-# error of the velocity on solutions that the flow has not seen. Before training `v` is 0, and the error is the mean square of `u`. Near
-# `t = 1` the latent is all but known, and what is left of the error is the noise.
+# On the left: noise becomes latents of the middle tap, seen along the two directions in which
+# latents vary most. On the right: the error of the velocity on solutions that the flow has not
+# seen. Before training `v` is 0, and the error is the mean square of `u`. Near `t = 1` the latent
+# is all but known, and what is left of the error is the noise.
 
 # %%
 x_1 = latents[0, 1]  # (M, D)
@@ -157,7 +161,8 @@ plt.show()
 # %% [markdown]
 # ## 3. and 4. Sample, and verify
 #
-# The policy samples a group of responses to each problem. A response is right if it ends with the answer in a box.
+# The policy samples a group of responses to each problem. A response is right if it ends with the
+# answer in a box.
 
 # %%
 show_source(nano.roll_out)
@@ -174,10 +179,11 @@ for text, right in zip(texts[: nano.GROUP_SIZE], reward.tolist(), strict=False):
 # %% [markdown]
 # ## 5. Score every token, and 6. shape the scores
 #
-# One forward of the policy gives the latents of all response tokens. The score of a token is the error of the flow's velocity there, at
-# the time 0.8, times `t / (1 - t)`. Scores of a response are brought to [0, 1]; those above 0.6, and 15 of them at most, become penalties.
-# A token's advantage is the outcome's, compared with the group's, plus the penalties of this token and of all that follow it: it led to
-# them.
+# One forward of the policy gives the latents of all response tokens. The score of a token is the
+# error of the flow's velocity there, at the time 0.8, times `t / (1 - t)`. Scores of a response
+# are brought to [0, 1]; those above 0.6, and 15 of them at most, become penalties. A token's
+# advantage is the outcome's, compared with the group's, plus the penalties of this token and of
+# all that follow it: it led to them.
 
 # %%
 show_source(nano.shape, nano.advantages)
@@ -214,7 +220,8 @@ plt.show()
 # %% [markdown]
 # ## 7. Update the policy, and 8. the flow
 #
-# The policy learns by PPO's loss. The flow learns, too: from the right responses, so that it keeps up with a policy that changes.
+# The policy learns by PPO's loss. The flow learns, too: from the right responses, so that it
+# keeps up with a policy that changes.
 
 # %%
 show_source(nano.ppo_loss, nano.mean_of_responses, nano.update)
@@ -271,8 +278,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The reward rises as responses grow longer: the policy has found that steps pay. The score falls, as the flow learns from the policy's
-# own right responses, too.
+# The reward rises as responses grow longer: the policy has found that steps pay. The score falls,
+# as the flow learns from the policy's own right responses, too.
 #
 # ## The rollouts, token by token
 #
@@ -334,5 +341,6 @@ display(HTML(f"<div>{frame}</div>"))
 # %% [markdown]
 # ## Where to go from here
 #
-# [`docs/walkthrough.md`](../docs/walkthrough.md) has the numbers of one step of `train_rl.py`, which does the same at scale. The files
-# `dense.py`, `flow.py` and `rlfr.py` have the variants of everything that was shown here.
+# [`docs/walkthrough.md`](../docs/walkthrough.md) has the numbers of one step of `train_rl.py`,
+# which does the same at scale. The files `dense.py`, `flow.py` and `rlfr.py` have the variants of
+# everything that was shown here.

@@ -67,13 +67,3 @@ def write_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
     with folder_written_whole(folder, overwrite=True) as temporary:
         temporary.mkdir()
         save_file(whole, temporary / WEIGHTS_FILE)
-
-
-def check_finite(weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """Raise FloatingPointError if a weight of a checkpoint is not finite."""
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(
-                f"the weights {name} of {checkpoint} are not finite and are not exported; choose "
-                "an older checkpoint with --step"
-            )

@@ -242,19 +242,6 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=step_of)
 
 
-def find_checkpoint(folder: Path, step: int | None) -> Path:
-    """Return the checkpoint of a step, by default the newest; ValueError if there is none."""
-    found = whole_checkpoints(folder)
-    steps = [step_of(checkpoint) for checkpoint in found]
-    if not found:
-        raise ValueError(f"{folder} has no checkpoint; expected the folder of a run with one")
-    if step is None:
-        return found[-1]
-    if step not in steps:
-        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {steps}")
-    return found[steps.index(step)]
-
-
 def check_folder(config) -> None:
     """Raise ValueError if a run cannot begin in --folder, or go on in --resume; change nothing."""
     if config.resume:
