@@ -65,7 +65,7 @@ def sample_and_inspect(config: Config) -> None:
             models,
             experience,
             shaped,
-            group_size=config.sampling.group_size,
+            config=config,
             n_groups=config.sampling.prompts,
             tokenizer=model.tokenizer,
         )
