@@ -117,7 +117,8 @@ class EvaluationSettings:
 class RecordSettings:
     """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see infra/record.py."""
 
-    log_rollouts: NonNegativeInt = 10  # Steps between those whose rollouts are written; 0: none
+    # Steps between those whose rollouts are written, besides those of a fall; 0: none
+    log_rollouts: NonNegativeInt = 10
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ PAGES = (
     "docs/walkthrough.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/ and study/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/, and of one form of inspector.py
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -49,6 +49,7 @@ FOREIGN_FLAGS = {
     "--workers",
     "--json",
     "--deadline",
+    "--jsonl",
 }
 
 
