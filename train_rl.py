@@ -719,7 +719,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
     check_probes(policy, probes, model.path)
 
     # ---- Before the first step
-    recording = Recording(config.record.log_rollouts, total_steps, sampling)
+    recording = Recording(config.record.log_rollouts, total_steps, sampling, run.folder)
     if is_first():
         print(config)
         print(
@@ -783,7 +783,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
         # ---- 7. Log, evaluate, save
         progress |= {"step": step + 1, "cursor": cursor}
-        n_groups = recording.groups_due(step, experience.reward, run.folder)
+        n_groups = recording.groups_due(step, experience.reward)
         if n_groups:
             shaped = {"advantage": advantage, "dense_reward": dense_reward}
             records = describe_rollouts(

@@ -38,7 +38,10 @@ def last_values(path: Path, name: str, n: int) -> list[float]:
     """Return a figure of the last n steps of a run that goes on, the latest at the end."""
     if not path.exists():
         return []
+    values = []
     with open(path, "rb") as file:
-        lines = deque(file, maxlen=n)
-    values = [json.loads(line).get(name) for line in lines]
-    return [value for value in values if value is not None]
+        for line in deque(file, maxlen=n):
+            value = json.loads(line).get(name)
+            if value is not None:
+                values.append(value)
+    return values

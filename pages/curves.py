@@ -177,7 +177,9 @@ class Chart:
 def line_of(run: RunFiles, metric: str, name: str, colour: int) -> Line | None:
     """Return the line of a metric, None if the run has no such metric; long ones are averaged."""
     points = [(line["step"], line[metric]) for line in run.metrics if metric in line]
-    return line_through(points, name, colour) if points else None
+    if not points:
+        return None
+    return line_through(points, name, colour)
 
 
 def line_through(points: Sequence[tuple[int, float]], name: str, colour: int) -> Line:
@@ -435,6 +437,12 @@ class Scale(NamedTuple):
             share = (value - self.low) / ((self.high - self.low) or 1)
         return self.start + share * (self.end - self.start)
 
+    def ticks(self, about: int) -> list[float]:
+        """Return round values on the axis, about so many."""
+        if self.is_log:
+            return log_ticks(self.low, self.high)
+        return ticks(self.low, self.high, about)
+
 
 def draw(chart: Chart, number: int) -> str:
     """Return a chart as a <figure>."""
@@ -451,13 +459,14 @@ def draw(chart: Chart, number: int) -> str:
         marks += draw_level(chart.level, up)
     for line in chart.lines:
         marks += draw_line(line, across, up)
+    marks += f"<line class=cursor y1={TOP} y2={HEIGHT - BOTTOM} visibility=hidden></line>"
     return figure(chart, number, marks, HEIGHT)
 
 
 def draw_level(level: float, up: Scale) -> str:
     """Return a horizontal line at the score of expert tokens, with its name."""
     y = round(up.place(level), 1)
-    text_y = y + 12 if y < HEIGHT - BOTTOM - 14 else y - 4
+    text_y = min(y + 12, HEIGHT - BOTTOM - 2)
     return (
         f'<line class=level x1={LEFT} x2={WIDTH - RIGHT} y1="{y}" y2="{y}"></line>'
         f'<text x={LEFT + 4} y="{text_y}">experts {shorten(level, 3)}</text>'
@@ -473,18 +482,21 @@ def draw_row(chart: Chart, number: int) -> str:
     middle = ROW_HEIGHT / 2
     marks = f"<line class=axis x1={LEFT} x2={WIDTH - RIGHT} y1={middle} y2={middle}></line>"
     for step, value in zip(line.steps, line.values, strict=True):
-        height = round(middle * abs(value) / largest, 2)
-        top = middle - height if value > 0 else middle
-        x = round(across.place(step) - width / 2, 2)
-        side = "above" if value > 0 else "below"
-        marks += f'<rect class={side} x="{x}" y="{top:.2f}" width="{width:.2f}" height="{height}"/>'
+        height = middle * abs(value) / largest
+        side, top = "below", middle
+        if value > 0:
+            side, top = "above", middle - height
+        x = across.place(step) - width / 2
+        marks += (
+            f'<rect class={side} x="{x:.2f}" y="{top:.2f}" width="{width:.2f}" '
+            f'height="{height:.2f}"></rect>'
+        )
+    marks += f"<line class=cursor y1=0 y2={ROW_HEIGHT} visibility=hidden></line>"
     return figure(chart, number, marks, ROW_HEIGHT, "class=row")
 
 
 def figure(chart: Chart, number: int, marks: str, height: int, more: str = "") -> str:
-    """Return what is drawn as a <figure>, with the cursor, the title, the lines' names and a text."""
-    bottom = height - BOTTOM if height == HEIGHT else height
-    marks += f"<line class=cursor y1=0 y2={bottom} visibility=hidden></line>"
+    """Return what is drawn as a <figure>, with the title, the lines' names and a text."""
     names = ""
     for line in chart.lines:
         last = shorten(line.values[-1])
@@ -522,11 +534,11 @@ def padded(low: float, high: float) -> tuple[float, float]:
 def draw_axes(across: Scale, up: Scale) -> str:
     """Return lines and labels of the axes."""
     marks = ""
-    for value in log_ticks(up.low, up.high) if up.is_log else ticks(up.low, up.high, 5):
+    for value in up.ticks(5):
         y = round(up.place(value), 1)
         marks += f'<line class=axis x1={LEFT} x2={WIDTH - RIGHT} y1="{y}" y2="{y}"></line>'
         marks += f'<text x={LEFT - 5} y="{y + 4}" text-anchor=end>{shorten(value, 5)}</text>'
-    for value in ticks(across.low, across.high, 5):
+    for value in across.ticks(5):
         if value == int(value):
             x = round(across.place(value), 1)
             marks += f'<text x="{x}" y={HEIGHT - 6} text-anchor=middle>{int(value)}</text>'
@@ -707,7 +719,7 @@ def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
             )
         falls = record.find_falls(run.metrics)
         if falls:
-            links = [step_link(step) if step in recorded else str(step) for step in falls]
+            links = [step_link(step, recorded) for step in falls]
             html += (
                 f" <b>The reward fell</b> by more than {record.FALL} below the mean of the "
                 f"{record.N_BEFORE} steps before at step {', '.join(links)}."
@@ -716,8 +728,10 @@ def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
     return html
 
 
-def step_link(step: int) -> str:
-    """Lay out a link to the responses of a step."""
+def step_link(step: int, recorded: Sequence[int]) -> str:
+    """Lay out a step, as a link to its responses where they are recorded."""
+    if step not in recorded:
+        return str(step)
     return f"<a href={ROLLOUTS}#step={step}>{step}</a>"
 
 

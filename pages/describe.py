@@ -33,23 +33,26 @@ class Recording(NamedTuple):
     every: int  # steps between those that are written in any case; 0: none is
     total_steps: int
     sampling: Any  # settings with the prompts of a step, group_size and max_tokens
+    folder: Path  # of the run
 
     def is_regular(self, step: int) -> bool:
         """Return whether a step is written whatever its reward: each so many steps, and the last."""
         return step % self.every == 0 or step + 1 == self.total_steps
 
-    def groups_due(self, step: int, reward: Tensor, folder: Path) -> int:
+    def groups_due(self, step: int, reward: Tensor) -> int:
         """Return how many groups of a step the first rank writes: all where the mean reward fell.
 
-        reward: (B,) of the step's episodes
-        folder: of the run, whose metrics.jsonl has the steps before, also those of before a resume
+        reward: (B,) of the step's episodes. Those of the steps before are read from metrics.jsonl,
+            which a run that goes on still has.
         """
         if not self.every or not is_first():
             return 0
-        before = last_values(folder / "metrics.jsonl", "reward", record.N_BEFORE)
+        before = last_values(self.folder / "metrics.jsonl", "reward", record.N_BEFORE)
         if record.is_fall(reward.mean().item(), before):
             return self.sampling.prompts
-        return self.regular_groups() if self.is_regular(step) else 0
+        if self.is_regular(step):
+            return self.regular_groups()
+        return 0
 
     def regular_groups(self) -> int:
         """Return how many groups of a step are written whose reward has not fallen."""
@@ -139,9 +142,13 @@ def describe_problem(episode, tokenizer) -> dict:
     }
 
 
-def shorten(numbers: Sequence[float]) -> list[float | None]:
-    """Return numbers with six significant digits; None for those that are not finite."""
-    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in numbers]
+def shorten(numbers: Sequence[float | None]) -> list[float | None]:
+    """Return numbers with six significant digits; None for those that are not there or not finite."""
+    short: list[float | None] = [None] * len(numbers)
+    for i, x in enumerate(numbers):
+        if x is not None and math.isfinite(x):
+            short[i] = float(f"{x:.6g}")
+    return short
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:

@@ -17,14 +17,18 @@ others, and without a tokenizer, words stand for tokens.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import pyarrow.parquet
 
 from infra.files import need_file, read_json_lines
+from infra.record import mean
 from pages.describe import shorten, token_texts
 
 KIND = "rollouts of TRL (Parquet), verl or prime-rl (JSONL)"
+VERDICTS = {True: "right", False: "wrong"}
+Number = float | None
 RIGHT = 0.5  # a reward above it counts as a right answer, where the trainer does not say
 
 
@@ -40,11 +44,11 @@ class Rollout:
     answer: str = "not recorded"
     extracted: str = ""
     correct: bool | None = None
-    advantage: float | None = None  # of the response, where tokens have none of their own
+    advantage: Number = None  # of the response, where tokens have none of their own
     token_ids: list[int] = field(default_factory=list)
     is_sampled: list[bool] = field(default_factory=list)  # by the policy, each token
-    logp: list[float | None] = field(default_factory=list)
-    advantages: list[float | None] = field(default_factory=list)
+    logp: list[Number] = field(default_factory=list)
+    advantages: list[Number] = field(default_factory=list)
 
     @property
     def reward(self) -> float:
@@ -58,7 +62,7 @@ def read_trl(row: dict) -> Iterator[Rollout]:
     parts = {}
     for name in columns[columns.index("completion") + 1 :]:
         value = row[name]
-        is_number = isinstance(value, int | float) and value == value  # NaN: it does not apply
+        is_number = isinstance(value, Real) and value == value  # NaN: it does not apply
         if is_number and name != "advantage":
             parts[name] = value
     prompt = text_of(row["prompt"])
@@ -107,9 +111,9 @@ def read_prime_rl(episode: dict) -> Iterator[Rollout]:
 
 def last_branch(nodes: Sequence[dict]) -> list[dict]:
     """Return the nodes from the root to the last one: each names its parent."""
-    place = len(nodes) - 1 if nodes else None
-    path = []
-    while place is not None:
+    path: list[dict] = []
+    place = len(nodes) - 1
+    while nodes and place is not None:
         path.append(nodes[place])
         place = nodes[place].get("parent")
     return path[::-1]
@@ -122,10 +126,13 @@ def add_tokens(rollout: Rollout, node: dict) -> None:
     for token, is_sampled in zip(node.get("token_ids", ()), node.get("mask", ()), strict=True):
         if not is_sampled and not rollout.token_ids:
             continue  # what the template puts before the response
+        values = (None, None)
+        if is_sampled:
+            values = (next(logp, None), next(advantages, None))
         rollout.token_ids.append(token)
         rollout.is_sampled.append(is_sampled)
-        rollout.logp.append(next(logp, None) if is_sampled else None)
-        rollout.advantages.append(next(advantages, None) if is_sampled else None)
+        rollout.logp.append(values[0])
+        rollout.advantages.append(values[1])
 
 
 def text_of(messages: str | Sequence[dict]) -> str:
@@ -194,25 +201,37 @@ def check(rollout: Rollout) -> None:
     """Raise TypeError for a rollout whose parts are of another kind than they should be."""
     if not isinstance(rollout.prompt, str) or not isinstance(rollout.response, str):
         raise TypeError("expected texts as prompt and response")
-    if not isinstance(rollout.step, int) or not isinstance(rollout.reward, int | float):
+    if not isinstance(rollout.step, int) or not isinstance(rollout.reward, Real):
         raise TypeError("expected a whole number as step and a number as reward")
+
+
+def with_words(rollout: Rollout, n: int) -> Rollout:
+    """Return a rollout with n words in the place of tokens: all have the advantage of the response."""
+    advantage = rollout.advantage
+    if rollout.advantages:
+        advantage = mean(rollout.advantages)
+    nothing = [None] * n
+    return replace(
+        rollout,
+        token_ids=nothing,
+        is_sampled=[True] * n,
+        logp=nothing,
+        advantages=[advantage] * n,
+    )
 
 
 def as_record(rollout: Rollout, tokenizer) -> dict:
     """Return the record of a rollout: what the trainer does not say is null."""
-    tokens = re.findall(r"\s*\S+|\s+$", rollout.response)
-    token_ids: list[int | None] = [None] * len(tokens)
-    logp: list[float | None] = [None] * len(tokens)
-    known = [value for value in rollout.advantages if value is not None]
-    of_response = sum(known) / len(known) if known else rollout.advantage
-    advantage = [of_response] * len(tokens)
-    is_sampled = [True] * len(tokens)
     if tokenizer and rollout.token_ids:
         tokens = token_texts(tokenizer, rollout.token_ids)
-        token_ids, logp, advantage = rollout.token_ids, rollout.logp, rollout.advantages
-        is_sampled = rollout.is_sampled
-    correct = rollout.reward > RIGHT if rollout.correct is None else rollout.correct
+    else:
+        tokens = re.findall(r"\s*\S+|\s+$", rollout.response)
+        rollout = with_words(rollout, len(tokens))
+    correct = rollout.correct
+    if correct is None:
+        correct = rollout.reward > RIGHT
     nothing = [None] * len(tokens)
+    no_reward = [0.0 if is_sampled else None for is_sampled in rollout.is_sampled]
     return {
         "question": rollout.prompt,
         "answer": rollout.answer,
@@ -223,23 +242,18 @@ def as_record(rollout: Rollout, tokenizer) -> dict:
         "reward": rollout.reward,
         "parts": rollout.parts,
         "correct": correct,
-        "verdict": "right" if correct else "wrong",
+        "verdict": VERDICTS[correct],
         "extracted": rollout.extracted,
         "text": "",
         "outcome": None,
         "dense": None,
         "taps": [],
-        "token_ids": token_ids,
+        "token_ids": rollout.token_ids,
         "tokens": tokens,
-        "logp": rounded(logp),
+        "logp": shorten(rollout.logp),
         "entropy": nothing,
-        "dense_reward": [0.0 if one else None for one in is_sampled],
-        "advantage": rounded(advantage),
+        "dense_reward": no_reward,
+        "advantage": shorten(rollout.advantages),
         "ratio": nothing,
         "dense_score": [],
     }
-
-
-def rounded(numbers: Sequence[float | None]) -> list[float | None]:
-    """Return numbers with six significant digits, and None where there is none."""
-    return shorten([float("nan") if number is None else number for number in numbers])

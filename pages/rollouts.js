@@ -161,8 +161,8 @@ function card(response) {
   if (parts.length > 1) facts.push(parts.join(', '));
   if (response.finish_reason === 'length') facts.push('ran out of room');
   const advantage = mean(response.advantage);
-  if (advantage !== null) facts.push(`advantage ${show(advantage, 3)}`);
-  if (response.outcome !== null) facts.push(`of the outcome ${show(response.outcome, 3)}`);
+  const ofOutcome = response.outcome === null ? '' : ` (outcome ${show(response.outcome, 3)})`;
+  if (advantage !== null) facts.push(`advantage ${show(advantage, 3)}${ofOutcome}`);
   if (data.dense) {
     const sum = response.dense_reward.reduce((a, b) => a + b, 0);
     facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);

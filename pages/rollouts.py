@@ -94,10 +94,11 @@ def pack_groups(records: list[dict]) -> Iterator[str]:
         yield pack(json.dumps(group, ensure_ascii=False))
 
 
-def any_number(value: float | None | list[float | None]) -> bool:
+def any_number(value: object) -> bool:
     """Return whether a part of a record, a number or one for each token, is known at all."""
-    numbers = value if isinstance(value, list) else [value]
-    return any(number is not None for number in numbers)
+    if isinstance(value, list):
+        return any(map(any_number, value))
+    return value is not None
 
 
 def fall_links(steps: Sequence[int]) -> str:

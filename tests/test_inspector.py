@@ -269,7 +269,7 @@ def test_every_colour(page):
 def test_step_problem_and_verdict(page):
     assert len(shown(page)) == 3
     assert shown(page)[1] == (
-        "sample 1right2reward 1 · 5 tokens · advantage 0.5 · of the outcome 0 · "
+        "sample 1right2reward 1 · 5 tokens · advantage 0.5 (outcome 0) · "
         "flow reward −0.004, −0.0008 a token"
     )
     page.set_plain("verdict", "right")

@@ -120,8 +120,8 @@ SIZES = SimpleNamespace(prompts=6, group_size=8, max_tokens=100)
 
 def test_which_steps_are_written(tmp_path):
     for every, expected in ((10, [1, 11, 21, 24]), (0, [])):
-        recording = Recording(every, 24, SIZES)
-        due = [recording.groups_due(step, torch.zeros(2), tmp_path) for step in range(24)]
+        recording = Recording(every, 24, SIZES, tmp_path)
+        due = [recording.groups_due(step, torch.zeros(2)) for step in range(24)]
         assert [step + 1 for step in range(24) if due[step]] == expected
         assert set(due) <= {0, record.N_GROUPS}
 
@@ -139,11 +139,11 @@ def test_which_steps_are_written(tmp_path):
 def test_a_step_at_which_the_reward_fell_is_written_whole(tmp_path, rewards, falls):
     metrics = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
     assert record.find_falls(metrics) == falls
-    recording = Recording(1000, 1000, SIZES)
+    recording = Recording(1000, 1000, SIZES, tmp_path)
     found = []
     for step, line in enumerate(metrics):
         reward = torch.tensor([line["reward"] - 0.01, line["reward"] + 0.01])
-        if recording.groups_due(step, reward, tmp_path) == SIZES.prompts:
+        if recording.groups_due(step, reward) == SIZES.prompts:
             found.append(step + 1)
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -234,7 +234,8 @@ def test_a_long_row_of_half_characters_is_quick():
 
 
 def test_numbers_keep_six_digits():
-    assert describe.shorten([1 / 3, float("nan"), -12345678.0]) == [0.333333, None, -12345700.0]
+    numbers = [1 / 3, float("nan"), None, -12345678.0]
+    assert describe.shorten(numbers) == [0.333333, None, None, -12345700.0]
 
 
 # ---- Elsewhere
