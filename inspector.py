@@ -2,11 +2,13 @@
 
     python inspector.py runs/rl-toy-flow                     rollouts of a run -> its rollouts.html
     python inspector.py --model M --flow F --data D          those of any model, flow and problems
+    python inspector.py --jsonl FILE [FILE …] [--model M]    those of TRL, verl or prime-rl
 
 The first form reads what train_rl.py has written with --log-rollouts. The second samples a few
 groups, four unless --prompts says otherwise, and scores them as a step of training would, but
 learns nothing. It takes the settings of train_rl.py, of which those of the update have no effect,
-and makes a run's folder: in runs/, unless --folder names one.
+and makes a run's folder: in runs/, unless --folder names one. The third reads what
+pages/other_trainers.py knows, and writes rollouts.html beside the first file.
 """
 
 # first: torch reads what this sets when it is imported
@@ -19,16 +21,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import tyro
 
 import rollout
 import train_rl
 from engines import awake, make_engine
 from infra import errors, parallel
 from infra.data import Problem, load_problems
-from infra.models import Model
+from infra.models import LoadingSettings, Model, find_model
 from infra.runs import Run, launch
 from infra.settings import change
-from pages.rollouts import inspect_run
+from pages.other_trainers import read_files
+from pages.page import check_place
+from pages.rollouts import inspect_run, write_rollouts_page
 from rewards import Grader
 from worlds import PRESETS
 
@@ -65,7 +70,7 @@ def sample_and_inspect(config: Config) -> None:
             models,
             experience,
             shaped,
-            group_size=config.sampling.group_size,
+            config=config,
             n_groups=config.sampling.prompts,
             tokenizer=model.tokenizer,
         )
@@ -106,11 +111,34 @@ def sample_and_score(
     return train_rl.score(models, episodes, 0, config.sampling.temperature, token_budget)
 
 
+@dataclass(frozen=True)
+class OtherTrainers:
+    """Look at rollouts that TRL, verl or prime-rl has written."""
+
+    jsonl: tuple[str, ...]  # JSONL or Parquet files
+    # Whose tokenizer made the tokens, where a file has their ids and values; by default words
+    # stand for tokens
+    model: str | None = None
+
+
+def inspect_files(settings: OtherTrainers) -> None:
+    """Write the page of files of another trainer beside the first of them."""
+    tokenizer = None
+    if settings.model:
+        tokenizer = find_model(settings.model, LoadingSettings()).tokenizer
+    steps = read_files(settings.jsonl, tokenizer)
+    page = Path(settings.jsonl[0]).with_name("rollouts.html")
+    check_place(page)
+    print(f"open {write_rollouts_page(page, f'Rollouts of {page.resolve().parent.name}', steps)}")
+
+
 def main() -> None:
     """Do what the command line asks for: a folder alone is a run, flags are a model's settings."""
     arguments = [argument for argument in sys.argv[1:] if argument != errors.FLAG]
     if len(arguments) == 1 and not arguments[0].startswith("-"):
         errors.run(lambda: print(f"open {inspect_run(arguments[0])}"))
+    elif "--jsonl" in arguments:
+        errors.run(lambda: inspect_files(tyro.cli(OtherTrainers, args=arguments)))
     else:
         presets = {}
         for name, preset in PRESETS["train_rl"].items():

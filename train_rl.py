@@ -36,7 +36,7 @@ import rlfr
 import rollout
 from engines import awake, check_engine, make_engine
 from evals import HeldOut, load_sets
-from infra import batching, fingerprints, lora, memory, parallel, record
+from infra import batching, fingerprints, lora, memory, parallel
 from infra.batching import group_order
 from infra.data import ProblemSettings, load_problems, template_pattern
 from infra.defaults import fill_in
@@ -56,7 +56,7 @@ from infra.ranges import (
 )
 from infra.runs import Run, Stopwatch, asked_to_stop, check_folder, launch
 from infra.settings import ComputeSettings, RunSettings, with_defaults
-from pages import DensePart, describe_size, is_due, make_records, write_pages, write_report
+from pages import DensePart, Recording, make_records, write_pages, write_report
 from policy import Freeze, Policy, load_policy
 from rewards import Grader, RewardSettings
 from worlds import PRESETS, find_world, make_flow
@@ -117,7 +117,8 @@ class EvaluationSettings:
 class RecordSettings:
     """Which rollouts are written to rollouts/step-N.jsonl, for inspector.py; see infra/record.py."""
 
-    log_rollouts: NonNegativeInt = 10  # Steps between those whose rollouts are written; 0: none
+    # Steps between those whose rollouts are written, besides those of a fall; 0: none
+    log_rollouts: NonNegativeInt = 10
 
 
 @dataclass(frozen=True)
@@ -612,7 +613,7 @@ def describe_rollouts(
     models: Models,
     experience: Experience,
     shaped: dict[str, Tensor],
-    group_size: int,
+    config: Config,
     n_groups: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
@@ -632,8 +633,10 @@ def describe_rollouts(
     dense_part = None
     if models.dense:
         dense_part = DensePart(models.dense.name, models.dense.layers, scores)
+    group_size = config.sampling.group_size
+    outcome = rlfr.outcome_advantage(experience.reward, group_size, config.advantage.baseline)
     chosen = experience.episodes[: n_groups * group_size]
-    return make_records(chosen, group_size, per_token, dense_part, tokenizer=tokenizer)
+    return make_records(chosen, group_size, per_token, dense_part, outcome, tokenizer=tokenizer)
 
 
 def step_line(step: int, metrics: dict[str, float], dense_reward) -> str:
@@ -724,6 +727,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
     check_probes(policy, probes, model.path)
 
     # ---- Before the first step
+    recording = Recording(config.record.log_rollouts, total_steps, sampling, run.folder)
     if is_first():
         print(config)
         print(
@@ -731,10 +735,8 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
             f"{sampling.group_size} episodes, {dist.get_world_size()} ranks, "
             f"{parallel.DEVICE} in {dtype}, run folder {run.folder}"
         )
-        if config.record.log_rollouts:
-            n_episodes = min(record.N_GROUPS, sampling.prompts) * sampling.group_size
-            every = config.record.log_rollouts
-            print(describe_size(total_steps, every, n_episodes, sampling.max_tokens))
+        if recording.every:
+            print(recording.describe_size())
     held_out = HeldOut(held_out_problems, run, grader, ways_to_sample(config))
     if progress["step"]:
         held_out.read_summary()
@@ -789,14 +791,15 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
         # ---- 7. Log, evaluate, save
         progress |= {"step": step + 1, "cursor": cursor}
-        if is_first() and is_due(step, total_steps, config.record.log_rollouts):
+        n_groups = recording.groups_due(step, experience.reward)
+        if n_groups:
             shaped = {"advantage": advantage, "dense_reward": dense_reward}
             records = describe_rollouts(
                 models,
                 experience,
                 shaped,
-                group_size=sampling.group_size,
-                n_groups=record.N_GROUPS,
+                config=config,
+                n_groups=n_groups,
                 tokenizer=engine.tokenizer,
             )
             run.log_rollouts(step + 1, records)

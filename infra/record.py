@@ -9,6 +9,7 @@ An episode has
     prompt images              the prompt as text, and where its images are: they are not copied
     response finish_reason     the response as text without special tokens, and how it ended
     reward parts correct verdict extracted text    what the verdict says, see rewards.py
+    outcome                    its advantage by the outcome alone, before the dense reward joins
     dense taps                 name of the dense reward, null if there is none; indices of the layers it taps
     token_ids tokens           of the response; tokens are texts, which together are the response
     logp entropy dense_reward advantage ratio      a number for each token of the response
@@ -16,9 +17,10 @@ An episode has
 ratio is the trainer's probability of a token over the sampler's. Numbers have six digits; null
 stands for a number that is not there: a token without a context has no deviation from a flow, and one
 that the policy did not sample, such as a tool's result, has no numbers at all. Files of earlier
-versions say `flow_reward` and `deviation`, and are read as well.
+versions say `flow_reward` and `deviation` and have no `outcome`, and are read as well.
 
-A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them.
+A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them;
+that of a step at which the reward fell holds all groups of the step.
 """
 
 import re
@@ -29,6 +31,30 @@ from infra.files import need_keys, read_json_lines
 
 FOLDER = "rollouts"  # in a run's folder
 N_GROUPS = 4  # of a step that are written, the first ones, each as a whole
+FALL = 0.15  # of a step's mean reward below that of the steps before it: the step is written whole
+N_BEFORE = 10  # steps that it is compared with
+
+
+# ---- Falls of the reward
+def is_fall(reward: float, before: Sequence[float]) -> bool:
+    """Return whether a step's mean reward lies more than FALL below the mean of the last ones.
+
+    before: the mean rewards of earlier steps; with fewer than N_BEFORE of them nothing is a fall
+    """
+    last = before[-N_BEFORE:]
+    return len(last) == N_BEFORE and reward < sum(last) / N_BEFORE - FALL
+
+
+def find_falls(metrics: Sequence[dict[str, float]]) -> list[int]:
+    """Return the steps of a run at which the reward fell; metrics: the figures of each step."""
+    falls = []
+    before: list[float] = []
+    for line in metrics:
+        if "reward" in line:
+            if is_fall(line["reward"], before):
+                falls.append(line["step"])
+            before.append(line["reward"])
+    return falls
 
 
 # ---- Tables
@@ -80,10 +106,10 @@ OLD_NAMES = {"flow_reward": "dense_reward", "deviation": "dense_score"}
 
 def by_todays_names(one: dict) -> dict:
     """Return a record, perhaps of an earlier version, with the names that its parts have now."""
-    if not isinstance(one, dict) or "dense" in one:
-        return one
     renamed = {OLD_NAMES.get(name, name): value for name, value in one.items()}
-    return {**renamed, "dense": "flow" if one.get("taps") else None}
+    renamed.setdefault("dense", "flow" if one.get("taps") else None)
+    renamed.setdefault("outcome", None)
+    return renamed
 
 
 def read(path: Path) -> list[dict]:

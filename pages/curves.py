@@ -13,46 +13,105 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import safe_open
+
+import flow as fl
+from infra import record
 from infra.files import read_json
 from infra.metrics import read_metrics
 from pages.page import FOLDER, escape, fill, make_page, write_page
 
 MAX_POINTS = 300  # of a line; more steps are averaged
 N_COLOURS = 8
+ROLLOUTS = "rollouts.html"  # the page of responses, in the folder of a run
 WIDTH, HEIGHT = 360, 180  # of a chart, with its labels; curves.js has the same numbers
+ROW_HEIGHT = 36  # of a chart that is a row
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # room around the lines
 
-# Section -> title of a chart -> the metrics in it. What is in none has a chart of its own.
-CHARTS = {
-    "Outcome": {
-        "Reward": ("reward",),
-        "Right answers in training": ("correct",),
-        "Groups with different rewards": ("varied_groups",),
-    },
-    "Responses": {
-        "Tokens a response": ("length",),
-        "Ran out of room": ("truncated",),
-        "Entropy a token": ("entropy",),
-    },
-    "Flow": {
-        "Velocity deviation a token": ("flow/score", "flow/score_right", "flow/score_wrong"),
-        "Flow reward a response": ("flow/reward", "flow/reward_right", "flow/reward_wrong"),
-        "Share of tokens with a flow reward": ("flow/share",),
-        "Loss of the flow": ("flow/loss", "loss"),
-    },
-    "Optimisation": {
-        "Policy loss": ("policy/loss",),
-        "Gradient norm": ("policy/grad_norm", "flow/grad_norm", "grad_norm"),
-        "Clipped tokens": ("policy/clipped",),
-        "Learning rate": ("lr",),
-        "Size of the advantage": ("advantage_abs",),
-    },
-    "Time": {
-        "Seconds a step": ("time/step", "time/roll_out", "time/score", "time/update"),
-        "Seconds a step, the rest": ("time/sync", "time/verify", "time/record", "time/evaluate"),
-    },
-}
+
+class Kind(NamedTuple):
+    """A chart that is drawn where a run has one of its metrics."""
+
+    title: str
+    says: str  # what it shows, a line under it
+    metrics: tuple[str, ...]
+    is_log: bool = False  # a logarithmic axis, where no value is 0 or below
+
+
 SIDES = ("", "_right", "_wrong")  # a figure of all episodes, and of right and wrong ones
+# Section -> its charts. A metric that is in none has a chart of its own.
+CHARTS = {
+    "Outcome": (
+        Kind("Reward", "Mean outcome reward of the step's responses.", ("reward",)),
+        Kind("Right answers in training", "Share of the step's responses.", ("correct",)),
+        Kind(
+            "Groups with different rewards",
+            "Share of problems with an outcome advantage: responses to the others fare alike.",
+            ("varied_groups",),
+        ),
+    ),
+    "Responses": (
+        Kind("Tokens a response", "Mean number of tokens that the policy sampled.", ("length",)),
+        Kind(
+            "Ran out of room", "Share of responses that were cut at --max-tokens.", ("truncated",)
+        ),
+        Kind(
+            "Entropy a token",
+            "How open the policy's choice of a token is; near 0 it tries nothing new.",
+            ("entropy",),
+        ),
+    ),
+    "Flow": (
+        Kind(
+            "Velocity deviation a token",
+            "How far tokens are from what the flow has learnt, on a logarithmic axis.",
+            tuple(f"flow/score{side}" for side in SIDES),
+            is_log=True,
+        ),
+        Kind(
+            "Flow reward a response",
+            "Sum over its tokens; it helps if right responses get more than wrong ones.",
+            tuple(f"flow/reward{side}" for side in SIDES),
+        ),
+        Kind(
+            "Share of tokens with a flow reward",
+            "The others are below the threshold, or not among the top k.",
+            ("flow/share",),
+        ),
+        Kind(
+            "Loss of the flow",
+            "On tokens that it has not learnt yet: where it rises, policy and flow drift apart.",
+            ("flow/loss", "loss"),
+        ),
+    ),
+    "Optimisation": (
+        Kind("Policy loss", "Mean of the step's mini-batches; it need not fall.", ("policy/loss",)),
+        Kind(
+            "Gradient norm",
+            "Before clipping; a peak can come before a fall of the reward.",
+            ("policy/grad_norm", "flow/grad_norm", "grad_norm"),
+        ),
+        Kind(
+            "Clipped tokens",
+            "Share at which the clip binds: the policy has moved far within the step.",
+            ("policy/clipped",),
+        ),
+        Kind("Learning rate", "Of the policy.", ("lr",)),
+        Kind("Size of the advantage", "Mean of its absolute value a token.", ("advantage_abs",)),
+    ),
+    "Time": (
+        Kind(
+            "Seconds a step",
+            "The whole step, and its three long phases.",
+            ("time/step", "time/roll_out", "time/score", "time/update"),
+        ),
+        Kind(
+            "Seconds a step, the rest",
+            "The short phases.",
+            ("time/sync", "time/verify", "time/record", "time/evaluate"),
+        ),
+    ),
+}
 NOT_SHOWN = {"step", "cursor", "epoch", "rows", "time/cpu"}
 EVALUATION = re.compile(r"eval/(?P<set>.+)/(?P<kind>sampled|greedy)")
 
@@ -110,6 +169,9 @@ class Chart:
     lines: list[Line]
     first: int  # step at the left
     last: int  # step at the right
+    says: str = ""  # a line under it
+    is_log: bool = False
+    level: float | None = None  # of experts, a horizontal line
 
 
 def line_of(run: RunFiles, metric: str, name: str, colour: int) -> Line | None:
@@ -117,6 +179,11 @@ def line_of(run: RunFiles, metric: str, name: str, colour: int) -> Line | None:
     points = [(line["step"], line[metric]) for line in run.metrics if metric in line]
     if not points:
         return None
+    return line_through(points, name, colour)
+
+
+def line_through(points: Sequence[tuple[int, float]], name: str, colour: int) -> Line:
+    """Return the line of steps and values; long ones are averaged."""
     size = math.ceil(len(points) / MAX_POINTS)
     steps = []
     values = []
@@ -177,38 +244,39 @@ def evaluation_lines(run: RunFiles, prefix: str) -> dict[str, list[Line]]:
 
 def make_charts(runs: Sequence[RunFiles]) -> Iterator[tuple[str, list[Chart]]]:
     """Yield each section's title and charts, those that have a line."""
-    for section, charts in known_charts(runs).items():
+    for section, kinds in known_charts(runs).items():
         made = accuracy_charts(runs) if section == "Outcome" else []
-        for title, metrics in charts.items():
-            made.append(chart_of(runs, title, metrics))
+        made += [chart_of(runs, kind) for kind in kinds]
         yield section, [chart for chart in made if chart.lines]
-    yield "Other figures", [chart for chart in other_charts(runs) if not is_constant(chart)]
+    yield "Other figures", other_charts(runs)
 
 
-def known_charts(runs: Sequence[RunFiles]) -> dict[str, dict[str, tuple[str, ...]]]:
+def known_charts(runs: Sequence[RunFiles]) -> dict[str, tuple[Kind, ...]]:
     """Return CHARTS, with a section for each dense reward beside the flow that a run had."""
     sections = dict(CHARTS)
     for metric in logged_metrics(runs):
         name = metric.removesuffix("/share")  # which every dense reward logs
         if name != metric and name != "flow":
-            sections[f"Dense reward: {name}"] = {
-                "Score of a token": tuple(f"{name}/score{side}" for side in SIDES),
-                "Reward of a response": tuple(f"{name}/reward{side}" for side in SIDES),
-                "Share of tokens with a reward": (metric,),
-            }
+            scores = tuple(f"{name}/score{side}" for side in SIDES)
+            rewards = tuple(f"{name}/reward{side}" for side in SIDES)
+            sections[f"Dense reward: {name}"] = (
+                Kind("Score of a token", f"What {name} says of a token, its mean.", scores),
+                Kind("Reward of a response", "Sum over its tokens, or their mean.", rewards),
+                Kind("Share of tokens with a reward", "Of those that have a score.", (metric,)),
+            )
     return sections
 
 
 def other_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     """Return a chart for each metric that no section has."""
     known = set(NOT_SHOWN)
-    for charts in known_charts(runs).values():
-        for metrics in charts.values():
-            known.update(metrics)
+    for kinds in known_charts(runs).values():
+        for kind in kinds:
+            known.update(kind.metrics)
     others = []
     for metric in logged_metrics(runs):
         if metric not in known and not metric.startswith("eval/"):
-            others.append(chart_of(runs, metric, (metric,)))
+            others.append(chart_of(runs, Kind(metric, "", (metric,))))
     return others
 
 
@@ -217,10 +285,32 @@ def is_constant(chart: Chart) -> bool:
     return len({value for line in chart.lines for value in line.values}) == 1
 
 
-def chart_of(runs: Sequence[RunFiles], title: str, metrics: Sequence[str]) -> Chart:
-    """Return the chart of some metrics, with a line and a colour for each run and metric."""
+def set_aside(charts: Sequence[Chart]) -> tuple[list[Chart], list[str]]:
+    """Return the charts that are worth drawing, and sentences on the others.
+
+    Those are the figures that never change, and curves that another chart has. The first chart, of
+    the reward or of an evaluation, is drawn in any case.
+    """
+    drawn: dict[str, Chart] = {}
+    constant = []
+    equal = []
+    for chart in charts:
+        curves = repr([(line.name, line.steps, line.values) for line in chart.lines])
+        if drawn and is_constant(chart):
+            constant.append(f"{chart.title} {shorten(chart.lines[0].values[0])}")
+        elif curves in drawn:
+            equal.append(f"{chart.title} has the curve of {drawn[curves].title}.")
+        else:
+            drawn[curves] = chart
+    if constant:
+        equal.append(f"The same in every step: {', '.join(constant)}.")
+    return list(drawn.values()), equal
+
+
+def chart_of(runs: Sequence[RunFiles], kind: Kind) -> Chart:
+    """Return a chart with a line and a colour for each run and metric."""
     logged = logged_metrics(runs)
-    names = names_of_lines([metric for metric in metrics if metric in logged])
+    names = names_of_lines([metric for metric in kind.metrics if metric in logged])
     lines = []
     for i, run in enumerate(runs):
         for j, (metric, own_name) in enumerate(names.items()):
@@ -228,7 +318,34 @@ def chart_of(runs: Sequence[RunFiles], title: str, metrics: Sequence[str]) -> Ch
             line = line_of(run, metric, name, i * len(names) + j)
             if line:
                 lines.append(line)
-    return on_axes(title, lines)
+    chart = on_axes(kind.title, lines)
+    chart.says = kind.says
+    chart.is_log = kind.is_log and all(value > 0 for line in lines for value in line.values)
+    if "flow/score" in kind.metrics and len(runs) == 1:
+        chart.level = expert_level(runs[0])
+    return chart
+
+
+def expert_level(run: RunFiles) -> float | None:
+    """Return the flow's score of expert tokens in its offline start; None if that is not known.
+
+    It was measured at the times of --calibrate-at, and holds for the contexts of that start.
+    """
+    if run.settings.get("flow_scope") == "expert":
+        return 0.0  # the score is the excess over it
+    times = run.settings.get("reward_times")
+    described = run.folder / "flow.json"
+    folders = [run.folder / "flow", Path(str(run.settings.get("flow")))]
+    files = [folder / fl.FLOW_FILE for folder in folders if (folder / fl.FLOW_FILE).is_file()]
+    if not (times and files and described.is_file()):
+        return None
+    calibrated_at = read_json(described, "the settings of a flow").get("calibrated_at", ())
+    if not set(times) <= set(calibrated_at):
+        return None
+    with safe_open(files[0], "pt") as tensors:
+        mean = tensors.get_tensor("expert_mean")  # (times, taps)
+    chosen = mean[[calibrated_at.index(time) for time in times]]
+    return fl.deviation_score(chosen, times).mean().item() or None
 
 
 def run_prefix(runs: Sequence[RunFiles], run: RunFiles) -> str:
@@ -261,8 +378,40 @@ def accuracy_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     for set_name, own in lines.items():
         for colour, line in enumerate(own):
             line.colour = colour
-        charts.append(Chart(f"Accuracy on {set_name}, 95 % intervals", own, 0, last))
+        says = "Share of right answers to held-out problems, before training, in it and after it."
+        charts.append(Chart(f"Accuracy on {set_name}, 95 % intervals", own, 0, last, says))
     return charts
+
+
+def ranking_charts(runs: Sequence[RunFiles]) -> list[Chart]:
+    """Return a chart for each run and dense reward: its mean for right responses less for wrong ones.
+
+    Steps that have no right or no wrong responses are left out.
+    """
+    charts = []
+    for run in runs:
+        for name in dense_names(run):
+            right, wrong = (f"{name}/reward_{side}" for side in ("right", "wrong"))
+            points = []
+            for line in run.metrics:
+                if right in line and wrong in line:
+                    points.append((line["step"], line[right] - line[wrong]))
+            if points:
+                title = f"{run_prefix(runs, run)}{name} reward: right less wrong"
+                chart = Chart(title, [line_through(points, "", 0)], 1, run.metrics[-1]["step"])
+                n_above = sum(difference > 0 for _, difference in points)
+                chart.says = (
+                    f"The {name} reward of right responses is above that of wrong ones in "
+                    f"{n_above} of {len(points)} steps that have both."
+                )
+                charts.append(chart)
+    return charts
+
+
+def dense_names(run: RunFiles) -> list[str]:
+    """Return the names of the dense rewards that a run has."""
+    ending = "/reward_right"
+    return [name.removesuffix(ending) for name in logged_metrics([run]) if name.endswith(ending)]
 
 
 def on_axes(title: str, lines: list[Line]) -> Chart:
@@ -279,31 +428,86 @@ class Scale(NamedTuple):
     high: float
     start: float
     end: float
+    is_log: bool = False
 
     def place(self, value: float) -> float:
-        share = (value - self.low) / ((self.high - self.low) or 1)
+        if self.is_log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / ((self.high - self.low) or 1)
         return self.start + share * (self.end - self.start)
+
+    def ticks(self, about: int) -> list[float]:
+        """Return round values on the axis, about so many."""
+        if self.is_log:
+            return log_ticks(self.low, self.high)
+        return ticks(self.low, self.high, about)
 
 
 def draw(chart: Chart, number: int) -> str:
     """Return a chart as a <figure>."""
     values = [value for line in chart.lines for value in all_values(line)]
+    if chart.level is not None:
+        values.append(chart.level)
     low, high = padded(min(values), max(values))
+    if chart.is_log:
+        low, high = min(values) / 1.1, max(values) * 1.1
     across = Scale(chart.first, chart.last, LEFT, WIDTH - RIGHT)
-    up = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    up = Scale(low, high, HEIGHT - BOTTOM, TOP, chart.is_log)
     marks = draw_axes(across, up)
+    if chart.level is not None:
+        marks += draw_level(chart.level, up)
     for line in chart.lines:
         marks += draw_line(line, across, up)
     marks += f"<line class=cursor y1={TOP} y2={HEIGHT - BOTTOM} visibility=hidden></line>"
+    return figure(chart, number, marks, HEIGHT)
+
+
+def draw_level(level: float, up: Scale) -> str:
+    """Return a horizontal line at the score of expert tokens, with its name."""
+    y = round(up.place(level), 1)
+    text_y = min(y + 12, HEIGHT - BOTTOM - 2)
+    return (
+        f'<line class=level x1={LEFT} x2={WIDTH - RIGHT} y1="{y}" y2="{y}"></line>'
+        f'<text x={LEFT + 4} y="{text_y}">experts {shorten(level, 3)}</text>'
+    )
+
+
+def draw_row(chart: Chart, number: int) -> str:
+    """Return a chart of one line as a low row: a bar for each step, up or down from 0."""
+    (line,) = chart.lines
+    across = Scale(chart.first, chart.last, LEFT, WIDTH - RIGHT)
+    width = max(0.4, 0.8 * (WIDTH - LEFT - RIGHT) / max(1, len(line.steps)))
+    largest = max(abs(value) for value in line.values) or 1.0
+    middle = ROW_HEIGHT / 2
+    marks = f"<line class=axis x1={LEFT} x2={WIDTH - RIGHT} y1={middle} y2={middle}></line>"
+    for step, value in zip(line.steps, line.values, strict=True):
+        height = middle * abs(value) / largest
+        side, top = "below", middle
+        if value > 0:
+            side, top = "above", middle - height
+        x = across.place(step) - width / 2
+        marks += (
+            f'<rect class={side} x="{x:.2f}" y="{top:.2f}" width="{width:.2f}" '
+            f'height="{height:.2f}"></rect>'
+        )
+    marks += f"<line class=cursor y1=0 y2={ROW_HEIGHT} visibility=hidden></line>"
+    return figure(chart, number, marks, ROW_HEIGHT, "class=row")
+
+
+def figure(chart: Chart, number: int, marks: str, height: int, more: str = "") -> str:
+    """Return what is drawn as a <figure>, with the title, the lines' names and a text."""
     names = ""
     for line in chart.lines:
         last = shorten(line.values[-1])
         names += f"<li class=c{line.colour % N_COLOURS}>{escape(line.name)} <b>{last}</b></li>"
     title = escape(chart.title)
+    says = escape(chart.says)
     return (
-        f"<figure data-chart={number}><figcaption>{title} <small>step {chart.last}</small>"
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img tabindex=0 '
-        f'aria-label="{title}">{marks}</svg><ul class=lines>{names}</ul></figure>'
+        f"<figure data-chart={number} {more}><figcaption>{title} <small>step {chart.last}</small>"
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {height}" preserveAspectRatio=none role=img '
+        f'tabindex=0 aria-label="{title}: {says}">{marks}</svg><ul class=lines>{names}</ul>'
+        f"<p class=says>{says}</p></figure>"
     )
 
 
@@ -330,11 +534,11 @@ def padded(low: float, high: float) -> tuple[float, float]:
 def draw_axes(across: Scale, up: Scale) -> str:
     """Return lines and labels of the axes."""
     marks = ""
-    for value in ticks(up.low, up.high, 5):
+    for value in up.ticks(5):
         y = round(up.place(value), 1)
         marks += f'<line class=axis x1={LEFT} x2={WIDTH - RIGHT} y1="{y}" y2="{y}"></line>'
         marks += f'<text x={LEFT - 5} y="{y + 4}" text-anchor=end>{shorten(value, 5)}</text>'
-    for value in ticks(across.low, across.high, 5):
+    for value in across.ticks(5):
         if value == int(value):
             x = round(across.place(value), 1)
             marks += f'<text x="{x}" y={HEIGHT - 6} text-anchor=middle>{int(value)}</text>'
@@ -351,8 +555,19 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return values between two for a logarithmic axis: 1, 2 or 5 times a power of 10."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    found = [value for value in found if low <= value <= high]
+    return found if len(found) > 1 else ticks(low, high, 4)
+
+
 def draw_line(line: Line, across: Scale, up: Scale) -> str:
-    """Return a line: points with intervals, or each step thin and the mean of a window thick."""
+    """Return a line: points with intervals, or each step thin and the mean of a window thick.
+
+    Two evaluations alone, before and after, are no curve: nothing joins them.
+    """
     own = f"c{line.colour % N_COLOURS}"
     xs = [round(across.place(step), 1) for step in line.steps]
     marks = ""
@@ -360,7 +575,9 @@ def draw_line(line: Line, across: Scale, up: Scale) -> str:
         marks += polyline(f"raw {own}", xs, line.values, up)
         marks += polyline(f"mean {own}", xs, window_means(line.values), up)
         return marks
-    marks += polyline(f"mean {own}", xs, line.values, up)
+    xs = [x + 4 * (line.colour % 2) for x in xs]  # beside those of the other way to sample
+    if len(xs) > 2:
+        marks += polyline(f"mean {own}", xs, line.values, up)
     for x, value, low, high in zip(xs, line.values, line.low, line.high, strict=True):
         bottom, y, top = (round(up.place(each), 1) for each in (low, value, high))
         marks += f'<line class="interval {own}" x1="{x}" x2="{x}" y1="{bottom}" y2="{top}"></line>'
@@ -452,48 +669,70 @@ def settings_table(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
 def write_run_report(folders: Sequence[Path], path: Path) -> Path:
     """Write the page of one run or several, and return its path; ValueError for what is no run."""
     runs = [read_run(folder) for folder in folders]
-    charts: list[Chart] = []
+    charts = ranking_charts(runs)
+    rows = "".join(draw_row(chart, number) for number, chart in enumerate(charts))
+    sections = list(make_charts(runs))
+    drawn, left_out = set_aside([chart for _, own in sections for chart in own])
     html = ""
-    for section, own in make_charts(runs):
-        if not own:
-            continue
-        html += f"<h2>{section}</h2><div class=charts>"
-        for chart in own:
-            html += draw(chart, len(charts))
-            charts.append(chart)
-        html += "</div>"
+    for section, own in sections:
+        own = [chart for chart in own if chart in drawn]
+        if own:
+            html += f"<h2>{section}</h2><div class=charts>"
+            for chart in own:
+                html += draw(chart, len(charts))
+                charts.append(chart)
+            html += "</div>"
+    recorded = recorded_steps(runs, path)
     body = fill(
         FOLDER / "curves.html",
-        about=about(runs, path),
+        about=about(runs, recorded),
+        rows=rows,
         table=figures_table(runs),
         legend=legend(runs),
         charts=html,
-        constants=escape(constants(runs)),
+        left_out=escape(" ".join(left_out)),
         settings=settings_tables(runs),
     )
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
-    data = [asdict(chart) for chart in charts]
+    data = {"charts": [asdict(chart) for chart in charts], "recorded": recorded}
     page = make_page(title, body, data, FOLDER / "curves.css", FOLDER / "curves.js")
     return write_page(path, page)
 
 
-def about(runs: Sequence[RunFiles], path: Path) -> str:
-    """Lay out a sentence on what is here, with the page of rollouts if it stands beside this one."""
-    if len(runs) > 1:
-        return escape(", ".join(str(run.folder) for run in runs))
-    html = escape(f"{runs[0].metrics[-1]['step']} steps in {runs[0].folder}.")
-    if (path.parent / "rollouts.html").exists():
-        html += " Its responses, token by token: <a href=rollouts.html>rollouts.html</a>."
+def recorded_steps(runs: Sequence[RunFiles], path: Path) -> list[int]:
+    """Return the steps whose responses a reader can open: of one run, with their page beside this one."""
+    if len(runs) > 1 or not (path.parent / ROLLOUTS).exists():
+        return []
+    return list(record.find_files(runs[0].folder))
+
+
+def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
+    """Lay out what is here, a way to the responses, and the steps at which the reward fell."""
+    html = ""
+    for run in runs:
+        n_steps = run.metrics[-1]["step"]
+        html += f"<p>{n_steps} steps in {escape(str(run.folder))}."
+        if recorded:
+            html += (
+                f" Its responses, token by token: <a href={ROLLOUTS}>{ROLLOUTS}</a>; a click on a "
+                "chart, or Enter, opens those of the nearest recorded step."
+            )
+        falls = record.find_falls(run.metrics)
+        if falls:
+            links = [step_link(step, recorded) for step in falls]
+            html += (
+                f" <b>The reward fell</b> by more than {record.FALL} below the mean of the "
+                f"{record.N_BEFORE} steps before at step {', '.join(links)}."
+            )
+        html += "</p>"
     return html
 
 
-def constants(runs: Sequence[RunFiles]) -> str:
-    """Return a sentence on the figures that have no chart, because they never change."""
-    parts = []
-    for chart in other_charts(runs):
-        if is_constant(chart):
-            parts.append(f"{chart.title} {shorten(chart.lines[0].values[0])}")
-    return f"The same in every step: {', '.join(parts)}." if parts else ""
+def step_link(step: int, recorded: Sequence[int]) -> str:
+    """Lay out a step, as a link to its responses where they are recorded."""
+    if step not in recorded:
+        return str(step)
+    return f"<a href={ROLLOUTS}#step={step}>{step}</a>"
 
 
 def legend(runs: Sequence[RunFiles]) -> str:

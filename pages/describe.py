@@ -5,11 +5,14 @@ infra/record.py says what a record has, and reads and counts them.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from infra import record, vision
+from infra.metrics import last_values
+from infra.parallel import is_first
 
 BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character
@@ -24,21 +27,52 @@ class DensePart(NamedTuple):
     scores: Sequence[Tensor]  # (B, T) for each of them, or one of no tap; NaN where there is none
 
 
-def is_due(step: int, total_steps: int, every: int) -> bool:
-    """Return whether a step's rollouts are written: every so many steps, and those of the last."""
-    if not every:
-        return False
-    return step % every == 0 or step + 1 == total_steps
+class Recording(NamedTuple):
+    """Which steps of a run are written, and how much of each."""
 
+    every: int  # steps between those that are written in any case; 0: none is
+    total_steps: int
+    sampling: Any  # settings with the prompts of a step, group_size and max_tokens
+    folder: Path  # of the run
 
-def describe_size(total_steps: int, every: int, n_episodes: int, max_tokens: int) -> str:
-    """Return a line on how large the rollouts of a run can become."""
-    n_files = sum(is_due(step, total_steps, every) for step in range(total_steps))
-    largest = n_episodes * max_tokens * BYTES_PER_TOKEN / 1e6
-    return (
-        f"rollouts of {n_files} steps go to {record.FOLDER}/, {n_episodes} episodes each: "
-        f"at most about {largest:.1f} MB a step, {n_files * largest:.0f} MB in all"
-    )
+    def is_regular(self, step: int) -> bool:
+        """Return whether a step is written whatever its reward: each so many steps, and the last."""
+        return step % self.every == 0 or step + 1 == self.total_steps
+
+    def groups_due(self, step: int, reward: Tensor) -> int:
+        """Return how many groups of a step the first rank writes: all where the mean reward fell.
+
+        reward: (B,) of the step's episodes. Those of the steps before are read from metrics.jsonl,
+            which a run that goes on still has.
+        """
+        if not self.every or not is_first():
+            return 0
+        before = last_values(self.folder / "metrics.jsonl", "reward", record.N_BEFORE)
+        if record.is_fall(reward.mean().item(), before):
+            return self.sampling.prompts
+        if self.is_regular(step):
+            return self.regular_groups()
+        return 0
+
+    def regular_groups(self) -> int:
+        """Return how many groups of a step are written whose reward has not fallen."""
+        return min(record.N_GROUPS, self.sampling.prompts)
+
+    def describe_size(self) -> str:
+        """Return a line on how large the rollouts of the run can become."""
+        n_files = sum(self.is_regular(step) for step in range(self.total_steps))
+        n_episodes = self.regular_groups() * self.sampling.group_size
+        largest = self.size_of(n_episodes)
+        whole = self.size_of(self.sampling.prompts * self.sampling.group_size)
+        return (
+            f"rollouts of {n_files} steps go to {record.FOLDER}/, {n_episodes} episodes each: at "
+            f"most about {largest:.1f} MB a step, {n_files * largest:.0f} MB in all, and "
+            f"{whole:.1f} MB for each step at which the reward falls"
+        )
+
+    def size_of(self, n_episodes: int) -> float:
+        """Return how many MB episodes take at most, about."""
+        return n_episodes * self.sampling.max_tokens * BYTES_PER_TOKEN / 1e6
 
 
 def make_records(
@@ -46,6 +80,7 @@ def make_records(
     group_size: int,
     per_token: dict[str, Tensor],
     dense_part: DensePart | None,
+    outcome: Tensor,
     tokenizer,
 ) -> list[dict]:
     """Return the records of a step's first episodes, group_size in a row for a problem.
@@ -53,10 +88,12 @@ def make_records(
     episodes: graded, as many as there are to be records
     per_token: (B, T) each, of all episodes of the step, NaN where there is no number
     dense_part: what the dense reward says of each token, None if there is no such reward
+    outcome: (B,) the advantage of each episode of the step by the outcome alone
     """
     numbers = {name: values[: len(episodes)].tolist() for name, values in per_token.items()}
     dense_part = dense_part or DensePart(None, (), ())
     scores = [values[: len(episodes)].tolist() for values in dense_part.scores]
+    outcomes = shorten(outcome[: len(episodes)].tolist())
     records = []
     for i, episode in enumerate(episodes):
         length = len(episode.response_ids)
@@ -74,6 +111,7 @@ def make_records(
                 "verdict": verdict.kind,
                 "extracted": verdict.extracted,
                 "text": verdict.text,
+                "outcome": outcomes[i],
                 "dense": dense_part.name,
                 "taps": list(dense_part.layers),
                 "token_ids": episode.response_ids,
@@ -105,9 +143,13 @@ def describe_problem(episode, tokenizer) -> dict:
     }
 
 
-def shorten(numbers: Sequence[float]) -> list[float | None]:
-    """Return numbers with six significant digits; None for those that are not finite."""
-    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in numbers]
+def shorten(numbers: Sequence[float | None]) -> list[float | None]:
+    """Return numbers with six significant digits; None for those that are not there or not finite."""
+    short: list[float | None] = [None] * len(numbers)
+    for i, x in enumerate(numbers):
+        if x is not None and math.isfinite(x):
+            short[i] = float(f"{x:.6g}")
+    return short
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:

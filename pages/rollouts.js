@@ -17,8 +17,9 @@ const MEASURES = [
   {name: 'log-prob', key: 'logp', falling: true},
   {name: 'entropy', key: 'entropy'},
   {name: 'advantage', key: 'advantage', signed: true, centre: 0},
+  {name: 'advantage − outcome', key: 'beyond', signed: true, centre: 0, from: 'outcome'},
   {name: 'ratio', key: 'ratio', signed: true, centre: 1},
-];
+].filter(of => !of.key || of.key === 'mean_score' || data.known.includes(of.from ?? of.key));
 
 let groups = [];  // of the step that is shown: a problem with its responses each
 let measure = MEASURES[0];
@@ -37,10 +38,27 @@ function mean(numbers) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-// Add to a response what is not in the file: the mean over taps of its scores.
-function prepare(response) {
+// Add to a response what is not in the file: the mean over taps of its scores, what its advantage
+// has beyond that of the outcome, and where it leaves the right responses to its problem.
+function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
-  return response;
+  response.beyond = response.advantage.map(x => x === null ? null : x - response.outcome);
+  response.leaves = response.correct ? null : leavingPlace(response, group);
+}
+
+// The place of the first token that no right response has after the same tokens; null if there is
+// none: no response is right, or a right one begins with all of this one.
+function leavingPlace(response, group) {
+  const right = group.responses.filter(r => r.correct);
+  if (!right.length) return null;
+  const place = Math.max(...right.map(r => commonLength(response.tokens, r.tokens)));
+  return place < response.tokens.length ? place : null;
+}
+
+function commonLength(a, b) {
+  let n = 0;
+  while (n < a.length && n < b.length && a[n] === b[n]) n += 1;
+  return n;
 }
 
 const values = (response, of) => of.tap === undefined ? response[of.key] : response.dense_score[of.tap];
@@ -127,6 +145,10 @@ function tokens(response, from) {
   return response.tokens.slice(from, from + LONG).map((text, i) => {
     const token = tokenElement(text);
     token.place = from + i;
+    if (token.place === response.leaves) {
+      token.classList.add('leaves');
+      token.title = 'Here it leaves the right responses';
+    }
     token.tabIndex = from + i ? -1 : 0;
     return token;
   });
@@ -138,6 +160,14 @@ function card(response) {
   const facts = [`reward ${show(response.reward, 4)}`, `${response.tokens.length} tokens`];
   if (parts.length > 1) facts.push(parts.join(', '));
   if (response.finish_reason === 'length') facts.push('ran out of room');
+  const advantage = mean(response.advantage);
+  const ofOutcome = response.outcome === null ? '' : ` (outcome ${show(response.outcome, 3)})`;
+  if (advantage !== null) facts.push(`advantage ${show(advantage, 3)}${ofOutcome}`);
+  if (data.dense) {
+    const sum = response.dense_reward.reduce((a, b) => a + b, 0);
+    facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);
+  }
+  if (response.leaves !== null) facts.push(`leaves the right ones at token ${response.leaves + 1}`);
   const head = element('h2', [
     element('span', `sample ${response.sample}`), badge,
     element('span', response.extracted ?? 'no answer'), element('small', facts.join(' · ')),
@@ -298,16 +328,27 @@ async function step() {
   const unpacked = await Promise.all(chosen.groups.map(unpack));
   if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
   groups = unpacked;
-  responses().forEach(prepare);
-  const kept = Math.max(0, form.group.selectedIndex);
+  for (const group of groups) for (const response of group.responses) prepare(response, group);
+  const mixed = group => new Set(group.responses.map(r => r.correct)).size > 1;
+  const isFirst = !form.group.options.length;
+  const kept = Math.max(0, isFirst ? groups.findIndex(mixed) : form.group.selectedIndex);
   form.group.replaceChildren(...groups.map(group => {
     const right = group.responses.filter(r => r.correct).length;
     return element('option', `${group.problem} (${right} of ${group.responses.length} right)`);
   }));
   form.group.selectedIndex = Math.min(kept, groups.length - 1);
   $('now').value = `${chosen.step} of ${data.steps.at(-1).step}`;
+  history.replaceState(null, '', `#step=${chosen.step}`);
   rows = ROWS;
   view();
+}
+
+// Show the recorded step nearest to that of the address, #step=N.
+function stepOfAddress() {
+  const [, wanted] = location.hash.match(/^#step=(\d+)$/) ?? [];
+  if (wanted === undefined) return;
+  const away = data.steps.map(({step}) => Math.abs(step - wanted));
+  form.step.value = away.indexOf(Math.min(...away));
 }
 
 for (const [i, of] of MEASURES.entries()) {
@@ -338,4 +379,6 @@ document.addEventListener('keydown', event => {
   if (next) next.focus();
 });
 if (data.steps.length === 1) form.step.disabled = true;
+window.onhashchange = () => { stepOfAddress(); step(); };
+stepOfAddress();
 step();

@@ -6,10 +6,11 @@ and are unpacked when the reader comes to the step.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from infra import record
+from infra.metrics import read_metrics
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
 
 MAX_BYTES = 2.9e6  # of the rollouts in a page
@@ -23,6 +24,7 @@ OF_A_RESPONSE = (
     "extracted",
     "finish_reason",
     "text",
+    "outcome",
     "tokens",
     "token_ids",
     "logp",
@@ -32,35 +34,49 @@ OF_A_RESPONSE = (
     "ratio",
     "dense_score",
 )
+MEASURED = ("dense_reward", "logp", "entropy", "ratio", "outcome")  # if they are known
 
 
 def inspect_run(folder: str | Path) -> Path:
     """Write rollouts.html into a run's folder, and return its path; ValueError without rollouts."""
+    folder = Path(folder)
     steps = {}
     for step, path in record.need_files(folder).items():
         steps[step] = record.read(path)
-    title = f"Rollouts of {Path(folder).resolve().name}"
-    return write_rollouts_page(Path(folder, "rollouts.html"), title, steps)
+    falls: list[int] = []
+    if (folder / "metrics.jsonl").is_file():
+        falls = record.find_falls(read_metrics(folder / "metrics.jsonl"))
+    title = f"Rollouts of {folder.resolve().name}"
+    return write_rollouts_page(folder / "rollouts.html", title, steps, falls)
 
 
 def write_rollouts_page(
-    path: Path, title: str, steps: dict[int, list[dict]], max_bytes: float = MAX_BYTES
+    path: Path,
+    title: str,
+    steps: dict[int, list[dict]],
+    falls: Sequence[int] = (),
+    max_bytes: float = MAX_BYTES,
 ) -> Path:
     """Write the page of a run's records by step, of at most about max_bytes, and return its path.
 
     Where they do not fit, later groups of each step are left out, and then steps; the page says so.
+
+    falls: steps at which the reward fell, which are left out last and have a link each
     """
     first = next(iter(steps.values()))[0]
     packed = {step: list(pack_groups(records)) for step, records in steps.items()}
-    chosen = choose(packed, max_bytes)
+    chosen = choose(packed, falls, max_bytes)
+    known = ["advantage", *(name for name in MEASURED if any_number(first[name]))]
     data = {
         "dense": first["dense"],
         "taps": first["taps"],
+        "known": known,
         "steps": [{"step": step, "groups": groups} for step, groups in chosen.items()],
     }
     body = fill(
         FOLDER / "rollouts.html",
         about=escape(describe(packed, chosen)),
+        falls=fall_links([step for step in falls if step in chosen]),
         last=str(len(chosen) - 1),
     )
     page = make_page(title, body, data, FOLDER / "rollouts.css", FOLDER / "rollouts.js")
@@ -78,10 +94,27 @@ def pack_groups(records: list[dict]) -> Iterator[str]:
         yield pack(json.dumps(group, ensure_ascii=False))
 
 
-def choose(packed: dict[int, list[str]], max_bytes: float) -> dict[int, list[str]]:
+def any_number(value: object) -> bool:
+    """Return whether a part of a record, a number or one for each token, is known at all."""
+    if isinstance(value, list):
+        return any(map(any_number, value))
+    return value is not None
+
+
+def fall_links(steps: Sequence[int]) -> str:
+    """Lay out links to the steps at which the reward fell, if there are any."""
+    if not steps:
+        return ""
+    links = ", ".join(f"<a href=#step={step}>{step}</a>" for step in steps)
+    return f"<b>The reward fell</b> at step {links}."
+
+
+def choose(
+    packed: dict[int, list[str]], falls: Sequence[int], max_bytes: float
+) -> dict[int, list[str]]:
     """Return as many packed groups as fit: fewer of each step first, then fewer steps.
 
-    The first and the last step stay, with a group each, whatever their size.
+    The first and the last step stay, and those of a fall, with a group each, whatever their size.
     """
     n_groups = max(len(groups) for groups in packed.values())
     chosen = packed
@@ -92,8 +125,9 @@ def choose(packed: dict[int, list[str]], max_bytes: float) -> dict[int, list[str
     n_steps = len(steps)
     while n_steps > 2 and size_of(chosen) > max_bytes:
         n_steps -= 1
-        kept = [steps[round(i * (len(steps) - 1) / (n_steps - 1))] for i in range(n_steps)]
-        chosen = {step: packed[step][:1] for step in kept}
+        kept = {steps[round(i * (len(steps) - 1) / (n_steps - 1))] for i in range(n_steps)}
+        kept.update(falls)
+        chosen = {step: packed[step][:1] for step in steps if step in kept}
     return chosen
 
 

@@ -371,7 +371,9 @@ def draw_training(metrics: Sequence[dict]) -> plt.Figure:
 def split_periods(run: str) -> dict[str, list[dict]]:
     """Return the records of the first and of the last third of the recorded steps."""
     files = record.need_files(run)
-    steps = list(files)
+    # a step at which the reward fell is not recorded for its number: it is no sample of the run
+    falls = record.find_falls(read_metrics(Path(run, "metrics.jsonl")))
+    steps = [step for step in files if step not in falls]
     size = max(1, len(steps) // 3)
     periods = {}
     for name, chosen in (("early", steps[:size]), ("late", steps[-size:])):

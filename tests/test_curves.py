@@ -9,7 +9,17 @@ import pytest
 import train_rl
 from infra.settings import change
 from pages import of_a_run
-from pages.curves import line_of, padded, read_run, shorten, ticks, window_means, write_run_report
+from pages.curves import (
+    Scale,
+    line_of,
+    log_ticks,
+    padded,
+    read_run,
+    shorten,
+    ticks,
+    window_means,
+    write_run_report,
+)
 from run import report
 
 AVG = {"avg": {"mean": 0.25, "low": 0.125, "high": 0.5}}
@@ -38,7 +48,7 @@ def write_run(folder: Path, n_steps: int = 4, **settings) -> Path:
 
 def data_of(page: str) -> list[dict]:
     """The charts that the page's script reads."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["charts"]
 
 
 # ---- The file
@@ -51,7 +61,9 @@ def test_lines_are_the_figures(tmp_path):
     gradients = {line["name"]: line["values"] for line in charts["Gradient norm"]["lines"]}
     assert gradients == {"policy": [2, 3, 4, 5], "flow": [3, 4, 5, 6]}
     assert [line["name"] for line in charts["Reward"]["lines"]] == [""]
-    assert "grader/capped" not in charts and "The same in every step: grader/capped 0." in page
+    assert "grader/capped" not in charts
+    assert "The same in every step: Seconds a step 2, grader/capped 0." in page
+    assert "Mean outcome reward of the step&#x27;s responses." in page, "what a chart shows"
     (accuracy,) = charts["Accuracy on test, 95 % intervals"]["lines"]
     assert accuracy["steps"] == [0, 2, 4]
     assert accuracy["values"] == [0.25, 0.5, 0.25]
@@ -74,6 +86,83 @@ def test_several_runs_and_the_settings_that_differ(tmp_path):
     assert "b &lt;1&gt;" in page and "b <1>" not in page
 
 
+def write_figures(folder: Path, lines: list[dict], settings: dict | None = None) -> Path:
+    """Write a run of some figures, the first ones of step 1."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "toy"} | (settings or {})))
+    rows = [json.dumps({"step": step, **line}) + "\n" for step, line in enumerate(lines, 1)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_equal_curves_are_drawn_once(tmp_path):
+    lines = [{"reward": x, "correct": x, "reward/binary": x, "length": 2 * x} for x in (0.5, 0.75)]
+    folder = write_figures(tmp_path / "a", lines)
+    page = write_run_report([folder], tmp_path / "report.html").read_text()
+    assert [chart["title"] for chart in data_of(page)] == ["Reward", "Tokens a response"]
+    for title in ("Right answers in training", "reward/binary"):
+        assert f"{title} has the curve of Reward." in page
+
+
+def test_two_evaluations_are_points_and_three_a_line(tmp_path):
+    scores = {"eval/test/greedy": 0.5, "eval/test/greedy/low": 0.25, "eval/test/greedy/high": 0.75}
+    for n, n_lines in ((2, 0), (3, 1)):
+        lines = [{"reward": 0.5, **scores} for _ in range(n)]
+        folder = write_figures(tmp_path / str(n), lines)
+        page = write_run_report([folder], tmp_path / "report.html").read_text()
+        accuracy = page.partition("Accuracy on test")[2].partition("</svg>")[0]
+        assert accuracy.count("<circle") == n and accuracy.count("<polyline") == n_lines
+
+
+@pytest.mark.parametrize("name", ["flow", "ridge"])
+def test_does_the_dense_reward_rank_right_above_wrong(tmp_path, name):
+    """A row of bars and a count; a step without wrong responses has none."""
+    right = [-0.5, -0.1, -0.2, -0.1]
+    lines = []
+    for step, reward in enumerate(right):
+        line = {"reward": 0.5, f"{name}/share": 0.1 * step, f"{name}/reward_right": reward}
+        if step < 3:
+            line[f"{name}/reward_wrong"] = -0.25
+        lines.append(line)
+    folder = write_figures(tmp_path / "a", lines)
+    page = write_run_report([folder], tmp_path / "report.html").read_text()
+    row = data_of(page)[0]
+    assert row["title"] == f"{name} reward: right less wrong"
+    assert row["lines"][0]["values"] == pytest.approx([-0.25, 0.15, 0.05])
+    assert f"The {name} reward of right responses is above that of wrong ones in 2 of 3" in page
+    assert re.findall(r"<rect class=(\w+)", page) == ["below", "above", "above"]
+
+
+def test_the_deviation_has_the_level_of_experts(tmp_path, flow_folder):
+    """The mean over taps of 0.8/0.2 * the error that the flow's file has, on a logarithmic axis."""
+    settings = {"flow": flow_folder, "flow_reward": {"reward_times": [0.8]}}
+    lines = [{"flow/score": score} for score in (40.0, 5.0)]
+    folder = write_figures(tmp_path / "a", lines, settings)
+    path = tmp_path / "report.html"
+    assert "experts" not in write_run_report([folder], path).read_text(), "it has no flow.json"
+    (folder / "flow.json").write_text(json.dumps({"calibrated_at": [0.5, 0.8]}))
+    page = write_run_report([folder], path).read_text()
+    (chart,) = data_of(page)
+    assert chart["level"] == pytest.approx(4.0) and chart["is_log"]
+    labels = re.findall(r"text-anchor=end>(.*?)<", page)
+    assert labels[:3] == ["5", "10", "20"] and ">experts 4<" in page
+    excess = write_figures(tmp_path / "b", [{"flow/score": -1.0}], {"flow_scope": "expert"})
+    (chart,) = data_of(write_run_report([excess], path).read_text())
+    assert chart["level"] == 0 and not chart["is_log"]
+
+
+def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
+    lines = [{"reward": 0.5}] * 10 + [{"reward": 0.3}, {"reward": 0.5}, {"reward": 0.25}]
+    folder = write_figures(tmp_path / "a", lines)
+    page = write_run_report([folder], folder / "report.html").read_text()
+    assert "<b>The reward fell</b> by more than 0.15" in page and "at step 11, 13." in page
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "step-13.jsonl").write_text("")
+    (folder / "rollouts.html").write_text("")
+    page = write_run_report([folder], folder / "report.html").read_text()
+    assert "at step 11, <a href=rollouts.html#step=13>13</a>." in page
+
+
 def test_long_runs_are_averaged(tmp_path):
     run = read_run(write_run(tmp_path / "a", 900))
     line = line_of(run, "reward", "", 0)
@@ -91,6 +180,9 @@ def test_axes():
     low, high = padded(1.0, 1.00001)
     labels = [shorten(tick, 5) for tick in ticks(low, high, 5)]
     assert len(set(labels)) == len(labels) >= 3, "labels that differ"
+    assert log_ticks(0.9, 60) == [1, 2, 5, 10, 20, 50]
+    assert Scale(1, 100, 0, 10, is_log=True).place(10) == pytest.approx(5)
+    assert len(log_ticks(4.2, 4.9)) >= 3, "within a factor of 2 the ticks are even"
     assert window_means([1.0, 2.0]) == [1, 2]
     assert window_means([float(i) for i in range(24)])[1] == 1
 
@@ -166,10 +258,41 @@ def test_values_are_read_off_the_charts(browser, tmp_path):
         f"new PointerEvent('pointermove', {{clientX: {x}, clientY: {box[1] + 9}}}))"
     )
     assert browser.js(shown) == ["0.125", "0.125"]
+    small = "[...new Set([...document.querySelectorAll('figure small')].map(s => s.textContent))]"
+    assert browser.js(small) == ["step 0", "step 1"], "all charts move; an evaluation is at 0"
     points = browser.js(f"{figure}.querySelector('.mean').getAttribute('points')").split()
     heights = [float(point.split(",")[1]) for point in points]
     assert heights == sorted(heights, reverse=True), "a rising line rises"
     assert browser.log("browser") == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("how", ["key", "click", "link"])
+def test_a_chart_leads_to_the_nearest_recorded_step(browser, tmp_path, how):
+    folder = write_figures(tmp_path / "a", [{"reward": 0.01 * step} for step in range(30)])
+    (folder / "rollouts").mkdir()
+    for step in (1, 11, 21):
+        (folder / "rollouts" / f"step-{step}.jsonl").write_text("")
+    (folder / "rollouts.html").write_text("<title>Rollouts</title>")
+    browser.open(
+        write_run_report([folder], folder / "report.html"), "document.querySelector('svg')"
+    )
+    browser.js("document.querySelector('figure svg').focus()")
+    for _ in range(4):
+        browser.press("\ue012")  # left arrow, from step 30 to 26
+    assert browser.js("document.querySelector('#at a').textContent") == "Responses of step 21"
+    if how == "key":
+        browser.press("\ue007")  # Enter
+    elif how == "link":
+        browser.js("document.querySelector('#at a').click()")
+    else:
+        box = browser.js(
+            "(r => [r.left, r.top, r.width])(document.querySelector('svg').getBoundingClientRect())"
+        )
+        x = box[0] + box[2] * (46 + 304 * 25 / 29) / 360  # step 26
+        event = f"new PointerEvent('click', {{clientX: {x}, clientY: {box[1] + 9}}})"
+        browser.js(f"document.querySelector('svg').dispatchEvent({event})")
+    browser.wait("document.title === 'Rollouts' && location.hash === '#step=21'")
 
 
 @pytest.mark.browser

@@ -37,7 +37,7 @@ PAGES = (
     "docs/glossary.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/, study/ and course/
+# Flags of torchrun, hf, rewards.py, benchmarks/, study/, course/, and of one form of inspector.py
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -58,6 +58,7 @@ FOREIGN_FLAGS = {
     "--json",
     "--deadline",
     "--solution",
+    "--jsonl",
 }
 
 

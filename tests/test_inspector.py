@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import inspector
+import rlfr
 import train_rl
 from infra import record
 from infra.settings import change
@@ -16,7 +17,7 @@ from pages import describe
 from pages.rollouts import inspect_run, write_rollouts_page
 
 MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
-MEASURES += ("entropy", "advantage", "ratio")
+MEASURES += ("entropy", "advantage", "advantage − outcome", "ratio")
 HOSTILE = '<script>document.title = "hacked"</script><img src=x onerror=alert(1)>\ud800\x00'
 READY = "document.querySelector('article .t')"
 
@@ -42,6 +43,7 @@ def one_record(group: int, sample: int, tokens: list[str], **changes) -> dict:
         "verdict": "right" if sample % 2 else "wrong",
         "extracted": "2",
         "text": "",
+        "outcome": 0.5 - 0.5 * sample,
         "taps": [1, 2],
         "token_ids": list(range(n)),
         "tokens": tokens,
@@ -67,7 +69,8 @@ def some_records() -> list[dict]:
 
 
 def write(path: Path, steps: dict[int, list[dict]], max_bytes: float = 3e6) -> Path:
-    return write_rollouts_page(path / "rollouts.html", "Rollouts of a & b", steps, max_bytes)
+    page = path / "rollouts.html"
+    return write_rollouts_page(page, "Rollouts of a & b", steps, max_bytes=max_bytes)
 
 
 # ---- The file
@@ -89,6 +92,14 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path):
     assert '"step": 1,' in page and '"step": 41,' in page and '"step": 11,' not in page
     page = write(tmp_path, steps, (whole - empty) * 0.65).read_text()
     assert "Recorded steps: 5, of which 5 are here; groups of each: 2, of which 1 are" in page
+
+
+def test_a_step_at_which_the_reward_fell_stays(tmp_path):
+    steps = {step: some_records() for step in (1, 11, 17, 21, 31, 41)}
+    page = write_rollouts_page(tmp_path / "page.html", "a", steps, falls=[17], max_bytes=0)
+    kept = re.findall(r'"step": (\d+),', page.read_text())
+    assert kept == ["1", "17", "41"]
+    assert "<b>The reward fell</b> at step <a href=#step=17>17</a>." in page.read_text()
 
 
 def test_a_page_of_long_responses_is_small(tmp_path):
@@ -223,6 +234,7 @@ def test_values_of_a_token(page):
         "log-prob": -0.3,
         "entropy": 0.6,
         "advantage": 0.5,
+        "advantage − outcome": 0.5,
         "ratio": 1,
     }
     assert {name: number(found[name]) for name in expected} == pytest.approx(expected)
@@ -270,7 +282,10 @@ def test_every_colour(page):
 @pytest.mark.browser
 def test_step_problem_and_verdict(page):
     assert len(shown(page)) == 3
-    assert shown(page)[1].startswith("sample 1right2reward 1 · 5 tokens")
+    assert shown(page)[1] == (
+        "sample 1right2reward 1 · 5 tokens · advantage 0.5 (outcome 0) · "
+        "flow reward −0.004, −0.0008 a token"
+    )
     page.set_plain("verdict", "right")
     assert [text[:8] for text in shown(page)] == ["sample 1"]
     page.set_plain("verdict", "wrong")
@@ -285,6 +300,42 @@ def test_step_problem_and_verdict(page):
     page.js(f"{token(0, 0)}.focus()")
     assert number(facts(page)["entropy"]) == 7
     assert page.js("document.forms[0].group.options.length") == 1
+
+
+@pytest.mark.browser
+def test_the_place_where_a_wrong_response_leaves_the_right_ones(browser, tmp_path):
+    """Of two right responses the one that it follows longer counts."""
+    texts = ["abx!", "ab!", "a?", "xyz"]
+    records = []
+    for sample, text in enumerate(texts):
+        is_right = sample < 2
+        records.append(one_record(0, sample, list(text), correct=is_right))
+    records.append(one_record(0, 4, list("ab"), correct=False))  # a right one goes on from it
+    browser.open(write(tmp_path, {1: records}), READY)
+    marked = "[...document.querySelectorAll('.leaves')].map(t => [t.textContent, t.place])"
+    assert browser.js(marked) == [["?", 1], ["x", 0]]
+    assert "leaves the right ones at token 2" in shown(browser)[2]
+    assert "leaves" not in shown(browser)[4]
+
+
+@pytest.mark.browser
+def test_the_address_names_a_step(browser, tmp_path):
+    """The nearest recorded one is shown; a link and the slider change both."""
+    steps = {step: [one_record(0, 0, [f"s{step}"], step=step)] for step in (1, 11, 21)}
+    page = tmp_path / "rollouts.html"
+    write_rollouts_page(page, "Rollouts", steps, falls=[11, 15])
+    shows = "document.querySelector('article .t')?.textContent === '{}'"
+    browser.open(page, shows.format("s1"))
+    links = "[...document.querySelectorAll('p a')].map(a => a.textContent)"
+    assert browser.js(links) == ["11"], "of the falls that are recorded"
+    browser.js("document.querySelector('p a').click()")
+    browser.wait(shows.format("s11"))
+    browser.js("location.hash = '#step=17'")
+    browser.wait(shows.format("s21"))
+    browser.wait("location.hash === '#step=21'")
+    browser.set_plain("step", "0")
+    browser.wait("location.hash === '#step=1'")
+    assert browser.log("browser") == []
 
 
 @pytest.mark.browser
@@ -431,6 +482,7 @@ def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
     """From a run of training to what a reader reads, every token of two responses."""
     train_rl.main(change(config, steps=1))
     experience, advantage, flow_reward = seen[0]
+    outcome = rlfr.outcome_advantage(experience.reward, 4, "grpo")
     episodes = experience.episodes
     browser.open(inspect_run(config.folder), READY)
     for sample in range(2):
@@ -445,7 +497,8 @@ def test_the_page_shows_the_tensors_of_the_step(browser, config, seen):
                 "log-prob": experience.old_logp[sample, k],
                 "entropy": experience.entropy[sample, k],
                 "advantage": advantage[sample, k],
+                "advantage − outcome": advantage[sample, k] - outcome[sample],
             }
             assert found["id"] == str(episodes[sample].response_ids[k])
             for name, value in expected.items():
-                assert number(found[name]) == pytest.approx(value.item(), rel=2e-5, abs=1e-9), name
+                assert number(found[name]) == pytest.approx(value.item(), rel=2e-5, abs=2e-6), name

@@ -2,17 +2,21 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, figures
 
+import rlfr
 import train_rl
 from infra import record
+from infra.metrics import read_metrics
 from infra.settings import change
-from pages import describe
+from pages import Recording, describe
 from policy import tap_layers
 from worlds import toy
 
@@ -29,6 +33,7 @@ def test_records_hold_the_tensors_of_the_step(config, seen, monkeypatch):
     assert list(files) == [1, 2]
     for step, (experience, advantage, flow_reward) in enumerate(seen):
         episodes = experience.episodes
+        outcomes = rlfr.outcome_advantage(experience.reward, 4, "grpo")
         records = record.read(files[step + 1])
         assert [(one["group"], one["sample"]) for one in records] == [
             (group, sample) for group in range(2) for sample in range(4)
@@ -43,6 +48,7 @@ def test_records_hold_the_tensors_of_the_step(config, seen, monkeypatch):
             }
             for name, values in tensors.items():
                 assert one[name] == pytest.approx(values[i, :length].tolist(), rel=1e-5), name
+            assert one["outcome"] == pytest.approx(outcomes[i].item(), rel=1e-5)
             assert one["dense_score"][1] == pytest.approx(
                 experience.dense_score[1, i, :length].tolist(), rel=1e-5
             )
@@ -108,17 +114,67 @@ def test_resuming_removes_the_rollouts_of_lost_steps(config):
     assert list(record.need_files(config.folder)) == [1, 2, 3]
 
 
-def test_which_steps_are_written():
-    due = [step + 1 for step in range(24) if describe.is_due(step, 24, 10)]
-    assert due == [1, 11, 21, 24]
-    assert not any(describe.is_due(step, 24, 0) for step in range(24))
+# ---- Which steps
+SIZES = SimpleNamespace(prompts=6, group_size=8, max_tokens=100)
+
+
+def test_which_steps_are_written(tmp_path):
+    for every, expected in ((10, [1, 11, 21, 24]), (0, [])):
+        recording = Recording(every, 24, SIZES, tmp_path)
+        due = [recording.groups_due(step, torch.zeros(2)) for step in range(24)]
+        assert [step + 1 for step in range(24) if due[step]] == expected
+        assert set(due) <= {0, record.N_GROUPS}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "falls"),
+    [
+        ([0.5] * 10 + [0.34], [11]),
+        ([0.5] * 10 + [0.36], []),
+        ([0.5] * 9 + [0.0], []),  # with too few before
+        ([0.0] * 5 + [0.5] * 10 + [0.34, 0.36], [16]),  # the last ten count
+        ([1.0] * 10 + [0.0] * 12, [*range(11, 20)]),  # a fall that lasts is the mean after nine
+    ],
+)
+def test_a_step_at_which_the_reward_fell_is_written_whole(tmp_path, rewards, falls):
+    metrics = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
+    assert record.find_falls(metrics) == falls
+    recording = Recording(1000, 1000, SIZES, tmp_path)
+    found = []
+    for step, line in enumerate(metrics):
+        reward = torch.tensor([line["reward"] - 0.01, line["reward"] + 0.01])
+        if recording.groups_due(step, reward) == SIZES.prompts:
+            found.append(step + 1)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert found == falls
+
+
+def test_a_resumed_run_knows_the_rewards_before(config, monkeypatch):
+    """A fall right after the checkpoint is written whole, as in the run that was not stopped."""
+    monkeypatch.setattr(record, "N_BEFORE", 2)
+    monkeypatch.setattr(record, "FALL", -2.0)  # each step with two before it counts as a fall
+    monkeypatch.setattr(record, "N_GROUPS", 1)
+    folder = Path(config.folder)
+    config = change(config, steps=4, log_rollouts=100, save_every=2, keep=2)
+    train_rl.main(config)
+    files = record.need_files(folder)
+    groups = {step: {one["group"] for one in record.read(file)} for step, file in files.items()}
+    assert {step: len(each) for step, each in groups.items()} == {1: 1, 3: 4, 4: 4}
+    assert record.find_falls(read_metrics(folder / "metrics.jsonl")) == [3, 4]
+    written = {step: file.read_bytes() for step, file in files.items()}
+    for lost in ("checkpoints/step-4", "policy", "flow"):
+        shutil.rmtree(folder / lost)
+    files[3].write_text("to be replaced")
+    train_rl.main(change(config, resume=config.folder))
+    assert {step: file.read_bytes() for step, file in record.need_files(folder).items()} == written
 
 
 def test_the_size_that_is_said_holds(config, capsys):
     train_rl.main(change(config, log_rollouts=1))
-    assert "rollouts of 2 steps go to rollouts/, 16 episodes each: at most" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "rollouts of 2 steps go to rollouts/, 16 episodes each: at most about" in said
+    assert "and 0.0 MB for each step at which the reward falls" in said
     for path in record.need_files(config.folder).values():
         assert path.stat().st_size < 16 * (16 * describe.BYTES_PER_TOKEN + 1000)
 
@@ -178,7 +234,8 @@ def test_a_long_row_of_half_characters_is_quick():
 
 
 def test_numbers_keep_six_digits():
-    assert describe.shorten([1 / 3, float("nan"), -12345678.0]) == [0.333333, None, -12345700.0]
+    numbers = [1 / 3, float("nan"), None, -12345678.0]
+    assert describe.shorten(numbers) == [0.333333, None, None, -12345700.0]
 
 
 # ---- Elsewhere
