@@ -35,7 +35,7 @@ from tqdm import tqdm
 import peers
 from common import machine
 from infra import parallel, waiting
-from worlds import toy
+from worlds import find_world
 
 TRL = peers.TRL
 
@@ -130,7 +130,7 @@ def find_work(settings: Settings) -> peers.Settings:
         rounds=settings.rounds,
         python=settings.python,
     )
-    world = toy.find_world(settings.model)
+    world = find_world(settings.model)
     if world is None:
         return work
     data = settings.data or world.path("train.jsonl")

@@ -46,7 +46,7 @@ from infra import parallel, waiting
 from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
 from infra.models import LoadingSettings, Model, end_tokens, find_model
-from worlds import offline_start, toy
+from worlds import offline_start
 
 TRL = "TRL"
 OURS = "ours"
@@ -139,7 +139,7 @@ def check_trl(python: str) -> None:
 
 def resolve(settings: Settings) -> Settings:
     """Make the embedded world and its flow, if they are asked for and are not there."""
-    world = toy.find_world(settings.model)
+    world = find_world(settings.model)
     if world is None:
         return settings
     flow = settings.flow

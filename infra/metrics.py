@@ -1,8 +1,6 @@
 """The figures of a run: metrics.jsonl, one JSON object a step."""
 
-import json
 import math
-from collections import deque
 from pathlib import Path
 
 from infra.files import need_keys, read_json_lines
@@ -32,16 +30,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for line in read_lines(path):
         steps.append({name: value for name, value in line.items() if value is not None})
     return steps
-
-
-def last_values(path: Path, name: str, n: int) -> list[float]:
-    """Return a figure of the last n steps of a run that goes on, the latest at the end."""
-    if not path.exists():
-        return []
-    values = []
-    with open(path, "rb") as file:
-        for line in deque(file, maxlen=n):
-            value = json.loads(line).get(name)
-            if value is not None:
-                values.append(value)
-    return values

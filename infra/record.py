@@ -31,30 +31,6 @@ from infra.files import need_keys, read_json_lines
 
 FOLDER = "rollouts"  # in a run's folder
 N_GROUPS = 4  # of a step that are written, the first ones, each as a whole
-FALL = 0.15  # of a step's mean reward below that of the steps before it: the step is written whole
-N_BEFORE = 10  # steps that it is compared with
-
-
-# ---- Falls of the reward
-def is_fall(reward: float, before: Sequence[float]) -> bool:
-    """Return whether a step's mean reward lies more than FALL below the mean of the last ones.
-
-    before: the mean rewards of earlier steps; with fewer than N_BEFORE of them nothing is a fall
-    """
-    last = before[-N_BEFORE:]
-    return len(last) == N_BEFORE and reward < sum(last) / N_BEFORE - FALL
-
-
-def find_falls(metrics: Sequence[dict[str, float]]) -> list[int]:
-    """Return the steps of a run at which the reward fell; metrics: the figures of each step."""
-    falls = []
-    before: list[float] = []
-    for line in metrics:
-        if "reward" in line:
-            if is_fall(line["reward"], before):
-                falls.append(line["step"])
-            before.append(line["reward"])
-    return falls
 
 
 # ---- Tables

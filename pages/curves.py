@@ -19,6 +19,7 @@ import flow as fl
 from infra import record
 from infra.files import read_json
 from infra.metrics import read_metrics
+from pages.falls import FALL, N_BEFORE, find_falls
 from pages.page import FOLDER, escape, fill, make_page, write_page
 
 MAX_POINTS = 300  # of a line; more steps are averaged
@@ -717,12 +718,12 @@ def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
                 f" Its responses, token by token: <a href={ROLLOUTS}>{ROLLOUTS}</a>; a click on a "
                 "chart, or Enter, opens those of the nearest recorded step."
             )
-        falls = record.find_falls(run.metrics)
+        falls = find_falls(run.metrics)
         if falls:
             links = [step_link(step, recorded) for step in falls]
             html += (
-                f" <b>The reward fell</b> by more than {record.FALL} below the mean of the "
-                f"{record.N_BEFORE} steps before at step {', '.join(links)}."
+                f" <b>The reward fell</b> by more than {FALL} below the mean of the "
+                f"{N_BEFORE} steps before at step {', '.join(links)}."
             )
         html += "</p>"
     return html

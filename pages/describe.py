@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from infra import record, vision
-from infra.metrics import last_values
 from infra.parallel import is_first
+from pages.falls import N_BEFORE, is_fall, last_values
 
 BYTES_PER_TOKEN = 100  # of a file, about: ten numbers and a text
 BROKEN = "\ufffd"  # what a decoder puts for bytes that are no character
@@ -47,8 +47,8 @@ class Recording(NamedTuple):
         """
         if not self.every or not is_first():
             return 0
-        before = last_values(self.folder / "metrics.jsonl", "reward", record.N_BEFORE)
-        if record.is_fall(reward.mean().item(), before):
+        before = last_values(self.folder / "metrics.jsonl", "reward", N_BEFORE)
+        if is_fall(reward.mean().item(), before):
             return self.sampling.prompts
         if self.is_regular(step):
             return self.regular_groups()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from infra import record
 from infra.metrics import read_metrics
+from pages.falls import find_falls
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
 
 MAX_BYTES = 2.9e6  # of the rollouts in a page
@@ -45,7 +46,7 @@ def inspect_run(folder: str | Path) -> Path:
         steps[step] = record.read(path)
     falls: list[int] = []
     if (folder / "metrics.jsonl").is_file():
-        falls = record.find_falls(read_metrics(folder / "metrics.jsonl"))
+        falls = find_falls(read_metrics(folder / "metrics.jsonl"))
     title = f"Rollouts of {folder.resolve().name}"
     return write_rollouts_page(folder / "rollouts.html", title, steps, falls)
 

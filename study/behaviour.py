@@ -38,6 +38,7 @@ from evidence import BLUE, ORANGE, STYLE, plt, save
 from flow_signal import auc, resampling_weights
 from infra import record
 from infra.metrics import read_metrics
+from pages.falls import find_falls
 
 SIDES = (("right", True, BLUE), ("not right", False, ORANGE))
 N_TOKENS = 8  # of a table, at either end
@@ -372,7 +373,7 @@ def split_periods(run: str) -> dict[str, list[dict]]:
     """Return the records of the first and of the last third of the recorded steps."""
     files = record.need_files(run)
     # a step at which the reward fell is not recorded for its number: it is no sample of the run
-    falls = record.find_falls(read_metrics(Path(run, "metrics.jsonl")))
+    falls = find_falls(read_metrics(Path(run, "metrics.jsonl")))
     steps = [step for step in files if step not in falls]
     size = max(1, len(steps) // 3)
     periods = {}

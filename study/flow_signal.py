@@ -48,7 +48,7 @@ from infra.rows import read_rows
 from infra.settings import change
 from infra.solutions import load_solutions
 from policy import Policy, load_policy, tap_layers
-from worlds import toy
+from worlds import find_world, toy
 
 TIMES = (0.2, 0.5, 0.8)
 PUBLISHED = TIMES.index(0.8)  # the time of the published score
@@ -516,7 +516,7 @@ def measure_repeats(question: Question, scored: Scored) -> list[dict]:
 def measure_world(world: str, settings: Settings, report) -> None:
     """Measure everything about a world; report(part, figures) after each part."""
     folder = Path(settings.folder)
-    made = toy.find_world(world)
+    made = find_world(world)
     if made.habit == "repeating":
         raise ValueError(
             f"{world}: its short work has as many working steps as careful work, which this program "
@@ -555,7 +555,7 @@ def measure_drift(world: str, settings: Settings) -> list[dict]:
     The responses are to problems that the run does not train on.
     """
     folder = Path(settings.folder)
-    made = toy.find_world(world)
+    made = find_world(world)
     offline = folder / Fit(world).name / "flow"
     run = folder / f"{world}-run"
     run_rl(world, settings.rl_steps, offline, run)

@@ -59,6 +59,13 @@ FOREIGN_FLAGS = {
     "--deadline",
     "--solution",
     "--jsonl",
+    # of Chromium
+    "--headless",
+    "--hide-scrollbars",
+    "--force-device-scale-factor",
+    "--window-size",
+    "--virtual-time-budget",
+    "--screenshot",
 }
 
 

@@ -17,6 +17,7 @@ from infra import record
 from infra.metrics import read_metrics
 from infra.settings import change
 from pages import Recording, describe
+from pages import falls as falls_of
 from policy import tap_layers
 from worlds import toy
 
@@ -138,7 +139,7 @@ def test_which_steps_are_written(tmp_path):
 )
 def test_a_step_at_which_the_reward_fell_is_written_whole(tmp_path, rewards, falls):
     metrics = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
-    assert record.find_falls(metrics) == falls
+    assert falls_of.find_falls(metrics) == falls
     recording = Recording(1000, 1000, SIZES, tmp_path)
     found = []
     for step, line in enumerate(metrics):
@@ -152,8 +153,9 @@ def test_a_step_at_which_the_reward_fell_is_written_whole(tmp_path, rewards, fal
 
 def test_a_resumed_run_knows_the_rewards_before(config, monkeypatch):
     """A fall right after the checkpoint is written whole, as in the run that was not stopped."""
-    monkeypatch.setattr(record, "N_BEFORE", 2)
-    monkeypatch.setattr(record, "FALL", -2.0)  # each step with two before it counts as a fall
+    monkeypatch.setattr("pages.falls.N_BEFORE", 2)
+    monkeypatch.setattr("pages.describe.N_BEFORE", 2)
+    monkeypatch.setattr("pages.falls.FALL", -2.0)  # each step with two before it counts as a fall
     monkeypatch.setattr(record, "N_GROUPS", 1)
     folder = Path(config.folder)
     config = change(config, steps=4, log_rollouts=100, save_every=2, keep=2)
@@ -161,7 +163,7 @@ def test_a_resumed_run_knows_the_rewards_before(config, monkeypatch):
     files = record.need_files(folder)
     groups = {step: {one["group"] for one in record.read(file)} for step, file in files.items()}
     assert {step: len(each) for step, each in groups.items()} == {1: 1, 3: 4, 4: 4}
-    assert record.find_falls(read_metrics(folder / "metrics.jsonl")) == [3, 4]
+    assert falls_of.find_falls(read_metrics(folder / "metrics.jsonl")) == [3, 4]
     written = {step: file.read_bytes() for step, file in files.items()}
     for lost in ("checkpoints/step-4", "policy", "flow"):
         shutil.rmtree(folder / lost)

@@ -12,6 +12,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 import flow as fl
+import worlds
 from worlds import toy
 
 sys.path += [str(ROOT / "study"), str(ROOT / "study" / "rewards")]
@@ -232,9 +233,9 @@ def measured(world, tmp_path_factory):
     """Figures of the small world: its flow untrained, and after the offline start."""
     folder = tmp_path_factory.mktemp("signal")
     file = folder / "signal.json"
-    known = toy.WORLDS["toy"]
+    known = worlds.WORLDS["toy"]
     resamples = flow_signal.N_RESAMPLES
-    toy.WORLDS["toy"] = world
+    worlds.WORLDS["toy"] = world
     flow_signal.N_RESAMPLES = 20
     try:
         flow_signal.main(
@@ -250,7 +251,7 @@ def measured(world, tmp_path_factory):
             )
         )
     finally:
-        toy.WORLDS["toy"] = known
+        worlds.WORLDS["toy"] = known
         flow_signal.N_RESAMPLES = resamples
     return folder, file
 
