@@ -70,7 +70,7 @@ CHARTS = {
         ),
         Kind(
             "Flow reward a response",
-            "Sum over its tokens; it helps if right responses get more than wrong ones.",
+            "Of its tokens together; it helps if right responses get more than wrong ones.",
             tuple(f"flow/reward{side}" for side in SIDES),
         ),
         Kind(
