@@ -33,7 +33,7 @@ PAGES = (
     "docs/walkthrough.md",
     "grading/README.md",
 )
-# Flags of torchrun, hf, rewards.py, benchmarks/, study/, and of one form of inspector.py
+# Flags of torchrun, hf, chromium, rewards.py, benchmarks/, study/, and of one form of inspector.py
 FOREIGN_FLAGS = {
     "--out",
     "--overwrite",
@@ -50,6 +50,12 @@ FOREIGN_FLAGS = {
     "--json",
     "--deadline",
     "--jsonl",
+    "--headless",
+    "--hide-scrollbars",
+    "--force-device-scale-factor",
+    "--window-size",
+    "--virtual-time-budget",
+    "--screenshot",
 }
 
 
