@@ -40,7 +40,10 @@ from worlds import PRESETS
 
 @dataclass(frozen=True)
 class Config(train_rl.Config):
-    """Look at rollouts of a model; the settings are those of train_rl.py."""
+    """Look at rollouts of a model; the settings are those of train_rl.py.
+
+    A run's folder alone shows its rollouts; --jsonl FILE those of TRL, verl or prime-rl.
+    """
 
     sampling: rollout.SamplingSettings = rollout.SamplingSettings(prompts=4)
 

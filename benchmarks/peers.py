@@ -46,7 +46,7 @@ from infra import parallel, waiting
 from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
 from infra.models import LoadingSettings, Model, end_tokens, find_model
-from worlds import offline_start
+from worlds import find_world, offline_start
 
 TRL = "TRL"
 OURS = "ours"

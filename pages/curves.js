@@ -16,7 +16,7 @@ function read(figure, place) {
   figure.querySelector('small').textContent = `step ${step}`;
   figure.dataset.step = step;
   const cursor = figure.querySelector('.cursor');
-  const x = 46 + 304 * (step - first) / Math.max(1, last - first);
+  const x = 50 + 300 * (step - first) / Math.max(1, last - first);
   cursor.setAttribute('x1', x);
   cursor.setAttribute('x2', x);
   cursor.removeAttribute('visibility');
@@ -40,7 +40,7 @@ for (const figure of figures) {
   const placeUnder = event => {
     const box = svg.getBoundingClientRect();
     const x = 360 * (event.clientX - box.left) / box.width;
-    return first + (last - first) * (x - 46) / 304;
+    return first + (last - first) * (x - 50) / 300;
   };
   svg.onpointermove = event => moveTo(nearest(stepsOf[figure.dataset.chart], placeUnder(event)));
   svg.onclick = event => {

@@ -27,7 +27,7 @@ N_COLOURS = 8
 ROLLOUTS = "rollouts.html"  # the page of responses, in the folder of a run
 WIDTH, HEIGHT = 360, 180  # of a chart, with its labels; curves.js has the same numbers
 ROW_HEIGHT = 36  # of a chart that is a row
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # room around the lines
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 22  # room around the lines
 
 
 class Kind(NamedTuple):
@@ -71,7 +71,7 @@ CHARTS = {
         ),
         Kind(
             "Flow reward a response",
-            "Sum over its tokens; it helps if right responses get more than wrong ones.",
+            "Of its tokens together; it helps if right responses get more than wrong ones.",
             tuple(f"flow/reward{side}" for side in SIDES),
         ),
         Kind(

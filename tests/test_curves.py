@@ -252,7 +252,7 @@ def test_values_are_read_off_the_charts(browser, tmp_path):
     box = browser.js(
         f"(r => [r.left, r.top, r.width])({figure}.querySelector('svg').getBoundingClientRect())"
     )
-    x = box[0] + box[2] * 46 / 360  # the left end of the axis
+    x = box[0] + box[2] * 50 / 360  # the left end of the axis
     browser.js(
         f"{figure}.querySelector('svg').dispatchEvent("
         f"new PointerEvent('pointermove', {{clientX: {x}, clientY: {box[1] + 9}}}))"
@@ -289,7 +289,7 @@ def test_a_chart_leads_to_the_nearest_recorded_step(browser, tmp_path, how):
         box = browser.js(
             "(r => [r.left, r.top, r.width])(document.querySelector('svg').getBoundingClientRect())"
         )
-        x = box[0] + box[2] * (46 + 304 * 25 / 29) / 360  # step 26
+        x = box[0] + box[2] * (50 + 300 * 25 / 29) / 360  # step 26
         event = f"new PointerEvent('click', {{clientX: {x}, clientY: {box[1] + 9}}})"
         browser.js(f"document.querySelector('svg').dispatchEvent({event})")
     browser.wait("document.title === 'Rollouts' && location.hash === '#step=21'")
