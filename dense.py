@@ -310,9 +310,7 @@ class DenseReward:
         values: of each micro-batch, (M,) or (L, M)
         """
         if torch.is_tensor(values):
-            raise ValueError(
-                f"{self.name}: calibrate() got one tensor; expected one for each micro-batch"
-            )
+            raise ValueError(f"{self.name}: calibrate() got a tensor; expected several, one a part")
         of_all = torch.cat(list(values), dim=-1)
         self.keep(expert_mean=of_all.mean(dim=-1), expert_spread=of_all.std(dim=-1))
 

@@ -227,10 +227,7 @@ def read_weight(part: str, text: str) -> float:
 LARGEST = 1e9  # of a value or a weight: single precision holds the squares of their products
 # Of a user's function; the last two may be left out
 ARGUMENTS = ("problem", "response", "answer", "solution")
-EXPECTED_SIGNATURE = (
-    "reward(problem, response), reward(problem, response, answer) or "
-    "reward(problem, response, answer, solution)"
-)
+EXPECTED_SIGNATURE = "reward(problem, response), perhaps with answer, or answer and solution"
 EXPECTED_RESULT = (
     f'a finite number within ±{LARGEST:g}, or {{"reward": such a number, "text": a text for logs}}'
 )
