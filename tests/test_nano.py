@@ -301,6 +301,18 @@ def test_the_notebook_runs(world):
     assert "Recorded steps: 2, groups of each: 2." in page
 
 
+def test_the_notebook_is_its_source_and_small():
+    """The page of the folder, course/README.md, says how it is written anew."""
+    file = SOURCE.with_name("nano.ipynb")
+    assert file.stat().st_size < 600_000
+    written = nbformat.read(file, as_version=4)
+    source = jupytext.read(SOURCE)
+    cells = [[(cell.cell_type, cell.source) for cell in each.cells] for each in (written, source)]
+    assert cells[0] == cells[1]
+    printed, shown = outputs_of(written)
+    assert printed.count("held-out problems") == 2 and len(shown) > 8
+
+
 @pytest.mark.slow
 def test_the_notebook_learns(tmp_path):
     """With its own parameters: base 30 to 60 % right, trained at least 80 %, sampled."""
