@@ -339,7 +339,7 @@ BAD = {
     ),
     "calibrated": (
         "    def __init__(self, settings, host):\n        self.calibrate(torch.zeros(2, 3))\n",
-        r"calibrate\(\) got one tensor; expected one for each micro-batch",
+        r"calibrate\(\) got a tensor; expected several, one a part",
     ),
     "shaped": (
         "    def score(self, part):\n        return part.output.logp\n"
