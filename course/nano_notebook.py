@@ -292,6 +292,7 @@ def records_of(step, n_groups=2):
     problems, tokens, mask, reward, numbers, by_tap = kept[step]
     taps = [round(depth * len(policy.model.layers)) for depth in nano.DEPTHS]
     scores = [torch.zeros(mask.shape).masked_scatter(mask, of_tap) for of_tap in by_tap]
+    outcome = nano.advantages(reward, torch.zeros(mask.shape))[:, 0]
     records = []
     for i in range(n_groups * nano.GROUP_SIZE):
         length = int(mask[i].sum())
@@ -309,6 +310,7 @@ def records_of(step, n_groups=2):
             "response": tokenizer.decode(ids, skip_special_tokens=True),
             "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length",
             "reward": reward[i].item(),
+            "outcome": outcome[i].item(),
             "parts": {"binary": reward[i].item()},
             "correct": is_right,
             "verdict": "right" if is_right else "wrong",
