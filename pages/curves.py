@@ -321,9 +321,12 @@ def chart_of(runs: Sequence[RunFiles], kind: Kind) -> Chart:
                 lines.append(line)
     chart = on_axes(kind.title, lines)
     chart.says = kind.says
-    chart.is_log = kind.is_log and all(value > 0 for line in lines for value in line.values)
+    values = [value for line in lines for value in line.values]
     if "flow/score" in kind.metrics and len(runs) == 1:
         chart.level = expert_level(runs[0])
+        if chart.level is not None:
+            values.append(chart.level)  # 0 where the score is an excess
+    chart.is_log = kind.is_log and all(value > 0 for value in values)
     return chart
 
 
