@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, find_model_in, read_lines, small_run
 
 sys.path.append(str(ROOT / "study"))
+import accept
 import dense
 import evidence
 import figures
@@ -389,7 +390,7 @@ def test_the_committed_page_has_the_tables_of_the_committed_figures():
 
 def test_flags_that_the_page_names():
     known = {"--expert-policy", "--expert-solutions", "--check"}
-    for config in (train_rl.Config(), train_flow.Config(), study.Study()):
+    for config in (train_rl.Config(), train_flow.Config(), study.Study(), accept.Settings()):
         for name in flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", PAGE.read_text())) <= known
