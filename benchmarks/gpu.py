@@ -1,6 +1,6 @@
 """What RLFR costs on one GPU, with random weights of a real shape: seconds, tokens a second, memory.
 
-    python benchmarks/gpu.py --json gpu.json                     all jobs of PLAN, in 20 minutes
+    python benchmarks/gpu.py --json gpu.json                     all jobs of PLAN, in an hour at most
     python benchmarks/gpu.py --jobs correct learn-1.5B           some of them
     python benchmarks/gpu.py --engine none                       without those that sample
     python benchmarks/gpu.py --part learn --shape 7B --layers 8  one part, in this process
@@ -87,7 +87,7 @@ class Settings:
     # One part, in this process; by default the jobs of PLAN, each in its own
     part: Literal["correct", "learn", "profile", "offline", "steps"] | None = None
     jobs: tuple[str, ...] | None = None  # Names in PLAN; by default all
-    limit: float = 1200  # Seconds for all jobs together
+    limit: float = 3600  # Seconds for all jobs together
     shape: str | None = (
         None  # Shape of the policy: tiny, toy, small, 1.5B or 7B; by default the plan's
     )
@@ -98,6 +98,7 @@ class Settings:
     prompt_tokens: int = 128  # Tokens of a prompt
     response_tokens: int = 1024  # Longest response; half of that on average in learn and offline
     steps: int = 3  # Whole steps; the first is a warm-up
+    lora_rank: int = 0  # Rank of adapters that learn in whole steps; 0: all weights do
     engine: Literal["auto", "vllm", "torch", "none"] = "auto"  # What samples; none: no whole steps
     tokens_per_gpu: int = 16_384  # Tokens of a micro-batch
     # Trainer in host memory while the engine samples, or always
@@ -114,6 +115,8 @@ class Job(NamedTuple):
     shape: str
     layers: int | None
     timeout: int  # seconds
+    steps: int | None = None  # whole steps; by default the setting
+    lora_rank: int = 0  # of adapters that learn in place of the weights
 
 
 PLAN = {
@@ -123,6 +126,7 @@ PLAN = {
     "profile-1.5B": Job("profile", "1.5B", None, 60),
     "offline-1.5B": Job("offline", "1.5B", None, 60),
     "learn-7B": Job("learn", "7B", 4, 180),  # with its optimiser, four layers fit on any GPU
+    "adapters-7B": Job("steps", "7B", None, 2400, steps=30, lora_rank=32),
 }
 
 
@@ -151,6 +155,8 @@ def run_job(job: Job, settings: Settings, file: Path, timeout: float) -> dict:
         jobs=None,
         shape=settings.shape or job.shape,
         layers=settings.layers or job.layers,
+        steps=job.steps or settings.steps,
+        lora_rank=job.lora_rank,
         json=str(file),
     )
     command = [sys.executable, __file__, *flags(chosen)]
@@ -688,6 +694,7 @@ def run_steps(settings: Settings, shape: Shape, folder: Path) -> list[dict]:
         max_prompt_tokens=settings.prompt_tokens,
         max_tokens=settings.response_tokens,
         steps=settings.steps,
+        lora_rank=settings.lora_rank,
         max_sequences=n_episodes,
         engine=settings.engine,
         tokens_per_gpu=settings.tokens_per_gpu,
@@ -697,7 +704,7 @@ def run_steps(settings: Settings, shape: Shape, folder: Path) -> list[dict]:
         save_every=0,
     )
     train_rl.main(config)
-    return read_metrics(folder / "run" / "metrics.jsonl")
+    return parallel.on_first(lambda: read_metrics(folder / "run" / "metrics.jsonl"))
 
 
 def medians(lines: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -710,11 +717,18 @@ def medians(lines: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def measure_steps(settings: Settings, shape: Shape) -> dict:
-    """Measure whole steps: seconds, tokens a second and utilisation of each phase."""
+    """Measure whole steps: seconds, tokens a second and utilisation of each phase.
+
+    With torchrun, on several GPUs of one node: tokens and utilisation are of all ranks together, in
+    units of one GPU.
+    """
     rate = matrix_rate()
     with tempfile.TemporaryDirectory() as name:
-        write_inputs(Path(name), settings, shape)
-        lines = run_steps(settings, shape, Path(name))
+        folder = Path(parallel.on_first(lambda: name))
+        parallel.on_first(lambda: write_inputs(folder, settings, shape))
+        lines = run_steps(settings, shape, folder)
+    if not parallel.is_first():
+        return {}
     figures = medians(lines[1:])
     n_episodes = settings.prompts * settings.group_size
     n_response = n_episodes * figures["length"]
