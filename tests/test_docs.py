@@ -59,6 +59,9 @@ FOREIGN_FLAGS = {
     "--deadline",
     "--solution",
     "--jsonl",
+    # of benchmarks/first_gpu.py
+    "--list",
+    "--compare",
     # of Chromium
     "--headless",
     "--hide-scrollbars",
