@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import flow as fl
 from infra import record
 from infra.files import read_json
 from infra.metrics import read_metrics
-from pages.falls import FALL, N_BEFORE, find_falls
+from pages.falls import say_falls
 from pages.page import FOLDER, escape, fill, make_page, write_page
 
 MAX_POINTS = 300  # of a line; more steps are averaged
@@ -721,14 +722,7 @@ def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
                 f" Its responses, token by token: <a href={ROLLOUTS}>{ROLLOUTS}</a>; a click on a "
                 "chart, or Enter, opens those of the nearest recorded step."
             )
-        falls = find_falls(run.metrics)
-        if falls:
-            links = [step_link(step, recorded) for step in falls]
-            html += (
-                f" <b>The reward fell</b> by more than {FALL} below the mean of the "
-                f"{N_BEFORE} steps before at step {', '.join(links)}."
-            )
-        html += "</p>"
+        html += f" {say_falls(run.metrics, partial(step_link, recorded=recorded))}</p>"
     return html
 
 

@@ -1,5 +1,6 @@
 const LONG = 3000;  // tokens of a response that are added at a time
 const ROWS = 12;  // of the table of tokens, at a time
+const ANSWERS = 5;  // of a problem, the most frequent ones
 const $ = id => document.getElementById(id);
 const form = document.forms[0];
 const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in rollouts.py
@@ -39,25 +40,48 @@ function mean(numbers) {
 }
 
 // Add to a response what is not in the file: the mean over taps of its scores, what its advantage
-// has beyond that of the outcome, and where it leaves the right responses to its problem.
+// has beyond that of the outcome, and where it leaves what is right.
 function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
   response.beyond = response.advantage.map(x => x === null ? null : x - response.outcome);
   response.leaves = response.correct ? null : leavingPlace(response, group);
+  response.left = nRight(group) ? 'the right ones' : 'the solution';
 }
 
+const nRight = group => group.responses.filter(r => r.correct).length;
+
 // The place of the first token that no right response has after the same tokens; null if there is
-// none: no response is right, or a right one begins with all of this one.
+// none: a right one begins with all of this one. Where no response is right, the solution of the
+// data stands for them, if the policy writes as such solutions do.
 function leavingPlace(response, group) {
   const right = group.responses.filter(r => r.correct);
-  if (!right.length) return null;
-  const place = Math.max(...right.map(r => commonLength(response.tokens, r.tokens)));
+  if (!right.length && !(group.solution && writesSolutions())) return null;
+  const place = right.length
+    ? Math.max(...right.map(r => commonLength(response.tokens, r.tokens)))
+    : lengthWithin(response.tokens, group.solution);
   return place < response.tokens.length ? place : null;
+}
+
+// Whether some right response of the step is the solution of its problem, word for word.
+function writesSolutions() {
+  return groups.some(group => group.solution
+    && group.responses.some(r => r.correct && r.tokens.join('').startsWith(group.solution)));
 }
 
 function commonLength(a, b) {
   let n = 0;
   while (n < a.length && n < b.length && a[n] === b[n]) n += 1;
+  return n;
+}
+
+// How many tokens stand at the beginning of a text.
+function lengthWithin(tokens, text) {
+  let n = 0;
+  let read = '';
+  while (n < tokens.length && text.startsWith(read + tokens[n])) {
+    read += tokens[n];
+    n += 1;
+  }
   return n;
 }
 
@@ -147,7 +171,7 @@ function tokens(response, from) {
     token.place = from + i;
     if (token.place === response.leaves) {
       token.classList.add('leaves');
-      token.title = 'Here it leaves the right responses';
+      token.title = `Here it leaves ${response.left}`;
     }
     token.tabIndex = from + i ? -1 : 0;
     return token;
@@ -164,10 +188,10 @@ function card(response) {
   const ofOutcome = response.outcome === null ? '' : ` (outcome ${show(response.outcome, 3)})`;
   if (advantage !== null) facts.push(`advantage ${show(advantage, 3)}${ofOutcome}`);
   if (data.dense) {
-    const sum = response.dense_reward.reduce((a, b) => a + b, 0);
+    const sum = sumOf(response);
     facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);
   }
-  if (response.leaves !== null) facts.push(`leaves the right ones at token ${response.leaves + 1}`);
+  if (response.leaves !== null) facts.push(`leaves ${response.left} at token ${response.leaves + 1}`);
   const head = element('h2', [
     element('span', `sample ${response.sample}`), badge,
     element('span', response.extracted ?? 'no answer'), element('small', facts.join(' · ')),
@@ -194,13 +218,42 @@ function card(response) {
 }
 
 function problem(group) {
-  const answers = [group.answer].flat().join(' or ');
-  const parts = [element('h2', `Problem ${group.problem}, right answer ${answers}`)];
-  parts.push(element('div', group.question, 'text block'));
+  const right = [group.answer].flat().join(' or ');
+  const parts = [element('h2', `Problem ${group.problem}, right answer ${right}`)];
+  parts.push(element('div', group.question, 'text block'), element('p', answers(group)));
   if (group.images.length) parts.push(element('p', `Images: ${group.images.join(', ')}`, 'images'));
-  const prompt = element('details', [element('summary', 'Prompt'), element('code', group.prompt, 'block')]);
-  $('problem').replaceChildren(...parts, prompt);
+  if (group.solution) {
+    parts.push(folded('Solution', group.solution));
+    parts.at(-1).open = !nRight(group);  // there is nothing else to compare with
+  }
+  $('problem').replaceChildren(...parts, folded('Prompt', group.prompt));
 }
+
+const folded = (title, text) =>
+  element('details', [element('summary', title), element('code', text, 'block')]);
+
+// Which answers the responses to a problem give, how often, and whether the outcome tells them apart.
+function answers(group) {
+  const counts = new Map();
+  for (const {extracted} of group.responses) {
+    const answer = extracted || 'none';
+    counts.set(answer, (counts.get(answer) ?? 0) + 1);
+  }
+  const sorted = [...counts].sort((a, b) => b[1] - a[1]).slice(0, ANSWERS);
+  const others = counts.size > ANSWERS ? `, ${counts.size - ANSWERS} others` : '';
+  const given = sorted.map(([answer, n]) => `${visible(answer)} (${n} of ${group.responses.length})`);
+  const isEqual = new Set(group.responses.map(r => r.reward)).size === 1;
+  const teaches = isEqual && (data.dense || data.known.includes('outcome'))  // of a run of ours
+    ? ' All rewards are equal, so that the outcome gives no advantage here.' : '';
+  const edges = edgesOf(group.responses);
+  const sees = data.dense && edges.length
+    ? ` The ${REWARD} penalises ${nPenalised(edges)} of ${edges.length} tokens with a red edge.` : '';
+  return `Answers given: ${given.join(', ')}${others}.${teaches}${sees}`;
+}
+
+// The dense rewards at which wrong responses leave what is right, and how many of rewards are penalties.
+const edgesOf = those => those.filter(r => r.leaves !== null).map(r => r.dense_reward[r.leaves]);
+const nPenalised = rewards => rewards.filter(x => x < 0).length;
 
 function passes(response) {
   const verdict = form.verdict.value;
@@ -218,11 +271,31 @@ function outcomes() {
   const of = key => side => mean(side.flatMap(r => r[key]));
   if (data.dense) {
     line(SCORE, of('mean_score'));
-    line(`${REWARD} a response`, side => mean(side.map(r => r.dense_reward.reduce((a, b) => a + b, 0))));
+    line(`${REWARD} a response`, side => mean(side.map(sumOf)));
   }
   line('entropy', of('entropy'));
   line('log-prob', of('logp'));
   $('outcomes').replaceChildren(...table);
+  $('verdict').textContent = data.dense ? verdict(...sides) : '';
+}
+
+const sumOf = response => response.dense_reward.reduce((a, b) => a + b, 0);
+
+// Say whether the dense reward prefers right responses, and whether it sees where wrong ones go wrong.
+function verdict(right, wrong) {
+  let said = '';
+  if (right.length && wrong.length) {
+    const more = mean(right.map(sumOf)) > mean(wrong.map(sumOf)) ? 'more' : 'no more';
+    said += `Right responses get ${more} ${REWARD} than the others. `;
+  }
+  const edges = edgesOf(wrong);
+  const all = responses().flatMap(r => r.dense_reward).filter(x => x !== null);
+  const percent = rewards => `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %`;
+  if (edges.length) {
+    said += `The ${REWARD} penalises ${nPenalised(edges)} of the ${edges.length} tokens with a red edge, at which wrong `
+      + `responses leave what is right: ${percent(edges)}, and of all tokens ${percent(all)}.`;
+  }
+  return said;
 }
 
 // Count the tokens of the step that the policy sampled by their text.
@@ -314,8 +387,7 @@ function view() {
   problem(group);
   const shown = group.responses.filter(passes);
   $('list').replaceChildren(...shown.map(card));
-  const right = group.responses.filter(r => r.correct).length;
-  $('count').value = `${shown.length} of ${group.responses.length} responses shown · ${right} right`;
+  $('count').value = `${shown.length} of ${group.responses.length} responses shown · ${nRight(group)} right`;
   outcomes();
   tokenTable();
   paint();
@@ -329,18 +401,23 @@ async function step() {
   if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
   groups = unpacked;
   for (const group of groups) for (const response of group.responses) prepare(response, group);
-  const mixed = group => new Set(group.responses.map(r => r.correct)).size > 1;
-  const isFirst = !form.group.options.length;
-  const kept = Math.max(0, isFirst ? groups.findIndex(mixed) : form.group.selectedIndex);
-  form.group.replaceChildren(...groups.map(group => {
-    const right = group.responses.filter(r => r.correct).length;
-    return element('option', `${group.problem} (${right} of ${group.responses.length} right)`);
-  }));
+  const kept = problemToShow(chosen.step);
+  form.group.replaceChildren(...groups.map(group =>
+    element('option', `${group.problem} (${nRight(group)} of ${group.responses.length} right)`)));
   form.group.selectedIndex = Math.min(kept, groups.length - 1);
   $('now').value = `${chosen.step} of ${data.steps.at(-1).step}`;
   history.replaceState(null, '', `#step=${chosen.step}`);
   rows = ROWS;
   view();
+}
+
+// The problem that a step begins with: where the reward fell, the one with the fewest right responses;
+// elsewhere the one that the reader has chosen, or at first one with right and wrong responses.
+function problemToShow(number) {
+  const shares = groups.map(group => nRight(group) / group.responses.length);
+  if (data.falls.includes(number)) return shares.indexOf(Math.min(...shares));
+  if (form.group.options.length) return form.group.selectedIndex;
+  return Math.max(0, shares.findIndex(share => share > 0 && share < 1));
 }
 
 // Show the recorded step nearest to that of the address, #step=N.

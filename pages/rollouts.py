@@ -6,12 +6,13 @@ and are unpacked when the reader comes to the step.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from infra import record
 from infra.metrics import read_metrics
-from pages.falls import find_falls
+from pages.falls import find_lowest, say_falls
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
 
 MAX_BYTES = 2.9e6  # of the rollouts in a page
@@ -44,26 +45,28 @@ def inspect_run(folder: str | Path) -> Path:
     steps = {}
     for step, path in record.need_files(folder).items():
         steps[step] = record.read(path)
-    falls: list[int] = []
+    metrics: list[dict[str, float]] = []
     if (folder / "metrics.jsonl").is_file():
-        falls = find_falls(read_metrics(folder / "metrics.jsonl"))
+        metrics = read_metrics(folder / "metrics.jsonl")
     title = f"Rollouts of {folder.resolve().name}"
-    return write_rollouts_page(folder / "rollouts.html", title, steps, falls)
+    return write_rollouts_page(folder / "rollouts.html", title, steps, metrics)
 
 
 def write_rollouts_page(
     path: Path,
     title: str,
     steps: dict[int, list[dict]],
-    falls: Sequence[int] = (),
+    metrics: Sequence[dict[str, float]] = (),
     max_bytes: float = MAX_BYTES,
 ) -> Path:
     """Write the page of a run's records by step, of at most about max_bytes, and return its path.
 
     Where they do not fit, later groups of each step are left out, and then steps; the page says so.
 
-    falls: steps at which the reward fell, which are left out last and have a link each
+    metrics: the figures of each step, which say where the reward fell; these steps are left out last,
+        have a link each and begin with the problem that has the fewest right responses
     """
+    falls = find_lowest(metrics)
     first = next(iter(steps.values()))[0]
     packed = {step: list(pack_groups(records)) for step, records in steps.items()}
     chosen = choose(packed, falls, max_bytes)
@@ -72,12 +75,13 @@ def write_rollouts_page(
         "dense": first["dense"],
         "taps": first["taps"],
         "known": known,
+        "falls": falls,
         "steps": [{"step": step, "groups": groups} for step, groups in chosen.items()],
     }
     body = fill(
         FOLDER / "rollouts.html",
         about=escape(describe(packed, chosen)),
-        falls=fall_links([step for step in falls if step in chosen]),
+        falls=say_falls(metrics, partial(step_link, chosen=chosen)),
         last=str(len(chosen) - 1),
     )
     page = make_page(title, body, data, FOLDER / "rollouts.css", FOLDER / "rollouts.js")
@@ -91,6 +95,7 @@ def pack_groups(records: list[dict]) -> Iterator[str]:
         groups.setdefault(one["group"], []).append(one)
     for members in groups.values():
         group = {name: members[0][name] for name in OF_THE_GROUP}
+        group["solution"] = members[0].get("solution")  # where the data has one
         group["responses"] = [{name: one[name] for name in OF_A_RESPONSE} for one in members]
         yield pack(json.dumps(group, ensure_ascii=False))
 
@@ -102,12 +107,9 @@ def any_number(value: object) -> bool:
     return value is not None
 
 
-def fall_links(steps: Sequence[int]) -> str:
-    """Lay out links to the steps at which the reward fell, if there are any."""
-    if not steps:
-        return ""
-    links = ", ".join(f"<a href=#step={step}>{step}</a>" for step in steps)
-    return f"<b>The reward fell</b> at step {links}."
+def step_link(step: int, chosen: Container[int]) -> str:
+    """Lay out a step, as a link where the page has it."""
+    return f"<a href=#step={step}>{step}</a>" if step in chosen else str(step)
 
 
 def choose(

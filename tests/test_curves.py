@@ -163,6 +163,15 @@ def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
     assert "at step 11, <a href=rollouts.html#step=13>13</a>." in page
 
 
+def test_where_nothing_is_a_fall_the_deepest_step_is_named(tmp_path):
+    lines = [{"reward": 0.5}] * 10 + [{"reward": 0.45}, {"reward": 0.375}, {"reward": 0.5}]
+    page = write_run_report([write_figures(tmp_path / "a", lines)], tmp_path / "report.html")
+    assert (
+        "<b>The reward fell most</b>, to 0.12 below the mean of the 10 steps before, at step 12."
+        in page.read_text()
+    )
+
+
 def test_long_runs_are_averaged(tmp_path):
     run = read_run(write_run(tmp_path / "a", 900))
     line = line_of(run, "reward", "", 0)

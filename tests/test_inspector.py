@@ -3,10 +3,12 @@
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import inspector
 import rlfr
@@ -14,6 +16,7 @@ import train_rl
 from infra import record
 from infra.settings import change
 from pages import describe
+from pages.curves import write_run_report
 from pages.rollouts import inspect_run, write_rollouts_page
 
 MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
@@ -94,12 +97,32 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path):
     assert "Recorded steps: 5, of which 5 are here; groups of each: 2, of which 1 are" in page
 
 
-def test_a_step_at_which_the_reward_fell_stays(tmp_path):
+def falling(n_steps: int, rewards: dict[int, float]) -> list[dict[str, float]]:
+    """Figures of a run whose mean reward is 0.5 but at the given steps."""
+    return [{"step": step, "reward": rewards.get(step, 0.5)} for step in range(1, n_steps + 1)]
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (0.3, "<b>The reward fell</b> by more than 0.15 below the mean of the 10 steps before"),
+        (0.38, "<b>The reward fell most</b>, to 0.12 below the mean of the 10 steps before,"),
+    ],
+)
+def test_a_step_at_which_the_reward_fell_stays(tmp_path, reward, said):
+    """Also where it fell by less than makes a fall: the deepest one is named."""
     steps = {step: some_records() for step in (1, 11, 17, 21, 31, 41)}
-    page = write_rollouts_page(tmp_path / "page.html", "a", steps, falls=[17], max_bytes=0)
+    metrics = falling(41, {17: reward})
+    page = write_rollouts_page(tmp_path / "page.html", "a", steps, metrics, max_bytes=0)
     kept = re.findall(r'"step": (\d+),', page.read_text())
     assert kept == ["1", "17", "41"]
-    assert "<b>The reward fell</b> at step <a href=#step=17>17</a>." in page.read_text()
+    assert f"{said} at step <a href=#step=17>17</a>." in page.read_text()
+
+
+def test_a_run_that_never_fell_says_nothing_of_it(tmp_path):
+    for metrics in ([], falling(9, {9: 0.0}), falling(30, {}), falling(30, {20: 0.495})):
+        page = write_rollouts_page(tmp_path / "page.html", "a", {1: some_records()}, metrics)
+        assert "The reward fell" not in page.read_text()
 
 
 def test_a_page_of_long_responses_is_small(tmp_path):
@@ -318,12 +341,102 @@ def test_the_place_where_a_wrong_response_leaves_the_right_ones(browser, tmp_pat
     assert "leaves" not in shown(browser)[4]
 
 
+def solved(sample: int, text: str, answer: str = "4", **changes) -> dict:
+    """A record of a problem whose solution is `1+1=2,2*2=4. 4`."""
+    right = {"answer": "4", "solution": "1+1=2,2*2=4. 4", "extracted": answer}
+    own = {"correct": answer == "4", "reward": float(answer == "4")}
+    return one_record(0, sample, [*text, "<end>"], **right, **own, **changes)
+
+
+MARKED = "[...document.querySelectorAll('.leaves')].map(t => [t.textContent, t.place, t.title])"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("writes_solutions", [True, False])
+def test_the_place_where_a_response_leaves_the_solution(browser, tmp_path, writes_solutions):
+    """Where no response is right; the policy must write as the data's solutions do."""
+    records = [solved(sample, "1+1=2,2+2=4. 5", "5") for sample in range(2)]
+    if writes_solutions:
+        records.append(solved(0, "1+1=2,2*2=4. 4") | {"group": 1})
+    else:
+        records.append(solved(0, "It is 4") | {"group": 1})
+    browser.open(write(tmp_path, {1: records}), READY)
+    browser.set_plain("group", browser.js("document.forms[0].group.options[0].value"))
+    expected = [["+", 7, "Here it leaves the solution"]] * 2 if writes_solutions else []
+    assert browser.js(MARKED) == expected
+    said = browser.js("document.querySelector('#problem p').textContent")
+    assert said.startswith(
+        "Answers given: 5 (2 of 2). All rewards are equal, so that the outcome gives no advantage here."
+    )
+    assert browser.js("document.querySelector('#problem details').open"), "the solution is shown"
+
+
+@pytest.mark.browser
+def test_a_step_of_a_fall_begins_with_the_problem_that_has_the_fewest_right(browser, tmp_path):
+    """A step elsewhere begins with one that has right and wrong responses."""
+    all_right, mixed, none = ([1, 1], [1, 0], [0, 0])
+    records = []
+    for group, outcomes in enumerate((all_right, mixed, none)):
+        for sample, is_right in enumerate(outcomes):
+            records.append(one_record(group, sample, ["a"], correct=bool(is_right)))
+    page = tmp_path / "rollouts.html"
+    write_rollouts_page(page, "Rollouts", {1: records, 15: records}, falling(15, {15: 0.0}))
+    browser.open(page, READY)
+    shown_problem = "document.querySelector('#problem h2').textContent.slice(0, 10)"
+    assert browser.js(shown_problem) == "Problem p1"
+    browser.set_plain("step", "1")
+    browser.wait("document.getElementById('now').value === '15 of 15'")
+    assert browser.js(shown_problem) == "Problem p2"
+
+
+@pytest.mark.browser
+def test_the_verdict_on_the_dense_reward(browser, tmp_path):
+    """Of the two places where wrong responses leave the right one it penalises one."""
+    records = [
+        one_record(0, 0, list("abc"), correct=True, dense_reward=[0.0, 0.0, -0.01]),
+        one_record(0, 1, list("axc"), correct=False, dense_reward=[0.0, -0.02, 0.0]),
+        one_record(0, 2, list("aby"), correct=False, dense_reward=[-0.03, 0.0, 0.0]),
+    ]
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert browser.js("document.getElementById('verdict').textContent") == (
+        "Right responses get more flow reward than the others. The flow reward penalises 1 of the 2 "
+        "tokens with a red edge, at which wrong responses leave what is right: 50 %, and of all tokens 33 %."
+    )
+
+
+@pytest.mark.browser
+def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_path):
+    """Exercise 10's run, from its report: the step, the cause, and whether the reward saw it."""
+    run = tmp_path / "recorded"
+    shutil.copytree(ROOT / "course" / "exercises" / "recorded", run)
+    inspect_run(run)
+    browser.open(write_run_report([run], run / "report.html"), "document.querySelector('svg')")
+    link = "document.querySelector('b + a')"
+    assert "The reward fell most" in browser.js("document.querySelector('p').textContent")
+    assert browser.js(f"{link}.textContent") == "14"
+    browser.js(f"{link}.click()")
+    browser.wait(READY)
+    problem = browser.js("document.getElementById('problem').textContent")
+    assert "7 +9 +4 -3 -3 -8 +5 *2 +7>" in problem and "right answer 9" in problem
+    assert "Answers given: 0 (7 of 8), 7 (1 of 8). All rewards are equal" in problem
+    assert "The flow reward penalises 1 of 8 tokens with a red edge." in problem
+    assert "6+5=1,1*2=2,2+7=9" in problem, "the solution"
+    places = [place for text, place, _ in browser.js(MARKED) if text == "+"]
+    assert len(places) == 7, "1+2=3, where the problem says *2"
+    for sample in (0, 1):
+        text = browser.js(f"document.querySelectorAll('.text[data-sample]')[{sample}].textContent")
+        assert text[places[0] - 1 :].startswith("1+2=3,3+7=0")
+    assert "of the 17 tokens with a red edge" in browser.js(
+        "document.getElementById('verdict').textContent"
+    )
+
+
 @pytest.mark.browser
 def test_the_address_names_a_step(browser, tmp_path):
     """The nearest recorded one is shown; a link and the slider change both."""
     steps = {step: [one_record(0, 0, [f"s{step}"], step=step)] for step in (1, 11, 21)}
     page = tmp_path / "rollouts.html"
-    write_rollouts_page(page, "Rollouts", steps, falls=[11, 15])
+    write_rollouts_page(page, "Rollouts", steps, falling(21, {11: 0.0, 15: 0.0}))
     shows = "document.querySelector('article .t')?.textContent === '{}'"
     browser.open(page, shows.format("s1"))
     links = "[...document.querySelectorAll('p a')].map(a => a.textContent)"

@@ -1,10 +1,11 @@
-"""Exercise 10, 40 minutes: read a run that fell.
+"""Exercise 10, 20 minutes: read a run that fell.
 
 `recorded/` is a part of a run of `python train_rl.py --prompts 16 --group-size 8 --lr 5e-4`: figures of
-its first steps, and some responses of three steps, token by token. Look at them in two ways:
+its first steps, and some responses of three steps, token by token. Look at them in three ways:
 
-    python course/exercises/fall.py                 the figures, step by step
-    python inspector.py course/exercises/recorded   a page of the responses; open the file it names
+    python course/exercises/fall.py                    the figures, step by step
+    python inspector.py course/exercises/recorded      a page of the responses; open the file it names
+    python run.py report course/exercises/recorded     a page of curves, with links to the responses
 
 Answer in this file, in the order of the questions; each is a step towards the last one.
 
