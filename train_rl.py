@@ -528,7 +528,7 @@ def update_policy(
         n_tokens = int(experience.mask[mini_batch].sum())
         if not coefficients:
             has_gradient = advantage[mini_batch] != 0
-            runs = batching.rows_to_run(has_gradient, group_size, dist.get_world_size())
+            runs = batching.rows_to_run(has_gradient, dist.get_world_size())
             mini_batch = mini_batch[runs]
         chosen = [experience.episodes[i] for i in mini_batch]
         for indices, batch in my_micro_batches(chosen, config.compute.tokens_per_gpu, "update"):

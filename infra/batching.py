@@ -179,134 +179,114 @@ def prompt_key(row: Row) -> tuple:
     return tuple(row.prompt_ids), tuple(row.images)
 
 
+# ---- Micro-batches
 def micro_batches(
     rows: Sequence[Row], token_budget: int, rank: int, n_ranks: int
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield micro-batches of this rank's share of the rows: their indices, and the batch of them.
 
     The rows of a batch have as many tokens together as the budget at most (a single row may exceed
-    it). Rows of one prompt go together, see Packing, and else rows of like length, the longest
-    first, as attention pads them. Every rank has the same number of rows, of about the same number
-    of tokens, and yields the same number of batches, because sharded modules run in step: as few as
-    the budget allows, and of about the same size.
+    it). Every rank yields the same number of batches, because sharded modules run in step: as few as
+    the budget allows, and of about the same work.
     """
-    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in rows]
-    groups = prompt_groups(rows, n_ranks)
-    for indices in plan_batches(groups, lengths, token_budget, n_ranks)[rank]:
+    for indices in plan_batches(line_up(rows), token_budget, n_ranks)[rank]:
         yield indices, collate([rows[index] for index in indices])
 
 
-def prompt_groups(rows: Sequence[Row], n_ranks: int) -> list[list[int]]:
-    """Return indices of rows by prompt, in groups that can be dealt to the ranks equally.
+class Place(NamedTuple):
+    """A row in a line of rows."""
 
-    For several ranks all groups are of one size, the largest that allows it. A prompt with more
-    rows, as of a problem that occurs twice in a step, gets several groups, of like lengths.
+    index: int  # of the row
+    n_tokens: int  # of the row, prompt and response
+    n_new: int  # the same without a prompt that the row before it has, see Packing
+
+
+def line_up(rows: Sequence[Row]) -> list[Place]:
+    """Put rows of one prompt side by side, and else rows of like length, as attention pads them.
+
+    Prompts stand in the order of their longest rows. The rows of one go from long to short, those of
+    the next from short to long.
     """
+
+    def n_tokens(index: int) -> int:
+        return len(rows[index].prompt_ids) + len(rows[index].response_ids)
+
     by_prompt: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         by_prompt.setdefault(prompt_key(row), []).append(index)
-    groups = list(by_prompt.values())
-    if n_ranks == 1:
-        return groups
-    size = math.gcd(*(len(group) for group in groups), len(rows) // n_ranks)
-    parts = []
-    for group in groups:
-        n_parts = len(group) // size
-        group = sorted(group, key=lambda index: len(rows[index].response_ids), reverse=True)
-        parts += [group[part::n_parts] for part in range(n_parts)]
-    return parts
+    groups = [sorted(group, key=n_tokens, reverse=True) for group in by_prompt.values()]
+    groups.sort(key=lambda group: n_tokens(group[0]), reverse=True)
+    line = []
+    for number, group in enumerate(groups):
+        in_turn = group[::-1] if number % 2 else group
+        for index in in_turn:
+            n_shared = 0 if index == in_turn[0] else len(rows[index].prompt_ids)
+            line.append(Place(index, n_tokens(index), n_tokens(index) - n_shared))
+    return line
 
 
-def plan_batches(
-    groups: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int, n_ranks: int
-) -> list[list[list[int]]]:
-    """Return the micro-batches of every rank, as indices of rows with these lengths."""
-    assert len(groups) % n_ranks == 0, f"{len(groups)} groups of rows for {n_ranks} ranks"
-    shares = deal(groups, lengths, n_ranks)
-    n_batches = max(len(pack(share, lengths, token_budget)) for share in shares)
-    plans = []
-    for share in shares:
-        batches = pack_evenly(share, lengths, token_budget, n_batches)
-        plans.append(split_to(batches, n_batches))
-    return plans
+def plan_batches(line: Sequence[Place], token_budget: int, n_ranks: int) -> list[list[list[int]]]:
+    """Cut a line of rows into micro-batches; return those of every rank, as indices of rows.
 
-
-def deal(groups: Sequence[Sequence[int]], lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
-    """Deal groups of rows to ranks, the longest first, back and forth: 0 1 2 2 1 0 0 1 2 …
-
-    Returns each rank's rows; those of a group follow one another, the longest first.
+    Work is evened out by the row, not by the prompt: one whose rows are cut apart is computed twice.
+    Batches that the ranks run at the same time are of like work, the largest first.
     """
+    assert len(line) % n_ranks == 0, f"{len(line)} rows for {n_ranks} ranks"
+    n_parts = n_ranks * math.ceil(len(cut(line, token_budget)) / n_ranks)
+    limits = range(1, sum(place.n_tokens for place in line) + 1)  # the larger, the fewer parts
 
-    def n_tokens(group: Sequence[int]) -> int:
-        return sum(lengths[index] for index in group)
+    def is_enough(limit: int) -> bool:
+        return len(cut(line, token_budget, limit)) <= n_parts
 
-    shares: list[list[int]] = [[] for _ in range(n_ranks)]
-    for place, group in enumerate(sorted(groups, key=n_tokens, reverse=True)):
-        turn, rank = divmod(place, n_ranks)
-        if turn % 2 == 1:
-            rank = n_ranks - 1 - rank
-        shares[rank] += sorted(group, key=lambda index: lengths[index], reverse=True)
-    return shares
-
-
-def pack(share: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut a rank's rows, in their order, into batches whose tokens keep to the budget."""
-    batches: list[list[int]] = []
-    n_tokens = 0  # of the last batch
-    for index in share:
-        n_tokens += lengths[index]
-        if not batches or n_tokens > token_budget:
-            batches.append([])
-            n_tokens = lengths[index]
-        batches[-1].append(index)
-    return batches
+    limit = limits[bisect_left(limits, True, key=is_enough)]
+    parts = split_to(cut(line, token_budget, limit), n_parts)
+    parts.sort(key=work, reverse=True)
+    batches = [[place.index for place in part] for part in parts]
+    return [batches[rank::n_ranks] for rank in range(n_ranks)]
 
 
-def pack_evenly(
-    share: list[int], lengths: Sequence[int], token_budget: int, n_batches: int
-) -> list[list[int]]:
-    """Pack with the smallest budget that still needs n_batches or fewer: no short batch is left."""
-    budgets = range(1, token_budget + 1)  # the larger, the fewer batches
-
-    def is_enough(budget: int) -> bool:
-        return len(pack(share, lengths, budget)) <= n_batches
-
-    smallest = budgets[bisect_left(budgets, True, key=is_enough)]
-    return pack(share, lengths, smallest)
-
-
-def split_to(batches: list[list[int]], n_batches: int) -> list[list[int]]:
-    """Halve the batch with the most rows, again and again, until there are n_batches."""
-    parts = list(batches)
-    while len(parts) < n_batches:
-        sizes = [len(part) for part in parts]
-        place = sizes.index(max(sizes))
-        largest = parts.pop(place)
-        half = len(largest) // 2
-        parts.insert(place, largest[:half])
-        parts.insert(place + 1, largest[half:])
+def cut(line: Sequence[Place], token_budget: int, limit: float = math.inf) -> list[list[Place]]:
+    """Cut a line into parts that keep to a budget of tokens and to a limit of work."""
+    parts: list[list[Place]] = []
+    n_tokens = n_new = 0  # of the last part
+    for place in line:
+        n_tokens += place.n_tokens
+        n_new += place.n_new
+        if not parts or n_tokens > token_budget or n_new > limit:
+            parts.append([])
+            n_tokens = n_new = place.n_tokens
+        parts[-1].append(place)
     return parts
 
 
-def rows_to_run(has_gradient: Tensor, group_size: int, n_ranks: int) -> Tensor:
+def work(part: Sequence[Place]) -> int:
+    """Return how many tokens a micro-batch computes."""
+    first, *others = part
+    return first.n_tokens + sum(place.n_new for place in others)
+
+
+def split_to(parts: list[list[Place]], n_parts: int) -> list[list[Place]]:
+    """Halve the part with the most rows, again and again, until there are n_parts."""
+    parts = list(parts)
+    while len(parts) < n_parts:
+        largest = max(parts, key=len)
+        parts.remove(largest)
+        half = len(largest) // 2
+        parts += [largest[:half], largest[half:]]
+    return parts
+
+
+def rows_to_run(has_gradient: Tensor, n_ranks: int) -> Tensor:
     """Return which rows (B,) bool, on the CPU, an optimiser step must run.
 
     They are those with a gradient at any token, has_gradient (B, T), and as many others as it takes
-    for every rank to get the same number, one at least: a step is taken whatever the gradient.
-    Several ranks run whole groups where these can be dealt out to them, as micro_batches() does,
-    and a prompt is computed once for its responses.
+    for a multiple of the ranks, one row each at least: a step is taken whatever the gradient.
     """
-    n_rows = len(has_gradient)
-    assert n_rows % n_ranks == 0, f"{n_rows} rows for {n_ranks} ranks"
-    size = 1  # of what is run or left out as a whole
-    if n_ranks > 1 and n_rows % (group_size * n_ranks) == 0:
-        size = group_size
-    chosen = has_gradient.view(n_rows // size, -1).any(dim=1).cpu()
-    n_chosen = int(chosen.sum())
-    n_wanted = max(1, math.ceil(n_chosen / n_ranks)) * n_ranks
+    chosen = has_gradient.any(dim=1).cpu()
+    n_wanted = max(1, math.ceil(int(chosen.sum()) / n_ranks)) * n_ranks
     others = (~chosen).nonzero().squeeze(1)
-    chosen[others[: n_wanted - n_chosen]] = True
-    return chosen.repeat_interleave(size)
+    chosen[others[: n_wanted - int(chosen.sum())]] = True
+    return chosen
 
 
 # ---- Images
@@ -329,8 +309,8 @@ def encode_images(
     n_ranks = dist.get_world_size()
     images += [images[-1]] * (-len(images) % n_ranks)  # every rank runs the tower as often
     sizes = [image.n_tokens for image in images]
-    each_alone = [[index] for index in range(len(images))]
-    plans = plan_batches(each_alone, sizes, token_budget, n_ranks)
+    line = [Place(index, size, size) for index, size in enumerate(sizes)]
+    plans = plan_batches(line, token_budget, n_ranks)
     seen = {}
     for batches in zip(*plans, strict=True):  # one of each rank
         mine = [images[index] for index in batches[dist.get_rank()]]

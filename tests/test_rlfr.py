@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -130,40 +131,79 @@ def test_a_prompt_of_several_rows_is_computed_once(family):
         assert (got.grad - expected.grad).abs().max() <= 1e-4 * expected.grad.abs().max()
 
 
-def test_rows_of_a_prompt_go_to_one_rank():
-    """Four groups of two rows, dealt 0 1 1 0."""
+def plans_of(rows: list[batching.Row], token_budget: int, n_ranks: int) -> list[list[list[int]]]:
+    """Return the indices in the micro-batches of every rank."""
+    return [
+        [indices for indices, _ in batching.micro_batches(rows, token_budget, rank, n_ranks)]
+        for rank in range(n_ranks)
+    ]
+
+
+def test_rows_of_a_prompt_stand_side_by_side():
+    """Each of four prompts has two rows, of 2, 3, 4 and 5 tokens; a rank gets two prompts."""
     rows = [batching.Row([n % 4 + 1], [2] * (n % 4 + 1)) for n in range(8)]
-    plans = []
-    for rank in range(2):
-        plans.append([indices for indices, _ in batching.micro_batches(rows, 100, rank, n_ranks=2)])
-    assert plans == [[[3, 7, 0, 4]], [[2, 6, 1, 5]]]
-    assert batching.prompt_groups(rows, 2) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    line = batching.line_up(rows)
+    assert [place.index for place in line] == [3, 7, 6, 2, 1, 5, 4, 0]
+    assert [place.n_tokens for place in line] == [5, 5, 4, 4, 3, 3, 2, 2]
+    assert [place.n_new for place in line] == [5, 4, 4, 3, 3, 2, 2, 1]
+    assert plans_of(rows, 100, 2) == [[[3, 7, 6]], [[2, 1, 5, 4, 0]]]  # 13 and 12 tokens
 
 
 @pytest.mark.parametrize(
-    ("prompts", "n_ranks", "groups"),
+    ("prompts", "n_ranks", "n_cut"),
     [
-        ("aabbc", 1, [[0, 1], [2, 3], [4]]),  # a single rank takes groups of any size
-        ("aabbcd", 2, [[0], [1], [2], [3], [4], [5]]),  # no size above 1 goes into all groups
-        # a problem that occurs twice in a step, side by side and apart
-        ("aaaabbccdd", 5, [[0, 2], [1, 3], [4, 5], [6, 7], [8, 9]]),
-        ("aabbccaa", 2, [[0, 6], [1, 7], [2, 3], [4, 5]]),
-        # three groups for two ranks: each rank gets one and a half
-        ("aaaabbbbcccc", 2, [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]),
+        ("aabbc", 1, 0),
+        ("aabbcd", 2, 1),  # 8 + 9 tokens are better than 10 + 6
+        ("aaaabbccdd", 5, 1),  # a problem that occurs twice in a step
+        ("aabbccaa", 2, 0),
+        ("aaaabbbbcccc", 2, 1),  # three groups for two ranks: one is cut
+        ("abcd", 4, 0),
     ],
 )
-def test_groups_of_a_prompt_can_be_dealt_to_the_ranks_equally(prompts, n_ranks, groups):
-    rows = [batching.Row([ord(prompt)], [2]) for prompt in prompts]
-    assert batching.prompt_groups(rows, n_ranks) == groups
-    plans = batching.plan_batches(groups, [2] * len(rows), 100, n_ranks)
-    by_rank = [sorted(sum(plan, [])) for plan in plans]
-    assert sorted(sum(by_rank, [])) == list(range(len(rows)))
-    assert len({len(indices) for indices in by_rank}) == 1
+def test_prompts_are_shared_however_groups_fall(prompts, n_ranks, n_cut):
+    """A prompt is computed again only where its rows are cut apart, at most at each cut."""
+    rows = [batching.Row([ord(prompt)], [2, 2]) for prompt in prompts]
+    plans = plans_of(rows, 100, n_ranks)
+    assert sorted(index for plan in plans for part in plan for index in part) == [*range(len(rows))]
+    n_prompts = sum(len({prompts[index] for index in part}) for plan in plans for part in plan)
+    assert n_prompts == len(set(prompts)) + n_cut
 
 
-def test_parts_of_a_prompts_rows_are_of_like_lengths():
-    rows = [batching.Row([1], [2] * n) for n in (1, 2, 9, 9)]
-    assert batching.prompt_groups(rows, 2) == [[2, 1], [3, 0]]
+def long_tailed_rows(seed: int, n_prompts: int) -> list[batching.Row]:
+    """Return groups of eight responses whose lengths are log-normal: most short, a few very long."""
+    generator = random.Random(seed)
+    rows = []
+    for prompt in range(n_prompts):
+        level = generator.gauss(6.2, 0.35)  # of the problem
+        for _ in range(8):
+            length = int(generator.lognormvariate(level, 0.8))
+            rows.append(batching.Row([prompt] * 120, [2] * length))
+    return rows
+
+
+def imbalance(rows: list[batching.Row], plans: list[list[list[int]]]) -> float:
+    """Return the time of ranks that run in step, of what it were if all had the same work."""
+    tokens = []
+    for plan in plans:
+        of_rank = []
+        for part in plan:
+            n_prompts = len({rows[index].prompt_ids[0] for index in part})
+            n_response = sum(len(rows[index].response_ids) for index in part)
+            of_rank.append(120 * n_prompts + n_response)
+        tokens.append(of_rank)
+    n_all = 120 * len({row.prompt_ids[0] for row in rows})
+    n_all += sum(len(row.response_ids) for row in rows)
+    return sum(map(max, zip(*tokens, strict=True))) * len(plans) / n_all
+
+
+@pytest.mark.parametrize(("n_ranks", "limit"), [(2, 1.03), (8, 1.15)])
+def test_work_is_evened_out_by_the_row(n_ranks, limit):
+    """Regression: groups were dealt out as wholes: 1.04 on two ranks, 1.32 on eight."""
+    found = []
+    for seed in range(10):
+        rows = long_tailed_rows(seed, n_prompts=16)
+        found.append(imbalance(rows, plans_of(rows, 16_384, n_ranks)))
+    assert sum(found) / len(found) < limit
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -372,26 +412,21 @@ def test_groups_stay_together_in_a_random_order():
 
 
 @pytest.mark.parametrize(
-    ("has_gradient", "group_size", "n_ranks", "expected"),
+    ("has_gradient", "n_ranks", "expected"),
     [
-        ([0, 1, 0, 1], 2, 1, [0, 1, 0, 1]),
-        ([0, 0, 0, 0], 2, 1, [1, 0, 0, 0]),  # a step is taken all the same
-        # groups that cannot be dealt out
-        ([1, 1, 1, 1], 4, 2, [1, 1, 1, 1]),
-        ([0, 0, 0, 1], 4, 2, [1, 0, 0, 1]),  # another row, for the second rank
-        ([0, 0, 1, 1, 1, 0], 6, 3, [0, 0, 1, 1, 1, 0]),
-        ([0, 1, 1, 1, 1, 0], 3, 3, [1, 1, 1, 1, 1, 1]),
-        ([0, 0, 0, 0], 4, 2, [1, 1, 0, 0]),
-        # groups that can
-        ([0, 1, 0, 0, 1, 1, 0, 0], 2, 2, [1, 1, 0, 0, 1, 1, 0, 0]),
-        ([0, 0, 0, 0, 1, 1, 0, 0], 2, 2, [1, 1, 0, 0, 1, 1, 0, 0]),
-        ([0, 0, 0, 0, 0, 0, 0, 0], 2, 2, [1, 1, 1, 1, 0, 0, 0, 0]),
+        ([0, 1, 0, 1], 1, [0, 1, 0, 1]),
+        ([0, 0, 0, 0], 1, [1, 0, 0, 0]),  # a step is taken all the same
+        ([1, 1, 1, 1], 2, [1, 1, 1, 1]),
+        ([0, 0, 0, 1], 2, [1, 0, 0, 1]),  # another row, for the second rank
+        ([0, 0, 1, 1, 1, 0], 3, [0, 0, 1, 1, 1, 0]),
+        ([0, 1, 1, 1, 1, 0], 3, [1, 1, 1, 1, 1, 1]),
+        ([0, 0, 0, 0], 2, [1, 1, 0, 0]),
     ],
 )
-def test_rows_without_a_gradient_are_left_out(has_gradient, group_size, n_ranks, expected):
+def test_rows_without_a_gradient_are_left_out(has_gradient, n_ranks, expected):
     tokens = torch.zeros(len(has_gradient), 3, dtype=torch.bool)
     tokens[:, 1] = torch.tensor(has_gradient)
-    rows = batching.rows_to_run(tokens, group_size, n_ranks)
+    rows = batching.rows_to_run(tokens, n_ranks)
     assert rows.tolist() == [bool(value) for value in expected]
 
 
@@ -481,27 +516,23 @@ def test_micro_batches_keep_to_the_budget():
 
 
 def test_micro_batches_share_rows_out():
-    """Rows are dealt 0 1 1 0, the longest first; a rank with fewer batches halves its largest."""
+    """Batches that run at the same time are of like work; the batch with the most rows is halved."""
     rows = [batching.Row([prompt], [2] * n) for prompt, n in enumerate((1, 2, 9, 9))]
-    plans = []
-    for rank in range(2):
-        plans.append([indices for indices, _ in batching.micro_batches(rows, 11, rank, n_ranks=2)])
-    assert plans == [[[2], [0]], [[3], [1]]]
+    assert plans_of(rows, 11, 2) == [[[2], [1]], [[3], [0]]]
     rows = [batching.Row([prompt], [2] * n) for prompt, n in enumerate((9, 2, 2, 2))]
-    plans = []
-    for rank in range(2):
-        plans.append([indices for indices, _ in batching.micro_batches(rows, 12, rank, n_ranks=2)])
-    assert plans == [[[0], [3]], [[1], [2]]]
+    assert plans_of(rows, 12, 2) == [[[0]], [[1, 2, 3]]]
+    rows = [batching.Row([prompt], [2] * n) for prompt, n in enumerate((9, 9, 9, 2, 2, 2))]
+    assert plans_of(rows, 12, 2) == [[[0], [2]], [[1], [3, 4, 5]]]
+    rows = [batching.Row([prompt], [2] * 4) for prompt in range(6)]
+    assert plans_of(rows, 12, 2) == [[[2, 3], [0]], [[4, 5], [1]]]
 
 
 def test_micro_batches_are_of_like_size():
     """Filled one after the other they would hold 4 + 1 rows of 10 tokens, and 23, 28 and 3 tokens."""
     rows = [batching.Row([1], [2] * 9)] * 5
-    sizes = [len(indices) for indices, _ in batching.micro_batches(rows, 40, rank=0, n_ranks=1)]
-    assert sizes == [3, 2]
-    rows = [batching.Row([1], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
-    plan = [indices for indices, _ in batching.micro_batches(rows, 30, rank=0, n_ranks=1)]
-    assert plan == [[0], [1, 2], [3, 4, 5, 6]]  # 12, 21 and 21 tokens
+    assert [len(indices) for indices in plans_of(rows, 40, 1)[0]] == [3, 2]
+    rows = [batching.Row([n], [2] * (n - 1)) for n in (12, 11, 10, 9, 5, 4, 3)]
+    assert plans_of(rows, 30, 1) == [[[1, 2], [3, 4, 5, 6], [0]]]  # 21, 21 and 12 tokens
 
 
 # ---- Flow reward
