@@ -1,7 +1,6 @@
 """Evaluation: names of sets, equal answers, whole evaluations, resuming, both engines."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, find_model_in, flags, problems_in, read_lines, run_with_vllm
 from safetensors.torch import load_file, save_file
-from test_distributed import output_of, ranks_of, start
+from test_distributed import output_of, start
 
 import eval as evaluation
 import rollout
@@ -517,9 +516,7 @@ def test_a_process_killed_halfway_goes_on(never_killed, tmp_path, number):
     while not (file.exists() and file.stat().st_size > 2000):
         assert process.poll() is None
         time.sleep(0.02)
-    everyone = [process.pid, *ranks_of(process)]  # a killed torchrun leaves its ranks to themselves
-    for pid in everyone if number == signal.SIGKILL else [process.pid]:
-        os.kill(pid, number)
+    process.send_signal(number)
     output_of(process)
     size_when_killed = file.stat().st_size
     evaluation.main(config)

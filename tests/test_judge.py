@@ -87,11 +87,11 @@ class Handler(BaseHTTPRequestHandler):
         elif action == "flood":
             self.send(200, b" " * (judges.MAX_BODY + 1))
         elif action == "hang":
-            time.sleep(8)
+            time.sleep(3)
         elif action == "drip":
             self.send(200, b"{", length=10**6)
-            for _ in range(40):
-                time.sleep(0.2)
+            for _ in range(30):
+                time.sleep(0.1)
                 self.wfile.write(b" ")
         elif action == "die":
             body = completion(text)
@@ -172,7 +172,7 @@ def test_a_failing_judge_is_reported(tmp_path, pool, server, action, reason, n_r
         choice_row(f"I waver. DO {action}"),
         choice_row("I waver. DO answer B"),
     ]
-    timeout = 3 if action in ("hang", "drip") else 30
+    timeout = 1 if action in ("hang", "drip") else 30
     judge = impatient(server, cache=tmp_path / "cache", timeout=timeout)
     _, figures, records = score_rows("MathVista_MINI", tmp_path / "m.tsv", rows, pool, judge)
     assert [record["verdict"] for record in records] == ["correct", "unjudged", "correct"]

@@ -18,9 +18,7 @@ from grading.pairs import Settings, count_errors_by_group, read_pairs
 from grading.pool import Pool
 from grading.worker import MEMORY_LIMIT
 
-DEADLINE = (
-    2.0  # seconds, where it is missed on purpose; what is read without math-verify needs 0.01
-)
+DEADLINE = 1.0  # seconds, where it is missed on purpose; without math-verify 0.01 are needed
 PATIENCE = 120.0  # seconds, where an answer is to be compared, on however busy a machine
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import forks
 import pytest
 from conftest import ROOT
 from test_distributed import TIMEOUT
@@ -80,27 +81,24 @@ def test_a_stuck_and_a_stopped_rank_are_named_and_a_signal_to_another_ends_both(
     """Rank 0 waits in a collective, where Python heeds nothing, for rank 1: for hours, and silently."""
     script = tmp_path / "wait.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(script), str(ROOT)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, **streams) as process:
-        pids = {}
-        while len(pids) < 2:
-            words = read_until(process, "rank ").split()
-            pids[int(words[1])] = int(words[3])
-        name = f"rank 1 (process {pids[1]} on "
-        assert name in read_until(process, "lets the others wait for")
-        os.kill(pids[1], signal.SIGSTOP)
-        assert name in read_until(process, "has given no sign of life")
-        os.kill(pids[1], signal.SIGCONT)
-        read_until(process, "lets the others wait for")
-        os.kill(pids[0], signal.SIGTERM)
-        output, _ = process.communicate(timeout=TIMEOUT)
+    process = forks.torchrun(script, [str(ROOT)])
+    pids = {}
+    while len(pids) < 2:
+        words = read_until(process, "rank ").split()
+        pids[int(words[1])] = int(words[3])
+    name = f"rank 1 (process {pids[1]} on "
+    assert name in read_until(process, "lets the others wait for")
+    os.kill(pids[1], signal.SIGSTOP)
+    assert name in read_until(process, "has given no sign of life")
+    os.kill(pids[1], signal.SIGCONT)
+    read_until(process, "lets the others wait for")
+    os.kill(pids[0], signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, output
     assert "stopped; the same command starts again" in output
 
 
-def read_until(process: subprocess.Popen, words: str) -> str:
+def read_until(process: forks.Run, words: str) -> str:
     """Return the next line of a process that holds these words; a process that hangs is killed."""
     lines = []
     watchdog = threading.Timer(TIMEOUT, process.kill)

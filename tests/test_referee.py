@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -219,6 +220,7 @@ def test_a_reward_with_a_bug_is_refused_before_anything_slow(tmp_path, monkeypat
         raise AssertionError("a world was made before the trial")
 
     monkeypatch.setattr(study, "find_worlds", slow)
+    monkeypatch.setattr(trial, "subprocess", forks.SUBPROCESS)
     with pytest.raises(ValueError, match=r"reward .*broken.py: broken: .* are not finite"):
         study.main(study.Study(reward=(str(file),), quick=True, folder=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
@@ -243,7 +245,10 @@ def judged(tmp_path_factory) -> dict[str, dict]:
         eval_problems=2,
         held_out=8,
     )
-    assert study.main(asked) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (study, trial):
+            patched.setattr(module, "subprocess", forks.SUBPROCESS)
+        assert study.main(asked) == 0
     with pytest.raises(ValueError, match="registered.json has seeds="):
         study.main(change(asked, seeds=2))
     return {run["arm"]: run for run in figures.read_study(asked.json_file)["runs"]}

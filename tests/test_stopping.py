@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import BY_LENGTH, ROOT, figures, flags, small_run
+from conftest import BY_LENGTH, figures, flags, small_run
 from test_distributed import check_exit, start
 
 import eval as evaluation
@@ -219,13 +217,14 @@ for case in (outside_of_work, twice_amid_work, of_a_child):
 """
 
 
-def test_signals_where_the_main_thread_waits():
-    done = subprocess.run(
-        [sys.executable, "-c", IN_C], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.stdout.splitlines() == [
+def test_signals_where_the_main_thread_waits(tmp_path):
+    script = tmp_path / "in_c.py"
+    script.write_text(IN_C)
+    lines = check_exit(start(script, [], 1)).splitlines()
+    cases = ("outside_of_work", "twice_amid_work", "of_a_child")
+    assert [line for line in lines if line.startswith(cases)] == [
         "outside_of_work 0",
         f"twice_amid_work {128 + signal.SIGTERM}",
         f"of_a_child {100 + signal.SIGTERM}",
     ]
-    assert "stopped; the same command starts again" in done.stderr
+    assert "stopped; the same command starts again" in lines

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, find_model_in, read_lines, small_run
@@ -314,10 +315,12 @@ def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
     )
     metrics = folder / "runs" / "rlvr" / "seed-0" / "metrics.jsonl"
     threading.Thread(target=stop_once_begun, args=(metrics,), daemon=True).start()
-    assert study.main(asked) == 1
-    interrupted = figures.read_study(asked.json_file)
-    rest = change(asked, arms=asked.arms[1:])
-    assert study.main(rest) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(study, "subprocess", forks.SUBPROCESS)
+        assert study.main(asked) == 1
+        interrupted = figures.read_study(asked.json_file)
+        rest = change(asked, arms=asked.arms[1:])
+        assert study.main(rest) == 0
     return rest, interrupted
 
 

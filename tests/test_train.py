@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import (
@@ -449,46 +450,10 @@ def test_one_seed_gives_one_run(config, train_once):
     assert same_state(last_state(first), last_state(config.folder))
 
 
-DIE = """
-import os, signal, sys
-import torch
-point, count, script, *sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(script))
-calls = 0
-def dying(real, before):
-    def wrapped(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == int(count):
-            before(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-    return wrapped
-def half_a_file(state, stream):
-    stream.write(b"half")
-    stream.flush()
-if point == "update":
-    torch.optim.AdamW.step = dying(torch.optim.AdamW.step, lambda *_: None)
-if point == "half a checkpoint":
-    torch.save = dying(torch.save, half_a_file)
-if point == "before the rename":
-    os.fsync = dying(os.fsync, lambda *_: None)
-if point == "between log and checkpoint":
-    from infra import runs
-    runs.Run.save = dying(runs.Run.save, lambda *_: None)
-sys.argv.insert(0, script)
-import runpy
-runpy.run_path(script, run_name="__main__")
-"""
-
-
-def launch(
-    script: str, arguments: list[str], point: str = "never", count: int = 1
-) -> subprocess.CompletedProcess:
-    """Run a script in a process that dies when it comes to a point for so many times."""
-    command = [sys.executable, "-c", DIE, point, str(count), str(ROOT / script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def launch(script: str, arguments: list[str], point: str = "never", count: int = 1) -> int:
+    """Run a script in a process that dies when it comes to a point for so many times; return its code."""
+    command = [point, str(count), str(ROOT / script), *arguments]
+    return forks.Run("tests/dying.py", command).wait()
 
 
 KILLS = [  # where a run dies, and at which time it gets there
@@ -519,9 +484,7 @@ def killed(never_killed, tmp_path_factory) -> dict[tuple[str, int], train_rl.Con
         for point, count in KILLS
     }
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(
-            lambda kill: launch("train_rl.py", flags(configs[kill]), *kill).returncode, KILLS
-        )
+        done = pool.map(lambda kill: launch("train_rl.py", flags(configs[kill]), *kill), KILLS)
         assert list(done) == [-signal.SIGKILL] * len(KILLS)
     return configs
 
@@ -539,8 +502,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(never_killed, killed, p
 
 def test_a_killed_offline_start_goes_on(flow_config):
     train_flow.main(change(flow_config, folder=flow_config.folder + "-whole"))
-    assert launch("train_flow.py", flags(flow_config), "update", 4).returncode == -signal.SIGKILL
-    assert launch("train_flow.py", ["--resume", flow_config.folder]).returncode == 0
+    assert launch("train_flow.py", flags(flow_config), "update", 4) == -signal.SIGKILL
+    assert launch("train_flow.py", ["--resume", flow_config.folder]) == 0
     assert figures(flow_config.folder) == figures(flow_config.folder + "-whole")
     assert same_state(last_state(flow_config.folder), last_state(flow_config.folder + "-whole"))
 
@@ -564,10 +527,11 @@ def test_memory_of_the_phases(monkeypatch):
     }
 
 
-def test_full_disk_leaves_the_last_checkpoint(config):
+def test_full_disk_leaves_the_last_checkpoint(config, tmp_path):
     """The second save meets a limit on file size, which ends a write as a full disk does."""
-    script = (
-        "import resource, sys, torch, runpy\n"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, runpy\n"
         "from infra import runs\n"
         "save = runs.Run.save\n"
         "def limited(self, state):\n"
@@ -575,13 +539,12 @@ def test_full_disk_leaves_the_last_checkpoint(config):
         "    if state['progress']['step'] == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
         "    save(self, state)\n"
         "runs.Run.save = limited\n"
-        "runpy.run_path('train_rl.py', run_name='__main__')\n"
+        f"runpy.run_path({str(ROOT / 'train_rl.py')!r}, run_name='__main__')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *flags(config)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 1
-    message = done.stderr.splitlines()[-1]
+    process = forks.Run(script, flags(config))
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    message = output.splitlines()[-1]
     assert (
         "could not write" in message
         and "step-2" in message
@@ -737,10 +700,9 @@ def read_wandb(file: Path) -> list:
 def test_wandb(config):
     """Offline, in a process that ends as scripts do: every figure is in the file that is left."""
     arguments = flags(change(config, steps=2, track="wandb"))
-    command = [sys.executable, str(ROOT / "train_rl.py"), *arguments]
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    process = forks.Run("train_rl.py", arguments, WANDB_MODE="offline")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     (file,) = Path(config.folder).glob("wandb/offline-run-*/*.wandb")
     logged = []
     finished = False
@@ -876,10 +838,10 @@ def test_weights_of_a_checkpoint_are_exported(config, tmp_path):
     train_rl.main(change(config, steps=2, export_every=1))
     folder = Path(config.folder)
     outs = {step: tmp_path / f"again-{step}" for step in (1, 2)}
-    command = [sys.executable, str(ROOT / "run.py"), "export", config.folder]
-    command += ["--step", "1", "--out", str(outs[1])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["export", config.folder, "--step", "1", "--out", str(outs[1])]
+    process = forks.Run("run.py", command)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     export_checkpoint(config.folder, 2, str(outs[2]))
     for step, out in outs.items():
         for name in ("policy/model.safetensors", "flow/flow.safetensors"):
@@ -950,14 +912,12 @@ def test_run_folders_are_never_taken_twice(monkeypatch, tmp_path):
 
 def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     folder = tmp_path / "toy"
-    command = [sys.executable, "-u", "-m", "worlds", "--folder", str(folder)]
+    command = ["--folder", str(folder)]
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )
     with files.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
-        process = subprocess.Popen(
-            [*command, *size.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        process = forks.Run("worlds/__main__.py", [*command, *size.split()])
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()
     output, _ = process.communicate(timeout=600)
