@@ -1,6 +1,6 @@
 """Seconds of a step while other programs want the cores, for ways in which OpenMP's threads wait.
 
-    python benchmarks/busy.py --json busy.json                    # two cores; a quarter of an hour
+    python benchmarks/busy.py --json runs/busy.json               # two cores; a quarter of an hour
     python benchmarks/busy.py --waiting GOMP_SPINCOUNT=1000 OMP_WAIT_POLICY=passive --trl
 
 The embedded world and its base model are made if they are not there. Each run is a process of its
@@ -16,7 +16,6 @@ same way of waiting, and `of share` is the ratio of what it took to that.
 import repository  # noqa: F401
 
 # isort: split
-import json
 import os
 import statistics
 import subprocess
@@ -33,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 import peers
-from common import machine
+from common import keep, machine
 from infra import parallel, waiting
 from worlds import find_world
 
@@ -201,8 +200,7 @@ def main(settings: Settings) -> dict:
     print(f"a step beside busy loops, {settings.model}, on {n_cores} cores\n{machine()}")
     print_table(rows)
     result = {"machine": machine(), "cores": n_cores, "settings": asdict(settings), "rows": rows}
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    keep(result, settings.json)
     return result
 
 

@@ -4,19 +4,21 @@ Measurements: one process a variant, medians, peak memory, a table and its JSON.
 tables, and their places in a page.
 """
 
-import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from infra.files import write_json
 
 
 def machine() -> str:
@@ -110,9 +112,14 @@ def compare(title: str, prepare: Callable, settings, variants: list[str]) -> dic
         "ratio": ratio,
         "runs": runs,
     }
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    keep(result, settings.json)
     return result
+
+
+def keep(figures: dict, file: str | None) -> None:
+    """Write figures to the file of --json, if it is given; its folder is made."""
+    if file:
+        write_json(Path(file), figures)
 
 
 # ---- Pages in Markdown
@@ -147,6 +154,19 @@ def number(value: float, digits: int = 4) -> str:
         return "–"
     without_signed_zero = value + 0.0
     return f"{without_signed_zero:.{digits}g}".replace("-", "−")
+
+
+def relink(page: str, origin: Path, folder: Path, moved: Collection[str] = ()) -> str:
+    """Return a page of the folder `origin` with links that lead to the same files from another one.
+
+    moved: names of files that lie in the other folder itself
+    """
+
+    def link(match: re.Match) -> str:
+        target = origin / match[1]
+        return f"]({target.name if target.name in moved else os.path.relpath(target, folder)}"
+
+    return re.sub(r"\]\((?!http)([^)#]+)", link, page)
 
 
 def put_tables(page: str, tables: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """An offline start: early exit and response tokens alone, against the official way.
 
-    python benchmarks/flow_start.py --json flow_start.json     two passes, the default of train_flow.py
+    python benchmarks/flow_start.py --json runs/flow_start.json    two passes, the default of train_flow.py
     python benchmarks/flow_start.py --epochs 1                 one pass
 
 Ours runs the policy up to the last tap, and the flow learns from response tokens. One process keeps

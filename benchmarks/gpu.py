@@ -1,6 +1,6 @@
 """What RLFR costs on one GPU, with random weights of a real shape: seconds, tokens a second, memory.
 
-    python benchmarks/gpu.py --json gpu.json                     all jobs of PLAN, in an hour at most
+    python benchmarks/gpu.py --json runs/gpu.json                all jobs of PLAN, in an hour at most
     python benchmarks/gpu.py --jobs correct learn-1.5B           some of them
     python benchmarks/gpu.py --engine none                       without those that sample
     python benchmarks/gpu.py --part learn --shape 7B --layers 8  one part, in this process
@@ -47,7 +47,7 @@ import dense
 import flow as fl
 import rollout
 import train_rl
-from common import machine
+from common import keep, machine
 from infra import batching, parallel
 from infra.errors import first_line
 from infra.metrics import read_metrics
@@ -194,8 +194,7 @@ def flags(settings: Settings) -> list[str]:
 
 def save(result: dict, settings: Settings) -> None:
     """Write the figures so far, if a file was asked for."""
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    keep(result, settings.json)
 
 
 # ---- Random models and episodes

@@ -1,6 +1,6 @@
 """Log-probs and entropies with their backward: chunks of the vocabulary, against full logits.
 
-    python benchmarks/logprob.py --json logprob.json
+    python benchmarks/logprob.py --json runs/logprob.json
     python benchmarks/logprob.py --dtype bfloat16
 
 The backward makes those logits again that the forward did not keep. In bfloat16 full logits become float32 before

@@ -1,6 +1,6 @@
 """Scoring and update of a step's episodes, packed in one way after another, and with their padding.
 
-    python benchmarks/packing.py --json packing.json
+    python benchmarks/packing.py --json runs/packing.json
     python benchmarks/packing.py --prompt 200 --longest 40      long prompts, short responses
 
 Each variant has what the one after it has, and one thing more: prompts that are computed once, and

@@ -1,6 +1,6 @@
 """The time of a GRPO step: train_rl.py against TRL's GRPOTrainer, on the same work, on a CPU.
 
-    python benchmarks/peers.py --json peers.json                          # the embedded base
+    python benchmarks/peers.py --json runs/peers.json                     # the embedded base
     python benchmarks/peers.py --model runs/rl-toy-flow/policy --data runs/toy/train.jsonl \\
         --flow runs/flow-toy/flow                                         # its trained policy
     python benchmarks/peers.py --model runs/smollm2 --data runs/words/train.jsonl \\
@@ -41,7 +41,7 @@ from typing import NamedTuple
 import tyro
 from tqdm import tqdm
 
-from common import machine
+from common import keep, machine
 from infra import parallel, waiting
 from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
@@ -367,8 +367,7 @@ def main(settings: Settings) -> dict:
     print(f"{title}\n{machine()}; {settings.threads} threads a process")
     print_table(rows, ratio)
     result = {"machine": machine(), "settings": asdict(settings), "rows": rows, "ratio": ratio}
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    keep(result, settings.json)
     return result
 
 

@@ -11,7 +11,6 @@ machine with other work, seconds of the clock say more about that work.
 import repository  # noqa: F401
 
 # isort: split
-import json
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 import tyro
 
 import train_rl
-from common import machine
+from common import keep, machine
 from infra.metrics import read_metrics
 from infra.settings import change
 from worlds import toy
@@ -81,9 +80,8 @@ def main(settings: Settings) -> None:
     print(
         f"a recorded step costs {100 * cost:+.1f} %, every {every}th one {100 * cost / every:+.2f} %"
     )
-    if settings.json:
-        result = {"machine": machine(), "settings": asdict(settings), "pairs": pairs, "cost": cost}
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    result = {"machine": machine(), "settings": asdict(settings), "pairs": pairs, "cost": cost}
+    keep(result, settings.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The time and memory of one RL step on a CPU: without the flow, with it, and with separate passes.
 
-    python benchmarks/rl_step.py --json rl_step.json
+    python benchmarks/rl_step.py --json runs/rl_step.json
 
 Variants:
     none          --shaping none: one forward gives log-probs and entropies, and the policy learns
@@ -27,7 +27,6 @@ thread: several spin while they wait).
 import repository  # noqa: F401
 
 # isort: split
-import json
 import multiprocessing
 import random
 import resource
@@ -37,7 +36,6 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,7 +46,7 @@ import dense
 import flow as fl
 import rollout
 import train_rl
-from common import machine, median_of, run_child
+from common import keep, machine, median_of, run_child
 from engines.torch_engine import TorchEngine
 from infra import parallel
 from infra.models import find_model
@@ -368,8 +366,7 @@ def main(settings: Settings) -> dict:
         "growth": growth,
         "peak_mb_over_episodes": memory,
     }
-    if settings.json:
-        Path(settings.json).write_text(json.dumps(result, indent=1))
+    keep(result, settings.json)
     return result
 
 

@@ -1,7 +1,8 @@
 """The numbers of docs/walkthrough.md: one problem of the embedded world, from prompt to gradient.
 
-    python benchmarks/walkthrough.py            docs/walkthrough.json, and its tables in the page
-    python benchmarks/walkthrough.py --check    fails if the tables are not those of the figures
+    python benchmarks/walkthrough.py              the page with your machine's numbers, in runs/
+    python benchmarks/walkthrough.py --tracked    docs/walkthrough.json, and its tables in the page
+    python benchmarks/walkthrough.py --check      fails if these tables are not those of the figures
 
 It makes the embedded world and its flow as `python train_rl.py` does, or takes those that are there
 in runs/, and does by itself what the first step of training does with its first problem.
@@ -23,7 +24,7 @@ import flow as fl
 import rlfr
 import rollout
 import train_rl
-from common import code, number, put_tables, table
+from common import code, number, put_tables, relink, table
 from engines.torch_engine import TorchEngine
 from infra import batching, parallel
 from infra.data import Problem, load_problems
@@ -36,6 +37,7 @@ from rewards import Grader
 from worlds import toy
 
 DOCS = Path(__file__).parents[1] / "docs"
+OWN = Path("runs", "walkthrough")  # where a reader's page goes
 N_SHOWN = 3  # dimensions of a vector that the page shows
 
 
@@ -43,7 +45,8 @@ N_SHOWN = 3  # dimensions of a vector that the page shows
 class Settings:
     """Make the numbers of the walkthrough, or check that the page has them."""
 
-    check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
+    tracked: bool = False  # Rewrite docs/walkthrough.md and its figures, which the repository keeps
+    check: bool = False  # Write nothing: fail if that page's tables are not those of its figures
 
 
 # ---- The walk: what a step of training does, for one problem
@@ -305,20 +308,25 @@ def loss_table(figures: dict) -> str:
     return table(["", ""], rows)
 
 
+def write_page(figures: dict, folder: Path) -> Path:
+    """Write figures, and the page with their tables, into a folder; return the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "walkthrough.json").write_text(json.dumps(figures, indent=1))
+    page = put_tables((DOCS / "walkthrough.md").read_text(encoding="utf-8"), render(figures))
+    path = folder / "walkthrough.md"
+    path.write_text(relink(page, DOCS, folder), encoding="utf-8")
+    return path
+
+
 def main(settings: Settings) -> int:
-    """Write the figures and the page's tables, or check the tables; return the exit code."""
-    file = DOCS / "walkthrough.json"
-    page = DOCS / "walkthrough.md"
-    if not settings.check:
-        config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
-        figures = walk(change(config, prompts=1, train_batch=8))
-        file.write_text(json.dumps(figures, indent=1))
-    written = page.read_text(encoding="utf-8")
-    drawn = put_tables(written, render(json.loads(file.read_text())))
+    """Write figures and the page with their tables, or check the tables; return the exit code."""
     if settings.check:
-        return int(drawn != written)
-    page.write_text(drawn, encoding="utf-8")
-    print(f"open {page}")
+        page = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
+        figures = json.loads((DOCS / "walkthrough.json").read_text())
+        return int(put_tables(page, render(figures)) != page)
+    config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
+    figures = walk(change(config, prompts=1, train_batch=8))
+    print(f"open {write_page(figures, DOCS if settings.tracked else OWN)}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
     python study/accept.py --worlds toy-form toy-content
     python study/accept.py --worlds toy-beyond:expert_wrong=0.5 --bases 2
-    python study/accept.py --render                               the tables of the file, again
+    python study/accept.py --render --json study/worlds.json      the tables of a file, again
 
 A world decides if a perfect reward solves it and the outcome alone does not: on all base models but
 one in four the share of right steps as a reward ends with an accuracy of at least 0.8, and on most of
@@ -82,7 +82,7 @@ class Settings:
     n_responses: PositiveInt = 300  # Responses of each base, one a problem
     n_written: PositiveInt = 200  # The world's own solutions of other problems
     folder: str = "runs/accept"  # Where runs and scores are kept
-    json: str = "study/worlds.json"  # File for the figures
+    json: str = "runs/accept/worlds.json"  # File for the figures
     runs: bool = True  # Run the arms; without, their figures are what there is of them
     render: bool = False  # Only print the tables of the file
 

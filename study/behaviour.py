@@ -1,9 +1,7 @@
 """What the flow rewards, counted over the rollouts of a run: tokens, outcomes, places, training.
 
-    python study/behaviour.py runs/rl-toy-flow      tables and pictures, into the run's folder
-    python study/behaviour.py runs/rl-toy-flow --out docs --pictures study --name toy
-
-The second command wrote docs/behaviour-toy.md.
+    python study/behaviour.py runs/rl-toy-flow              tables and pictures, into the run's folder
+    python study/behaviour.py runs/rl-toy-flow --tracked    those of docs/behaviour-toy.md
 
 It reads rollouts/step-N.jsonl and metrics.jsonl. Early is the first third of the recorded steps,
 late is the last third.
@@ -39,6 +37,7 @@ from flow_signal import auc, resampling_weights
 from infra import record
 from infra.metrics import read_metrics
 from pages.falls import find_falls
+from repository import ROOT
 
 SIDES = (("right", True, BLUE), ("not right", False, ORANGE))
 N_TOKENS = 8  # of a table, at either end
@@ -55,9 +54,9 @@ class Settings:
     """Count what the flow rewards in the rollouts of a run."""
 
     run: tyro.conf.Positional[str]  # Run folder
-    out: str | None = None  # Folder for the page; by default the run's
-    pictures: str | None = None  # Folder for its pictures; by default that of the page
-    name: str | None = None  # Files are behaviour-NAME.*; by default behaviour.*
+    # Rewrite docs/behaviour-toy.md and its pictures, which the repository keeps; else the page is in
+    # the run's folder
+    tracked: bool = False
 
 
 # ---- Tokens
@@ -389,15 +388,10 @@ def split_periods(run: str) -> dict[str, list[dict]]:
 
 def make_page(settings: Settings, periods: dict[str, list[dict]], pictures: dict[str, str]) -> str:
     """Return the page in Markdown; pictures are paths from the page, by subject."""
-    arguments = [settings.run]
-    for name in ("out", "pictures", "name"):
-        value = getattr(settings, name)
-        if value is not None:
-            arguments.append(f"--{name} {value}")
     parts = [
         f"# What the flow rewards: {Path(settings.run).name}\n",
-        f"`python study/behaviour.py {' '.join(arguments)}` counted this over the recorded "
-        "rollouts of one run. Tokens of a response depend on each other, and responses on the "
+        f"`python study/behaviour.py {settings.run}` counted this over the recorded rollouts of one "
+        "run. Tokens of a response depend on each other, and responses on the "
         "policy of their step: these are descriptions of this run, not tests of the method.\n",
     ]
     for period, records in periods.items():
@@ -422,11 +416,11 @@ def main(settings: Settings) -> None:
     """Write the page and its pictures."""
     periods = split_periods(settings.run)
     metrics = read_metrics(Path(settings.run, "metrics.jsonl"))
-    folder = Path(settings.out or settings.run)
-    picture_folder = Path(settings.pictures or folder)
-    for needed in (folder, picture_folder):
-        needed.mkdir(parents=True, exist_ok=True)
-    stem = "-".join(filter(None, ["behaviour", settings.name]))
+    page = Path(settings.run, "behaviour.md")
+    picture_folder = page.parent
+    if settings.tracked:
+        page = ROOT / "docs" / "behaviour-toy.md"
+        picture_folder = ROOT / "study"
     pictures = {}
     with plt.rc_context(STYLE):
         for subject, figure in (
@@ -435,10 +429,9 @@ def main(settings: Settings) -> None:
             ("places", draw_places(periods)),
             ("training", draw_training(metrics)),
         ):
-            picture = picture_folder / f"{stem}-{subject}.png"
+            picture = picture_folder / f"{page.stem}-{subject}.png"
             save(figure, picture)
-            pictures[subject] = os.path.relpath(picture, folder)
-    page = folder / f"{stem}.md"
+            pictures[subject] = os.path.relpath(picture, page.parent)
     page.write_text(make_page(settings, periods, pictures), encoding="utf-8")
     print(f"open {page}")
 

@@ -1,7 +1,9 @@
 """Tables and pictures of the study, drawn from the figures in study/.
 
-    python study/evidence.py            tables into docs/evidence.md, pictures into study/
-    python study/evidence.py --check    fails if the tables are not those of the figures
+    python study/evidence.py              the page with tables and pictures drawn anew, in runs/evidence
+    python study/evidence.py --folder F   the same of other figures
+    python study/evidence.py --tracked    tables into docs/evidence.md, pictures into study/
+    python study/evidence.py --check      fails if the tables there are not those of the figures
 
 Tables stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose
 around them stays. What is read, each if it is there:
@@ -26,6 +28,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -37,7 +40,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import flow_signal
-from common import put_tables, table
+from common import put_tables, relink, table
 from figures import FIRST_TUNING_SEED, merge, read_study
 from measures import (
     LEVELS,
@@ -59,18 +62,22 @@ from measures import (
 from methods import ARMS, to_flags
 from repository import ROOT
 
+STUDY = ROOT / "study"
+PAGE = ROOT / "docs" / "evidence.md"
 BASELINE = "rlvr"
 CEILING = "process"
 N_COLUMNS = 3  # of panels
+SHOWN = ("rlvr", "published", "calibrated", "process", "sft")  # where the page begins
 
 
 @dataclass(frozen=True)
 class Settings:
     """Write the tables and pictures of the study."""
 
-    folder: str = str(ROOT / "study")  # Where figures are read, and pictures written
-    page: str = str(ROOT / "docs" / "evidence.md")  # Page that holds the tables
-    check: bool = False  # Write nothing: fail if the page's tables are not those of the figures
+    folder: str = str(STUDY)  # Where figures are read
+    out: str = "runs/evidence"  # Folder for the page and its pictures
+    tracked: bool = False  # Rewrite docs/evidence.md and the pictures in study/ in place of that
+    check: bool = False  # Write nothing: fail if docs/evidence.md has not the tables of the figures
 
 
 # ---- Runs
@@ -330,6 +337,26 @@ def band(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
+def draw_seeds(runs: Runs) -> plt.Figure:
+    """Draw a panel for each arm that the page begins with, and in it a line a seed."""
+    arms = [arm for arm in SHOWN if arm in runs]
+    figure, panels = plt.subplots(
+        1, len(SHOWN), figsize=(11, 2.7), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes in panels[len(arms) :]:
+        axes.set_axis_off()
+    for axes, arm in zip(panels, arms, strict=False):
+        curves = [run["series"]["correct"] for run in runs[arm].values()]
+        for curve in curves:
+            means = running_mean(curve)
+            colour = BLUE if has_escaped(curve) else ORANGE
+            axes.plot(range(WINDOW, WINDOW + len(means)), means, color=colour, linewidth=1.2)
+        axes.set_title(f"{arm}: {sum(map(has_escaped, curves))} of {len(curves)}", fontsize=10)
+        axes.set(ylim=(0, 1), xlabel="step")
+    panels[0].set_ylabel(f"training accuracy,\nmean of {WINDOW} steps")
+    return figure
+
+
 def draw_methods(runs: Runs) -> plt.Figure:
     """Draw the learning curves of the methods and the ceiling."""
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
@@ -398,19 +425,23 @@ def save(figure: plt.Figure, file: Path) -> None:
 
 
 PICTURES = {
+    "study-seeds.png": draw_seeds,
     "study-methods.png": draw_methods,
     "study-controls.png": draw_controls,
     "study-differences.png": draw_differences,
 }
 
 
-def draw(runs: Runs, folder: Path) -> None:
-    """Draw all pictures of the study."""
+def draw(runs: Runs, default_runs: Path, folder: Path) -> list[str]:
+    """Draw all pictures that there are figures for into a folder, and return their names."""
+    makers = {name: partial(make, runs) for name, make in PICTURES.items()} if runs else {}
+    if default_runs.exists():
+        makers["default-run.png"] = lambda: draw_default_runs(read_study(default_runs))
     with plt.rc_context(STYLE):
-        for name, make in PICTURES.items():
-            file = folder / name
-            save(make(runs), file)
-            print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+        for name, make in makers.items():
+            save(make(), folder / name)
+            print(f"{folder / name}: {(folder / name).stat().st_size / 1000:.0f} kB")
+    return list(makers)
 
 
 # ---- The page
@@ -448,7 +479,7 @@ def other_tables(folder: Path) -> dict[str, str]:
 
 
 def main(settings: Settings) -> int:
-    """Write the page's tables and the pictures, or check the tables; return the exit code."""
+    """Write the page with its tables and the pictures, or check the tables; return the exit code."""
     folder = Path(settings.folder)
     study = load_study(folder)
     runs = reported_runs(study) if study else {}
@@ -457,21 +488,21 @@ def main(settings: Settings) -> int:
         tables.update(study_tables(study, runs))
     else:
         print(f"no finished runs in {folder}/study*.json: the study's tables stay as they are")
-    page = Path(settings.page)
-    written = page.read_text()
+    written = PAGE.read_text()
     drawn = put_tables(written, tables)
     if settings.check:
         if drawn != written:
-            print(f"the tables of {page} are not those of the figures; run study/evidence.py")
+            print(
+                f"the tables of {PAGE} are not those of the figures; run study/evidence.py --tracked"
+            )
         return int(drawn != written)
-    page.write_text(drawn)
-    print(f"{page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")
-    if runs:
-        draw(runs, folder)
-    default_runs = folder / "default-run.json"
-    if default_runs.exists():
-        with plt.rc_context(STYLE):
-            save(draw_default_runs(read_study(default_runs)), folder / "default-run.png")
+    page = PAGE if settings.tracked else Path(settings.out, PAGE.name)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = draw(runs, folder / "default-run.json", STUDY if settings.tracked else page.parent)
+    page.write_text(
+        drawn if settings.tracked else relink(drawn, PAGE.parent, page.parent, pictures)
+    )
+    print(f"open {page}: {len(tables)} tables, of {sum(map(len, runs.values()))} runs")
     return 0
 
 

@@ -1,6 +1,6 @@
 """What the flow's score knows: does it tell wrong steps from right ones, short work from careful?
 
-    python study/flow_signal.py --json study/signal.json
+    python study/flow_signal.py                                figures and tables, into runs/signal
     python study/flow_signal.py --render study/signal.json      the tables of a file, again
 
 In the embedded worlds it is known which steps of a response are right. The base policy answers

@@ -7,13 +7,13 @@
     python study/study.py --world toy-beyond:n_expert=64 --bases 4 --folder FOLDER    in another world
     python study/study.py --collect --json runs/study.json          the figures of unfinished runs
     python study/study.py --merge other.json --json runs/study.json
-    python study/evidence.py                                        tables and figures of docs/evidence.md
+    python study/evidence.py --folder runs                          their tables and pictures
 
 A reward is tried for a moment first, and refused if it cannot work (trial.py). methods.py has the
 arms, referee.py the page of what came out, FOLDER/verdict.html.
 
 Settings are chosen on seeds from 100 on, which the tables leave out, with arms whose settings are
-changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --json study/tuning.json.
+changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --folder runs/study-tuning.
 
 Every run is a process of its own, with one thread and no GPU:
 
@@ -663,7 +663,7 @@ def show_verdict(study: Study) -> None:
     if Path(study.folder, "registered.json").exists():
         print(write_verdict(read_study(study.json_file), Path(study.folder)))
     elif not study.reward:
-        print("next: python study/evidence.py")
+        print(f"next: python study/evidence.py --folder {study.json_file.parent}")
 
 
 def check(study: Study) -> None:

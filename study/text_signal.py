@@ -1,7 +1,7 @@
 """Does the flow's score see a wrong number in a real language model's latents?
 
     python benchmarks/smollm2.py --folder runs/smollm2
-    python study/text_signal.py --solutions GSM8K_TRAIN.jsonl --json study/signal-text.json
+    python study/text_signal.py --solutions GSM8K_TRAIN.jsonl
     python study/flow_signal.py --render study/signal-text.json
 
 Flows are fitted to solutions (columns problem, solution). In each of some others one result, a

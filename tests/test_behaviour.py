@@ -4,6 +4,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,22 +92,27 @@ def test_tokens_are_shown_without_ending_a_cell():
     assert common.code("") == "◌"
 
 
-def test_the_page_of_a_run(config, tmp_path, capsys):
+def test_the_page_of_a_run(config, tmp_path, monkeypatch, capsys):
     train_rl.main(change(config, steps=3, log_rollouts=1))
-    settings = behaviour.Settings(config.folder, out=str(tmp_path / "out"), name="small")
-    behaviour.main(settings)
-    page = tmp_path / "out" / "behaviour-small.md"
+    root = tmp_path / "repository"
+    monkeypatch.setattr(behaviour, "ROOT", root)
+    behaviour.main(behaviour.Settings(config.folder))
+    page = Path(config.folder) / "behaviour.md"
     assert capsys.readouterr().out.splitlines()[-1] == f"open {page}"
     text = page.read_text()
+    assert f"`python study/behaviour.py {config.folder}` counted this" in text
     assert "## Tokens, early, steps 1 to 1" in text and "## Tokens, late, steps 3 to 3" in text
     assert text.count("| deviation | ") == 2
     for subject in ("tokens", "outcomes", "places", "training"):
-        picture = f"behaviour-small-{subject}.png"
-        assert f"({picture})" in text and (tmp_path / "out" / picture).stat().st_size > 1000
+        picture = f"behaviour-{subject}.png"
+        assert f"({picture})" in text and page.with_name(picture).stat().st_size > 1000
 
-    behaviour.main(change(settings, pictures=str(tmp_path / "pictures")))
-    assert "![places](../pictures/behaviour-small-places.png)" in page.read_text()
-    assert len(list((tmp_path / "pictures").iterdir())) == 4
+    for name in ("docs", "study"):
+        (root / name).mkdir(parents=True)
+    behaviour.main(behaviour.Settings(config.folder, tracked=True))
+    kept = (root / "docs" / "behaviour-toy.md").read_text()
+    assert kept == text.replace("](behaviour-", "](../study/behaviour-toy-")
+    assert len(list((root / "study").glob("behaviour-toy-*.png"))) == 4
 
 
 def test_a_run_without_a_flow_is_refused(config):

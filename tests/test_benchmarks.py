@@ -78,7 +78,7 @@ def benchmarks(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess,
     (folder / "pairs.jsonl").write_text('{"gold": "1/2", "pred": "0.5", "expected": true}\n' * 3)
 
     def run(name: str, arguments: list[str]) -> tuple[subprocess.CompletedProcess, Path]:
-        file = folder / f"{name}.json"
+        file = folder / "new" / f"{name}.json"  # whose folder is made
         command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments, "--json", str(file)]
         return subprocess.run(command, capture_output=True, text=True, cwd=folder), file
 

@@ -1,5 +1,6 @@
 """What the documents name is there: functions, flags, metrics, sizes of flows."""
 
+import ast
 import importlib
 import re
 import sys
@@ -40,6 +41,11 @@ PAGES = (
 # Flags of torchrun, hf, rewards.py, benchmarks/, study/, course/, and of one form of inspector.py
 FOREIGN_FLAGS = {
     "--out",
+    "--tracked",
+    "--solutions",
+    "--worlds",
+    "--to",
+    "--inplace",
     "--overwrite",
     "--name",
     "--check",
@@ -116,6 +122,41 @@ def test_the_page_of_a_folder_names_each_of_its_files(name):
         if path.name != "__init__.py" and not any(inner in path.parents for inner in with_pages):
             files.append(str(path.relative_to(folder)))
     assert sorted(named) == sorted(files)
+
+
+OUTPUT = re.compile(
+    r"(?:--json|--out|--folder|--screenshot|--inplace|-o(?= \S+\.))[= ]+([^\s`'\"\]]+)|--tracked"
+)
+
+
+def outputs(text: str) -> list[str]:
+    """Return what the commands of a text write: a file or folder each, or a flag that names none."""
+    commands = [line for line in text.splitlines() if "--render" not in line]
+    return [found[1] or found[0] for found in OUTPUT.finditer("\n".join(commands))]
+
+
+def test_documented_commands_leave_what_git_tracks_as_it_is():
+    """They write to runs/, or to a place that the reader names; but for a table for maintainers."""
+    heading = "## What the repository keeps of runs"
+    pages = [page for page in ROOT.rglob("*.md") if not {"runs", ".venv"} & set(page.parts)]
+    texts = {page: page.read_text() for page in pages}
+    for folder in ("study", "benchmarks", "course", "worlds"):
+        for file in (ROOT / folder).rglob("*.py"):
+            docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+            # a program's own flag for what is kept has its line there
+            texts[file] = docstring.replace("--tracked", "")
+    development = ROOT / "docs" / "development.md"
+    texts[development], _, kept = texts[development].partition(heading)
+    assert len(outputs(kept)) >= 8
+    written = 0
+    for path, text in texts.items():
+        for target in outputs(text):
+            is_named_by_the_reader = re.fullmatch(r"[A-Z_]+(\.\w+)?[,.;]?|…|and|names", target)
+            assert target.split("/")[0] == "runs" or is_named_by_the_reader, f"{path}: {target}"
+            written += 1
+    assert written >= 30
+    assert outputs("--json study/signal.json") == ["study/signal.json"]
+    assert outputs("python study/evidence.py --tracked") == ["--tracked"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -302,7 +302,7 @@ def test_the_notebook_runs(world):
 
 
 def test_the_notebook_is_its_source_and_small():
-    """The page of the folder, course/README.md, says how it is written anew."""
+    """docs/development.md says how it is written anew."""
     file = SOURCE.with_name("nano.ipynb")
     assert file.stat().st_size < 600_000
     written = nbformat.read(file, as_version=4)

@@ -5,14 +5,18 @@
 The model, SmolLM2-135M-Instruct, comes from PyPI; RLFR_SMOLLM2 may name a folder that has it.
 """
 
+import contextlib
+import io
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, figures
+from test_theory import assert_same
 
 import flow as fl
 import train_flow
@@ -115,3 +119,15 @@ def test_rl(model, words, flow_run, tmp_path, shaping):
     for step in steps:
         assert all(math.isfinite(value) for value in step.values())
     assert steps[0]["policy/grad_norm"] > 0 or steps[1]["policy/grad_norm"] > 0
+
+
+def test_the_figures_of_its_latents(model, tmp_path):
+    """The block of docs/real-run.md prints what stands beneath it."""
+    run_script("word_problems.py", "--folder", str(tmp_path))
+    page = (ROOT / "docs" / "real-run.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    code = code.replace("runs/smollm2", model).replace("runs/words", str(tmp_path))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(code, {})
+    assert_same(output.getvalue(), shown)

@@ -369,22 +369,38 @@ def test_a_folder_holds_one_study(small_study):
         study.main(change(asked, eval_problems=3))
 
 
-def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
+def test_evidence_is_drawn_from_the_figures(small_study, tmp_path, monkeypatch):
+    """A reader's page stands in a folder of its own, and the page that is kept changes if asked."""
     asked, _ = small_study
-    page = Path(shutil.copy(PAGE, tmp_path))
-    settings = evidence.Settings(folder=str(tmp_path), page=str(page))
-    assert evidence.main(settings) == 0  # there are no figures yet
-    assert page.read_text() == PAGE.read_text()
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    kept = Path(shutil.copy(PAGE, docs))
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    own = tmp_path / "runs" / "evidence"
+    monkeypatch.setattr(evidence, "PAGE", kept)
+    monkeypatch.setattr(evidence, "STUDY", figures)
+    settings = evidence.Settings(folder=str(figures), out=str(own))
+    assert evidence.main(change(settings, tracked=True)) == 0  # there are no figures yet
+    assert kept.read_text() == PAGE.read_text()
     for name in ("study", "tuning"):
-        shutil.copy(asked.json_file, tmp_path / f"{name}.json")
-    checking = change(settings, check=True)
-    assert evidence.main(checking) == 1
+        shutil.copy(asked.json_file, figures / f"{name}.json")
+
     assert evidence.main(settings) == 0
-    assert evidence.main(checking) == 0
-    text = page.read_text()
+    assert kept.read_text() == PAGE.read_text(), "regression: the page's command rewrote it"
+    text = (own / "evidence.md").read_text()
     assert text.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
     for name in evidence.PICTURES:
-        assert 3_000 < (tmp_path / name).stat().st_size < 150_000
+        assert 3_000 < (own / name).stat().st_size < 150_000
+        assert f"]({name})" in text and not (figures / name).exists()
+    linked = re.search(r"\]\(([^)]*theory\.md)", text)[1]
+    assert (own / linked).resolve() == docs / "theory.md"
+
+    checking = change(settings, check=True)
+    assert evidence.main(checking) == 1
+    assert evidence.main(change(settings, tracked=True)) == 0
+    assert evidence.main(checking) == 0
+    assert all((figures / name).exists() for name in evidence.PICTURES)
 
 
 def test_the_committed_page_has_the_tables_of_the_committed_figures():

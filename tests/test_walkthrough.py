@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -33,6 +34,34 @@ def test_the_page_has_the_figures(tmp_path, monkeypatch):
     (tmp_path / "walkthrough.json").write_text((ROOT / "docs" / "walkthrough.json").read_text())
     monkeypatch.setattr(walkthrough, "DOCS", tmp_path)
     assert walkthrough.main(walkthrough.Settings(check=True)) == 1, "a table that was edited"
+
+
+@pytest.mark.parametrize(("arguments", "is_tracked"), [({}, False), ({"tracked": True}, True)])
+def test_a_reader_rewrites_nothing_that_the_repository_keeps(
+    walked, tmp_path, monkeypatch, arguments, is_tracked
+):
+    """Regression: the command of the page rewrote the page. Its links lead to the same files."""
+    changed = walked | {"loss": 0.125}
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in ("walkthrough.md", "walkthrough.json"):
+        shutil.copy(ROOT / "docs" / name, docs)
+    monkeypatch.setattr(walkthrough, "DOCS", docs)
+    monkeypatch.setattr(walkthrough, "walk", lambda config: changed)
+    monkeypatch.chdir(tmp_path)
+    assert walkthrough.main(walkthrough.Settings(**arguments)) == 0
+    assert ((docs / "walkthrough.md").read_text() != PAGE) == is_tracked
+    own = docs if is_tracked else tmp_path / "runs" / "walkthrough"
+    page = (own / "walkthrough.md").read_text()
+    assert "| loss | 0.125 |" in page
+    assert json.loads((own / "walkthrough.json").read_text()) == changed
+    files = [
+        [(folder / link).resolve() for link in re.findall(r"\]\(([^)#]+)", text)]
+        for folder, text in ((docs, PAGE), (own, page))
+    ]
+    assert files[0] == files[1] and docs / "theory.md" in files[1]
+    if is_tracked:
+        assert page == PAGE.replace("| loss | 0.009802 |", "| loss | 0.125 |")
 
 
 def test_prompt_and_tokens_are_text(walked):
