@@ -56,7 +56,10 @@ def pytest_configure():
 
 
 # Files whose few tests take long begin first, so that no process is left alone with them at the end
-LONG_ONES = ("distributed", "dense", "vision", "benchmarks", "referee", "study", "judge", "ranks")
+LONG_ONES = (
+    *("distributed", "vision", "train", "dense", "benchmarks", "referee", "judge", "vllm"),
+    *("study", "options_change", "lora", "eval", "pool", "plan", "rlfr", "nano"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -51,7 +51,8 @@ def become(command: list[str], environment: dict[str, str]) -> None:
         subprocess_handler.Popen = Rank
         launcher.main()
         return
-    sys.path.insert(0, str(Path(command[0]).parent))
+    elsewhere = [folder for folder in sys.path if not Path(folder).is_relative_to(ROOT)]
+    sys.path[:] = [str(Path(command[0]).parent), *elsewhere]  # as a command has it
     runpy.run_path(command[0], run_name="__main__")
 
 

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conftest import ROOT
@@ -28,7 +28,7 @@ SMALL = {
     "logprob": ["--tokens", "64", "--dim", "16", "--vocabulary", "500"],
     "flow_start": ["--sequences=2", "--prompt=8", "--response=8", "--dim=32", "--layers=4", "--vocabulary=100"],
     "packing": ["--groups=2", "--prompt=4", "--longest=4", "--dim=16", "--layers=1", "--vocabulary=50"],
-    "grading": ["pairs.jsonl"],
+    "grading": ["{folder}/pairs.jsonl"],
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ SMALL = {
 OTHERS = {
     "busy",
     "common",
+    "first_gpu",
     "gpu",
     "peer_trl",
     "peers",
@@ -73,18 +74,16 @@ def small_gpu(tmp_path) -> gpu.Settings:
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory) -> dict[str, tuple[subprocess.CompletedProcess, Path]]:
-    """All benchmarks, two at a time: what each printed, and the file with its figures."""
+    """All benchmarks: what each printed, and the file with its figures."""
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "pairs.jsonl").write_text('{"gold": "1/2", "pred": "0.5", "expected": true}\n' * 3)
-
-    def run(name: str, arguments: list[str]) -> tuple[subprocess.CompletedProcess, Path]:
+    done = {}
+    for name, arguments in SMALL.items():
         file = folder / "new" / f"{name}.json"  # whose folder is made
-        command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments, "--json", str(file)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder), file
-
-    commands = {name: [*arguments, "--repeats", "1"] for name, arguments in SMALL.items()}
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(commands, pool.map(run, commands, commands.values()), strict=True))
+        given = [argument.format(folder=folder) for argument in arguments]
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *given, "--repeats", "1"]
+        done[name] = (forks.call([*command, "--json", str(file)]), file)
+    return done
 
 
 def test_whole_steps(small_gpu):
@@ -135,6 +134,7 @@ def test_a_job_that_fails_is_reported_and_the_others_go_on(small_gpu, monkeypatc
         "steps": gpu.Job("steps", "tiny", None, timeout=1200),
     }
     monkeypatch.setattr(gpu, "PLAN", jobs)
+    monkeypatch.setattr(gpu, "subprocess", forks.SUBPROCESS)
     figures = gpu.main(replace(small_gpu, engine="none"))
     assert json.loads(Path(small_gpu.json).read_text()) == figures
     assert figures["jobs"].keys() == {"late", "good"}, "nothing samples with --engine none"

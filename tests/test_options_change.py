@@ -60,11 +60,11 @@ def named(options: dict) -> str:
 
 
 @pytest.mark.parametrize(("both", "options"), POLICY_OPTIONS, ids=named)
-def test_an_option_changes_the_policy(config, both, options):
+def test_an_option_changes_the_policy(config, train_once, both, options):
     config = change(config, **both)
-    train_rl.main(change(config, folder=config.folder + "-a"))
-    train_rl.main(change(config, folder=config.folder + "-b", **options))
-    policies = [load_policy(f"{config.folder}-{name}/policy") for name in "ab"]
+    without = train_once(config)
+    train_rl.main(change(config, **options))
+    policies = [load_policy(f"{folder}/policy") for folder in (without, config.folder)]
     assert differ(*policies)
 
 
@@ -127,13 +127,13 @@ FLOW_OPTIONS = [
 
 
 @pytest.mark.parametrize(("both", "options"), FLOW_OPTIONS, ids=named)
-def test_an_option_changes_the_flow(config, both, options):
+def test_an_option_changes_the_flow(config, train_once, both, options):
     """Some episodes are accepted, and some are not: rewards are 0, 1 and 2."""
     config = change(config, **both)
-    train_rl.main(change(config, folder=config.folder + "-a"))
-    train_rl.main(change(config, folder=config.folder + "-b", **options))
-    assert 0 < figures(config.folder + "-a")[0]["correct"] < 1
-    flows = [fl.load_flow(f"{config.folder}-{name}/flow", 32) for name in "ab"]
+    without = train_once(config)
+    train_rl.main(change(config, **options))
+    assert 0 < figures(without)[0]["correct"] < 1
+    flows = [fl.load_flow(f"{folder}/flow", 32) for folder in (without, config.folder)]
     assert differ(*flows)
 
 

@@ -1,14 +1,12 @@
 """The plan of a run on GPUs that are not there, against what an H100 measured (benchmarks/RESULTS.md)."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from test_published import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
@@ -131,21 +129,17 @@ def test_a_trace_does_the_operations_of_a_real_run(ranks, tmp_path):
 
 
 # ---- The command
-def plan(*arguments: str) -> subprocess.CompletedProcess:
-    """Run the command."""
-    command = [sys.executable, str(ROOT / "run.py"), "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/")
-
-
 def test_the_command_prints_a_plan(tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2Config(**sizes, **heads).save_pretrained(tmp_path)
-    done = plan("--on", "2xA100-40", "--model", str(tmp_path), "--prompt-tokens", "100")
-    assert done.returncode == 0, done.stderr
-    assert "2 x A100-40 of 42 GB" in done.stdout and "1024 episodes, 100 + 614" in done.stdout
+    arguments = ["--on", "2xA100-40", "--model", str(tmp_path), "--prompt-tokens", "100"]
+    process = forks.Run("run.py", ["plan", *arguments])
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert "2 x A100-40 of 42 GB" in printed and "1024 episodes, 100 + 614" in printed
     for name in ("roll out", "score", "update"):
-        lines = [line for line in done.stdout.splitlines() if line.startswith(name)]
+        lines = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
         assert len(lines) == 2 and lines[0].endswith("  fits")
 
 
