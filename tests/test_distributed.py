@@ -94,7 +94,7 @@ def wait_for_step(folder: str, step: int, process: forks.Run) -> None:
 @pytest.fixture(scope="module")
 def config(world, flow_folder, tmp_path_factory) -> train_rl.Config:
     folder = tmp_path_factory.mktemp("distributed") / "one"
-    settings = {"steps": 4, "save_every": 1, "keep": 2, "export_every": 3}
+    settings = {"steps": 5, "save_every": 1, "keep": 3, "export_every": 4}
     settings |= {"flow_soft": 1.0, "tokens_per_gpu": 300}
     return small_run(world, flow_folder, folder, **settings, **BY_LENGTH)
 
@@ -131,7 +131,7 @@ def assert_same_run(folder: str, other: str) -> None:
 def test_two_ranks_follow_one_process(one, two):
     assert_same_run(one, two)
     kept = sorted(path.name for path in Path(two, "checkpoints").iterdir())
-    assert kept == ["step-3", "step-4"], "--keep"
+    assert kept == ["step-3", "step-4", "step-5"], "--keep"
     for name in ("policy/model.safetensors", "flow/flow.safetensors"):
         assert Path(one, name).stat().st_size == Path(two, name).stat().st_size
 
@@ -385,7 +385,7 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
     """
     policies = {"one": tmp_path / "one" / "policy", "two": tmp_path / "two" / "policy"}
     for name, folder in {"one": one, "two": two}.items():
-        export_checkpoint(folder, 3, str(tmp_path / name))
+        export_checkpoint(folder, 4, str(tmp_path / name))
     evaluation_config = change(evaluation.Config(), data=(world.path("test.jsonl"),), template="none", max_tokens=24)  # fmt: skip
     with_vllm = change(evaluation_config, model=str(policies["two"]), engine="vllm", out=str(tmp_path / "vllm"))  # fmt: skip
     process = start("eval.py", flags(with_vllm), 1)
@@ -400,7 +400,7 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
 
     responses = {}
     for name, folder in {"one": one, "two": two}.items():
-        by_the_run = Path(folder, "exports", "step-3", "policy")  # what the run's engine was given
+        by_the_run = Path(folder, "exports", "step-4", "policy")  # what the run's engine was given
         exported = torch_engine(policies[name])
         state = exported.model.state_dict()
         for key, tensor in torch_engine(by_the_run).model.state_dict().items():
@@ -430,7 +430,7 @@ def test_checkpoints_of_any_number_of_ranks_are_exported(one, two, config, world
 def test_killed_at_random_and_resumed_on_two_ranks_and_on_one(config, one, two, tmp_path):
     rng = random.Random(time.time_ns())
     for trial in range(KILL_TRIALS):
-        folder, step, delay = str(tmp_path / f"{trial}"), rng.randint(1, 3), rng.random() / 2
+        folder, step, delay = str(tmp_path / f"{trial}"), rng.randint(1, 4), rng.random() / 2
         process = start("train_rl.py", flags(change(config, folder=folder)))
         wait_for_step(folder, step, process)
         time.sleep(delay)
