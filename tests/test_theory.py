@@ -1,4 +1,4 @@
-"""docs/theory.md: its blocks print what it shows, and its text has no other numbers."""
+"""docs/theory.md: course/theory.py prints its tables, and its text has no other numbers."""
 
 import contextlib
 import io
@@ -7,23 +7,20 @@ import re
 import pytest
 from conftest import ROOT
 
+from course import theory
+
 PAGE = (ROOT / "docs" / "theory.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+TABLES = re.findall(r"^```text\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 @pytest.fixture(scope="module")
 def printed() -> list[str]:
-    """What each block prints; they share their names, as in one session of Python."""
-    names: dict = {}
-    outputs = []
-    with contextlib.chdir(ROOT):
-        for code, _ in BLOCKS:
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                exec(code, names)
-            outputs.append(output.getvalue())
-    return outputs
+    """The tables that the program prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        theory.main()
+    return output.getvalue().split("\n\n")[:-1]
 
 
 def assert_same(found: str, shown: str) -> None:
@@ -39,10 +36,14 @@ def assert_same(found: str, shown: str) -> None:
         assert abs(float(number) - float(expected)) <= 1.01 * unit, (number, expected)
 
 
-def test_blocks_print_what_the_page_shows(printed):
-    assert PAGE.count("```python") == len(BLOCKS) >= 6
-    for found, (_, shown) in zip(printed, BLOCKS, strict=True):
-        assert_same(found, shown)
+def test_the_program_prints_what_the_page_shows(printed):
+    assert PAGE.count("```") == 2 * len(TABLES) == 14
+    for found, shown in zip(printed, TABLES, strict=True):
+        assert_same(found + "\n", shown)
+
+
+def test_the_page_is_short():
+    assert len(PAGE.splitlines()) <= 170
 
 
 def test_a_number_that_was_edited_is_noticed():
@@ -60,7 +61,7 @@ def stands_in(number: str, text: str) -> bool:
 
 
 def test_numbers_of_the_text_are_printed_or_in_a_page_that_the_paragraph_links():
-    in_blocks = " ".join(code + shown for code, shown in BLOCKS)
+    in_blocks = " ".join([*TABLES, (ROOT / "course" / "theory.py").read_text()])
     prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.DOTALL | re.MULTILINE)
     n_numbers = 0
     for paragraph in prose.split("\n\n"):
@@ -75,7 +76,7 @@ def test_numbers_of_the_text_are_printed_or_in_a_page_that_the_paragraph_links()
     assert not stands_in("3.2", in_blocks) and not stands_in("0.065", in_blocks)
 
 
-def test_the_session_of_the_blocks_ends_with_rewards_that_grow_with_length(printed):
+def test_rewards_grow_with_length(printed):
     """What the text concludes from the last table, from its numbers."""
     rows = [[float(cell) for cell in row.split()] for row in printed[-1].splitlines()[1:]]
     penalties = [row[1] for row in rows]
