@@ -1,11 +1,13 @@
 """The numbers of docs/walkthrough.md: one problem of the embedded world, from prompt to gradient.
 
     python benchmarks/walkthrough.py              the page with your machine's numbers, in runs/
+    python benchmarks/walkthrough.py --bases 4    how some of them vary over base models, a line each
     python benchmarks/walkthrough.py --tracked    docs/walkthrough.json, and its tables in the page
     python benchmarks/walkthrough.py --check      fails if these tables are not those of the figures
 
 It makes the embedded world and its flow as `python train_rl.py` does, or takes those that are there
-in runs/, and does by itself what the first step of training does with its first problem.
+in runs/, and does by itself what the first step of training does with its first problem. The base
+models of --bases are those of worlds with other seeds, whose first problems are others.
 """
 
 import repository  # noqa: F401
@@ -23,6 +25,7 @@ import dense
 import flow as fl
 import rlfr
 import rollout
+import train_flow
 import train_rl
 from common import code, number, put_tables, relink, table
 from engines.torch_engine import TorchEngine
@@ -30,6 +33,7 @@ from infra import batching, parallel
 from infra.data import Problem, load_problems
 from infra.defaults import published_settings
 from infra.models import Model
+from infra.ranges import PositiveInt, check_values
 from infra.settings import change
 from pages.describe import token_texts
 from policy import Policy, load_policy, tap_layers
@@ -45,6 +49,9 @@ N_SHOWN = 3  # dimensions of a vector that the page shows
 class Settings:
     """Make the numbers of the walkthrough, or check that the page has them."""
 
+    bases: PositiveInt | None = (
+        None  # Print some numbers of so many base models in place of the page
+    )
     tracked: bool = False  # Rewrite docs/walkthrough.md and its figures, which the repository keeps
     check: bool = False  # Write nothing: fail if that page's tables are not those of its figures
 
@@ -318,14 +325,45 @@ def write_page(figures: dict, folder: Path) -> Path:
     return path
 
 
+# ---- Other base models
+def settings_of_base(seed: int) -> train_rl.Config:
+    """Return the settings of the walk on the base model of a world's seed, made if need be."""
+    preset = toy.PRESETS["train_rl"]["toy"]
+    config = change(train_rl.Config(), **preset)
+    config = change(config, prompts=1, train_batch=preset["group_size"])
+    if seed == 0:
+        return config
+    world = toy.make(toy.World(f"runs/toy-{seed}", seed=seed))
+    run = Path(f"runs/flow-toy-{seed}")
+    if not (run / "flow").exists():
+        start = change(train_flow.Config(), **toy.PRESETS["train_flow"]["toy"], folder=str(run))
+        train_flow.main(change(start, model=world.path("model"), data=world.path("expert.jsonl")))
+    data = {"data": world.path("train.jsonl"), "eval_data": (world.path("test.jsonl"),)}
+    return change(config, model=world.path("model"), flow=str(run / "flow"), **data)
+
+
+def print_bases(n_bases: int) -> None:
+    """Print some numbers of the walk on base models, a line each."""
+    print("seed   right of 8   least score   largest score   most penalised   loss   gradient norm")
+    for seed in range(n_bases):
+        figures = walk(settings_of_base(seed))
+        scores = figures["tokens"]["score"]
+        text = figures["tokens"]["texts"][figures["token"]]
+        line = f"{seed:4}{sum(figures['rewards']):13.0f}{min(scores):14.1f}{max(scores):16.0f}"
+        print(f"{line}{text:>17}{figures['loss']:7.4f}{figures['gradient_norm']:16.2f}")
+
+
 def main(settings: Settings) -> int:
     """Write figures and the page with their tables, or check the tables; return the exit code."""
+    check_values(settings)
     if settings.check:
         page = (DOCS / "walkthrough.md").read_text(encoding="utf-8")
         figures = json.loads((DOCS / "walkthrough.json").read_text())
         return int(put_tables(page, render(figures)) != page)
-    config = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
-    figures = walk(change(config, prompts=1, train_batch=8))
+    if settings.bases:
+        print_bases(settings.bases)
+        return 0
+    figures = walk(settings_of_base(0))
     print(f"open {write_page(figures, DOCS if settings.tracked else OWN)}")
     return 0
 

@@ -224,10 +224,12 @@ def finished(study: dict) -> list[dict]:
 
 
 def default_table(study: dict) -> str:
-    """Return the table of default runs, a row each: how far they came, and how far one fell back."""
+    """Return the table of default runs, a row each: how far they came, how far one fell back, and
+    what the flow reward prefers."""
     rows = []
     for run in finished(study):
-        accuracy = run["series"]["correct"]
+        series = run["series"]
+        accuracy = series["correct"]
         held_out = run["held_out"]
         rows.append(
             [
@@ -239,12 +241,22 @@ def default_table(study: dict) -> str:
                 number(largest_fall(accuracy, SETTLED)),
                 number(held_out["before"]["sampled"]),
                 number(held_out["after"]["sampled"]),
+                number(held_out["before"]["greedy"]),
                 number(held_out["after"]["greedy"]),
+                f"{series['length'][0]:.0f} → {last_accuracy(series['length']):.0f}",
+                str(steps_below(series["flow/reward_right"], series["flow/reward_wrong"])),
             ]
         )
     head = ("arm", "seed", "base model", "first step", "last 10 steps")
-    head += (f"largest fall after step {SETTLED}", "held-out before", "after", "after, greedy")
+    head += (f"largest fall after step {SETTLED}", "held-out before", "after")
+    head += ("greedy before", "after", "tokens", "steps that pay right responses less")
     return table(head, rows)
+
+
+def steps_below(some: Sequence[float | None], others: Sequence[float | None]) -> int:
+    """Return at how many steps a figure is below another one, where both are known."""
+    pairs = zip(some, others, strict=True)
+    return sum(one < other for one, other in pairs if None not in (one, other))
 
 
 def draw_default_runs(study: dict) -> plt.Figure:

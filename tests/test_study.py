@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import forks
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, find_model_in, read_lines, small_run
@@ -35,6 +36,7 @@ from rewards import Grader
 from worlds import toy
 
 PAGE = ROOT / "docs" / "evidence.md"
+SIDES = ("right", "wrong")
 
 
 # ---- Statistics, by hand
@@ -405,6 +407,45 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path, monkeypatch):
 
 def test_the_committed_page_has_the_tables_of_the_committed_figures():
     assert evidence.main(evidence.Settings(check=True)) == 0
+
+
+def as_range(values: list[float], unit: float, places: int = 0) -> str:
+    """Return the least and the largest of values in a unit, as the pages write them."""
+    return f"{min(values) / unit:.{places}f} to {max(values) / unit:.{places}f}"
+
+
+def test_ranges_of_the_default_run_that_pages_name():
+    """From the eight runs on four base models in study/default-run.json."""
+    runs = figures.read_study(ROOT / "study" / "default-run.json")["runs"]
+    assert {run["base"] for run in runs} == {0, 1, 2, 3} and len(runs) == 8
+    series = [run["series"] for run in runs]
+    ends = as_range([measures.last_accuracy(one["correct"]) for one in series], 0.01)
+    held_out = {}
+    for when in ("before", "after"):
+        for kind in ("sampled", "greedy"):
+            held_out[when, kind] = as_range([run["held_out"][when][kind] for run in runs], 0.01)
+    below = [evidence.steps_below(s["flow/reward_right"], s["flow/reward_wrong"]) for s in series]
+    first = as_range([one["length"][0] for one in series], 1)
+    last = as_range([measures.last_accuracy(one["length"]) for one in series], 1)
+    paid = {side: [np.mean(one[f"flow/reward_{side}"]) for one in series] for side in SIDES}
+    lost = {side: as_range([-value for value in values], 1, 3) for side, values in paid.items()}
+    text = {
+        name: " ".join((ROOT / name).read_text().split())
+        for name in ("README.md", "docs/results.md", "docs/evidence.md", "docs/seeing.md")
+    }
+    for kind in ("sampled", "greedy"):
+        said = f"before {held_out['before', kind]} %, after {held_out['after', kind]} %"
+        assert said in text["README.md"]
+        assert f"{held_out['before', kind]} %" in text["docs/evidence.md"]
+        for when in ("before", "after"):
+            assert f"{held_out[when, kind]} %" in text["docs/results.md"]
+    assert f"training ends at {ends} %" in text["docs/results.md"]
+    assert f"{first} tokens at first and {last}" in text["docs/results.md"]
+    for page in ("docs/results.md", "docs/evidence.md"):
+        assert f"{as_range(below, 1)} of 100 steps" in text[page]
+    assert f"and {100 - max(below)} to {100 - min(below)} on four other" in text["docs/seeing.md"]
+    said = f"a right response loses {lost['right']}, a wrong one {lost['wrong']}"
+    assert said in text["docs/evidence.md"]
 
 
 def test_flags_that_the_page_names():

@@ -61,7 +61,7 @@ def test_a_reader_rewrites_nothing_that_the_repository_keeps(
     ]
     assert files[0] == files[1] and docs / "theory.md" in files[1]
     if is_tracked:
-        assert page == PAGE.replace("| loss | 0.009802 |", "| loss | 0.125 |")
+        assert page == PAGE.replace("| loss | 0.008312 |", "| loss | 0.125 |")
 
 
 def test_prompt_and_tokens_are_text(walked):
@@ -72,6 +72,17 @@ def test_prompt_and_tokens_are_text(walked):
     assert tokenizer.encode(response) == walked["tokens"]["ids"][:-1]
     assert toy.solve(walked["problem"])[1] == walked["answer"]
     assert walked["taps"] == [1, 2, 3] and walked["n_layers"] == 4
+
+
+def test_the_walk_has_the_settings_of_the_default_run(walked):
+    """Regression: a group had become smaller than the walk's mini-batch, and the command ended."""
+    config = walkthrough.settings_of_base(0)
+    train_rl.check(config)
+    default = change(train_rl.Config(), **toy.PRESETS["train_rl"]["toy"])
+    assert change(config, prompts=32, train_batch=default.optimisation.train_batch) == default
+    assert len(walked["responses"]) == default.sampling.group_size
+    assert f"a group of G = {default.sampling.group_size} responses" in PAGE
+    assert f"The real step has {default.sampling.prompts} such groups" in PAGE
 
 
 def test_what_the_flow_sees_is_arithmetic(walked):
