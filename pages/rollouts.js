@@ -276,18 +276,28 @@ function outcomes() {
   line('entropy', of('entropy'));
   line('log-prob', of('logp'));
   $('outcomes').replaceChildren(...table);
-  $('verdict').textContent = data.dense ? verdict(...sides) : '';
+  $('verdict').textContent = data.dense ? verdict() : '';
 }
 
 const sumOf = response => response.dense_reward.reduce((a, b) => a + b, 0);
+const meanOf = response => mean(response.dense_reward.filter(x => x !== null));
 
-// Say whether the dense reward prefers right responses, and whether it sees where wrong ones go wrong.
-function verdict(right, wrong) {
+// Of how many problems the right responses have more of a figure than the wrong ones, in the mean.
+const nPreferred = (those, figure) => those.filter(({responses}) => {
+  const [right, wrong] = [true, false].map(correct => responses.filter(r => r.correct === correct));
+  return mean(right.map(figure)) > mean(wrong.map(figure));
+}).length;
+
+// Say whether the dense reward prefers right responses to wrong ones of the same problem, as others may be
+// easier or shorter, and whether it sees where wrong ones go wrong.
+function verdict() {
   let said = '';
-  if (right.length && wrong.length) {
-    const more = mean(right.map(sumOf)) > mean(wrong.map(sumOf)) ? 'more' : 'no more';
-    said += `Right responses get ${more} ${REWARD} than the others. `;
+  const both = groups.filter(group => 0 < nRight(group) && nRight(group) < group.responses.length);
+  if (both.length) {
+    said += `In ${nPreferred(both, sumOf)} of ${both.length} problems with right and wrong responses the right ones get more `
+      + `${REWARD}, summed over their tokens; in ${nPreferred(both, meanOf)} in the mean of their tokens. `;
   }
+  const wrong = responses().filter(r => !r.correct);
   const edges = edgesOf(wrong);
   const all = responses().flatMap(r => r.dense_reward).filter(x => x !== null);
   const percent = rewards => `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %`;

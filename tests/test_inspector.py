@@ -391,16 +391,21 @@ def test_a_step_of_a_fall_begins_with_the_problem_that_has_the_fewest_right(brow
 
 @pytest.mark.browser
 def test_the_verdict_on_the_dense_reward(browser, tmp_path):
-    """Of the two places where wrong responses leave the right one it penalises one."""
+    """Of three places where wrong responses leave the right one it penalises two."""
     records = [
         one_record(0, 0, list("abc"), correct=True, dense_reward=[0.0, 0.0, -0.01]),
         one_record(0, 1, list("axc"), correct=False, dense_reward=[0.0, -0.02, 0.0]),
         one_record(0, 2, list("aby"), correct=False, dense_reward=[-0.03, 0.0, 0.0]),
+        # a right response that is better off as it is short, and wrong ones that are nowhere compared
+        one_record(1, 0, ["a"], correct=True, dense_reward=[-0.02]),
+        one_record(1, 1, list("xbc"), correct=False, dense_reward=[-0.01, -0.02, -0.01]),
+        one_record(2, 0, ["x"], correct=False, dense_reward=[0.0]),
     ]
     browser.open(write(tmp_path, {1: records}), READY)
     assert browser.js("document.getElementById('verdict').textContent") == (
-        "Right responses get more flow reward than the others. The flow reward penalises 1 of the 2 "
-        "tokens with a red edge, at which wrong responses leave what is right: 50 %, and of all tokens 33 %."
+        "In 2 of 2 problems with right and wrong responses the right ones get more flow reward, summed over "
+        "their tokens; in 1 in the mean of their tokens. The flow reward penalises 2 of the 3 "
+        "tokens with a red edge, at which wrong responses leave what is right: 67 %, and of all tokens 50 %."
     )
 
 
