@@ -20,7 +20,6 @@
 
 # %%
 import inspect
-import json
 import os
 import random
 import sys
@@ -37,6 +36,7 @@ from course import nano  # noqa: E402 (first: it says how threads wait, before t
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, Markdown, display
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging, set_seed
 
 from pages.rollouts import write_rollouts_page
@@ -44,7 +44,8 @@ from worlds import find_world
 
 # %% tags=["parameters"]
 STEPS = 36  # of reinforcement learning
-FLOW_EPOCHS = 12  # of the offline start
+PROMPTS = 32  # problems a step
+FLOW_STEPS = 750  # of the offline start
 HELD_OUT = 64  # problems to evaluate on
 FOLDER = None  # of an embedded world; None: the default one, which is made in runs/toy
 
@@ -56,8 +57,7 @@ def show_source(*functions):
     display(Markdown(f"```python\n{text}```"))
 
 
-nano.STEPS = STEPS
-nano.FLOW_EPOCHS = FLOW_EPOCHS
+nano.FLOW_STEPS = FLOW_STEPS
 logging.disable_progress_bar()
 set_seed(nano.SEED)
 plt.rcParams.update({"figure.dpi": 70, "axes.spines.top": False, "axes.spines.right": False})
@@ -70,17 +70,27 @@ plt.rcParams.update({"figure.dpi": 70, "axes.spines.top": False, "axes.spines.ri
 
 # %%
 folder = FOLDER or find_world("toy").folder
-data = {}
-for name in ("expert", "train", "test"):
-    lines = Path(folder, f"{name}.jsonl").read_text().splitlines()
-    data[name] = [json.loads(line) for line in lines]
-held_out = data["test"][:HELD_OUT]
+experts = nano.load(f"{folder}/expert.jsonl")
+problems = nano.load(f"{folder}/train.jsonl")
+held_out = nano.load(f"{folder}/test.jsonl")[:HELD_OUT]
 tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
 policy = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
 print(f"{policy.num_parameters():,} parameters, {len(policy.model.layers)} layers")
-for row in data["expert"][:3]:
+for row in experts[:3]:
     print(f"{row['problem']:28} {row['solution']}")
-nano.evaluate(policy, tokenizer, held_out)
+
+
+def print_accuracy():
+    """Sample a group of responses to each held-out problem, and print how many are right."""
+    groups = nano.roll_out(policy, tokenizer, held_out)
+    rewards = [
+        nano.verify(tokenizer, group, row["answer"])
+        for row, group in zip(held_out, groups, strict=True)
+    ]
+    print(f"held-out problems: {torch.cat(rewards).mean():.1%} right")
+
+
+print_accuracy()
 
 # %% [markdown]
 # ## 1. The flow
@@ -97,47 +107,47 @@ show_source(nano.VelocityNet, nano.velocity_error)
 # %% [markdown]
 # ## 2. The offline start
 #
-# The frozen policy reads expert solutions. `read` gives the log-prob of every response token,
-# which the update needs later, and its latents. The flow is fitted to the latents.
+# The frozen policy reads expert solutions. A hook keeps what a tapped layer puts out, and `read`
+# makes of it the latents of a response, and the log-prob of each of its tokens, which the update
+# needs later. The flow is fitted to the latents.
 
 # %%
-show_source(nano.read, nano.fit_flow)
+show_source(nano.keep_states, nano.read, nano.update, nano.fit_flow)
 
 
 # %%
 def read_solutions(rows):
-    """Return the latents (2, L, M, D) of solutions."""
-    prompts, _ = nano.pad(tokenizer, [row["problem"] for row in rows], "left")
-    solutions = [row["solution"] + tokenizer.eos_token for row in rows]
-    solutions, mask = nano.pad(tokenizer, solutions, "right")
-    with torch.no_grad():
-        _, latents = nano.read(policy, torch.cat([prompts, solutions], dim=1), mask)
-    return latents
-
-
-def error_by_time(flow, latents):
-    """Return the error of the velocity at some times, for each tap, (n_times, L)."""
-    rows = []
-    for t in TIMES:
-        x_0 = torch.randn_like(latents[0])
+    """Return the latents (2, L, M, D) of solutions with M tokens in all."""
+    latents = []
+    for row in rows:
+        prompt = tokenizer.encode(row["problem"])
+        solution = tokenizer.encode(row["solution"] + tokenizer.eos_token)
         with torch.no_grad():
-            error = nano.velocity_error(flow, latents, x_0, torch.tensor([[t]]))
-        rows.append(error.mean(dim=1))
+            latents.append(nano.read(policy, prompt, solution)[1])
+    return torch.cat(latents, dim=2)
+
+
+def error_by_time():
+    """Return the error of the velocity at some times, for each tap, (n_times, L)."""
+    with torch.no_grad():
+        rows = [nano.velocity_error(flow, latents, t).mean(dim=1) for t in TIMES]
     return torch.stack(rows)
 
 
+for tap in nano.TAPS:
+    policy.model.layers[tap].register_forward_hook(nano.keep_states)
 TIMES = torch.linspace(0.05, 0.95, 10).tolist()
 latents = read_solutions(held_out)
 flow = nano.VelocityNet(policy.config.hidden_size)
-before = error_by_time(flow, latents)
-nano.fit_flow(flow, policy, tokenizer, data["expert"])
-after = error_by_time(flow, latents)
+before = error_by_time()
+nano.fit_flow(flow, policy, tokenizer, experts)
+after = error_by_time()
 
 # %% [markdown]
 # On the left: noise becomes latents of the middle tap, seen along the two directions in which
 # latents vary most. On the right: the error of the velocity on solutions that the flow has not
-# seen. Before training `v` is 0, and the error is the mean square of `u`. Near `t = 1` the latent
-# is all but known, and what is left of the error is the noise.
+# seen. Before training `v` says nothing, and the error is little more than the mean square of `u`.
+# Near `t = 1` the latent is all but known, and what is left of the error is the noise.
 
 # %%
 x_1 = latents[0, 1]  # (M, D)
@@ -150,9 +160,9 @@ for t, colour in ((0.0, "0.7"), (0.5, "tab:orange"), (0.8, "tab:red"), (1.0, "ta
     left.scatter(*points.T, s=6, color=colour, label=f"t = {t}")
 left.legend(frameon=False)
 left.set_title("from noise to latents")
-for tap, depth in enumerate(nano.DEPTHS):
-    (line,) = right.plot(TIMES, after[:, tap], label=f"depth {depth}, fitted")
-    right.plot(TIMES, before[:, tap], ":", color=line.get_color())
+for i, tap in enumerate(nano.TAPS):
+    (line,) = right.plot(TIMES, after[:, i], label=f"layer {tap}, fitted")
+    right.plot(TIMES, before[:, i], ":", color=line.get_color())
 right.axvline(nano.REWARD_TIME, color="0.8")
 right.set(xlabel="t", ylabel="error of the velocity", yscale="log", title="dotted: before training")
 right.legend(frameon=False)
@@ -165,56 +175,62 @@ plt.show()
 # answer in a box.
 
 # %%
-show_source(nano.roll_out)
+show_source(nano.roll_out, nano.verify)
 
 # %%
-problem = max(data["train"][:50], key=lambda row: len(row["problem"]))
-group = [problem] * 4 * nano.GROUP_SIZE
-tokens, mask, reward = nano.roll_out(policy, tokenizer, group)
-texts = tokenizer.batch_decode(tokens[:, -mask.shape[1] :], skip_special_tokens=True)
+problem = max(problems[:50], key=lambda row: len(row["problem"]))
+groups = nano.roll_out(policy, tokenizer, [problem] * 4)
+group = max(groups, key=lambda rows: (rows != tokenizer.pad_token_id).sum())  # the longest of four
+reward = nano.verify(tokenizer, group, problem["answer"])
 print(problem["problem"], "answer", problem["answer"])
-for text, right in zip(texts[: nano.GROUP_SIZE], reward.tolist(), strict=False):
-    print(f"  reward {right:.0f}  {text}")
+for row, r in zip(group, reward, strict=True):
+    print(f"  reward {r:.0f}  {tokenizer.decode(row, skip_special_tokens=True)}")
 
 # %% [markdown]
 # ## 5. Score every token, and 6. shape the scores
 #
-# One forward of the policy gives the latents of all response tokens. The score of a token is the
-# error of the flow's velocity there, at the time 0.8, times `t / (1 - t)`. Scores of a response
-# are brought to [0, 1]; those above 0.6, and 15 of them at most, become penalties. A token's
-# advantage is the outcome's, compared with the group's, plus the penalties of this token and of
-# all that follow it: it led to them.
+# One forward of the policy gives the latents of a response. The score of a token is the error of
+# the flow's velocity there, at the time 0.8, times `t / (1 - t)`. Scores of a response are brought
+# to [0, 1]; those above 0.6, and 15 of them at most, become penalties. A token's advantage is the
+# outcome's, compared with the group's, plus the penalties of this token and of all that follow it:
+# it led to them.
 
 # %%
-show_source(nano.shape, nano.advantages)
+show_source(nano.shape)
 
 
 # %%
-def score_tokens(tokens, mask):
-    """Return the score of each response token, (B, T)."""
-    with torch.no_grad():
-        _, latents = nano.read(policy, tokens, mask)
-        x_0 = torch.randn_like(latents[0])
-        t = torch.tensor([[nano.REWARD_TIME]])
-        error = nano.velocity_error(flow, latents, x_0, t).mean(dim=0)
-    score = nano.REWARD_TIME / (1 - nano.REWARD_TIME) * error
-    return torch.zeros(mask.shape).masked_scatter(mask, score)
+def score_by_tap(error):
+    """Return scores (L, T) of errors (L, T) at the reward time; a token's is their mean."""
+    return nano.REWARD_TIME / (1 - nano.REWARD_TIME) * error.detach()
 
 
-score = score_tokens(tokens, mask)
-flow_reward = nano.shape(score, mask)
-advantage = nano.advantages(reward, flow_reward)
-longest = int(mask.sum(dim=1).argmax())
-length = int(mask[longest].sum())
-labels = [tokenizer.decode([token]) for token in tokens[longest, -mask.shape[1] :][:length]]
+def outcome_advantage(reward):
+    """Return the advantages (G,) of a group's responses by the outcome alone."""
+    return (reward - reward.mean()) / (reward.std() + 1e-9)
+
+
+def returns_of(flow_reward):
+    """Return the sum of flow rewards from each token on, (T,)."""
+    return flow_reward.flip(0).cumsum(0).flip(0)
+
+
+prompt = tokenizer.encode(problem["problem"])
+longest = int((group != tokenizer.pad_token_id).sum(dim=1).argmax())
+response = group[longest][group[longest] != tokenizer.pad_token_id].tolist()
+_, latents = nano.read(policy, prompt, response)
+score = score_by_tap(nano.velocity_error(flow, latents, nano.REWARD_TIME)).mean(0)
+flow_reward = nano.shape(score)
+advantage = outcome_advantage(reward)[longest] + returns_of(flow_reward)
+labels = [tokenizer.decode([token]) for token in response]
 labels[-1] = labels[-1].replace(tokenizer.eos_token, "EOS").replace("$", r"\$")
 figure, axes = plt.subplots(3, 1, figsize=(11, 6), sharex=True)
 panels = {"score": score, "flow reward": flow_reward, "advantage": advantage}
 for axis, (name, values) in zip(axes, panels.items(), strict=True):
-    axis.bar(range(length), values[longest, :length], color="tab:orange")
+    axis.bar(range(len(response)), values.tolist(), color="tab:orange")
     axis.set_ylabel(name)
-axes[-1].set_xticks(range(length), labels, family="monospace")
-axes[0].set_title(f"the longest response to {problem['problem']} reward {reward[longest]:.0f}")
+axes[-1].set_xticks(range(len(response)), labels, family="monospace")
+axes[0].set_title(f"a response to {problem['problem']} reward {reward[longest]:.0f}")
 plt.show()
 
 # %% [markdown]
@@ -224,55 +240,97 @@ plt.show()
 # keeps up with a policy that changes.
 
 # %%
-show_source(nano.ppo_loss, nano.mean_of_responses, nano.update)
+show_source(nano.ppo_loss)
 
 # %% [markdown]
-# Now all of it, in a loop, as in `nano.main`. Some rollouts are kept for a page.
+# Now all of it, in a loop.
 
 # %%
-kept = {}  # of some steps: problems, and what was computed of their responses
-history = []
-policy_optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-flow_optimizer = torch.optim.AdamW(flow.parameters())
+show_source(nano.main)
+
+# %% [markdown]
+# Here is the same loop with figures of each step. It keeps some rollouts for a page, as
+# `infra/record.py` describes them.
+
+
+# %%
+def record_of(problem, response, reward, outcome, numbers, by_tap):
+    """Return what is kept of a response, for the page of rollouts."""
+    is_right = bool(reward)
+    return {
+        "problem": problem["id"],
+        "question": problem["problem"],
+        "answer": problem["answer"],
+        "prompt": problem["problem"],
+        "images": [],
+        "response": tokenizer.decode(response, skip_special_tokens=True),
+        "finish_reason": "stop" if response[-1] == tokenizer.eos_token_id else "length",
+        "reward": reward.item(),
+        "outcome": outcome.item(),
+        "parts": {"binary": reward.item()},
+        "correct": is_right,
+        "verdict": "right" if is_right else "wrong",
+        "extracted": None,
+        "text": "",
+        "dense": "flow",
+        "taps": list(nano.TAPS),
+        "token_ids": response,
+        "tokens": [tokenizer.decode([token]) for token in response],
+        "entropy": [None] * len(response),
+        "ratio": [1.0] * len(response),
+        "dense_score": [shorten(values) for values in by_tap],
+    } | {name: shorten(values) for name, values in numbers.items()}
+
+
+def shorten(values):
+    """Return numbers with four significant digits."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
+
+
+NAMES = ("reward", "response tokens", "score", "flow reward of a response")
+kept = {}  # of some steps: records of their first two groups
+history = []  # of each step: a mean over responses for each name
+policy_optimizer = AdamW(policy.parameters(), nano.LR)
+flow_optimizer = AdamW(flow.parameters(), nano.FLOW_LR)
 for step in range(STEPS):
-    chosen = random.sample(data["train"], nano.PROMPTS)
-    problems = [problem for problem in chosen for _ in range(nano.GROUP_SIZE)]
-    tokens, mask, reward = nano.roll_out(policy, tokenizer, problems)
-    with torch.no_grad():
-        old_logp, latents = nano.read(policy, tokens, mask)
-    x_0 = torch.randn_like(latents[0])
-    t = torch.tensor([[nano.REWARD_TIME]])
-    error = nano.velocity_error(flow, latents, x_0, t)  # (L, M)
-    by_tap = nano.REWARD_TIME / (1 - nano.REWARD_TIME) * error.detach()
-    score = torch.zeros(mask.shape).masked_scatter(mask, by_tap.mean(dim=0))
-    error = torch.zeros(mask.shape).masked_scatter(mask, error.mean(dim=0))
-    flow_reward = nano.shape(score, mask)
-    advantage = nano.advantages(reward, flow_reward)
-    logp, _ = nano.read(policy, tokens, mask)
-    loss = nano.mean_of_responses(nano.ppo_loss(logp, old_logp, advantage), mask)
-    lr = nano.learning_rate(nano.LR, step, STEPS, warmup=0.03, floor=0.1)
-    nano.update(policy_optimizer, loss, lr)
-    right = reward == 1
-    if right.any():
-        flow_loss = nano.mean_of_responses(error[right], mask[right])
-        nano.update(flow_optimizer, flow_loss, nano.ONLINE_LR)
-    figures = {
-        "reward": reward.mean().item(),
-        "response tokens": mask.sum(dim=1).float().mean().item(),
-        "score": score[mask].mean().item(),
-        "flow reward of a response": flow_reward.sum(dim=1).mean().item(),
-    }
-    history.append(figures)
-    if step % 10 == 0 or step == STEPS - 1:
-        print(f"step {step + 1:3d} ", "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-        numbers = {"logp": old_logp, "dense_reward": flow_reward, "advantage": advantage}
-        kept[step + 1] = (problems, tokens, mask, reward, numbers, by_tap)
-nano.evaluate(policy, tokenizer, held_out)
+    losses, flow_losses, figures = [], [], []
+    is_kept = step % 10 == 0 or step == STEPS - 1
+    if is_kept:
+        kept[step + 1] = []
+    chosen = random.sample(problems, PROMPTS)
+    groups = nano.roll_out(policy, tokenizer, chosen)
+    for n, (problem, group) in enumerate(zip(chosen, groups, strict=True)):
+        prompt = tokenizer.encode(problem["problem"])
+        reward = nano.verify(tokenizer, group, problem["answer"])
+        outcome = outcome_advantage(reward)
+        for i, row in enumerate(group):
+            response = row[row != tokenizer.pad_token_id].tolist()
+            logp, latents = nano.read(policy, prompt, response)
+            error = nano.velocity_error(flow, latents, nano.REWARD_TIME)  # (L, T)
+            score = score_by_tap(error)
+            flow_reward = nano.shape(score.mean(0))
+            advantage = outcome[i] + returns_of(flow_reward)
+            losses.append(nano.ppo_loss(logp, logp.detach(), advantage).mean())
+            if reward[i]:
+                flow_losses.append(error.mean())
+            figures.append((reward[i], len(response), score.mean(), flow_reward.sum()))
+            if is_kept and n < 2:
+                numbers = {"logp": logp, "dense_reward": flow_reward, "advantage": advantage}
+                record = record_of(problem, response, reward[i], outcome[i], numbers, score)
+                kept[step + 1].append({"step": step + 1, "group": n, "sample": i, **record})
+    nano.update(policy, policy_optimizer, torch.stack(losses).mean())
+    if flow_losses:
+        nano.update(flow, flow_optimizer, torch.stack(flow_losses).mean())
+    history.append(torch.tensor(figures).mean(0).tolist())
+    if is_kept:
+        means = zip(NAMES, history[-1], strict=True)
+        print(f"step {step + 1:3d} ", "  ".join(f"{name} {mean:.3f}" for name, mean in means))
+print_accuracy()
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(14, 3))
-for axis, name in zip(axes, history[0], strict=True):
-    axis.plot(range(1, STEPS + 1), [figures[name] for figures in history])
+for axis, name, values in zip(axes, NAMES, zip(*history, strict=True), strict=True):
+    axis.plot(range(1, STEPS + 1), values)
     axis.set(title=name, xlabel="step")
 figure.tight_layout()
 plt.show()
@@ -285,58 +343,10 @@ plt.show()
 #
 # Choose a step, a problem and a colour. Orange is below the middle of a measure and blue above.
 
-
 # %%
-def records_of(step, n_groups=2):
-    """Return records of a step's first groups, as infra/record.py describes them."""
-    problems, tokens, mask, reward, numbers, by_tap = kept[step]
-    taps = [round(depth * len(policy.model.layers)) for depth in nano.DEPTHS]
-    scores = [torch.zeros(mask.shape).masked_scatter(mask, of_tap) for of_tap in by_tap]
-    outcome = nano.advantages(reward, torch.zeros(mask.shape))[:, 0]
-    records = []
-    for i in range(n_groups * nano.GROUP_SIZE):
-        length = int(mask[i].sum())
-        ids = tokens[i, -mask.shape[1] :][:length].tolist()
-        is_right = bool(reward[i])
-        record = {
-            "step": step,
-            "group": i // nano.GROUP_SIZE,
-            "sample": i % nano.GROUP_SIZE,
-            "problem": problems[i]["id"],
-            "question": problems[i]["problem"],
-            "answer": problems[i]["answer"],
-            "prompt": problems[i]["problem"],
-            "images": [],
-            "response": tokenizer.decode(ids, skip_special_tokens=True),
-            "finish_reason": "stop" if ids[-1] == tokenizer.eos_token_id else "length",
-            "reward": reward[i].item(),
-            "outcome": outcome[i].item(),
-            "parts": {"binary": reward[i].item()},
-            "correct": is_right,
-            "verdict": "right" if is_right else "wrong",
-            "extracted": None,
-            "text": "",
-            "dense": "flow",
-            "taps": taps,
-            "token_ids": ids,
-            "tokens": [tokenizer.decode([token]) for token in ids],
-            "entropy": [None] * length,
-            "ratio": [1.0] * length,
-            "dense_score": [shorten(values[i, :length]) for values in scores],
-        }
-        for name, values in numbers.items():
-            record[name] = shorten(values[i, :length])
-        records.append(record)
-    return records
-
-
-def shorten(values):
-    """Return numbers with four significant digits."""
-    return [float(f"{value:.4g}") for value in values.tolist()]
-
-
 page = Path(folder).parent / "nano-rollouts.html"
-write_rollouts_page(page, "Rollouts of nano.py", {step: records_of(step) for step in kept})
+write_rollouts_page(page, "Rollouts of nano.py", kept)
+print(f"also in {page}, for viewers of notebooks that show no frame")
 frame = f'<iframe srcdoc="{escape(page.read_text())}" width="100%" height="700"></iframe>'
 display(HTML(f"<div>{frame}</div>"))
 
