@@ -53,6 +53,10 @@ FOREIGN_FLAGS = {
     "--no-loadscope-reorder",
     "--retries",
     "--quick",
+    "--world",
+    "--bases",
+    "--arms",
+    "--seeds",
     "--nnodes",
     "--nproc-per-node",
     "--rdzv-backend",
@@ -87,6 +91,13 @@ def test_functions_that_the_page_of_the_algorithm_links():
         value = importlib.import_module(file.replace("/", "."))
         for name in path.split("."):
             value = getattr(value, name)
+
+
+def test_the_readme_is_read_in_some_minutes():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 120 and len(text.split()) <= 1500
+    assert lines.index("```bash") < 14, "what to type comes before line 15"
 
 
 def anchors(page: Path) -> set[str]:
