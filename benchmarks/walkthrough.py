@@ -350,7 +350,7 @@ def print_bases(n_bases: int) -> None:
         scores = figures["tokens"]["score"]
         text = figures["tokens"]["texts"][figures["token"]]
         line = f"{seed:4}{sum(figures['rewards']):13.0f}{min(scores):14.1f}{max(scores):16.0f}"
-        print(f"{line}{text:>17}{figures['loss']:7.4f}{figures['gradient_norm']:16.2f}")
+        print(f"{line}{text:>17}{figures['loss']:7.4f}{figures['gradient_norm']:16.2f}", flush=True)
 
 
 def main(settings: Settings) -> int:

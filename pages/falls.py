@@ -60,7 +60,7 @@ def say_falls(metrics: Sequence[dict[str, float]], link: Callable[[int], str]) -
         named = ", ".join(map(link, steps))
         return f"<b>The reward fell</b> by more than {FALL} {before} at step {named}."
     by = find_depths(metrics)[steps[0]]
-    return f"<b>The reward fell most</b>, to {by:.2f} {before}, at step {link(steps[0])}."
+    return f"<b>The reward fell most</b> at step {link(steps[0])}: it is {by:.2f} {before}."
 
 
 def last_values(path: Path, name: str, n: int) -> list[float]:

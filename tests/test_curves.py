@@ -167,7 +167,7 @@ def test_where_nothing_is_a_fall_the_deepest_step_is_named(tmp_path):
     lines = [{"reward": 0.5}] * 10 + [{"reward": 0.45}, {"reward": 0.375}, {"reward": 0.5}]
     page = write_run_report([write_figures(tmp_path / "a", lines)], tmp_path / "report.html")
     assert (
-        "<b>The reward fell most</b>, to 0.12 below the mean of the 10 steps before, at step 12."
+        "<b>The reward fell most</b> at step 12: it is 0.12 below the mean of the 10 steps before."
         in page.read_text()
     )
 

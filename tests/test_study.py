@@ -37,6 +37,7 @@ from worlds import toy
 
 PAGE = ROOT / "docs" / "evidence.md"
 SIDES = ("right", "wrong")
+NAMING = ("results", "evidence", "seeing", "walkthrough")  # pages that name ranges
 
 
 # ---- Statistics, by hand
@@ -431,7 +432,7 @@ def test_ranges_of_the_default_run_that_pages_name():
     lost = {side: as_range([-value for value in values], 1, 3) for side, values in paid.items()}
     text = {
         name: " ".join((ROOT / name).read_text().split())
-        for name in ("README.md", "docs/results.md", "docs/evidence.md", "docs/seeing.md")
+        for name in ("README.md", *(f"docs/{page}.md" for page in NAMING))
     }
     for kind in ("sampled", "greedy"):
         said = f"before {held_out['before', kind]} %, after {held_out['after', kind]} %"
@@ -444,6 +445,13 @@ def test_ranges_of_the_default_run_that_pages_name():
     for page in ("docs/results.md", "docs/evidence.md"):
         assert f"{as_range(below, 1)} of 100 steps" in text[page]
     assert f"and {100 - max(below)} to {100 - min(below)} on four other" in text["docs/seeing.md"]
+    walk = text["docs/walkthrough.md"]
+    first_steps = {name: [one[name][0] for one in series] for name in series[0]}
+    assert f"{as_range(first_steps['correct'], 0.01)} % of the responses were right" in walk
+    assert f"a response had {first} tokens" in walk
+    paid_at_first = as_range(first_steps["flow/reward"], 1, 3).replace("-", "−")
+    assert f"a flow reward of {paid_at_first}" in walk
+    assert f"mean score of a token was {as_range(first_steps['flow/score'], 1, 1)}" in walk
     said = f"a right response loses {lost['right']}, a wrong one {lost['wrong']}"
     assert said in text["docs/evidence.md"]
 
