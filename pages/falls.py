@@ -55,12 +55,21 @@ def say_falls(metrics: Sequence[dict[str, float]], link: Callable[[int], str]) -
     steps = find_lowest(metrics)
     if not steps:
         return ""
-    before = f"below the mean of the {N_BEFORE} steps before"
+    below = f"below the mean of the {N_BEFORE} steps before"
+    rewards = {line["step"]: line["reward"] for line in metrics if "reward" in line}
+    best = max(
+        (step for step in rewards if step < steps[0]), key=lambda step: (rewards[step], step)
+    )
+    had = f"The best step before was {best}, with {rewards[best]:.2f}."
     if find_falls(metrics):
-        named = ", ".join(map(link, steps))
-        return f"<b>The reward fell</b> by more than {FALL} {before} at step {named}."
-    by = find_depths(metrics)[steps[0]]
-    return f"<b>The reward fell most</b> at step {link(steps[0])}: it is {by:.2f} {before}."
+        named = ", ".join(f"{link(step)} ({rewards[step]:.2f})" for step in steps)
+        return f"<b>The reward fell</b> by more than {FALL} {below} at step {named}. {had}"
+    step = steps[0]
+    by = find_depths(metrics)[step]
+    return (
+        f"<b>The reward fell most</b> at step {link(step)}: {rewards[step]:.2f}, "
+        f"which is {by:.2f} {below}. {had}"
+    )
 
 
 def last_values(path: Path, name: str, n: int) -> list[float]:

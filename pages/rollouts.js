@@ -329,7 +329,7 @@ function count() {
 
 function tokenTable() {
   const entries = count();
-  const table = [row(['token', 'count', 'rewarded', 'reward', data.dense ? SCORE : 'score'], 'th')];
+  const table = [row(['token', 'count', 'not 0', 'reward', data.dense ? SCORE : 'score'], 'th')];
   for (const entry of entries.slice(0, rows)) {
     const button = element('button', visible(entry.text));
     button.type = 'button';

@@ -155,20 +155,23 @@ def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
     lines = [{"reward": 0.5}] * 10 + [{"reward": 0.3}, {"reward": 0.5}, {"reward": 0.25}]
     folder = write_figures(tmp_path / "a", lines)
     page = write_run_report([folder], folder / "report.html").read_text()
-    assert "<b>The reward fell</b> by more than 0.15" in page and "at step 11, 13." in page
+    assert (
+        "<b>The reward fell</b> by more than 0.15" in page
+        and "at step 11 (0.30), 13 (0.25). The best step before was 10, with 0.50." in page
+    )
     (folder / "rollouts").mkdir()
     (folder / "rollouts" / "step-13.jsonl").write_text("")
     (folder / "rollouts.html").write_text("")
     page = write_run_report([folder], folder / "report.html").read_text()
-    assert "at step 11, <a href=rollouts.html#step=13>13</a>." in page
+    assert "at step 11 (0.30), <a href=rollouts.html#step=13>13</a> (0.25)." in page
 
 
 def test_where_nothing_is_a_fall_the_deepest_step_is_named(tmp_path):
     lines = [{"reward": 0.5}] * 10 + [{"reward": 0.45}, {"reward": 0.375}, {"reward": 0.5}]
     page = write_run_report([write_figures(tmp_path / "a", lines)], tmp_path / "report.html")
     assert (
-        "<b>The reward fell most</b> at step 12: it is 0.12 below the mean of the 10 steps before."
-        in page.read_text()
+        "<b>The reward fell most</b> at step 12: 0.38, which is 0.12 below the mean of the 10 steps "
+        "before. The best step before was 10, with 0.50." in page.read_text()
     )
 
 

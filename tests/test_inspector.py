@@ -107,11 +107,11 @@ def falling(n_steps: int, rewards: dict[int, float]) -> list[dict[str, float]]:
     [
         (
             0.3,
-            "<b>The reward fell</b> by more than 0.15 below the mean of the 10 steps before at step {}.",
+            "<b>The reward fell</b> by more than 0.15 below the mean of the 10 steps before at step {} (0.30).",
         ),
         (
             0.38,
-            "<b>The reward fell most</b> at step {}: it is 0.12 below the mean of the 10 steps before.",
+            "<b>The reward fell most</b> at step {}: 0.38, which is 0.12 below the mean of the 10 steps before.",
         ),
     ],
 )
