@@ -37,13 +37,14 @@ import train_flow
 import train_rl
 from evals import sets
 from evals.figures import summarise
-from infra import files, parallel, runs
+from infra import parallel, runs
 from infra.data import make_prompts
 from infra.settings import change, parse_config, stored_settings
 from policy import Policy, load_policy
 from rewards import Grader
 from run import export_checkpoint
 from worlds import toy
+from worlds.shared import locked
 
 
 @pytest.fixture
@@ -740,7 +741,7 @@ def test_wandb(config):
         ({"steps": None, "epochs": 1, "prompts": 100}, "64 problems in 1 epochs do not fill a step of 100; lower --prompts"),
         ({"max_tokens": 9000}, "9000 is more than the model's 8192 positions; lower one of them"),
         ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM/math-lvl3to5-8k'"),
-        ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
+        ({"data": "nowhere.jsonl"}, r"no data at 'nowhere.jsonl' \(no such file\)"),
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
         ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
         ({"contexts": ("self",), "flow_scope": "expert"}, r"calibrated at the times \(\), not at \[0.8\]"),
@@ -791,6 +792,10 @@ def test_resume_checks_the_settings(config):
     train_rl.main(change(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
+    unsaved = change(config, steps=1, save_every=0, folder=f"{config.folder}-unsaved")
+    train_rl.main(unsaved)
+    with pytest.raises(ValueError, match="holds a run; it has no checkpoint to go on from: remove"):
+        train_rl.main(unsaved)
     for options, reason in [
         ({"seed": 1}, "seed=0, this one asks for 1; order, sampling and noise follow from it"),
         ({"shaping": "none"}, "the checkpoint holds other weights and optimisers than that needs"),
@@ -916,7 +921,7 @@ def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )
-    with files.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
+    with locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
         process = forks.Run("worlds/__main__.py", [*command, *size.split()])
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()
