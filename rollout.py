@@ -343,12 +343,3 @@ class Sampler:
             count = torch.tensor(float(self.grader.counts[trouble]))
             metrics[f"grader/{trouble}"] = sum_over_ranks(count).item()
         return metrics
-
-
-def check_all_given(missing: set[str]) -> None:
-    """Raise ValueError if an engine was not given all of its weights."""
-    if missing:
-        examples = sorted(missing)[:3]
-        raise ValueError(
-            f"{len(missing)} weights were not given, e.g. {examples}; expected the whole state dict"
-        )

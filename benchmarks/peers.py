@@ -42,10 +42,11 @@ import tyro
 from tqdm import tqdm
 
 from common import keep, machine
+from engines.common import end_tokens
 from infra import parallel, waiting
 from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
-from infra.models import LoadingSettings, Model, end_tokens, find_model
+from infra.models import LoadingSettings, Model, find_model
 from worlds import find_world, offline_start
 
 TRL = "TRL"

@@ -8,10 +8,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from engines.common import check_all_given, end_tokens, not_finite
 from infra import families, vision
-from infra.models import Model, StopTokens, end_tokens
+from infra.models import Model, StopTokens
 from infra.parallel import is_first
-from rollout import Episode, Request, Sampling, check_all_given, in_groups
+from rollout import Episode, Request, Sampling, in_groups
 
 
 class TorchEngine:
@@ -214,15 +215,6 @@ class TorchEngine:
             )
             episodes.append(episode)
         return episodes
-
-
-def not_finite(path: str) -> FloatingPointError:
-    """Return the error for a model that gives every token the probability NaN."""
-    return FloatingPointError(
-        f"the model {path} gives tokens the probability NaN: its weights, or those that training "
-        "gave it, are not finite or too large; look at them, or take an earlier export or "
-        "checkpoint"
-    )
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engines.torch_engine import not_finite
+from engines.common import check_all_given, end_tokens, not_finite
 from infra import vision
-from infra.models import Model, end_tokens
-from infra.parallel import is_first, tensor_memory
-from rollout import Capacity, EngineSettings, Episode, Request, Sampling, check_all_given
+from infra.models import Model
+from infra.parallel import DEVICE, is_first
+from rollout import Capacity, EngineSettings, Episode, Request, Sampling
 
 
 class VllmEngine:
@@ -185,6 +185,13 @@ def device_options(device: torch.device, can_sleep: bool) -> dict:
         # parts of a prompt cannot be seeded there
         return {"enforce_eager": True, "enable_chunked_prefill": False}
     return {"enable_sleep_mode": can_sleep}
+
+
+def tensor_memory() -> int:
+    """Return the size of all tensors together; torch counts those whose memory is unmapped, too."""
+    if DEVICE.type == "cpu":
+        return 0
+    return torch.cuda.memory_allocated()
 
 
 def free_memory(device: torch.device) -> float:

@@ -1,11 +1,10 @@
-"""Files and folders that are whole or absent, and a lock on a file.
+"""Files and folders that are whole or absent, and what is read from them.
 
 A file takes the place of a file alone. A folder takes the place of another only if its writer asks
 for that, and is kept if it has more than the new one.
 """
 
 import errno
-import fcntl
 import importlib.util
 import json
 import os
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
 UNFINISHED = ".writing"  # ends the name of what is not whole yet
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -187,27 +185,6 @@ def cannot_write(path: Path, error: BaseException) -> OSError:
     room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free there"
     hint = "what was saved before is whole; make room, then go on (a training: --resume)"
     return OSError(f"could not write {path} ({room}): {reason}; {hint}")
-
-
-# ---- A lock
-@contextmanager
-def locked(path: Path) -> Iterator[IO]:
-    """Hold a lock that one process of this machine has at a time; the others wait, and say so.
-
-    Processes that inherit the file which this yields hold the lock as well.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise cannot_write(path.with_suffix(""), error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another run works on {path.with_suffix('')}; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 # ---- Reading; ValueError says where a file is not what was expected

@@ -1,4 +1,4 @@
-"""Models before a weight is loaded: their names, settings, tokenizers, and what ends a response.
+"""Models before a weight is loaded: their names, settings and tokenizers.
 
 A model is named by a path, a hub id or a short name such as Qwen2.5-7B.
 """
@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -25,9 +24,7 @@ from infra.ranges import PositiveInt
 
 # Folders of that name are in every run, and say nothing of a model
 OF_EVERY_RUN = re.compile(r"policy|exports|step-\d+")
-# Tokens that end a response besides the model's own EOS, see --stop-tokens
 StopTokens = Literal["turn-ends", "eos"]
-TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 ORGANISATIONS = {"Qwen": "Qwen", "Llama": "meta-llama", "gemma": "google", "Mistral": "mistralai"}
 
 
@@ -129,19 +126,3 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, n_embeddings
         raise ValueError(
             f"its tokenizer has tokens up to {largest}, and the model embeddings for {n_embeddings}"
         )
-
-
-# ---- What ends a response
-def end_tokens(model: Model, stop_tokens: StopTokens = "turn-ends") -> list[int]:
-    """Return the tokens that end a response: the model's, the tokenizer's, maybe ends of turns."""
-    try:
-        ends = GenerationConfig.from_pretrained(model.path).eos_token_id
-    except OSError:  # the model has no generation configuration
-        ends = model.text_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    vocabulary = model.tokenizer.get_vocab()
-    if stop_tokens == "turn-ends":
-        ends.update(vocabulary[token] for token in TURN_ENDS if token in vocabulary)
-    ends.add(model.tokenizer.eos_token_id)
-    ends.discard(None)
-    return sorted(ends)

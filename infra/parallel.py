@@ -183,13 +183,6 @@ def take_peak_memory() -> int:
     return peak
 
 
-def tensor_memory() -> int:
-    """Return the size of all tensors together; torch counts those whose memory is unmapped, too."""
-    if DEVICE.type == "cpu":
-        return 0
-    return torch.cuda.memory_allocated()
-
-
 def total_memory() -> int:
     """Return the size of the GPU's memory."""
     if DEVICE.type == "cpu":
@@ -394,21 +387,15 @@ def pinned_memory(size: int) -> Tensor:
 
 
 # ---- Whole weights
-def full_weights(
-    module: nn.Module, dtype: torch.dtype, prefix: str = ""
-) -> Iterator[tuple[str, Tensor]]:
+def full_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the whole tensor of each entry of the state dict, one at a time.
 
-    All ranks must take all of them together.
-
-    Args:
-        module: a module, sharded or not.
-        dtype: what floating-point tensors are converted to, before they are gathered.
-        prefix: removed from the names.
+    All ranks must take all of them together. Floating-point tensors are converted to the dtype
+    before they are gathered.
     """
     for name, tensor in module.state_dict().items():
         target = dtype if tensor.is_floating_point() else tensor.dtype
-        yield name.removeprefix(prefix), gather(tensor.to(device=DEVICE, dtype=target))
+        yield name, gather(tensor.to(device=DEVICE, dtype=target))
 
 
 def gather_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from infra import files, folders, runs
 from infra.settings import change, flatten
 from run import export_checkpoint, report
 from worlds import toy
+from worlds.shared import locked
 
 
 @pytest.fixture
@@ -415,14 +416,15 @@ print("saved", flush=True)
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from infra import children, files
+from infra import children
+from worlds.shared import locked
 
 def stop(*_):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGTERM, stop)
 try:
-    with files.locked(Path(sys.argv[2])) as lock:
+    with locked(Path(sys.argv[2])) as lock:
         code = children.call([sys.executable, "-c", sys.argv[1]], os.environ, lock)
 except KeyboardInterrupt:
     print("stopped", flush=True)
@@ -437,5 +439,5 @@ def test_a_child_saves_and_ends_with_its_parent(tmp_path, number, last):
         os.kill(parent.pid, number)
         # the pipe closes when both are gone, and the lock is free then
         assert parent.stdout.read().split() == ["saved", *([last] if last else [])]
-    with files.locked(tmp_path / "lock"):
+    with locked(tmp_path / "lock"):
         pass

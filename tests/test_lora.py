@@ -30,10 +30,10 @@ import flow as fl
 import rehearse
 import rollout
 import train_rl
+from engines.common import end_tokens
 from infra import batching, lora, parallel
 from infra.attention import PACKED
 from infra.exports import export_adapter, export_policy
-from infra.models import end_tokens
 from infra.settings import change
 from policy import Policy, load_policy
 from run import export_checkpoint

@@ -24,10 +24,10 @@ import eval as evaluation
 import rollout
 from engines import vllm_engine
 from engines.choice import make_engine
+from engines.common import end_tokens
 from engines.torch_engine import choose
 from infra.data import DataSettings, ProblemSettings, load_problems, load_rows, make_prompts
 from infra.defaults import choose_template, fill_in
-from infra.models import end_tokens
 from infra.settings import change
 from infra.solutions import SolutionSettings, load_solutions
 from rollout import Sampling

@@ -37,13 +37,14 @@ import train_flow
 import train_rl
 from evals import sets
 from evals.figures import summarise
-from infra import files, parallel, runs
+from infra import parallel, runs
 from infra.data import make_prompts
 from infra.settings import change, parse_config, stored_settings
 from policy import Policy, load_policy
 from rewards import Grader
 from run import export_checkpoint
 from worlds import toy
+from worlds.shared import locked
 
 
 @pytest.fixture
@@ -916,7 +917,7 @@ def test_runs_that_make_a_world_at_once_wait_for_each_other(tmp_path):
     size = (
         "--steps 2 --batch-size 4 --hidden-size 32 --n-layers 2 --n-train 8 --n-test 8 --n-expert 8"
     )
-    with files.locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
+    with locked(tmp_path / "toy.lock"):  # as another run has it that makes the world
         process = forks.Run("worlds/__main__.py", [*command, *size.split()])
         assert f"another run works on {folder}; waiting for it" in process.stdout.readline()
         assert not folder.exists()

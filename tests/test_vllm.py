@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import rollout
 import train_rl
+from engines.common import end_tokens
 from infra import batching, parallel
-from infra.models import end_tokens
 from infra.settings import change
 from policy import load_policy
 from rollout import Sampling
@@ -89,7 +89,7 @@ def move(learner: parallel.Learner, episodes: list[rollout.Episode]) -> None:
 
 
 def sync(engine, learner: parallel.Learner) -> None:
-    engine.load_weights(parallel.full_weights(learner.module, torch.float32, prefix="model."))
+    engine.load_weights(learner.module.whole_weights(torch.float32))
 
 
 def tokens(engine, prompts, sampling=GREEDY) -> list[list[int]]:
@@ -163,7 +163,7 @@ def test_log_probs_are_those_of_the_trainer(engine, learner, prompts, temperatur
 
 
 def test_all_weights_must_be_given(engine, learner):
-    weights = dict(parallel.full_weights(learner.module, torch.float32, prefix="model."))
+    weights = dict(learner.module.whole_weights(torch.float32))
     some = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
     with pytest.raises(
         ValueError, match="weights were not given, e.g. .*layers.1.*expected the whole state dict"

@@ -79,7 +79,7 @@ def learner(folder) -> parallel.Learner:
 
 
 def sync(engine, learner: parallel.Learner) -> None:
-    engine.load_weights(parallel.full_weights(learner.module, torch.float32, prefix="model."))
+    engine.load_weights(learner.module.whole_weights(torch.float32))
 
 
 def move(learner: parallel.Learner) -> None:

@@ -7,7 +7,7 @@ from typing import IO
 
 from flow import FLOW_FILE
 from infra import children
-from infra.files import locked
+from worlds.shared import locked
 
 # What torchrun tells a rank
 RANK_VARIABLES = (

@@ -1,11 +1,13 @@
-"""What the embedded worlds share: labels of steps, and folders that are made once."""
+"""What the embedded worlds share: labels of steps, folders that are made once, and a lock."""
 
+import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from infra.files import folder_written_whole, locked, read_json
+from infra.files import cannot_write, folder_written_whole, read_json
 from infra.folders import is_free
 
 
@@ -58,3 +60,23 @@ def check_same(stored: dict, asked: dict, folder: Path) -> None:
             f"not {asked.get(name)}), which stays as it is; name another folder, or move that "
             "world away"
         )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO]:
+    """Hold a lock that one process of this machine has at a time; the others wait, and say so.
+
+    Processes that inherit the file which this yields hold the lock as well.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise cannot_write(path.with_suffix(""), error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another run works on {path.with_suffix('')}; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file

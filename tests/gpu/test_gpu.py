@@ -84,7 +84,7 @@ def sharded(folder: str) -> Policy:
 
 
 def sync(engine, policy) -> None:
-    engine.load_weights(parallel.full_weights(policy, torch.bfloat16, prefix="model."))
+    engine.load_weights(policy.whole_weights(torch.bfloat16))
 
 
 def greedy_tokens(engine, prompts) -> list[list[int]]:
