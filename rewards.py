@@ -30,11 +30,9 @@ pairs, columns gold (or a list of them), pred, expected and group:
 import infra.waiting  # noqa: F401
 
 # isort: split
-import importlib.util
 import inspect
 import os
 import runpy
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -53,6 +51,7 @@ from grading import (
     tag_format,
 )
 from infra.errors import in_short
+from infra.files import import_file
 from infra.watch import PATIENCE, Watch
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
@@ -245,13 +244,8 @@ def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
             f"reward {path!r}: neither {', '.join(PARTS)} nor a Python file that defines "
             f"{EXPECTED_SIGNATURE}"
         )
-    name = f"reward_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     with blamed_on(path, "at its import"), watch.over(f"{path}, at its import"):
-        spec.loader.exec_module(module)
-    function = getattr(module, "reward", None)
+        function = getattr(import_file(path), "reward", None)
     if not inspect.isfunction(function):
         raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
     n_arguments = count_arguments(path, function)

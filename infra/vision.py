@@ -359,35 +359,20 @@ def read_grid(row: int, value, processor, media_dir: str) -> Grid:
 
 
 def stack(
-    images: Sequence[Image], device: torch.device | str
+    images: Sequence[Image],
+    device: torch.device | str,
+    part: Callable[[Image], Tensor] = Image.pixel_values,
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return pixel values (n_patches, dim) and grids (n_images, 3) of the images of a batch.
+    """Return a part of each image, stacked, and the grids (n_images, 3) of the images of a batch.
 
-    Without any image both are None.
+    By default the part is the pixel values, (n_patches, dim) in all. Without any image both are None.
     """
     if not images:
         return None, None
-    # responses to one problem share its images: each is prepared once
-    pixel_values = {image: image.pixel_values() for image in dict.fromkeys(images)}
-    stacked = torch.cat([pixel_values[image] for image in images])
-    grids = torch.tensor([image.grid for image in images], device=device)
-    return stacked.to(device), grids
-
-
-def stack_features(
-    images: Sequence[Image], device: torch.device | str
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return features (n_tokens, K, D) and grids (n_images, 3) of images that a tower has seen.
-
-    Without any image both are None.
-    """
-    if not images:
-        return None, None
-    # responses to one problem share its images: each is copied to the device once
-    features = {image: image.features.to(device) for image in dict.fromkeys(images)}
-    stacked = torch.cat([features[image] for image in images])
-    grids = torch.tensor([image.grid for image in images], device=device)
-    return stacked, grids
+    # responses to one problem share its images: each is prepared, and copied to the device, once
+    parts = {image: part(image).to(device) for image in dict.fromkeys(images)}
+    stacked = torch.cat([parts[image] for image in images])
+    return stacked, torch.tensor([image.grid for image in images], device=device)
 
 
 class ImageInputs(NamedTuple):
@@ -412,7 +397,7 @@ def stack_all(
     if images[0].features is None:
         pixel_values, grids = stack(images, device)
         return ImageInputs(pixel_values, None, grids, all_grids)
-    features, grids = stack_features(images, device)
+    features, grids = stack(images, device, lambda image: image.features)
     return ImageInputs(None, features, grids, all_grids)
 
 
