@@ -144,6 +144,8 @@ def load_rows(
             f"{source}: no format is known by that name; expected a file whose name ends in "
             f"{', '.join((*DATA_FILES, '.arrow'))}"
         )
+    elif not Path(path).exists() and (path.endswith(DATA_FILES) or path[0] in "./~"):
+        raise ValueError(f"no data at {source!r} (no such file); expected {hub.SOURCES}")
     else:
         rows = read_with_datasets(path, split, subset)
     if not rows:

@@ -35,7 +35,7 @@ class Place(NamedTuple):
 def parse(source: str) -> Place | None:
     """Read ORG/NAME or ORG/NAME/PATH; None if it is something else, as a path in a folder here."""
     match = PLACE.fullmatch(source)
-    is_here = Path(source).exists() or (match and match[2] and Path(source).parent.is_dir())
+    is_here = Path(source).exists() or (match and match[2] and Path(source).parents[-2].is_dir())
     if match is None or is_here:
         return None
     return Place(match[1], (match[2] or "").strip("/"))

@@ -149,6 +149,19 @@ def test_places_that_are_not_there(with_text, source, words):
         load_rows(source, (), "train", None)
 
 
+@pytest.mark.parametrize(
+    "source", ["no.jsonl", "here/no.parquet", "here/no/no.json", "/no/where", "./no", "../no/no"]
+)
+def test_the_hub_is_not_asked_for_a_file_that_is_missing_here(source, tmp_path, monkeypatch):
+    """Regression: a missing file of expert solutions was looked for on the hub, for minutes."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(hub, "snapshot_download")
+    monkeypatch.delattr(datasets, "load_dataset")
+    with pytest.raises(ValueError, match=rf"no data at '{source}' \(no such file\); expected a JS"):
+        load_rows(source, (), "train", None)
+
+
 def test_an_error_of_the_hub_without_a_message_is_named(monkeypatch):
     def fail(*_, **__):
         raise TimeoutError

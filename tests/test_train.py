@@ -741,7 +741,7 @@ def test_wandb(config):
         ({"steps": None, "epochs": 1, "prompts": 100}, "64 problems in 1 epochs do not fill a step of 100; lower --prompts"),
         ({"max_tokens": 9000}, "9000 is more than the model's 8192 positions; lower one of them"),
         ({"data": None}, "no data at 'JingHaoZ/RLFR-Dataset-LM/math-lvl3to5-8k'"),
-        ({"data": "nowhere.jsonl"}, "no data at 'nowhere.jsonl'"),
+        ({"data": "nowhere.jsonl"}, r"no data at 'nowhere.jsonl' \(no such file\)"),
         ({"model": "Qwen0-1B"}, "model 'Qwen0-1B': 'Qwen/Qwen0-1B' cannot be loaded"),
         ({"flow": "nowhere"}, "no flow at nowhere; .*train_flow.py"),
         ({"contexts": ("self",), "flow_scope": "expert"}, r"calibrated at the times \(\), not at \[0.8\]"),
