@@ -257,9 +257,10 @@ def check_new(folder: Path) -> None:
     if folders.is_free(folder):
         return
     if (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} holds a run; go on with --resume {folder}, or name another --folder"
-        )
+        way = f"go on with --resume {folder}"
+        if not whole_checkpoints(folder):
+            way = "it has no checkpoint to go on from: remove it"
+        raise ValueError(f"{folder} holds a run; {way}, or name another --folder")
     raise ValueError(
         f"--folder {folder} is a file or has files in it, which stay as they are; name a folder "
         "that is new or empty"

@@ -792,6 +792,10 @@ def test_resume_checks_the_settings(config):
     train_rl.main(change(config, steps=1))
     with pytest.raises(ValueError, match="holds a run; go on with --resume"):
         train_rl.main(config)
+    unsaved = change(config, steps=1, save_every=0, folder=f"{config.folder}-unsaved")
+    train_rl.main(unsaved)
+    with pytest.raises(ValueError, match="holds a run; it has no checkpoint to go on from: remove"):
+        train_rl.main(unsaved)
     for options, reason in [
         ({"seed": 1}, "seed=0, this one asks for 1; order, sampling and noise follow from it"),
         ({"shaping": "none"}, "the checkpoint holds other weights and optimisers than that needs"),
