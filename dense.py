@@ -15,8 +15,10 @@ What is common to all of them, each with its function:
     its advantage: sum_{j>=k} gamma^(j-k) * reward_j, or the response's, centred       credit
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
@@ -270,6 +272,7 @@ class DenseReward:
     layers: Sequence[int] = ()  # the decoder layers of its taps
     module: nn.Module | None = None  # what is saved, resumed and exported with the run
     learns = False  # whether the module gets gradients from score() and makes optimiser steps
+    is_kept = True  # whether a checkpoint holds the module even if it does not learn
     takes_dtype = False  # whether the module computes in the policy's dtype, or else in float32
     lr = 1e-4
     betas = (0.9, 0.999)
@@ -284,11 +287,6 @@ class DenseReward:
     def make(cls, values: Mapping[str, str], host: Host) -> "DenseReward":
         """Make a reward with settings given as texts."""
         return cls(parse_settings(cls.Settings, values), host)
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether a checkpoint holds the module even if it does not learn."""
-        return self.module is not None
 
     def keep(self, **tensors: Tensor) -> None:
         """Keep tensors as self.module.NAME: they are saved, resumed and exported with the run."""
@@ -309,15 +307,32 @@ class DenseReward:
 
         values: of each micro-batch, (M,) or (L, M)
         """
-        if torch.is_tensor(values):
-            raise ValueError(f"{self.name}: calibrate() got a tensor; expected several, one a part")
-        of_all = torch.cat(list(values), dim=-1)
-        self.keep(expert_mean=of_all.mean(dim=-1), expert_spread=of_all.std(dim=-1))
+        parts = [] if torch.is_tensor(values) else list(values)
+        if not parts:
+            raise ValueError(
+                f"{self.name}: calibrate() got no list; expected a tensor for each part"
+            )
+        of_all = torch.cat(parts, dim=-1)
+        spread = of_all.std(dim=-1)
+        n_broken = int((~of_all.isfinite()).sum())
+        if n_broken or (of_all.amax(dim=-1) == of_all.amin(dim=-1)).any():
+            raise ValueError(
+                f"{self.name}: calibrate() got {of_all.numel()} values of expert tokens, {n_broken} "
+                f"of them not finite, with the spread {spread.tolist()}, by which excess() would "
+                "divide; expected finite values that differ"
+            )
+        self.keep(expert_mean=of_all.mean(dim=-1), expert_spread=spread)
 
     def excess(self, values: Tensor) -> Tensor:
         """Return by how many spreads of expert tokens values (M,) or (L, M) exceed their mean."""
+        if not hasattr(self.module, "expert_mean"):
+            raise ValueError(
+                f"{self.name}: excess() without calibrate(), which __init__ has to call with the "
+                "values of expert tokens"
+            )
         mean, spread = self.module.expert_mean, self.module.expert_spread  # () or (L,)
-        return (values - mean[..., None]) / spread[..., None]
+        excess = (values - mean[..., None]) / spread[..., None]
+        return excess.view_as(values) if excess.numel() == values.numel() else excess
 
     def begin(self, step: int, episodes: Sequence) -> None:
         """Begin to score a step's episodes, which are graded; all ranks know all of them."""
@@ -385,10 +400,14 @@ def parse_settings(kind: type, values: Mapping[str, str]):
             )
         given[name] = kinds.from_text(text, known[name])
     try:
+        needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+        missing = [f"{name}=VALUE" for name in needed if name not in given]
+        if missing:
+            raise ValueError(f"give it {' '.join(missing)}, for which there is no default")
         settings = kind(**given)
         kinds.check_kinds(settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--dense {' '.join(values)}: {error}") from error
+        raise ValueError(f"{' '.join(['--dense', *values])}: {error}") from error
     return settings
 
 
@@ -421,10 +440,11 @@ def load_file(path: str, values: Mapping[str, str], host: Host) -> DenseReward:
         raise ValueError(
             f"--shaping {path} defines no class Reward(dense.DenseReward), see docs/dense-rewards.md"
         )
+    kind.name = name  # for what is wrong while it is made
     with parallel.fork_rng():
         torch.manual_seed(host.seed)  # the same weights on all ranks, and in every run of the seed
         reward = kind.make(values, host)
-    reward.name = name
+    reward.name = name  # it may have made one of another class
     return reward
 
 
@@ -464,9 +484,30 @@ def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload:
 
 def kept(reward: DenseReward | None) -> dict[str, parallel.Kept]:
     """Return what a dense reward has fitted, for checkpoints; what learns is in its learner."""
-    if not reward or reward.learns or not reward.is_kept:
+    if not reward or reward.module is None or reward.learns or not reward.is_kept:
         return {}
     return {reward.name: parallel.Kept(reward.module)}
+
+
+@contextmanager
+def without_trace(reward: DenseReward) -> Iterator[None]:
+    """Put back at the end what a block changes of a reward and of torch's generators.
+
+    Of a reward these are its attributes, the contents of those that are tensors, generators, lists,
+    dicts or sets, and the tensors and gradients of its module.
+    """
+    own = vars(reward).copy()
+    state = copy.deepcopy(reward.module.state_dict()) if reward.module else {}
+    for name, value in own.items():
+        if isinstance(value, (Tensor, torch.Generator, list, dict, set)):
+            vars(reward)[name] = value.clone() if torch.is_tensor(value) else copy.copy(value)
+    with parallel.fork_rng():
+        yield
+    vars(reward).clear()
+    vars(reward).update(own)
+    if reward.module:
+        reward.module.load_state_dict(state)
+        reward.module.zero_grad()
 
 
 def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
@@ -490,30 +531,30 @@ def checked_scores(reward: DenseReward, part: MicroBatch) -> Scores:
             f"{tuple(mask.shape)}, or (L, B, T) with L = {n_levels} taps"
         )
     values = values.detach().float().masked_fill(~mask, 0.0)
-    if not values.isfinite().all():
-        n_broken = int((~values.isfinite()).sum())
+    n_broken = int((~values.isfinite()).sum())
+    if n_broken:
         raise parallel.OfOneRankError(
-            f"{reward.name}: {n_broken} of {values.numel()} scores of a micro-batch of step "
-            f"{reward.step + 1} are not finite"
+            f"{reward.name}: {n_broken} of {len(values) * int(mask.sum())} scores of response tokens "
+            f"in a micro-batch of step {reward.step + 1} are not finite"
         )
     return Scores(values, mask)
 
 
-def check_varied(reward: DenseReward, score: Tensor, mask: Tensor) -> None:
-    """Raise ValueError if a reward says the same of every token: it could teach nothing.
+def find_sameness(reward: DenseReward, score: Tensor, mask: Tensor) -> str | None:
+    """Return an error if a reward says the same of every token: it could teach nothing.
 
     One that learns may do so at first, and one that compares the policy with what it was.
 
     score: (B, T) of a step's episodes; mask: (B, T) bool, tokens that have a score
     """
-    if reward.learns or reward.reads_first:
-        return
     values = score[mask]
-    if len(values) > 1 and values.max() == values.min():
-        raise ValueError(
-            f"{reward.name}: all {len(values)} response tokens of the first step have the score "
-            f"{values[0].item():g}; a reward that is the same everywhere teaches nothing"
-        )
+    is_same = len(values) > 1 and values.max() == values.min()
+    if reward.learns or reward.reads_first or not is_same:
+        return None
+    return (
+        f"{reward.name}: all {len(values)} response tokens have the score {values[0].item():g}; "
+        "a reward that is the same everywhere teaches nothing"
+    )
 
 
 # ---- From scores to rewards, and from rewards to advantages
@@ -631,11 +672,9 @@ def make_flow(
             "flow_scope=expert needs a flow that train_flow.py has calibrated on expert solutions; "
             "expected --flow FOLDER, got new"
         )
-    flow_config = fl.FlowConfig(dim, n_blocks, norm_eps=model.norm_eps)
-    if settings.contexts:
-        flow_config = replace(flow_config, contexts=settings.contexts)
-    if settings.percentiles:
-        flow_config = replace(flow_config, percentiles=settings.percentiles)
+    asked = {"contexts": settings.contexts, "percentiles": settings.percentiles}
+    given = {name: value for name, value in asked.items() if value}
+    flow_config = fl.FlowConfig(dim, n_blocks, norm_eps=model.norm_eps, **given)
     torch.manual_seed(seed)  # the same flow on all ranks
     return fl.Flow(flow_config)
 
@@ -665,6 +704,7 @@ class FlowReward(DenseReward):
 
     name = "flow"
     takes_dtype = True
+    is_kept = False  # a flow that is frozen is in its own file
 
     def __init__(
         self,
@@ -768,11 +808,6 @@ class FlowReward(DenseReward):
         """Sum the flow's gradient over the ranks."""
         has_learnt = self.learns and bool(self.accepted.any() or self.learning.flow_soft > 0)
         parallel.end_calls(self.module, has_learnt)
-
-    @property
-    def is_kept(self) -> bool:
-        """No checkpoint holds a flow that is frozen: it is in its own file."""
-        return False
 
     def shape(self, score: Tensor, mask: Tensor) -> Tensor:
         """Penalise deviation (B, T): the selected, normalised scores (paper), or the excess as it is."""

@@ -85,17 +85,17 @@ class Episode:
     sampled: list[bool] | None = None
 
 
-def stand_in(problem: Problem, n_tokens: int) -> Episode:
-    """Return an episode that nobody has sampled, of a right response of so many tokens."""
+def stand_in(problem: Problem, response_ids: list[int], text: str = "") -> Episode:
+    """Return an episode that nobody has sampled, of a right response."""
     return Episode(
         prompt_ids=problem.prompt_ids,
-        response_ids=[0] * n_tokens,
-        logp=[0.0] * n_tokens,
-        finish_reason="length",
-        text="",
+        response_ids=response_ids,
+        logp=[0.0] * len(response_ids),
+        finish_reason="stop",
+        text=text,
         images=problem.images,
         problem=problem,
-        verdict=Verdict(1.0, correct=True, parts={}, extracted=None, kind="cut"),
+        verdict=Verdict(1.0, correct=True, parts={}, extracted=None, kind="right"),
     )
 
 
@@ -247,6 +247,29 @@ class SamplingSettings:
     # Rounds of dynamic sampling (DAPO), 0: none. It drops groups of equal reward and samples others
     # in their place; after so many rounds dropped groups fill what is missing
     dynamic_sampling: NonNegativeInt = 0
+
+
+def stand_ins(
+    problems: Sequence[Problem],
+    settings: SamplingSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+) -> list[Episode]:
+    """Return groups of graded stand-ins, one a rank: beginnings of problems, some with the answer."""
+    chosen = [problems[i % len(problems)] for i in range(dist.get_world_size())]
+    episodes = []
+    for problem in chosen:
+        answer = problem.answer if isinstance(problem.answer, str) else problem.answer[0]
+        for i in range(settings.group_size):
+            box = f"\\boxed{{{answer}}}" if i % 2 else ""
+            text = box + problem.text[: 8 * i + 8]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][: settings.max_tokens - 1]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            episodes.append(stand_in(problem, [*ids, tokenizer.eos_token_id or 0], text))
+    verdicts = grade_on_all_ranks(grader, chosen, episodes)
+    for episode, verdict in zip(episodes, verdicts, strict=True):
+        episode.verdict = verdict
+    return episodes
 
 
 @dataclass

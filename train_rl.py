@@ -306,6 +306,8 @@ def make_models(
     if config.shaping not in ("none", "entropy"):
         own = dense.as_values(config.dense_reward.dense)
         dense_reward = dense.make(config.shaping, own, host)
+        if config.flow and not isinstance(dense_reward, dense.FlowReward) and is_first():
+            print(f"--flow {config.flow} has no part in {config.shaping}, which is no FlowReward")
         dtype = parallel.compute_dtype(config.loading.dtype)
         dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.always_offloads)
     reference = None
@@ -470,9 +472,9 @@ def shape_advantage(
         settings = config.dense_reward
         score = experience.score
         scored = experience.scored
-        if step == 0 and dense.counts(settings, step):
-            dense.check_varied(dense_reward, score, scored)
         if dense.counts(settings, step):
+            if step == 0 and (error := dense.find_sameness(dense_reward, score, scored)):
+                raise ValueError(error)
             token_rewards = dense.token_rewards(dense_reward, score, scored, settings, group_size)
         advantage += dense.credit(token_rewards, scored, mask, settings, group_size, baseline)
         metrics = dense.metrics(
@@ -492,6 +494,26 @@ def shape_advantage(
         advantage = rlfr.whiten(advantage, mask)
     metrics["advantage_abs"] = advantage[mask].abs().mean().item()
     return advantage, token_rewards, metrics
+
+
+def try_dense(models: Models, episodes: Sequence[rollout.Episode], config: Config) -> None:
+    """Do 3 and 4 for a dense reward on stand-ins, so that its errors come before anything slow.
+
+    The run that follows is as without them.
+    """
+    reward = models.dense
+    settings = config.dense_reward
+    sampling = config.sampling
+    if is_first():
+        print(f"trying {config.shaping} on {len(episodes)} stand-ins for responses")
+    with dense.without_trace(reward):
+        seen = score(models, episodes, 0, sampling.temperature, config.compute.tokens_per_gpu)
+        if not dense.counts(settings, 0):
+            return
+        dense.token_rewards(reward, seen.score, seen.scored, settings, sampling.group_size)
+        error = dense.find_sameness(reward, seen.score, seen.scored)
+        if error and is_first():  # it may reward what only a policy writes
+            print(f"{error}: if responses have it, too, the run ends at its first step")
 
 
 # ---- 5. Update the policy
@@ -674,6 +696,9 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
     # ---- Models, and their learners
     models = make_models(config, model, is_flow_named)
+    if dense.is_file(config.shaping):
+        stand_ins = rollout.stand_ins(problems, sampling, model.tokenizer, grader)
+        try_dense(models, stand_ins, config)
     models = with_learners(models, config.optimisation.weight_decay)
     policy = models.policy
 

@@ -83,7 +83,7 @@ def main(config: train_rl.Config) -> None:
 def update(models: train_rl.Models, problems: Sequence[Problem], config: train_rl.Config) -> None:
     """Do phases 3, 5 and 6 of a step on stand-ins of the longest responses."""
     sampling = config.sampling
-    episodes = [rollout.stand_in(problem, sampling.max_tokens) for problem in problems]
+    episodes = [rollout.stand_in(problem, [0] * sampling.max_tokens) for problem in problems]
     token_budget = config.compute.tokens_per_gpu
     experience = train_rl.score(
         models, episodes, 0, sampling.temperature, token_budget=token_budget

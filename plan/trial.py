@@ -90,7 +90,7 @@ def make_episodes(count: int, shape: Shape) -> list[rollout.Episode]:
     for i in range(count):
         prompt_ids = [i] + [0] * (shape.n_prompt - 1)
         problem = Problem(id=str(i), text="", answer="", prompt_ids=prompt_ids)
-        episodes.append(rollout.stand_in(problem, shape.n_response))
+        episodes.append(rollout.stand_in(problem, [0] * shape.n_response))
     return episodes
 
 

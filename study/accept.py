@@ -29,7 +29,7 @@ import repository  # noqa: F401
 # isort: split
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +132,7 @@ def sample(config: train_rl.Config, model: Model, n_written: int) -> Responses:
 def make_episode(problem: Problem, solution: str, model: Model) -> rollout.Episode:
     """Return a solution that the world has written as an episode."""
     response_ids = model.tokenizer.encode(solution + toy.EOS)
-    standing_in = rollout.stand_in(problem, len(response_ids))
-    return replace(standing_in, response_ids=response_ids, finish_reason="stop", text=solution)
+    return rollout.stand_in(problem, response_ids, solution)
 
 
 def label(episodes: list[rollout.Episode], n_sampled: int, model: Model) -> Responses:

@@ -315,7 +315,7 @@ BAD = {
     "none": ("    def score(self, part):\n        return None\n", "returned NoneType, no tensor"),
     "nan": (
         "    def score(self, part):\n        return part.output.logp * torch.nan\n",
-        "scores of a micro-batch of step 1 are not finite",
+        r"bad: (\d+) of \1 scores of response tokens in a micro-batch of step 1 are not finite",
     ),
     "tap": (
         "    taps = (0.5,)\n    def score(self, part):\n"
@@ -344,7 +344,25 @@ BAD = {
     ),
     "calibrated": (
         "    def __init__(self, settings, host):\n        self.calibrate(torch.zeros(2, 3))\n",
-        r"calibrate\(\) got a tensor; expected several, one a part",
+        r"bad: calibrate\(\) got no list; expected a tensor for each part",
+    ),
+    "calibrated by nothing": (
+        "    def __init__(self, settings, host):\n        self.calibrate([])\n",
+        r"bad: calibrate\(\) got no list",
+    ),
+    "calibrated by one value": (
+        "    def __init__(self, settings, host):\n"
+        "        self.calibrate([torch.tensor([[1.0, 2.0], [3.0, 3.0]])])\n",
+        r"bad: calibrate\(\) got 4 values .* 0 of them not finite, with the spread \[0.7.*, 0.0\]",
+    ),
+    "calibrated by nan": (
+        "    def __init__(self, settings, host):\n"
+        "        self.calibrate([torch.tensor([1.0, torch.nan])])\n",
+        r"bad: calibrate\(\) got 2 values of expert tokens, 1 of them not finite",
+    ),
+    "not calibrated": (
+        "    def score(self, part):\n        return self.excess(part.output.logp)\n",
+        r"bad: excess\(\) without calibrate\(\)",
     ),
     "shaped": (
         "    def score(self, part):\n        return part.output.logp\n"
@@ -353,23 +371,89 @@ BAD = {
     ),
     "one tap": ("    taps = 0.5\n", "taps=0.5; expected fractions of the depth"),
     "depth": ("    taps = (2.0,)\n", r"taps=\(2.0,\); expected fractions of the depth"),
-    "constant": (
-        "    def score(self, part):\n        return part.output.logp * 0 + 0.5\n",
-        "teaches nothing",
-    ),
     "method": ("    pass\n", "has no method score"),
     "module": ("    learns = True\n", "learns = True, and no module"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
+def test_a_bad_reward_is_refused_before_an_engine_starts(name, world, tmp_path, monkeypatch):
     body, words = BAD[name]
     file = tmp_path / "bad.py"
     file.write_text(HEAD + body)
+    monkeypatch.delattr(train_rl, "make_engine")
     with pytest.raises(ValueError, match=words):
         train_rl.main(run_of(world, tmp_path / "run", file))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_score_that_raises_does_so_before_an_engine_starts(world, tmp_path, monkeypatch):
+    file = tmp_path / "bad.py"
+    file.write_text(HEAD + "    def score(self, part):\n        return part.nothing\n")
+    monkeypatch.delattr(train_rl, "make_engine")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        train_rl.main(run_of(world, tmp_path / "run", file))
+
+
+def test_a_constant_score_is_said_before_an_engine_starts(world, tmp_path, capsys):
+    """It is an error in the first step: what rewards a policy's own habits finds none in stand-ins."""
+    file = tmp_path / "same.py"
+    constant = "    def score(self, part):\n        return part.output.logp * 0 + 0.5\n"
+    file.write_text(HEAD + constant)
+    with pytest.raises(
+        ValueError, match="same: all .* tokens have the score 0.5; .* teaches nothi"
+    ):
+        train_rl.main(run_of(world, tmp_path / "run", file))
+    printed = capsys.readouterr().out
+    assert printed.index("teaches nothing: if responses have it") < printed.index("engine: torch")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_is_as_without_the_trial_of_its_reward(world, tmp_path, monkeypatch):
+    """Of each kind of state: a random one, a list, a tensor, of the module, gradients, the global one."""
+    body = """
+    learns = True
+
+    def __init__(self, settings, host):
+        self.module = torch.nn.Linear(1, 1)
+        self.module.register_buffer("n", torch.zeros(()))
+        self.generator = torch.Generator().manual_seed(3)
+        self.calls, self.total = [], torch.zeros(())
+
+    def score(self, part):
+        self.calls.append(1)
+        self.total += 1
+        self.module.n += 1
+        score = self.module(part.output.entropy[:, :, None]).squeeze(2)
+        score.mean().backward()
+        known = len(self.calls) + self.total + self.module.n + torch.rand(1)
+        return score.detach() + known + torch.rand(score.shape, generator=self.generator)
+"""
+    file = tmp_path / "stateful.py"
+    file.write_text(HEAD + body)
+    for folder in ("tried", "untried"):
+        torch.manual_seed(5)
+        train_rl.main(run_of(world, tmp_path / folder, file))
+        monkeypatch.setattr(train_rl, "try_dense", lambda *_: None)
+    tried, untried = (figures(str(tmp_path / folder)) for folder in ("tried", "untried"))
+    assert tried == untried and tried[0]["stateful/score"] > 3
+
+
+def test_a_flow_that_no_reward_reads_is_named(world, flow_folder, tmp_path, capsys):
+    file = FOLDER / "self_certainty.py"
+    train_rl.main(run_of(world, tmp_path / "run", file, steps=1, flow=flow_folder))
+    assert f"--flow {flow_folder} has no part in {file}" in capsys.readouterr().out
+
+
+def test_an_excess_has_the_shape_of_its_values():
+    """Regression: that of values (M,) was (1, M) where one tap was calibrated."""
+    for calibrated in (torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[1.0, 3.0, 5.0]])):
+        reward = dense.DenseReward(None, None)
+        reward.calibrate([calibrated])
+        assert reward.excess(torch.tensor([3.0, 7.0])).tolist() == [0.0, 2.0]
+        assert reward.excess(torch.tensor([[3.0, 7.0]])).tolist() == [[0.0, 2.0]]
+    reward.calibrate([torch.tensor([[1.0, 3.0, 5.0], [0.0, 1.0, 2.0]])])
+    assert reward.excess(torch.tensor([[3.0], [3.0]])).tolist() == [[0.0], [2.0]]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +464,8 @@ def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
         ("flow", ("a=1",), "has flags of its own"),
         ("{ridge}", ("experts",), "'experts': expected NAME=VALUE"),
         ("{ridge}", ("expertise=x",), "the dense reward has no such setting; expected experts"),
-        ("{ridge}", (), "missing 1 required positional argument: 'experts'"),
+        ("{ridge}", (), "--dense: give it experts=VALUE, for which there is no default"),
+        ("{logprob}", ("held_out=1",), "--dense held_out: give it expert=VALUE experts=VALUE, for"),
         (
             "{ridge}",
             ("experts={data}", "whiten=perhaps"),
@@ -395,6 +480,7 @@ def test_a_bad_reward_is_refused_before_the_first_update(name, world, tmp_path):
 def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
     places = {
         "ridge": FOLDER / "ridge.py",
+        "logprob": FOLDER / "logprob.py",
         "data": world.path("expert.jsonl"),
         "empty": tmp_path / "e.py",
         "policy": tmp_path / "policy.py",
