@@ -403,7 +403,7 @@ def parse_settings(kind: type, values: Mapping[str, str]):
         needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
         missing = [f"{name}=VALUE" for name in needed if name not in given]
         if missing:
-            raise ValueError(f"expected also {' '.join(missing)}, as there is no default")
+            raise ValueError(f"give it {' '.join(missing)}, for which there is no default")
         settings = kind(**given)
         kinds.check_kinds(settings)
     except (TypeError, ValueError) as error:

@@ -464,8 +464,8 @@ def test_an_excess_has_the_shape_of_its_values():
         ("flow", ("a=1",), "has flags of its own"),
         ("{ridge}", ("experts",), "'experts': expected NAME=VALUE"),
         ("{ridge}", ("expertise=x",), "the dense reward has no such setting; expected experts"),
-        ("{ridge}", (), "--dense: expected also experts=VALUE, as there is no default"),
-        ("{logprob}", ("held_out=1",), "--dense held_out: expected also expert=VALUE experts=VAL"),
+        ("{ridge}", (), "--dense: give it experts=VALUE, for which there is no default"),
+        ("{logprob}", ("held_out=1",), "--dense held_out: give it expert=VALUE experts=VALUE, for"),
         (
             "{ridge}",
             ("experts={data}", "whiten=perhaps"),
