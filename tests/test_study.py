@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import forks
@@ -19,6 +20,7 @@ from conftest import ROOT, find_model_in, read_lines, small_run
 sys.path.append(str(ROOT / "study"))
 import accept
 import dense
+import entropy
 import evidence
 import figures
 import hasty
@@ -261,6 +263,29 @@ def test_the_experts_likelihood_is_calibrated_on_solutions_that_were_held_out(co
     assert len(excess) == sum(len(row.response_ids) for row in held_out)
     assert excess.mean().item() == pytest.approx(0, abs=1e-4)
     assert excess.std().item() == pytest.approx(1, abs=1e-4)
+    lowest = dense.make(str(methods.REWARDS / "logprob.py"), {**own, "lowest": "True"}, host)
+    (part, *_) = host.run_policy(held_out, ())
+    scores, worst = reward.score(part), lowest.score(part)
+    for row, n_tokens in enumerate(part.batch.response_mask.sum(dim=1).tolist()):
+        assert worst[row, :n_tokens].tolist() == [scores[row, :n_tokens].min().item()] * n_tokens
+        assert not worst[row, n_tokens:].any()
+
+
+def test_the_entropy_advantage_with_the_papers_alpha_is_that_of_the_trainer(config, tmp_path):
+    config = change(
+        config, reward=("binary", f"{methods.REWARDS / 'length_reward.py'}=1.0"), steps=2
+    )
+    norms = {}
+    for name, shaping, update in (
+        ("trainer", "entropy", train_rl.update_policy),
+        ("0.4", "none", partial(entropy.update, alpha=0.4)),
+        ("0.01", "none", partial(entropy.update, alpha=0.01)),
+    ):
+        folder = str(tmp_path / name)
+        train_rl.main(change(config, shaping=shaping, folder=folder), update=update)
+        lines = read_lines(Path(folder, "metrics.jsonl"))
+        norms[name] = [line["policy/grad_norm"] for line in lines]
+    assert norms["trainer"] == norms["0.4"] != norms["0.01"]
 
 
 def test_supervised_steps_raise_the_likelihood_of_expert_solutions(config, world):
@@ -373,8 +398,8 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path):
     asked, _ = small_study
     page = Path(shutil.copy(PAGE, tmp_path))
     settings = evidence.Settings(folder=str(tmp_path), page=str(page))
-    assert evidence.main(settings) == 0  # there are no figures yet
-    assert page.read_text() == PAGE.read_text()
+    assert evidence.main(settings) == 0  # there are no figures, and none are shown
+    assert "| `rlvr` | 8 |" not in page.read_text() and "## Results" in page.read_text()
     for name in ("study", "tuning"):
         shutil.copy(asked.json_file, tmp_path / f"{name}.json")
     checking = change(settings, check=True)
@@ -392,7 +417,7 @@ def test_the_committed_page_has_the_tables_of_the_committed_figures():
 
 
 def test_flags_that_the_page_names():
-    known = {"--expert-policy", "--expert-solutions", "--check"}
+    known = {"--expert-policy", "--expert-solutions", "--check", "--alpha"}
     for config in (train_rl.Config(), train_flow.Config(), study.Study(), accept.Settings()):
         for name in flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
