@@ -18,6 +18,7 @@ from methods import ARMS
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
+SERIES_OF_TRIALS = ("correct", "length")  # of runs on seeds that nobody reports
 N_DIGITS = 4  # of each, after the point
 
 
@@ -45,10 +46,13 @@ def read_run(record_file: Path) -> dict:
     steps = read_steps(folder / "metrics.jsonl")
     kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
     run = {key: record[key] for key in kept if key in record}
-    run["seconds"] = round(sum(step["time/step"] for step in steps))
+    run["seconds"] = record.get("seconds", 0)
     if "needs" in record:
         run["prepared_seconds"] = preparing_seconds(record["needs"], record_file.parents[1])
-    run["series"] = read_series(steps)
+    series = read_series(steps)
+    if run["seed"] >= FIRST_TUNING_SEED:
+        series = {name: series[name] for name in series if name in SERIES_OF_TRIALS}
+    run["series"] = series
     run["held_out"] = read_evaluations(folder / "summary.json")
     if "log_rollouts" in run["settings"]:
         run["auc"] = read_aucs(folder, record["settings"].get("dense_on", "token"))
@@ -56,7 +60,7 @@ def read_run(record_file: Path) -> dict:
 
 
 def preparing_seconds(needs: Sequence[str], study: Path) -> int:
-    """Return how long it took to prepare what a run needs, such as an offline start."""
+    """Return the seconds of a core that it took to prepare what a run needs, such as an offline start."""
     seconds: dict[str, int] = {}
     waiting = list(needs)
     while waiting:

@@ -119,7 +119,7 @@ def methods_table(runs: Runs) -> str:
         "captured",
         "pass@4",
         "tokens",
-        "minutes",
+        "minutes of a core",
         "minutes before",
     )
     return table(head, [method_row(arm, runs) for arm in runs])

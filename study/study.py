@@ -301,7 +301,7 @@ class Job:
     def write_record(self, status: str, error: str = "", seconds: float = 0) -> None:
         """Write settings and status, finished, failed or unfinished, beside the folder.
 
-        The seconds are those of all its processes so far, whether they ended or were stopped.
+        The seconds are those that all its processes so far have had of a core.
         """
         record = {
             **self.label,
@@ -346,6 +346,8 @@ def make_preparation(name: str, base: int, study: Study) -> Job:
     """Return the job that makes what runs of a base share under a name."""
     preparation = study.catalogue.preparations[name]
     settings = {**preset(preparation.preset, study), **preparation.settings}
+    if preparation.preset == "train_flow":
+        settings["epochs"] = round(settings["epochs"] * more_passes(study))
     return Job(
         name=job_name(name, base),
         folder=prepared_folder(study, base) / name,
@@ -357,6 +359,17 @@ def make_preparation(name: str, base: int, study: Study) -> Job:
         base=base,
         label={},
     )
+
+
+def more_passes(study: Study) -> float:
+    """Return how many times as many passes over few expert solutions are as many optimiser steps.
+
+    Few are those of a world that is named with fewer than it has otherwise.
+    """
+    name, _, changes = study.world.partition(":")
+    if not changes:
+        return 1
+    return max(1, worlds.WORLDS[name].n_expert / read_world(study.world).n_expert)
 
 
 def make_run(name: str, seed: int, study: Study) -> Job:
@@ -387,7 +400,7 @@ def folder_of_run(arm: str, seed: int, study: Study) -> Path:
 def find_arm(name: str, study: Study) -> Arm:
     """Return an arm with the settings that the study has chosen for it, or for what it is of."""
     arm = study.catalogue.find(name)
-    if ":" in name or not study.reward:
+    if ":" in name:
         return arm
     changes = tuning.choice_of(name, study.catalogue, read_chosen(study.folder))
     return study.catalogue.find(tuning.with_changes(name, changes))
@@ -505,8 +518,10 @@ class Processes:
             process.send_signal(signal.SIGTERM)
         tqdm.write(f"{signal.Signals(number).name}: saving the runs; the same command goes on")
 
-    def call(self, command: list[str], log_file: Path, lock: IO) -> int:
-        """Run a command to its end and return its exit code; its output goes to the log.
+    def call(self, command: list[str], log_file: Path, lock: IO) -> tuple[int, float]:
+        """Run a command to its end and return its exit code, and the seconds of a core that it took.
+
+        Its output goes to the log.
 
         It inherits the lock, which is so held as long as it lives, even if this process is killed.
         """
@@ -528,9 +543,21 @@ class Processes:
         self.running.add(process)
         if self.is_stopping:  # since it was about to start
             process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        seconds = 0.0
+        while process.poll() is None:
+            seconds = cpu_seconds(process.pid) or seconds
+            time.sleep(0.2)
         self.running.discard(process)
-        return code
+        return process.returncode, seconds
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the seconds of a core that a process and its ended children have had, 0 if unknown."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended, or there is no /proc
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -556,9 +583,7 @@ def run_job(job: Job, paths: Sequence[dict], needed: Sequence[Future], processes
             job.write_record("failed", f"without {', '.join(missing)}, not prepared")
             return "failed"
         job.write_record("unfinished")
-        began = time.monotonic()
-        code = processes.call(job.command(paths), job.log_file, lock)
-        seconds = time.monotonic() - began
+        code, seconds = processes.call(job.command(paths), job.log_file, lock)
         if code == 0 and (job.folder / job.product).exists():
             job.finish(seconds)
         elif code != 0 and not processes.is_stopping:

@@ -134,6 +134,8 @@ def tuning_table(figures: dict, chosen: Mapping[str, str]) -> str:
         text = f"{changes or 'as it is'} {number(float(np.mean(values)))}"
         text = f"{text} ({escaped} of {len(values)})"
         tried.setdefault(arm, []).append(f"**{text}**" if chosen.get(arm) == changes else text)
+    for arm, changes in chosen.items():
+        tried.setdefault(arm, [f"**{changes or 'as it is'}**, as chosen in another study"])
     rows = [[f"`{arm}`", "; ".join(texts)] for arm, texts in tried.items()]
     return table(("arm", "setting, accuracy, escaped"), rows)
 

@@ -285,6 +285,7 @@ def test_the_reported_runs_have_the_settings_that_were_chosen(judged):
     assert known["registered"]["tuned"] == {"rlvr": "lr=1e-4"}
     tried = {run["arm"]: run for run in known["runs"] if run["seed"] == 100}
     assert tried.keys() == {"rlvr", "rlvr:lr=1e-4"}
+    assert tried["rlvr"]["series"].keys() == {"correct", "length"}, "the file is to stay small"
     own = runs_of(judged)["rlvr"]["settings"]
     assert {**own, "seed": 100} == tried["rlvr:lr=1e-4"]["settings"]
     assert own["lr"] == "1e-4" and tried["rlvr"]["settings"]["lr"] == 2e-4
@@ -464,6 +465,8 @@ def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
         assert study.make_run(arm, 0, asked).settings["lr"] == "4e-4", "no control of calibrated"
     table = tuning.tuning_table({"runs": runs}, chosen)
     assert "| `rlvr` | **as it is 0.20 (0 of 1)**; lr=1e-4 0.20 (0 of 1); lr=4e-4 0.10" in table
+    table = tuning.tuning_table({"runs": []}, {"sft": "lr=4e-4"})
+    assert "| `sft` | **lr=4e-4**, as chosen in another study |" in table
     assert tuning.read_chosen(tmp_path / "nowhere") == {}
 
 

@@ -228,6 +228,16 @@ def test_preparations_come_before_what_needs_them():
     assert [job.name for job in runs_of_seed][:2] == ["hasty-flow/seed-0", "logprob/seed-0"]
 
 
+def test_a_flow_of_few_solutions_has_as_many_steps():
+    def epochs(name: str, world: str) -> int:
+        return study.make_preparation(name, 0, study.Study(world=world)).settings["epochs"]
+
+    assert epochs("flow", "toy-beyond") == epochs("flow", "toy-beyond:expert_wrong=0.1") == 4
+    assert epochs("flow", "toy-beyond:n_expert=64") == 125  # 4 * 2000/64
+    assert epochs("flow_5x", "toy-beyond:n_expert=8") == 5000
+    assert epochs("flow", "toy-beyond:n_expert=4000") == 4
+
+
 def test_length_reward():
     file = ROOT / "study" / "rewards" / "length_reward.py"
     with Grader(("binary", f"{file}=0.3")) as grader:
@@ -347,6 +357,15 @@ def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
         rest = change(asked, arms=asked.arms[1:])
         assert study.main(rest) == 0
     return rest, interrupted
+
+
+def test_seconds_are_those_of_a_core():
+    """However many processes share the cores."""
+    began = time.process_time()
+    while time.process_time() < began + 0.05:
+        pass
+    assert study.cpu_seconds(os.getpid()) == pytest.approx(sum(os.times()[:4]), abs=0.05)
+    assert study.cpu_seconds(2**22 + 1) == 0
 
 
 def test_an_interrupted_study(small_study):
