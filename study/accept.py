@@ -2,6 +2,7 @@
 
     python study/accept.py --worlds toy-form toy-content
     python study/accept.py --worlds toy-beyond:expert_wrong=0.5 --bases 2
+    python study/accept.py --worlds toy-content --no-runs --scorers ridge flow     the cheap part
     python study/accept.py --render --json study/worlds.json      the tables of a file, again
 
 A world decides if a perfect reward solves it and the outcome alone does not: on all base models but
@@ -50,8 +51,7 @@ from infra.ranges import PositiveInt, check_values
 from infra.settings import change
 from inspector import sample_and_score
 from measures import last_accuracy, number
-from methods import as_pairs
-from repository import ROOT
+from methods import ARMS, PREPARATIONS, REWARDS, as_pairs
 from rewards import Grader
 from worlds import toy
 
@@ -59,15 +59,23 @@ FIRST_SEED = 200  # of the runs: neither reported nor chosen on
 SOLVED = 0.8  # accuracy that a perfect reward must reach
 MOST_UNSOLVED = 0.25  # share of base models on which it may fail to
 UNSOLVED = 0.3  # accuracy below which RLVR has not solved a world
-ARMS = ("process", "rlvr")
-SCORERS = {  # name -> file of study/rewards/ with settings of its own
+DECIDING = ("process", "rlvr")
+SCORERS = {  # name -> file of study/rewards/ with settings of its own, or a flow of methods.py
     "2-gram of expert tokens": ("ngram.py", {"n": "2"}),
     "3-gram": ("ngram.py", {"n": "3"}),
     "4-gram": ("ngram.py", {"n": "4"}),
     "Mahalanobis": ("mahalanobis.py", {}),
+    "nearest": ("nearest.py", {}),
     "ridge": ("ridge.py", {}),
     "whitened ridge": ("ridge.py", {"whiten": "True"}),
+    "MLP": ("mlp.py", {}),
     "probe": ("probe.py", {}),
+    "untrained flow": ("untrained_flow", {}),
+    "flow": ("flow", {}),
+    "flow, 5 x offline": ("flow_5x", {}),
+    "flow, 20 x offline": ("flow_20x", {}),
+    "flow of whitened residuals": ("whitened_flow.py", {}),
+    "the same, 10 x its steps": ("whitened_flow.py", {"steps": "2000"}),
 }
 
 
@@ -83,6 +91,8 @@ class Settings:
     n_written: PositiveInt = 200  # The world's own solutions of other problems
     folder: str = "runs/accept"  # Where runs and scores are kept
     json: str = "runs/accept/worlds.json"  # File for the figures
+    # Which of SCORERS to fit and measure; what earlier commands have measured stays
+    scorers: tuple[str, ...] = tuple(SCORERS)
     runs: bool = True  # Run the arms; without, their figures are what there is of them
     render: bool = False  # Only print the tables of the file
 
@@ -152,10 +162,13 @@ def label(episodes: list[rollout.Episode], n_sampled: int, model: Model) -> Resp
     return Responses(episodes, n_sampled, np.array(is_incomplete), steps)
 
 
-def score(responses: Responses, experts: str, config: train_rl.Config, model: Model) -> dict:
-    """Return how well each scorer tells what is wrong: AUCs of steps and of responses, by name.
+def score(
+    responses: Responses, names: Sequence[str], paths: dict, config: train_rl.Config, model: Model
+) -> dict:
+    """Return how well scorers tell what is wrong: AUCs of steps and of responses, by name.
 
-    experts: file of expert solutions
+    names: those of SCORERS that are asked; what the base itself says is always told
+    paths: what the placeholders in settings stand for, `solutions` and the flows among them
     """
     models = train_rl.make_models(config, model, is_flow_named=True)
     logp, entropy, _ = score_tokens(models, responses, config)
@@ -164,19 +177,27 @@ def score(responses: Responses, experts: str, config: train_rl.Config, model: Mo
         "entropy of the base": entropy,
         "shortness": [np.full(len(of_tokens), -len(of_tokens)) for of_tokens in logp],
     }
-    for name, (file, own) in SCORERS.items():
-        path = str(ROOT / "study" / "rewards" / file)
-        with_reward = change(config, shaping=path, dense=as_pairs({"experts": experts, **own}))
+    for name in names:
+        with_reward = change(config, **reward_settings(name, paths))
         models = train_rl.make_models(with_reward, model, is_flow_named=True)
-        _, _, scores = score_tokens(models, responses, config)
-        values[name] = [-of_tokens for of_tokens in scores]
+        _, _, rewards = score_tokens(models, responses, config)
+        values[name] = [-of_tokens for of_tokens in rewards]
     return {name: measure(of_scorer, responses) for name, of_scorer in values.items()}
+
+
+def reward_settings(name: str, paths: dict) -> dict[str, object]:
+    """Return the settings of train_rl.py that score with one of SCORERS."""
+    what, own = SCORERS[name]
+    if what.endswith(".py"):
+        given = {"experts": paths["solutions"], **own}
+        return {"shaping": str(REWARDS / what), "dense": as_pairs(given)}
+    return {**ARMS["calibrated"].settings, "flow": paths[what]}
 
 
 def score_tokens(
     models: train_rl.Models, responses: Responses, config: train_rl.Config
 ) -> tuple[list[np.ndarray], ...]:
-    """Return log-probs, entropies and dense scores of each response's tokens, (T,) each.
+    """Return log-probs, entropies and dense rewards of each response's tokens, (T,) each.
 
     The sampled responses are first: a reward may fit itself to the first that it sees.
     """
@@ -190,7 +211,10 @@ def score_tokens(
             temperature=config.sampling.temperature,
             token_budget=config.compute.tokens_per_gpu,
         )
-        by_kind = (experience.old_logp, experience.entropy, experience.score)
+        rewards = experience.score
+        if models.dense:
+            rewards = models.dense.shape(rewards, experience.scored)
+        by_kind = (experience.old_logp, experience.entropy, rewards)
         for values, tensor in zip(found, by_kind, strict=True):
             for row, episode in enumerate(episodes):
                 values.append(tensor[row, : len(episode.response_ids)].cpu().numpy())
@@ -234,7 +258,7 @@ def study_of(world: str, settings: Settings) -> study.Study:
     return study.Study(
         world=world,
         bases=settings.bases,
-        arms=ARMS,
+        arms=DECIDING,
         seeds=settings.bases,
         first_seed=first_seed,
         steps=settings.steps,
@@ -257,7 +281,7 @@ def read_accuracies(asked: study.Study) -> list[dict[str, float]]:
 
 def decide(bases: Sequence[dict]) -> bool | None:
     """Return whether a world is accepted; None if a run is missing."""
-    if any(arm not in base for base in bases for arm in ARMS):
+    if any(arm not in base for base in bases for arm in DECIDING):
         return None
     n_failed = sum(base["process"] < SOLVED for base in bases)
     n_unsolved = sum(base["rlvr"] < UNSOLVED for base in bases)
@@ -265,18 +289,30 @@ def decide(bases: Sequence[dict]) -> bool | None:
 
 
 def kept_scores(asked: study.Study, worlds: Sequence[toy.World], settings: Settings) -> list[dict]:
-    """Return what is known of each base before the runs, which the study's folder keeps."""
-    scores = []
+    """Return what is known of each base before the runs, which the study's folder keeps.
+
+    Of the scorers that are asked, those that it lacks are fitted and measured.
+    """
     sizes = f"{settings.n_responses}-{settings.n_written}"
+    files = [Path(asked.folder, f"scores-{base}-{sizes}.json") for base in range(len(worlds))]
+    kept = [read_json(file, "the scores of a base") if file.exists() else {} for file in files]
+    missing = []
+    for scored in kept:
+        known = scored.get("scorers", {})
+        missing.append([name for name in settings.scorers if name not in known])
+    flows = {SCORERS[name][0] for names in missing for name in names} & PREPARATIONS.keys()
+    if flows:
+        study.prepare(sorted(flows), asked, worlds)
+    found = study.find_paths(asked, worlds)
     for base, world in enumerate(worlds):
-        file = Path(asked.folder, f"scores-{base}-{sizes}.json")
-        if not file.exists():
+        if missing[base]:
             config, model = train_rl.resolve(scoring_settings(world, settings))
             responses = sample(config, model, settings.n_written)
-            scorers = score(responses, world.path("expert.jsonl"), config, model)
-            write_json(file, {**describe(responses), "scorers": scorers})
-        scores.append(read_json(file, "the scores of a base"))
-    return scores
+            scorers = score(responses, missing[base], found[base], config, model)
+            scorers = {**kept[base].get("scorers", {}), **scorers}
+            kept[base] = {**describe(responses), "scorers": scorers}
+            write_json(files[base], kept[base])
+    return kept
 
 
 def gather(asked: study.Study, worlds: Sequence[toy.World], scores: Sequence[dict]) -> dict:
@@ -294,24 +330,35 @@ def gather(asked: study.Study, worlds: Sequence[toy.World], scores: Sequence[dic
 
 
 # ---- Tables
+def all_tables(file: str | Path) -> str:
+    """Return the tables of a file."""
+    found = read_json(file, "what was found of worlds")
+    return "\n".join(tables(name, of_world) for name, of_world in found.items())
+
+
 def tables(world: str, found: dict) -> str:
     """Return what was found of a world: the runs of each base, the scorers, and the decision."""
     rows = []
     for base in found["bases"]:
         row = [str(base["world_seed"])]
-        row += [number(base.get(arm, np.nan)) for arm in ARMS]
-        row.append(f"{base['right']} of {base['responses']}")
-        row.append(f"{base['complete']} of {base['responses']}")
-        row.append(f"{base['wrong_steps']} of {base['steps']}")
+        row += [number(base.get(arm, np.nan)) for arm in DECIDING]
+        for count, of in (
+            ("right", "responses"),
+            ("complete", "responses"),
+            ("wrong_steps", "steps"),
+        ):
+            row.append(f"{base[count]} of {base[of]}" if count in base else "–")
         rows.append(row)
-    head = ("world seed", *(f"`{arm}`, last 10 steps" for arm in ARMS))
+    head = ("world seed", *(f"`{arm}`, last 10 steps" for arm in DECIDING))
     head += ("right before", "complete before", "wrong steps before")
     by_base = table(head, rows)
+    scorers = [base.get("scorers", {}) for base in found["bases"]]
     rows = []
-    for name in found["bases"][0]["scorers"]:
+    for name in dict.fromkeys(name for of_base in scorers for name in of_base):
         row = [name]
         for kind in ("steps", "responses"):
-            row.append(", ".join(as_text(base["scorers"][name][kind]) for base in found["bases"]))
+            estimates = [of_base[name][kind] if name in of_base else None for of_base in scorers]
+            row.append(", ".join(map(as_text, estimates)))
         rows.append(row)
     by_scorer = table(("scorer", "AUC, wrong steps", "AUC, incomplete responses"), rows)
     verdict = {True: "accepted", False: "not accepted", None: "undecided, runs are missing"}
@@ -329,21 +376,23 @@ def as_text(estimate: Sequence[float] | None) -> str:
 def main(settings: Settings) -> None:
     """Examine worlds one after the other, write what was found, and print its tables."""
     check_values(settings)
+    unknown = [name for name in settings.scorers if name not in SCORERS]
+    if unknown:
+        raise ValueError(f"scorers={unknown}: expected some of {', '.join(SCORERS)}")
     file = Path(settings.json)
-    found = read_json(file, "what was found of worlds") if file.exists() else {}
     if settings.render:
-        for name, of_world in found.items():
-            print(tables(name, of_world))
+        print(all_tables(file))
         return
+    found = read_json(file, "what was found of worlds") if file.exists() else {}
     parallel.start()
     for name in settings.worlds:
         asked = study_of(name, settings)
         worlds = study.find_worlds(asked)
+        study.begin(asked, worlds)
         scores = kept_scores(asked, worlds, settings)
         found[name] = gather(asked, worlds, scores)
         write_json(file, found)
         if settings.runs:
-            study.begin(asked, worlds)
             statuses = study.run_arms(asked, worlds)
             found[name] = gather(asked, worlds, scores)
             write_json(file, found)

@@ -6,7 +6,7 @@
     python study/evidence.py --check      fails if the tables there are not those of the figures
 
 Tables stand between `<!-- NAME -->` and `<!-- end of NAME -->` in docs/evidence.md; the prose
-around them stays. What is read, each if it is there:
+around them stays. Of a file that is not there the page shows nothing. What is read:
 
     study/study*.json           of study.py; their runs are put together. Seeds from 100 on, on
                                 which settings were chosen, are left out
@@ -16,6 +16,10 @@ around them stays. What is read, each if it is there:
     study/default-tuning.json   of study.py, the same on seeds from 100 on
     study/signal.json           of flow_signal.py
     study/signal-text.json      of text_signal.py
+    study/worlds.json           of accept.py
+    study/form.json             of study.py with --reward, in the world toy-form; and content.json,
+                                gsm.json of the worlds of these names
+    study/beyond*.json          of study.py, in toy-beyond with other numbers of expert solutions
 
 measures.py says what is measured.
 """
@@ -39,7 +43,9 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+import accept
 import flow_signal
+import referee
 from common import put_tables, relink, table
 from figures import FIRST_TUNING_SEED, merge, read_study
 from measures import (
@@ -53,6 +59,7 @@ from measures import (
     interval,
     largest_fall,
     last_accuracy,
+    nested,
     number,
     resample,
     running_mean,
@@ -213,6 +220,121 @@ def small_tables(study: dict) -> str:
     """Return the tables of measures and of differences of a study in another world."""
     runs = reported_runs(study)
     return f"{measures_table(runs)}\n\n{differences_table(runs)}"
+
+
+# ---- Studies of rewards, in worlds that decide
+JUDGED = ("form", "content", "gsm")  # files, and worlds
+
+
+def judged_section(name: str, study: dict) -> str:
+    """Return the section of a study: what ran, a picture of every run, the referee's tables."""
+    runs = referee.reported_runs(study)
+    if not runs:
+        return ""
+    of_world = study["world"]
+    bases = {run["base"] for seeds in runs.values() for run in seeds.values()}
+    seeds = {seed for of_arm in runs.values() for seed in of_arm}
+    n_runs = sum(map(len, runs.values()))
+    hours = sum(run["seconds"] for of_arm in runs.values() for run in of_arm.values()) / 3600
+    parts = [
+        f"### The world `{of_world.get('kind', f'toy-{name}')}`",
+        f"{n_runs} finished runs of {len(runs)} arms, {study['settings']['steps']} steps each, seeds "
+        f"{min(seeds)} to {max(seeds)} on {len(bases)} base models; {hours:.1f} hours of one core.",
+        f"![Training accuracy of every run, a panel an arm, in grey those of {BASELINE}]"
+        f"(../study/{name}.png)",
+    ]
+    for title, text in referee.tables_of(study).items():
+        parts += [f"{title}:", text]
+    for joined in study.get("registered", {}).get("joined", ()):
+        arms = ", ".join(f"`{arm}`" for arm in joined["arms"])
+        parts.append(f"Registered after {joined['after_finished_runs']} runs had finished: {arms}.")
+    return "\n\n".join(parts)
+
+
+def draw_every_run(study: dict) -> plt.Figure:
+    """Draw a panel for each arm with a line for each run, and those of the baseline behind them."""
+    runs = referee.reported_runs(study)
+    n_rows = math.ceil(len(runs) / N_COLUMNS)
+    figure, grid = plt.subplots(
+        n_rows,
+        N_COLUMNS,
+        figsize=(8.5, 1.7 * n_rows + 0.4),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(runs) :]:
+        axes.set_axis_off()
+    for axes, (arm, seeds) in zip(grid.flat, runs.items(), strict=False):
+        for run in runs.get(BASELINE, {}).values() if arm != BASELINE else ():
+            draw_run(axes, run, "#bbbbbb")
+        for run in seeds.values():
+            draw_run(axes, run, COLOURS[run["base"] % len(COLOURS)])
+        axes.set(ylim=(0, 1))
+        axes.set_title(f"{arm} ({len(seeds)})", fontsize=8)
+    figure.supxlabel("step; a colour is a base model", fontsize=10)
+    figure.supylabel(f"training accuracy, mean of {WINDOW} steps", fontsize=10)
+    return figure
+
+
+def draw_run(axes: plt.Axes, run: dict, colour: str) -> None:
+    """Draw the running mean of a run's accuracy."""
+    values = running_mean(run["series"]["correct"])
+    axes.plot(range(WINDOW, WINDOW + len(values)), values, color=colour, linewidth=0.7)
+
+
+def beyond_section(studies: Sequence[dict]) -> str:
+    """Return the section on the number of expert solutions, and on wrong ones among them."""
+    by_column: dict[tuple[int, float], Runs] = {}
+    for study in studies:
+        world = study["world"]
+        column = (world["n_expert"], world.get("expert_wrong", 0.0))
+        by_column[column] = referee.reported_runs(study)
+    columns = sorted(by_column, key=lambda column: (column[1], column[0]))
+    arms = list(dict.fromkeys(arm for column in columns for arm in by_column[column]))
+    if not arms:
+        return ""
+    head = ["arm"]
+    for n_expert, wrong in columns:
+        head.append(f"{n_expert}, {wrong:.0%} wrong" if wrong else str(n_expert))
+    means, differences = [], []
+    for arm in arms:
+        cells = [mean_cell(by_column[column].get(arm, {})) for column in columns]
+        means.append([f"`{arm}`", *cells])
+        if arm != "sft":
+            cells = [beside_sft(arm, by_column[column]) for column in columns]
+            differences.append([f"`{arm}`", *cells])
+    parts = [
+        "### Beyond the experts",
+        "In `toy-beyond` experts solve chains of 3 to 5 operations, and the policy trains and is "
+        "tested on 6 to 8. By the number of expert solutions: accuracy of the last "
+        f"{WINDOW} steps, with 95 % bootstrap intervals over bases and seeds, and runs:",
+        table(tuple(head), means),
+        "Minus `sft` on the same seeds, with the exact p of the sign flip:",
+        table(tuple(head), differences),
+    ]
+    return "\n\n".join(parts)
+
+
+def mean_cell(seeds: dict[int, dict]) -> str:
+    """Return the mean accuracy of an arm's runs, its interval and their number."""
+    if not seeds:
+        return "–"
+    by_base: dict[int, list[float]] = {}
+    for run in seeds.values():
+        by_base.setdefault(run["base"], []).append(last_accuracy(run["series"]["correct"]))
+    estimate = nested(list(by_base.values()))
+    bounds = "" if math.isnan(estimate.low) else f" ({estimate.low:.2f} to {estimate.high:.2f})"
+    return f"{estimate.value:.2f}{bounds}, {len(seeds)}"
+
+
+def beside_sft(arm: str, runs: Runs) -> str:
+    """Return by how much an arm is better than supervised fine-tuning, and the exact p."""
+    if not difference(runs, arm, "sft"):
+        return "–"
+    minus, _, p, _ = referee.comparison(arm, "sft", runs)
+    return f"{minus} (p {p})"
 
 
 SETTLED = 30  # steps, after which the default run shall not fall far
@@ -444,11 +566,14 @@ PICTURES = {
 }
 
 
-def draw(runs: Runs, default_runs: Path, folder: Path) -> list[str]:
+def draw(runs: Runs, figures: Path, folder: Path) -> list[str]:
     """Draw all pictures that there are figures for into a folder, and return their names."""
     makers = {name: partial(make, runs) for name, make in PICTURES.items()} if runs else {}
-    if default_runs.exists():
-        makers["default-run.png"] = lambda: draw_default_runs(read_study(default_runs))
+    others = {"default-run": draw_default_runs, **dict.fromkeys(JUDGED, draw_every_run)}
+    for name, make in others.items():
+        file = figures / f"{name}.json"
+        if file.exists():
+            makers[f"{name}.png"] = lambda make=make, file=file: make(read_study(file))
     with plt.rc_context(STYLE):
         for name, make in makers.items():
             save(make(), folder / name)
@@ -457,6 +582,7 @@ def draw(runs: Runs, default_runs: Path, folder: Path) -> list[str]:
 
 
 # ---- The page
+STUDY_TABLES = ("runs", "arms", "measures", "differences", "controls")
 
 
 def study_tables(study: dict, runs: Runs) -> dict[str, str]:
@@ -471,7 +597,7 @@ def study_tables(study: dict, runs: Runs) -> dict[str, str]:
 
 
 def other_tables(folder: Path) -> dict[str, str]:
-    """Return the tables of the other files of figures that are there; say which are not."""
+    """Return the tables of the other files of figures, of those that are not there none."""
     makers = {
         "tuning": lambda file: tuning_table(read_study(file)),
         "toy-study": lambda file: small_tables(read_study(file)),
@@ -479,14 +605,16 @@ def other_tables(folder: Path) -> dict[str, str]:
         "default-tuning": lambda file: default_table(read_study(file)),
         "signal": flow_signal.tables,
         "signal-text": flow_signal.tables,
+        "worlds": accept.all_tables,
     }
+    for name in JUDGED:
+        makers[name] = lambda file, name=name: judged_section(name, read_study(file))
     tables = {}
     for name, make in makers.items():
         file = folder / f"{name}.json"
-        if file.exists():
-            tables[name] = make(file).strip()
-        else:
-            print(f"{file} is not there: its table stays as it is")
+        tables[name] = make(file).strip() if file.exists() else ""
+    beyond = sorted(folder.glob("beyond*.json"))
+    tables["beyond"] = beyond_section([read_study(file) for file in beyond])
     return tables
 
 
@@ -499,7 +627,7 @@ def main(settings: Settings) -> int:
     if runs:
         tables.update(study_tables(study, runs))
     else:
-        print(f"no finished runs in {folder}/study*.json: the study's tables stay as they are")
+        tables.update(dict.fromkeys(STUDY_TABLES, ""))
     written = PAGE.read_text()
     drawn = put_tables(written, tables)
     if settings.check:
@@ -510,7 +638,7 @@ def main(settings: Settings) -> int:
         return int(drawn != written)
     page = PAGE if settings.tracked else Path(settings.out, PAGE.name)
     page.parent.mkdir(parents=True, exist_ok=True)
-    pictures = draw(runs, folder / "default-run.json", STUDY if settings.tracked else page.parent)
+    pictures = draw(runs, folder, STUDY if settings.tracked else page.parent)
     page.write_text(
         drawn if settings.tracked else relink(drawn, PAGE.parent, page.parent, pictures)
     )

@@ -18,6 +18,7 @@ from methods import ARMS
 
 # Figures of a step that the JSON file keeps, besides those of the flow
 SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups")
+SERIES_OF_TRIALS = ("correct", "length")  # of runs on seeds that nobody reports
 N_DIGITS = 4  # of each, after the point
 
 
@@ -30,10 +31,12 @@ def collect(folder: str) -> dict:
     common = Path(folder, "common.json")
     if not common.exists():
         raise ValueError(f"{folder} holds no study; expected the --folder of one")
+    plan = Path(folder, "registered.json")
+    registered = {"registered": json.loads(plan.read_text())} if plan.exists() else {}
     runs = []
     for record_file in Path(folder).glob("*/seed-*.json"):
         runs.append(read_run(record_file))
-    return {**json.loads(common.read_text()), "runs": in_order(runs)}
+    return {**json.loads(common.read_text()), **registered, "runs": in_order(runs)}
 
 
 def read_run(record_file: Path) -> dict:
@@ -43,10 +46,13 @@ def read_run(record_file: Path) -> dict:
     steps = read_steps(folder / "metrics.jsonl")
     kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
     run = {key: record[key] for key in kept if key in record}
-    run["seconds"] = round(sum(step["time/step"] for step in steps))
+    run["seconds"] = record.get("seconds", 0)
     if "needs" in record:
         run["prepared_seconds"] = preparing_seconds(record["needs"], record_file.parents[1])
-    run["series"] = read_series(steps)
+    series = read_series(steps)
+    if run["seed"] >= FIRST_TUNING_SEED:
+        series = {name: series[name] for name in series if name in SERIES_OF_TRIALS}
+    run["series"] = series
     run["held_out"] = read_evaluations(folder / "summary.json")
     if "log_rollouts" in run["settings"]:
         run["auc"] = read_aucs(folder, record["settings"].get("dense_on", "token"))
@@ -54,7 +60,7 @@ def read_run(record_file: Path) -> dict:
 
 
 def preparing_seconds(needs: Sequence[str], study: Path) -> int:
-    """Return how long it took to prepare what a run needs, such as an offline start."""
+    """Return the seconds of a core that it took to prepare what a run needs, such as an offline start."""
     seconds: dict[str, int] = {}
     waiting = list(needs)
     while waiting:
@@ -168,6 +174,9 @@ def merge(studies: Sequence[dict]) -> dict:
     Of a run that is in several of them, the one that came furthest stays, or the first of equals.
     """
     common = {key: value for key, value in studies[0].items() if key != "runs"}
+    plans = [study["registered"] for study in studies if "registered" in study]
+    if plans:
+        common["registered"] = join(plans)
     runs: dict[tuple[str, int], dict] = {}
     settings: dict[tuple[str, bool], dict] = {}
     for study in studies:
@@ -186,6 +195,44 @@ def merge(studies: Sequence[dict]) -> dict:
             if key not in runs or progress(run) > progress(runs[key]):
                 runs[key] = run
     return {**common, "runs": in_order(list(runs.values()))}
+
+
+def extend(stored: dict, asked: dict, n_runs: int, name: str) -> dict:
+    """Return a plan with what is asked beside it, noting after how many finished runs arms joined.
+
+    ValueError for anything but other arms, with what is theirs, or a part of the seeds.
+    """
+    first, last = stored["seeds"]
+    if first <= asked["seeds"][0] and asked["seeds"][1] <= last:
+        asked = {**asked, "seeds": stored["seeds"]}
+    whole = dict(stored)
+    for key, value in asked.items():
+        if key == "joined":
+            continue
+        known = stored.get(key)
+        if isinstance(value, dict):
+            known = known or {}
+            common = known.keys() & value.keys()
+            check_equal({k: known[k] for k in common}, {k: value[k] for k in common}, name)
+            whole[key] = {**known, **value}
+        elif key != "arms":
+            check_equal({key: known}, {key: value}, name)
+    new = [arm for arm in asked["arms"] if arm not in stored["arms"]]
+    if new:
+        whole["arms"] = [*stored["arms"], *new]
+        joined = {"arms": new, "after_finished_runs": n_runs}
+        whole["joined"] = [*stored.get("joined", ()), joined]
+    return whole
+
+
+def join(plans: Sequence[dict]) -> dict:
+    """Return the plan of several machines; ValueError if they differ in more than arms and seeds."""
+    bounds = [seed for plan in plans for seed in plan["seeds"]]
+    seeds = [min(bounds), max(bounds)]
+    whole = {**plans[0], "seeds": seeds}
+    for plan in plans[1:]:
+        whole = extend(whole, {**plan, "seeds": seeds}, 0, "what was registered")
+    return whole
 
 
 def without_seed(run: dict) -> dict:
@@ -229,7 +276,7 @@ def update_file(file: Path, folder: str) -> None:
 
 def check_equal(stored: dict, asked: dict, name: str) -> None:
     """Raise ValueError if runs of two studies are not comparable."""
-    for key in sorted((stored.keys() | asked.keys()) - {"runs"}):
+    for key in sorted((stored.keys() | asked.keys()) - {"runs", "registered"}):
         if stored.get(key) != asked.get(key):
             raise ValueError(
                 f"{name} has {key}={stored.get(key)}, expected {asked.get(key)}: their runs are not "

@@ -3,34 +3,40 @@
 In settings, {flow} stands for the path of what was prepared under that name. study.py gives
 {base}, {problems}, {solutions}, {evaluation}, {rewards} and {n_held_out}.
 
-A reward FILE.py of --reward is tried in arms that differ in one thing:
+A reward FILE.py of --reward, or NAME=FILE.py, is tried in arms that differ in one thing:
     FILE.py                  the reward, on the mean of a response, at the coefficient of scale.py
     FILE.py-shuffled-25      a quarter of its scores in other places, and so on to 100
     FILE.py-wrong            fitted to wrong solutions, where it is fitted to solutions (`experts`)
     FILE.py-untrained        with weights that have not learnt, where it has a flow, or `steps` of a fit
 """
 
+import ast
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import train_rl
-from dense import DenseReward, FlowReward
+from dense import DenseReward, FlowReward, as_values
 from infra.files import import_file
 from infra.kinds import as_tuple
 from infra.settings import flatten
 from repository import ROOT
 
+REWARDS = ROOT / "study" / "rewards"
+
 # ---- Arms. In settings, {flow} stands for the path of what was prepared under that name.
 FLOW_EPOCHS = 4  # of the offline start; the world's own default became three times as many
+LONGER = (5, 20)  # times as many, for flows of which it is asked what a longer start is worth
 FLOW = {"flow": "{flow}"}
 RLVR = {"shaping": "none"}
 # Whoever learns from the expert solutions leaves out those that the calibration is on
 EXPERTS = ("--expert-solutions", "{solutions}", "--held-out", "{n_held_out}")
 SFT = ("study/sft.py", *EXPERTS)
 LUFFY = ("study/luffy.py", *EXPERTS, "--expert-prompts", "2")
+ENTROPY = ("study/entropy.py", "--alpha", "0.4")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Arm:
 
 ARMS = {
     "rlvr": Arm("What does the outcome alone achieve?", "rlvr"),
-    "entropy": Arm("Does the entropy advantage help?", "entropy"),
+    "entropy": Arm("Does the entropy advantage help?", "rlvr", script=ENTROPY),
     "published": Arm("Does the flow reward help as published?", "published", FLOW),
     "calibrated": Arm(
         "Does it help as a response's excess over the flow's values on expert tokens?",
@@ -164,6 +170,13 @@ ARMS = {
         beside="calibrated",
     ),
 }
+for times in LONGER:
+    ARMS[f"calibrated-{times}x"] = Arm(
+        f"Does a flow help that has had {times} times as many passes over the expert solutions?",
+        "calibrated",
+        {"flow": f"{{flow_{times}x}}"},
+        beside="calibrated",
+    )
 
 
 # ---- What several runs share
@@ -209,6 +222,10 @@ PREPARATIONS = {
         "train_rl",
     ),
 }
+for times in LONGER:
+    PREPARATIONS[f"flow_{times}x"] = Preparation(
+        ("train_flow.py",), {**OFFLINE, "epochs": times * FLOW_EPOCHS}, "flow", "train_flow"
+    )
 
 
 # ---- Rewards of files
@@ -221,26 +238,23 @@ GIVEN = {"experts": "{solutions}", "held_out": "{n_held_out}", "expert": "{sft}"
 class FileReward:
     """A dense reward of a file, with the settings that it gets in a study."""
 
+    name: str  # that of the file unless another is given
     file: Path
     kind: type[DenseReward]  # its class
     own: dict[str, str]  # of the file: NAME=VALUE of --dense
     settings: dict[str, object]  # of train_rl.py
 
     @property
-    def name(self) -> str:
-        return self.file.name
-
-    @property
     def scale(self) -> str:
         """The name of the preparation that finds its coefficient."""
-        return f"coefficient_of_{self.file.stem}"
+        stem = re.sub(r"\W", "_", self.name.removesuffix(".py"))
+        return f"coefficient_of_{stem}"
 
     @property
     def path(self) -> str:
         """The file's path, the same on every machine if it is one of study/rewards/."""
         file = self.file.resolve()
-        folder = ROOT / "study" / "rewards"
-        return f"{{rewards}}/{file.name}" if file.parent == folder else str(file)
+        return f"{{rewards}}/{file.name}" if file.parent == REWARDS else str(file)
 
     def shaping(self, **changes: str) -> dict[str, object]:
         """Return the settings that train with the reward, some of its own changed."""
@@ -305,6 +319,25 @@ class FileReward:
         }
 
 
+def files_of(file: Path) -> list[Path]:
+    """Return the file of a reward and those beside it that it imports, by name or by their path."""
+    found = [file]
+    for each in found:
+        for node in ast.walk(ast.parse(each.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+\.py", str(node.value)):
+                names = [node.value.removesuffix(".py")]  # as in import_file()
+            for name in names:
+                beside = file.with_name(f"{name}.py")
+                if beside.is_file() and beside not in found:
+                    found.append(beside)
+    return found
+
+
 def names_of_settings(kind: type[DenseReward]) -> set[str]:
     """Return the names of the settings that a dense reward has of its own."""
     return {field.name for field in dataclasses.fields(kind.Settings)}
@@ -316,15 +349,18 @@ def as_pairs(values: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_reward(text: str) -> FileReward:
-    """Read FILE.py or FILE.py:SETTING=VALUE,… with settings of train_rl.py or of the file.
+    """Read [NAME=]FILE.py[:SETTING=VALUE,…] with settings of train_rl.py or of the file.
 
     A reward acts on the mean of a response unless dense_on says otherwise. Its coefficient is found
     by scale.py unless dense_coef is given. Raises ValueError if the file has no reward.
     """
-    name, _, changes = text.partition(":")
-    file = Path(name)
+    named, _, changes = text.partition(":")
+    name, _, path = named.rpartition("=")
+    file = Path(path)
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"reward {text!r}: no file {name!r}; expected a Python file, FILE.py")
+        raise ValueError(f"reward {text!r}: no file {path!r}; expected a Python file, FILE.py")
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"reward {text!r}: expected letters, digits and .-_ in its name {name!r}")
     kind = getattr(import_file(str(file)), "Reward", None)
     if not (isinstance(kind, type) and issubclass(kind, DenseReward)):
         raise ValueError(f"{file} defines no class Reward(dense.DenseReward)")
@@ -342,7 +378,7 @@ def read_reward(text: str) -> FileReward:
     for setting, value in read_changes(changes).items():
         (own if setting in asked else settings)[setting] = value
     check_settings(settings, f"reward {text!r}")
-    reward = FileReward(file, kind, own, settings)
+    reward = FileReward(name or file.name, file, kind, own, settings)
     settings.setdefault("dense_coef", f"{{{reward.scale}}}")
     return reward
 
@@ -356,7 +392,10 @@ class Catalogue:
     preparations: dict[str, Preparation]
 
     def find(self, text: str) -> Arm:
-        """Return the arm NAME, or NAME:SETTING=VALUE,… with changed settings."""
+        """Return the arm NAME, or NAME:SETTING=VALUE,… with changed settings.
+
+        They are settings of train_rl.py, of the arm's own script, or of the file of its reward.
+        """
         name, _, changes = text.partition(":")
         if name not in self.arms:
             raise ValueError(
@@ -364,8 +403,23 @@ class Catalogue:
             )
         arm = self.arms[name]
         changed = read_changes(changes)
+        script = list(arm.script)
+        for flag in script[1:-1]:
+            if flag.startswith("--") and flag[2:] in changed:
+                script[script.index(flag) + 1] = str(changed.pop(flag[2:]))
+        own = {each: changed.pop(each) for each in changed.keys() & own_settings(arm)}
+        if own:
+            changed["dense"] = as_pairs({**as_values(arm.settings.get("dense", ())), **own})
         check_settings(changed, f"arm {text!r}")
-        return replace(arm, prepared={**arm.prepared, **changed})
+        return replace(arm, script=tuple(script), prepared={**arm.prepared, **changed})
+
+
+def own_settings(arm: Arm) -> set[str]:
+    """Return the names of the settings that the file of an arm's reward has, if there is one."""
+    shaping = str(arm.settings["shaping"])
+    if not shaping.endswith(".py"):
+        return set()
+    return names_of_settings(import_file(shaping.format(rewards=REWARDS)).Reward)
 
 
 def read_changes(text: str) -> dict[str, object]:

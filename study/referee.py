@@ -1,7 +1,8 @@
 """The page that says what came of a dense reward: FOLDER/verdict.html, and its table as text.
 
-It is made of the study's JSON file and of registered.json alone. Escapes and the time to them stand
-first, since runs of these worlds either leave the base model's habit or do not.
+It is made of the study's JSON file alone, which holds what was registered. Escapes and the time to them
+stand first, since runs of these worlds either leave the base model's habit or do not. evidence.py puts
+the same tables into docs/evidence.md.
 """
 
 import json
@@ -30,9 +31,10 @@ from measures import (
     sign_flip,
     steps_to,
 )
+from methods import ARMS
 from pages.page import FOLDER as PAGES
 from repository import ROOT
-from tuning import read_chosen, tuning_table
+from tuning import tuning_table
 
 BASELINE = "rlvr"
 CEILING = "process"
@@ -43,30 +45,43 @@ Runs = dict[str, dict[int, dict]]  # arm -> seed -> run
 
 def write_verdict(figures: dict, folder: Path) -> str:
     """Write the page of a study's figures into its folder; return the same in words and tables."""
-    registered = json.loads((folder / "registered.json").read_text())
-    runs = finished_runs(figures, registered)
-    methods = methods_table(runs)
-    controls = controls_table(runs)
+    registered = figures["registered"]
+    runs = reported_runs(figures)
+    tables = tables_of(figures)
     said = "\n".join(sentences(runs, registered))
-    tables = {"Methods": methods, "Controls": controls}
-    chosen = read_chosen(folder)
-    if chosen:
-        tables[f"Chosen on seeds from {FIRST_TUNING_SEED} on"] = tuning_table(figures, chosen)
     path = folder / "verdict.html"
     page = make_page(said, runs, tables, registered)
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return f"\n{methods}\n\n{controls}\n\n{said}\nopen {path}"
+    shown = "\n\n".join(tables.values())
+    return f"\n{shown}\n\n{said}\nopen {path}"
+
+
+def tables_of(figures: dict) -> dict[str, str]:
+    """Return the tables of a study by their titles; those that would be empty are left out."""
+    runs = reported_runs(figures)
+    tables = {"Methods": methods_table(runs)}
+    controls = control_rows(runs)
+    if controls:
+        tables["Controls and variants"] = table(CONTROLS_HEAD, controls)
+    chosen = figures.get("registered", {}).get("tuned")
+    if chosen:
+        tables[f"Chosen on seeds from {FIRST_TUNING_SEED} on"] = tuning_table(figures, chosen)
+    return tables
 
 
 # ---- Runs
-def finished_runs(figures: dict, registered: dict) -> Runs:
-    """Return the finished runs of the arms and seeds that were registered."""
-    first, last = registered["seeds"]
-    runs: Runs = {arm: {} for arm in registered["arms"]}
+def reported_runs(figures: dict) -> Runs:
+    """Return the finished runs of the arms and seeds that were registered, or else of all that count."""
+    registered = figures.get("registered", {})
+    first, last = registered.get("seeds", (0, FIRST_TUNING_SEED - 1))
+    runs: Runs = {arm: {} for arm in registered.get("arms", ())}
     for run in figures["runs"]:
-        counts = run["arm"] in runs and first <= run["seed"] <= last
-        if counts and run["status"] == "finished":
+        if run["status"] != "finished" or not first <= run["seed"] <= last:
+            continue
+        if not registered:
+            runs.setdefault(run["arm"], {})
+        if run["arm"] in runs:
             runs[run["arm"]][run["seed"]] = run
     return {arm: seeds for arm, seeds in runs.items() if seeds}
 
@@ -104,7 +119,7 @@ def methods_table(runs: Runs) -> str:
         "captured",
         "pass@4",
         "tokens",
-        "minutes",
+        "minutes of a core",
         "minutes before",
     )
     return table(head, [method_row(arm, runs) for arm in runs])
@@ -178,31 +193,51 @@ def sampled_tokens(run: dict) -> float:
     return episodes * sum(run["series"]["length"])
 
 
-def controls_table(runs: Runs) -> str:
-    """Return the table of the controls of rewards of files, each against its reward."""
-    head = ("control", "of", "escaped", "of that", "minus that", "95 %", "p", "p of escapes")
-    rewards = [arm for arm in runs if arm.endswith(".py")]
+CONTROLS_HEAD = (
+    "arm",
+    "of",
+    "pairs",
+    "escaped",
+    "of that",
+    "minus that",
+    "95 %",
+    "p",
+    "p of escapes",
+)
+
+
+def control_rows(runs: Runs) -> list[list[str]]:
+    """Return a row for each control or variant, against what it is of."""
     of_whom = []
     for arm, seeds in runs.items():
         other = next(iter(seeds.values())).get("beside")
-        if other in rewards:
+        if other in runs:
             of_whom.append((arm, other))
-        if arm in KNOW_NOTHING:
-            of_whom += [(arm, reward) for reward in rewards]
+    for nothing in KNOW_NOTHING:
+        of_whom += [(nothing, reward) for reward in judged(runs) if nothing in runs]
     rows = []
     for arm, other in of_whom:
-        counts = [sum(map(has_escaped, some)) for some in pairs(runs, arm, other)]
+        own, others = pairs(runs, arm, other)
+        counts = [len(own), sum(map(has_escaped, own)), sum(map(has_escaped, others))]
         rows.append([f"`{arm}`", f"`{other}`", *map(str, counts), *comparison(arm, other, runs)])
-    return table(head, rows)
+    return rows
+
+
+def judged(runs: Runs) -> list[str]:
+    """Return the arms of rewards of files, which are no arms of every study and controls of none."""
+    found = []
+    for arm, seeds in runs.items():
+        is_variant = next(iter(seeds.values())).get("beside") is not None
+        if arm not in ARMS and not is_variant:
+            found.append(arm)
+    return found
 
 
 # ---- In words
 def sentences(runs: Runs, registered: dict) -> list[str]:
     """Say what came of each reward, and how little the pairs can show."""
     said = []
-    for arm in runs:
-        if not arm.endswith(".py"):
-            continue
+    for arm in judged(runs):
         own, others = pairs(runs, arm, BASELINE)
         if not own:
             continue

@@ -18,18 +18,21 @@ changed: --first-seed 100 --arms rlvr calibrated:dense_coef=0.1,flow_lr=1e-4 --f
 Every run is a process of its own, with one thread and no GPU:
 
     FOLDER/registered.json   arms, seeds, tests and exclusions, before the first run of --reward
+    FOLDER/chosen.json       with --tune: the settings that were chosen for each arm
     FOLDER/prepared/     evaluation problems; flows and the supervised policy, which runs share; of
                          another base model than the first in base-K/
     FOLDER/ARM/seed-N/   the run: config.json, metrics.jsonl, summary.json
     FOLDER/ARM/seed-N.json, .log    its settings and status; what it printed
 
 A run that is finished is skipped, one that was interrupted goes on where it was, one that failed is
-tried again. The JSON file is written after each run; what it holds of other runs stays.
+tried again. The JSON file is written after each run; what it holds of other runs stays, and is not run
+again.
 """
 
 from repository import ROOT
 
 # isort: split
+import ast
 import fcntl
 import hashlib
 import json
@@ -47,7 +50,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, get_type_hints
+from typing import IO, Annotated, get_type_hints
 
 import torch
 import transformers
@@ -56,7 +59,15 @@ from tqdm import tqdm
 
 import tuning
 import worlds
-from figures import FIRST_TUNING_SEED, check_equal, merge, read_study, update_file, write_study
+from figures import (
+    FIRST_TUNING_SEED,
+    check_equal,
+    extend,
+    merge,
+    read_study,
+    update_file,
+    write_study,
+)
 from infra import errors
 from infra.files import remove, write_json, written_whole
 from infra.kinds import check_kinds, from_text
@@ -65,10 +76,12 @@ from measures import MOST_FLIPPED
 from methods import (
     ARMS,
     FLOW_EPOCHS,
+    REWARDS,
     SHARES,
     Arm,
     Catalogue,
     FileReward,
+    files_of,
     make_catalogue,
     read_changes,
     read_reward,
@@ -95,7 +108,7 @@ METHODS = (
     "noise",
 )
 # The flow reward's own study has none of these
-JUDGING = ("distillation", "noise", "default", "luffy")
+JUDGING = ("distillation", "noise", "default", "luffy", "calibrated-5x", "calibrated-20x")
 SIZES = {"seeds": 8, "steps": 100}
 QUICK = {"seeds": 4, "steps": 60}
 OF_THE_FLOW = "runs/study"
@@ -106,7 +119,7 @@ class Study:
     """Run arms on seeds, several runs side by side, and collect their figures."""
 
     # Dense rewards to be judged: FILE.py, or FILE.py:SETTING=VALUE,SETTING=VALUE with settings of
-    # train_rl.py or of the file; see methods.py for their arms
+    # train_rl.py or of the file; as NAME=FILE.py the arms are called so, see methods.py
     reward: tuple[str, ...] = ()
     # A first answer: the reward, its control, RLVR, a perfect reward; by default 4 seeds of 60 steps
     quick: bool = False
@@ -115,8 +128,9 @@ class Study:
     world: str = "toy-sparse"
     # Base models, each of a world with a seed of its own: seed s has base s modulo their number
     bases: PositiveInt = 1
-    # First choose settings for each method, among three, on two seeds from 100 on for each base
+    # First choose settings for each method, among six, on two seeds from 100 on; see tuning.py
     tune: bool = False
+    trial_steps: Annotated[int | None, tyro.conf.Suppress] = None  # of runs that choose settings
     # NAME, or NAME:SETTING=VALUE,SETTING=VALUE; by default all, with --reward those that judge it
     arms: tuple[str, ...] | None = None
     seeds: PositiveInt | None = None  # Runs of each arm; by default 8
@@ -165,23 +179,29 @@ class Study:
             return [name for name in ARMS if name not in JUDGING]
         own = [name for name in self.catalogue.arms if name not in ARMS]
         if self.quick:
-            weakest = [reward.shuffled_name(SHARES[-1]) for reward in self.rewards]
-            own = [name for name in own if name.endswith(".py") or name in weakest]
-            return ["rlvr", *own, "process"]
+            first = [(reward.name, reward.shuffled_name(SHARES[-1])) for reward in self.rewards]
+            return ["rlvr", *(name for names in first for name in names), "process"]
         return [*METHODS, *own]
 
 
 def find_worlds(study: Study) -> list[worlds.World]:
-    """Return the world of each base, made if need be: the one named, and others of its kind."""
+    """Return the world of each base, made if need be: the one named, and others of its kind.
+
+    Worlds as they are named are shared by all studies; one with changed settings is the study's own.
+    They are made with one thread, as each of a run: with another number the weights are others.
+    """
     name, _, changes = study.world.partition(":")
     if name not in worlds.WORLDS:
         return [world_of_folder(study)]
     named = read_world(study.world)
-    # one whose settings are changed is the study's own, from the first base on
-    found = [] if changes else [worlds.make(named)]
-    for base in range(len(found), study.bases):
-        folder = f"{study.folder}/worlds/{base}"
-        found.append(worlds.make(replace(named, folder=folder, seed=named.seed + base)))
+    torch.set_num_threads(1)
+    found = []
+    for base in range(study.bases):
+        seed = named.seed + base
+        folder = f"{named.folder}-seed-{seed}" if base else named.folder
+        if changes:
+            folder = f"{study.folder}/worlds/{base}"
+        found.append(worlds.make(replace(named, folder=folder, seed=seed)))
     return found
 
 
@@ -281,7 +301,7 @@ class Job:
     def write_record(self, status: str, error: str = "", seconds: float = 0) -> None:
         """Write settings and status, finished, failed or unfinished, beside the folder.
 
-        The seconds are those of all its processes so far, whether they ended or were stopped.
+        The seconds are those that all its processes so far have had of a core.
         """
         record = {
             **self.label,
@@ -326,6 +346,8 @@ def make_preparation(name: str, base: int, study: Study) -> Job:
     """Return the job that makes what runs of a base share under a name."""
     preparation = study.catalogue.preparations[name]
     settings = {**preset(preparation.preset, study), **preparation.settings}
+    if preparation.preset == "train_flow":
+        settings["epochs"] = round(settings["epochs"] * more_passes(study))
     return Job(
         name=job_name(name, base),
         folder=prepared_folder(study, base) / name,
@@ -339,10 +361,23 @@ def make_preparation(name: str, base: int, study: Study) -> Job:
     )
 
 
+def more_passes(study: Study) -> float:
+    """Return how many times as many passes over few expert solutions are as many optimiser steps.
+
+    Few are those of a world that is named with fewer than it has otherwise.
+    """
+    name, _, changes = study.world.partition(":")
+    if not changes:
+        return 1
+    return max(1, worlds.WORLDS[name].n_expert / read_world(study.world).n_expert)
+
+
 def make_run(name: str, seed: int, study: Study) -> Job:
     """Return the job of an arm and a seed, with the settings that the study has chosen for it."""
     arm = find_arm(name, study)
     settings = {**preset("train_rl", study), **arm.settings, "seed": seed}
+    if study.trial_steps:
+        settings["steps"] = study.trial_steps
     base = seed % study.bases
     return Job(
         name=f"{name}/seed-{seed}",
@@ -365,13 +400,9 @@ def folder_of_run(arm: str, seed: int, study: Study) -> Path:
 def find_arm(name: str, study: Study) -> Arm:
     """Return an arm with the settings that the study has chosen for it, or for what it is of."""
     arm = study.catalogue.find(name)
-    if ":" in name or not study.reward:
+    if ":" in name:
         return arm
-    chosen = read_chosen(study.folder)
-    of_whom = name
-    if arm.beside and name.startswith(f"{arm.beside}-"):
-        of_whom = arm.beside
-    changes = chosen.get(of_whom, "")
+    changes = tuning.choice_of(name, study.catalogue, read_chosen(study.folder))
     return study.catalogue.find(tuning.with_changes(name, changes))
 
 
@@ -454,7 +485,7 @@ def find_paths(study: Study, bases: Sequence[worlds.World]) -> list[dict[str, ob
             "problems": world.path("train.jsonl"),
             "solutions": world.path("expert.jsonl"),
             "evaluation": str(prepared / "evaluation.jsonl"),
-            "rewards": str(ROOT / "study" / "rewards"),
+            "rewards": str(REWARDS),
             "n_held_out": str(study.held_out),
         }
         for name, preparation in study.catalogue.preparations.items():
@@ -487,8 +518,10 @@ class Processes:
             process.send_signal(signal.SIGTERM)
         tqdm.write(f"{signal.Signals(number).name}: saving the runs; the same command goes on")
 
-    def call(self, command: list[str], log_file: Path, lock: IO) -> int:
-        """Run a command to its end and return its exit code; its output goes to the log.
+    def call(self, command: list[str], log_file: Path, lock: IO) -> tuple[int, float]:
+        """Run a command to its end and return its exit code, and the seconds of a core that it took.
+
+        Its output goes to the log.
 
         It inherits the lock, which is so held as long as it lives, even if this process is killed.
         """
@@ -510,9 +543,21 @@ class Processes:
         self.running.add(process)
         if self.is_stopping:  # since it was about to start
             process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        seconds = 0.0
+        while process.poll() is None:
+            seconds = cpu_seconds(process.pid) or seconds
+            time.sleep(0.2)
         self.running.discard(process)
-        return code
+        return process.returncode, seconds
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the seconds of a core that a process and its ended children have had, 0 if unknown."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended, or there is no /proc
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -538,9 +583,7 @@ def run_job(job: Job, paths: Sequence[dict], needed: Sequence[Future], processes
             job.write_record("failed", f"without {', '.join(missing)}, not prepared")
             return "failed"
         job.write_record("unfinished")
-        began = time.monotonic()
-        code = processes.call(job.command(paths), job.log_file, lock)
-        seconds = time.monotonic() - began
+        code, seconds = processes.call(job.command(paths), job.log_file, lock)
         if code == 0 and (job.folder / job.product).exists():
             job.finish(seconds)
         elif code != 0 and not processes.is_stopping:
@@ -599,8 +642,19 @@ def hash_of_base(world: worlds.World) -> str:
 
 
 def hash_of(file: Path) -> str:
-    """Return a text by which a file's content is known again."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    """Return a text by which a file's content is known again; of code, what it does."""
+    content = file.read_bytes()
+    if file.suffix == ".py":  # without comments and docstrings
+        content = ast.unparse(WithoutDocstrings().visit(ast.parse(content))).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+class WithoutDocstrings(ast.NodeTransformer):
+    """Code without the texts that stand alone, which do nothing."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
 
 
 def begin(study: Study, bases: Sequence[worlds.World]) -> None:
@@ -608,7 +662,11 @@ def begin(study: Study, bases: Sequence[worlds.World]) -> None:
     file = Path(study.folder, "common.json")
     common = describe(study, bases)
     if study.json_file.exists():
-        check_equal(read_study(study.json_file), common, str(study.json_file))
+        known = read_study(study.json_file)
+        check_equal(known, common, str(study.json_file))
+        chosen = Path(study.folder, "chosen.json")
+        if known.get("registered") and not chosen.exists():  # it goes on from another machine's
+            write_json(chosen, known["registered"]["tuned"])
     if file.exists():
         check_equal(json.loads(file.read_text()), common, str(file))
         return
@@ -620,14 +678,20 @@ def begin(study: Study, bases: Sequence[worlds.World]) -> None:
     write_json(file, common)
 
 
-def register(study: Study) -> None:
-    """Write what will be run and tested before the first run; ValueError if it was another plan."""
-    file = Path(study.folder, "registered.json")
+def plan_of(study: Study) -> dict:
+    """Return what will be run and tested."""
+    files = {file for reward in study.rewards for file in files_of(reward.file)}
+    settings = {arm: find_arm(arm, study).settings for arm in study.chosen_arms}
+    for file in REWARDS.glob("*.py"):
+        if f"{{rewards}}/{file.name}" in json.dumps(list(settings.values())):
+            files |= set(files_of(file))
+    chosen = read_chosen(study.folder)
     plan = {
         "arms": study.chosen_arms,
-        "settings": {arm: find_arm(arm, study).settings for arm in study.chosen_arms},
-        "tuned": read_chosen(study.folder) or "not tuned",
-        "files": {each.name: hash_of(each.file) for each in study.rewards},
+        "settings": settings,
+        "rewards": {each.name: each.path for each in study.rewards},
+        "files": {file.name: hash_of(file) for file in sorted(files)},
+        "tuned": {arm: changes for arm, changes in chosen.items() if arm in study.chosen_arms},
         "seeds": [study.first_seed, study.first_seed + study.n_seeds - 1],
         "bases": study.bases,
         "steps": study.n_steps,
@@ -638,11 +702,39 @@ def register(study: Study) -> None:
         "p-values are not corrected for their number",
         "excluded": "runs that did not finish; a seed counts for a pair if both have finished",
     }
-    plan = json.loads(json.dumps(plan))
+    return json.loads(json.dumps(plan))
+
+
+def registered(study: Study) -> dict:
+    """Return what was registered here, or in the JSON file, before; an empty dict if nothing was."""
+    file = Path(study.folder, "registered.json")
     if file.exists():
-        check_equal(json.loads(file.read_text()), plan, str(file))
-        return
-    write_json(file, plan)
+        return json.loads(file.read_text())
+    if study.json_file.exists():
+        return read_study(study.json_file).get("registered", {})
+    return {}
+
+
+def check_registered(study: Study) -> None:
+    """Raise ValueError if another plan was registered, before settings are chosen at length."""
+    stored = registered(study)
+    if stored:
+        plan = {key: value for key, value in plan_of(study).items() if not isinstance(value, dict)}
+        extend(stored, plan, 0, "registered.json")
+
+
+def register(study: Study) -> None:
+    """Write what will be run and tested before the first run; ValueError if it was another plan.
+
+    A part of it may run first, and arms may join it later, which it then says.
+    """
+    plan = plan_of(study)
+    stored = registered(study)
+    if stored:
+        known = read_study(study.json_file)["runs"] if study.json_file.exists() else []
+        n_runs = sum(run["status"] == "finished" for run in known)
+        plan = extend(stored, plan, n_runs, "registered.json")
+    write_json(Path(study.folder, "registered.json"), plan)
 
 
 # ---- The command
@@ -660,8 +752,9 @@ def report(statuses: dict[str, str], study: Study) -> int:
 
 def show_verdict(study: Study) -> None:
     """Print what came of the rewards that are judged, and write its page."""
-    if Path(study.folder, "registered.json").exists():
-        print(write_verdict(read_study(study.json_file), Path(study.folder)))
+    figures = read_study(study.json_file)
+    if "registered" in figures:
+        print(write_verdict(figures, Path(study.folder)))
     elif not study.reward:
         print(f"next: python study/evidence.py --folder {study.json_file.parent}")
 
@@ -699,7 +792,7 @@ def main(study: Study) -> int:
     """Run a study, or do what it asks in place of that; return the exit code."""
     check(study)
     if study.reward and study.folder == OF_THE_FLOW:
-        names = "-".join(reward.file.stem for reward in study.rewards)
+        names = "-".join(reward.name.removesuffix(".py") for reward in study.rewards)
         study = replace(study, folder=f"runs/judge-{names}")
     if study.merge:
         files = [study.json_file] if study.json_file.exists() else []
@@ -714,6 +807,8 @@ def main(study: Study) -> int:
     try_rewards(study.rewards)
     bases = find_worlds(study)
     begin(study, bases)
+    if study.reward:
+        check_registered(study)
     if study.tune and not tune(study, bases):
         return 1
     if study.reward:
@@ -730,6 +825,17 @@ def check_jobs(study: Study) -> list[Job]:
     return jobs
 
 
+def prepare(names: Sequence[str], study: Study, bases: Sequence[worlds.World]) -> None:
+    """Make what preparations give, for each base; ValueError if one did not come to its end."""
+    jobs = [make_preparation(name, base, study) for base in range(len(bases)) for name in names]
+    for job in jobs:
+        job.check()
+    statuses = run_all(jobs, study.jobs, find_paths(study, bases), lambda: None)
+    rest = [name for name, status in statuses.items() if status != "finished"]
+    if rest:
+        raise ValueError(f"not prepared: {', '.join(rest)}; see their .log in {study.folder}")
+
+
 def run_arms(study: Study, bases: Sequence[worlds.World]) -> dict[str, str]:
     """Run the arms of a study on its seeds; return each job's status by its name."""
     paths = find_paths(study, bases)
@@ -738,28 +844,33 @@ def run_arms(study: Study, bases: Sequence[worlds.World]) -> dict[str, str]:
 
 
 def tune(study: Study, bases: Sequence[worlds.World]) -> bool:
-    """Choose the settings of each method, on seeds of their own; return whether all runs ended."""
+    """Choose the settings of each method, on seeds of their own; return whether all runs ended.
+
+    What has been chosen before stays.
+    """
     file = Path(study.folder, "chosen.json")
-    if file.exists():
-        return True
+    chosen = read_chosen(study.folder)
     scales = {reward.name: reward.scale for reward in study.rewards if reward.preparations()}
     tried = {}
     for arm in study.chosen_arms:
         found = tuning.candidates(arm, scales.get(arm))
-        if found:
+        if found and arm not in chosen:
             tried[arm] = found
+    if not tried:
+        return True
     names = [tuning.with_changes(arm, each) for arm, some in tried.items() for each in some]
     trial_runs = replace(
         study,
         arms=tuple(names),
         first_seed=FIRST_TUNING_SEED,
-        seeds=tuning.SEEDS_PER_BASE * study.bases,
+        seeds=tuning.N_SEEDS,
+        trial_steps=max(1, round(tuning.SHARE_OF_STEPS * study.n_steps)),
     )
     statuses = run_arms(trial_runs, bases)
-    if set(statuses.values()) != {"finished"}:
+    if set(statuses.values()) - {"finished"}:
         report(statuses, study)
         return False
-    write_json(file, tuning.choose(read_study(study.json_file), tried))
+    write_json(file, {**chosen, **tuning.choose(read_study(study.json_file), tried)})
     return True
 
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 
-from methods import GIVEN, FileReward, to_flags
+from methods import GIVEN, REWARDS, FileReward, to_flags
 from repository import ROOT
 from worlds import toy
 
@@ -50,8 +50,8 @@ def try_rewards(rewards: Sequence[FileReward]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = toy.make(replace(WORLD, folder=f"{folder}/world"))
         for reward in rewards:
-            print(f"trying {reward.file} for a step")
-            try_reward(reward, world, f"{folder}/{reward.file.stem}")
+            print(f"trying {reward.name} for a step")
+            try_reward(reward, world, f"{folder}/{reward.name}")
 
 
 def try_reward(reward: FileReward, world: toy.World, folder: str) -> None:
@@ -61,7 +61,7 @@ def try_reward(reward: FileReward, world: toy.World, folder: str) -> None:
         "n_held_out": "16",
         "sft": world.path("model"),
         "flow": "new",
-        "rewards": str(ROOT / "study" / "rewards"),
+        "rewards": str(REWARDS),
         reward.scale: "1",
     }
     # whatever else was given, as the tiny world has other sizes
@@ -83,4 +83,4 @@ def try_reward(reward: FileReward, world: toy.World, folder: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         said = lines[-1] if lines else f"exit code {done.returncode}"
-        raise ValueError(f"reward {reward.file}: {said.removeprefix('error: ')}")
+        raise ValueError(f"reward {reward.name}: {said.removeprefix('error: ')}")

@@ -90,12 +90,12 @@ def test_what_is_higher_for_wrong_steps_has_an_auc_of_1(setting):
     assert reverse["steps"][0] == 0
 
 
-def test_counting_tokens_tells_idle_steps_and_not_repeated_ones(setting, small, monkeypatch):
-    monkeypatch.setattr(accept, "SCORERS", {"3-gram": accept.SCORERS["3-gram"]})
+def test_counting_tokens_tells_idle_steps_and_not_repeated_ones(setting, small):
     found = {}
     for habit in ("idling", "repeating"):
         responses = respond(setting, habit)
-        scorers = accept.score(responses, small.path("expert.jsonl"), *setting)
+        paths = {"solutions": small.path("expert.jsonl")}
+        scorers = accept.score(responses, ["3-gram"], paths, *setting)
         assert scorers.keys() == {
             "-log-prob of the base",
             "entropy of the base",
@@ -110,8 +110,8 @@ def test_counting_tokens_tells_idle_steps_and_not_repeated_ones(setting, small, 
 
 
 def test_a_world_is_examined_and_kept_beside_others(tmp_path, capsys):
-    """All scorers score what a base samples; without runs nothing is decided."""
-    sizes = "steps=2,batch_size=8,hidden_size=32,n_layers=4,n_train=32,n_test=8,n_expert=80"
+    """A scorer of each kind scores what a base samples; what is asked later joins them."""
+    sizes = "steps=2,batch_size=8,hidden_size=32,n_layers=4,n_train=32,n_test=8,n_expert=128"
     settings = accept.Settings(
         worlds=(f"toy-content:{sizes}",),
         bases=1,
@@ -119,20 +119,34 @@ def test_a_world_is_examined_and_kept_beside_others(tmp_path, capsys):
         n_written=8,
         folder=str(tmp_path / "runs"),
         json=str(tmp_path / "worlds.json"),
+        scorers=("3-gram", "whitened ridge"),
         runs=False,
     )
     (tmp_path / "worlds.json").write_text("{}")
     accept.main(settings)
+    (before,) = json.loads((tmp_path / "worlds.json").read_text()).values()
+    accept.main(replace(settings, scorers=("whitened ridge", "untrained flow")))
     (found,) = json.loads((tmp_path / "worlds.json").read_text()).values()
     assert found["accepted"] is None
     assert found["world"]["habit"] == "repeating"
     (base,) = found["bases"]
     assert (base["responses"], base["written"]) == (8, 8)
-    assert len(base["scorers"]) == len(accept.SCORERS) + 3
+    assert list(base["scorers"])[-3:] == ["3-gram", "whitened ridge", "untrained flow"]
+    assert base["scorers"].items() >= before["bases"][0]["scorers"].items()
     for measured in base["scorers"].values():
         value, low, high = measured["responses"]
         assert 0 <= low <= value <= high <= 1
     accept.main(replace(settings, render=True))
     printed = capsys.readouterr().out
-    assert printed.count("undecided, runs are missing") == 2
+    assert printed.count("undecided, runs are missing") == 3
     assert "| whitened ridge |" in printed
+    with pytest.raises(ValueError, match=r"scorers=\['tea leaves'\]: expected some of 2-gram"):
+        accept.main(replace(settings, scorers=("tea leaves",)))
+
+
+def test_scorers_of_a_flow_reward_as_the_calibrated_arm_does():
+    """The flow's own reward is an excess, and a file's what its score() says."""
+    settings = accept.reward_settings("flow, 5 x offline", {"flow_5x": "somewhere"})
+    assert (settings["flow_scope"], settings["flow"]) == ("expert", "somewhere")
+    for what, _ in accept.SCORERS.values():
+        assert what in accept.PREPARATIONS or (accept.REWARDS / what).is_file()

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import forks
 import pytest
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "study"))
+import evidence
 import figures
 import measures
 import methods
@@ -196,14 +199,13 @@ def test_the_page_says_escapes_first(tmp_path):
     cut = a_run("rlvr", 4, 0.9, status="failed")
     figures = {"runs": [*plain, cut, *own, *control, a_run("rlvr", 100, 0.9)]}
     arms = ["rlvr", "good.py", "good.py-shuffled-100"]
-    plan = {"arms": arms, "seeds": [0, 4], "bases": 2}
-    (tmp_path / "registered.json").write_text(json.dumps(plan))
+    figures["registered"] = {"arms": arms, "seeds": [0, 4], "bases": 2}
     said = referee.write_verdict(figures, tmp_path)
     assert "good.py: 4 of 4 runs escaped, of rlvr 1 (McNemar p 0.2500)" in said
     assert "accuracy +0.60 (sign flip p 0.2500; no p of 4 pairs is below 0.1250)" in said
     rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line[:1] == "|"}
     assert "| 4 of 4 | 10 | 0.90 | 1.00 / – | 20 | +0.60 |" in rows["`good.py`"]
-    assert "| `good.py` | 0 | 4 | -0.80 |" in rows["`good.py-shuffled-100`"]
+    assert "| `good.py` | 4 | 0 | 4 | -0.80 |" in rows["`good.py-shuffled-100`"]
     page = (tmp_path / "verdict.html").read_text()
     assert page.count("<polyline") == 4 + 8 + 8 and "Registered before" in page
     assert "All runs begin with one base model" not in said
@@ -227,8 +229,17 @@ def test_a_reward_with_a_bug_is_refused_before_anything_slow(tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory) -> dict[str, dict]:
-    """The truth, a control of it and noise, put through the referee in a small world; runs by arm."""
+def forked():
+    """Fork the runs of studies, which then import nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (study, trial):
+            patch.setattr(module, "subprocess", forks.SUBPROCESS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def judged(forked, tmp_path_factory) -> study.Study:
+    """The truth, a control of it and noise, put through the referee in a small world, and RLVR tuned."""
     folder = tmp_path_factory.mktemp("judged")
     sizes = {"steps": 150, "batch_size": 32, "hidden_size": 64}
     world = trial.toy.make(replace(trial.WORLD, folder=str(folder / "world"), **sizes))
@@ -238,30 +249,198 @@ def judged(tmp_path_factory) -> dict[str, dict]:
             f"{REWARDS / 'noise.py'}:dense_on=token,gamma=0.0",
         ),
         world=world.folder,
-        arms=("steps.py", "steps.py-shuffled-100", "noise.py"),
+        arms=("rlvr", "steps.py", "steps.py-shuffled-100", "noise.py"),
         seeds=1,
         steps=1,
+        tune=True,
         folder=str(folder / "runs"),
         eval_problems=2,
         held_out=8,
     )
-    with pytest.MonkeyPatch.context() as patched:
-        for module in (study, trial):
-            patched.setattr(module, "subprocess", forks.SUBPROCESS)
+    with pytest.MonkeyPatch.context() as patch:
+        # equal after a step: the first is chosen
+        patch.setattr(tuning, "CANDIDATES", {"rlvr": ("lr=1e-4", "")})
+        patch.setattr(tuning, "FACTORS", ())
+        patch.setattr(tuning, "N_SEEDS", 1)
         assert study.main(asked) == 0
-    with pytest.raises(ValueError, match="registered.json has seeds="):
-        study.main(change(asked, seeds=2))
-    return {run["arm"]: run for run in figures.read_study(asked.json_file)["runs"]}
+    return asked
+
+
+def runs_of(asked: study.Study) -> dict[str, dict]:
+    """The reported runs of a study with a seed, by arm."""
+    runs = figures.read_study(asked.json_file)["runs"]
+    return {run["arm"]: run for run in runs if run["seed"] == 0}
 
 
 def test_a_perfect_a_shuffled_and_a_random_signal_come_out_as_what_they_are(judged):
     """Shuffled among the tokens of a response, the truth still knows which responses are good."""
-    assert judged["steps.py"]["auc"]["1"] == 1
-    assert judged["steps.py-shuffled-100"]["auc"]["1"] < 0.9
-    assert judged["noise.py"]["auc"]["1"] == pytest.approx(0.5, abs=0.15)
+    runs = runs_of(judged)
+    assert runs["steps.py"]["auc"]["1"] == 1
+    assert runs["steps.py-shuffled-100"]["auc"]["1"] < 0.9
+    assert runs["noise.py"]["auc"]["1"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_reported_runs_have_the_settings_that_were_chosen(judged):
+    known = figures.read_study(judged.json_file)
+    assert known["registered"]["tuned"] == {"rlvr": "lr=1e-4"}
+    tried = {run["arm"]: run for run in known["runs"] if run["seed"] == 100}
+    assert tried.keys() == {"rlvr", "rlvr:lr=1e-4"}
+    assert tried["rlvr"]["series"].keys() == {"correct", "length"}, "the file is to stay small"
+    own = runs_of(judged)["rlvr"]["settings"]
+    assert {**own, "seed": 100} == tried["rlvr:lr=1e-4"]["settings"]
+    assert own["lr"] == "1e-4" and tried["rlvr"]["settings"]["lr"] == 2e-4
+    page = Path(judged.folder, "verdict.html").read_text()
+    assert "**lr=1e-4 " in page, "the tuning table is part of the page"
+
+
+def test_another_seed_is_another_plan(judged):
+    """Which is said before settings are chosen, a matter of hours."""
+    with pytest.raises(ValueError, match=r"registered.json has seeds=\[0, 0\], expected \[0, 1\]"):
+        study.main(change(judged, seeds=2))
+
+
+def test_a_study_goes_on_from_its_json_file_alone(judged, tmp_path):
+    """What is missing there is run with the settings that were chosen, and gives the same curve."""
+    known = figures.read_study(judged.json_file)
+    before = runs_of(judged)
+    left = [run for run in known["runs"] if (run["arm"], run["seed"]) != ("rlvr", 0)]
+    elsewhere = change(
+        judged, tune=False, folder=str(tmp_path / "runs"), json=str(tmp_path / "study.json")
+    )
+    figures.write_study(elsewhere.json_file, {**known, "runs": left})
+    assert study.main(elsewhere) == 0
+    assert [file.parent.name for file in tmp_path.glob("runs/*/seed-*.json")] == ["rlvr"]
+    for name in ("settings", "series", "held_out"):
+        assert runs_of(elsewhere)["rlvr"][name] == before["rlvr"][name]
+    assert figures.read_study(elsewhere.json_file)["registered"] == known["registered"]
+
+
+def test_the_page_of_evidence_has_a_section_for_each_study_that_is_there(
+    judged, tmp_path, monkeypatch
+):
+    """And nothing for those that are not."""
+    page = Path(shutil.copy(ROOT / "docs" / "evidence.md", tmp_path))
+    monkeypatch.setattr(evidence, "PAGE", page)
+    monkeypatch.setattr(evidence, "STUDY", tmp_path)
+    settings = evidence.Settings(folder=str(tmp_path), tracked=True)
+    assert evidence.main(settings) == 0
+    empty = page.read_text()
+    for name in (*evidence.JUDGED, "beyond", "worlds"):
+        assert f"<!-- {name} -->\n\n<!-- end of {name} -->" in empty
+    shutil.copy(judged.json_file, tmp_path / "content.json")
+    known = figures.read_study(judged.json_file)
+    for n_expert, wrong, arm in (
+        (48, {}, "rlvr"),
+        (9, {}, "noise.py"),
+        (48, {"expert_wrong": 0.1}, ""),
+    ):
+        world = {**known["world"], "n_expert": n_expert, **wrong}
+        runs = [{**run, "arm": "sft"} if run["arm"] == arm else run for run in known["runs"]]
+        figures.write_study(
+            tmp_path / f"beyond-{n_expert}-{len(wrong)}.json",
+            {"base": "x", "world": world, "runs": [run for run in runs if run["seed"] == 0]},
+        )
+    assert evidence.main(settings) == 0
+    assert evidence.main(change(settings, check=True)) == 0
+    text = page.read_text()
+    assert "4 finished runs of 4 arms, 1 steps each, seeds 0 to 0 on 1 base models" in text
+    assert "| `steps.py-shuffled-100` | `steps.py` | 1 |" in text
+    assert "**lr=1e-4 " in text and "### Beyond the experts" in text
+    assert "| arm | 9 | 48 | 48, 10% wrong |" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `sft` |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3] == "–" and cells[1].endswith(", 1")
+    assert (tmp_path / "content.png").stat().st_size > 3000
+    assert "<!-- form -->\n\n<!-- end of form -->" in text
+
+
+# ---- What is registered
+def test_all_files_of_a_reward_are_registered(tmp_path):
+    """Regression: whitened_flow.py begins with what ridge.py fits, and only the former was hashed."""
+    asked = study.Study(
+        reward=(f"white={REWARDS / 'whitened_flow.py'}",),
+        arms=("white", "white-shuffled-100", "process"),
+        folder=str(tmp_path),
+    )
+    files = study.plan_of(asked)["files"]
+    assert list(files) == ["process_reward.py", "ridge.py", "shuffled.py", "whitened_flow.py"]
+    file = tmp_path / "mine.py"
+    for text, imported in (
+        ("import helper", True),
+        ("from helper import x", True),
+        ("x = 'helper.py'", True),
+        ('"""Better than helper.py."""', False),
+    ):
+        (tmp_path / "helper.py").write_text("x = 1\n")
+        file.write_text(text)
+        assert (tmp_path / "helper.py" in methods.files_of(file)) == imported, text
+
+
+def test_a_hash_is_of_what_code_does(tmp_path):
+    def hash_of(text: str) -> str:
+        (tmp_path / "a.py").write_text(text)
+        return study.hash_of(tmp_path / "a.py")
+
+    code = hash_of('"""Says."""\n\ndef f():\n    """More."""\n    return "1"\n')
+    assert code == hash_of("def f():  # why\n    return '1'\n")
+    assert code != hash_of('"""Says."""\n\ndef f():\n    """More."""\n    return "2"\n')
+
+
+def test_arms_may_join_a_plan_and_nothing_else_changes():
+    plan = {"arms": ["rlvr"], "settings": {"rlvr": {"lr": 1}}, "seeds": [0, 15], "steps": 60}
+    part = {**plan, "seeds": [0, 3]}
+    assert figures.extend(plan, part, 9, "it") == plan
+    more = {**part, "arms": ["sft", "rlvr"], "settings": {"sft": {"lr": 2}}}
+    whole = figures.extend(plan, more, 9, "it")
+    assert whole["arms"] == ["rlvr", "sft"] and whole["settings"].keys() == {"rlvr", "sft"}
+    assert whole["joined"] == [{"arms": ["sft"], "after_finished_runs": 9}]
+    assert figures.extend(whole, plan, 12, "it") == whole
+    for change_ in ({"steps": 61}, {"seeds": [0, 16]}, {"settings": {"rlvr": {"lr": 3}}}):
+        with pytest.raises(ValueError, match="it has "):
+            figures.extend(plan, {**plan, **change_}, 9, "it")
+    there = {**whole, "seeds": [16, 19]}
+    assert figures.join([plan, there])["seeds"] == [0, 19]
 
 
 # ---- Tuning
+def test_every_method_is_tuned_as_much():
+    assert {len(each) for each in tuning.CANDIDATES.values()} == {tuning.N_CANDIDATES}
+    assert len(tuning.candidates("mine.py", "coefficient_of_mine")) == tuning.N_CANDIDATES
+    know_nothing = {"length", "noise"}
+    assert set(study.METHODS) - know_nothing <= tuning.CANDIDATES.keys()
+    for arm, candidates in tuning.CANDIDATES.items():
+        assert candidates[0] == "" and len(set(candidates)) == tuning.N_CANDIDATES
+        for changes in candidates[1:]:
+            changed = study.make_run(tuning.with_changes(arm, changes), 0, study.Study())
+            plain = study.make_run(arm, 0, study.Study())
+            assert (changed.script, changed.settings) != (plain.script, plain.settings), changes
+
+
+def test_a_control_takes_the_choice_of_what_it_is_of():
+    catalogue = methods.make_catalogue([methods.read_reward(str(REWARDS / "mlp.py"))])
+
+    def choice(arm: str, changes: str = "dense_coef=2.0") -> str:
+        chosen = {"calibrated": changes, "mlp.py": "dense_coef={coefficient_of_mlp:4}"}
+        return tuning.choice_of(arm, catalogue, chosen)
+
+    for arm in ("calibrated", "calibrated-shuffled", "untrained", "hasty-flow", "calibrated-20x"):
+        assert choice(arm) == "dense_coef=2.0", arm
+    for arm in ("sft", "length", "noise", "logprob", "published", "rlvr"):
+        assert choice(arm) == "", arm
+    assert choice("calibrated-token") == "", "its coefficient is one of tokens"
+    assert choice("mlp.py-untrained") == choice("mlp.py-shuffled-25") == choice("mlp.py") != ""
+
+
+def test_an_arm_may_change_what_its_script_and_its_reward_are_told():
+    catalogue = methods.make_catalogue()
+    assert catalogue.find("entropy:alpha=0.8").script == ("study/entropy.py", "--alpha", "0.8")
+    arm = catalogue.find("logprob:lowest=True,dense_clamp=-10.0,0.0")
+    assert arm.settings["dense"][-1] == "lowest=True" and len(arm.settings["dense"]) == 4
+    assert arm.settings["dense_clamp"] == ("-10.0", "0.0")
+    with pytest.raises(ValueError, match=r"\['alpha'\] are no settings"):
+        catalogue.find("rlvr:alpha=0.8")
+
+
 def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
     reward = (str(REWARDS / "noise.py"),)
     asked = study.Study(reward=reward, folder=str(tmp_path), arms=("rlvr", "noise.py"), seeds=1)
@@ -269,10 +448,9 @@ def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
         "rlvr": tuning.candidates("rlvr", None),
         "noise.py": tuning.candidates("noise.py", "coefficient_of_noise"),
     }
-    assert [len(each) for each in tried.values()] == [3, 3], "each has as many"
     accuracies = {"rlvr": 0.2, "rlvr:lr=1e-4": 0.2, "rlvr:lr=4e-4": 0.1}
     accuracies |= dict.fromkeys(
-        map("noise.py:dense_coef={{coefficient_of_noise:{}}}".format, (0.3, 3)), 0.5
+        map("noise.py:dense_coef={{coefficient_of_noise:{}}}".format, (0.3, 2)), 0.5
     )
     runs = [a_run(arm, 100, value) for arm, value in accuracies.items()]
     runs.append(a_run("noise.py", 100, 0.9, status="failed"))
@@ -289,7 +467,10 @@ def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
     for arm in ("sft", "distillation"):
         (tmp_path / "chosen.json").write_text(json.dumps({arm: "lr=4e-4"}))
         assert study.make_run(arm, 0, asked).settings["lr"] == "4e-4", "no control of calibrated"
-    assert "| `rlvr` | 0.20 | 0 of 1 | chosen |" in tuning.tuning_table({"runs": runs}, chosen)
+    table = tuning.tuning_table({"runs": runs}, chosen)
+    assert "| `rlvr` | **as it is 0.20 (0 of 1)**; lr=1e-4 0.20 (0 of 1); lr=4e-4 0.10" in table
+    table = tuning.tuning_table({"runs": []}, {"sft": "lr=4e-4"})
+    assert "| `sft` | **lr=4e-4**, as chosen in another study |" in table
     assert tuning.read_chosen(tmp_path / "nowhere") == {}
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import forks
@@ -20,6 +21,7 @@ from conftest import ROOT, find_model_in, read_lines, small_run
 sys.path.append(str(ROOT / "study"))
 import accept
 import dense
+import entropy
 import evidence
 import figures
 import hasty
@@ -229,6 +231,16 @@ def test_preparations_come_before_what_needs_them():
     assert [job.name for job in runs_of_seed][:2] == ["hasty-flow/seed-0", "logprob/seed-0"]
 
 
+def test_a_flow_of_few_solutions_has_as_many_steps():
+    def epochs(name: str, world: str) -> int:
+        return study.make_preparation(name, 0, study.Study(world=world)).settings["epochs"]
+
+    assert epochs("flow", "toy-beyond") == epochs("flow", "toy-beyond:expert_wrong=0.1") == 4
+    assert epochs("flow", "toy-beyond:n_expert=64") == 125  # 4 * 2000/64
+    assert epochs("flow_5x", "toy-beyond:n_expert=8") == 5000
+    assert epochs("flow", "toy-beyond:n_expert=4000") == 4
+
+
 def test_length_reward():
     file = ROOT / "study" / "rewards" / "length_reward.py"
     with Grader(("binary", f"{file}=0.3")) as grader:
@@ -264,6 +276,29 @@ def test_the_experts_likelihood_is_calibrated_on_solutions_that_were_held_out(co
     assert len(excess) == sum(len(row.response_ids) for row in held_out)
     assert excess.mean().item() == pytest.approx(0, abs=1e-4)
     assert excess.std().item() == pytest.approx(1, abs=1e-4)
+    lowest = dense.make(str(methods.REWARDS / "logprob.py"), {**own, "lowest": "True"}, host)
+    (part, *_) = host.run_policy(held_out, ())
+    scores, worst = reward.score(part), lowest.score(part)
+    for row, n_tokens in enumerate(part.batch.response_mask.sum(dim=1).tolist()):
+        assert worst[row, :n_tokens].tolist() == [scores[row, :n_tokens].min().item()] * n_tokens
+        assert not worst[row, n_tokens:].any()
+
+
+def test_the_entropy_advantage_with_the_papers_alpha_is_that_of_the_trainer(config, tmp_path):
+    config = change(
+        config, reward=("binary", f"{methods.REWARDS / 'length_reward.py'}=1.0"), steps=2
+    )
+    norms = {}
+    for name, shaping, update in (
+        ("trainer", "entropy", train_rl.update_policy),
+        ("0.4", "none", partial(entropy.update, alpha=0.4)),
+        ("0.01", "none", partial(entropy.update, alpha=0.01)),
+    ):
+        folder = str(tmp_path / name)
+        train_rl.main(change(config, shaping=shaping, folder=folder), update=update)
+        lines = read_lines(Path(folder, "metrics.jsonl"))
+        norms[name] = [line["policy/grad_norm"] for line in lines]
+    assert norms["trainer"] == norms["0.4"] != norms["0.01"]
 
 
 def test_supervised_steps_raise_the_likelihood_of_expert_solutions(config, world):
@@ -327,6 +362,15 @@ def small_study(world, tmp_path_factory) -> tuple[study.Study, dict]:
     return rest, interrupted
 
 
+def test_seconds_are_those_of_a_core():
+    """However many processes share the cores."""
+    began = time.process_time()
+    while time.process_time() < began + 0.05:
+        pass
+    assert study.cpu_seconds(os.getpid()) == pytest.approx(sum(os.times()[:4]), abs=0.05)
+    assert study.cpu_seconds(2**22 + 1) == 0
+
+
 def test_an_interrupted_study(small_study):
     _, interrupted = small_study
     statuses = {run["arm"]: run["status"] for run in interrupted["runs"]}
@@ -384,13 +428,14 @@ def test_evidence_is_drawn_from_the_figures(small_study, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "PAGE", kept)
     monkeypatch.setattr(evidence, "STUDY", figures)
     settings = evidence.Settings(folder=str(figures), out=str(own))
-    assert evidence.main(change(settings, tracked=True)) == 0  # there are no figures yet
-    assert kept.read_text() == PAGE.read_text()
+    assert evidence.main(change(settings, tracked=True)) == 0  # without figures none are shown
+    empty = kept.read_text()
+    assert "| `rlvr` | 8 |" not in empty and "## Results" in empty
     for name in ("study", "tuning"):
         shutil.copy(asked.json_file, figures / f"{name}.json")
 
     assert evidence.main(settings) == 0
-    assert kept.read_text() == PAGE.read_text(), "regression: the page's command rewrote it"
+    assert kept.read_text() == empty, "regression: the page's command rewrote it"
     text = (own / "evidence.md").read_text()
     assert text.count("| `published-shuffled` | 1 |") == 3  # measures, differences, tuning
     for name in evidence.PICTURES:
@@ -457,7 +502,7 @@ def test_ranges_of_the_default_run_that_pages_name():
 
 
 def test_flags_that_the_page_names():
-    known = {"--expert-policy", "--expert-solutions", "--check"}
+    known = {"--expert-policy", "--expert-solutions", "--check", "--alpha"}
     for config in (train_rl.Config(), train_flow.Config(), study.Study(), accept.Settings()):
         for name in flatten(config):
             known |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
