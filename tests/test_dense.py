@@ -183,11 +183,13 @@ def test_rewards_of_latents_with_images(file, image_world, tmp_path):
     assert figures(config.folder)[0][f"{file.stem}/score"] != 0
 
 
-def test_the_reward_of_the_page_runs(world, tmp_path):
-    page = (ROOT / "docs" / "dense-rewards.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/dense-rewards.md"])
+def test_the_reward_of_a_page_runs(page, world, tmp_path):
+    """Regression: that of the README lacked its import."""
+    text = (ROOT / page).read_text()
     file = tmp_path / "smooth.py"
     file.write_text(
-        re.search(r"^```python smooth.py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
+        re.search(r"^```python(?: smooth.py)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
     )
     train_rl.main(run_of(world, tmp_path / "run", file, steps=1))
     (line,) = figures(str(tmp_path / "run"))
