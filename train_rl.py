@@ -222,7 +222,8 @@ def resolve(config: Config) -> tuple[Config, Model]:
             print(f"no --data given: taking the published problems, {data}")
     config = fill_in(config, model)
     if config.compute.gradient_checkpointing is None:
-        room = min(parallel.gather_objects(parallel.total_memory()))
+        _, room = parallel.memory_of_device()
+        room = min(parallel.gather_objects(room))
         recompute = memory.recomputes_activations(config, model, dist.get_world_size(), room)
         config = with_defaults(config, gradient_checkpointing=recompute)
         if is_first():

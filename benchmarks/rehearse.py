@@ -73,7 +73,7 @@ def main(config: train_rl.Config) -> None:
     if parallel.DEVICE.type == "cpu":
         print(f"rehearsed an update at {lengths}; there is no GPU whose memory could be measured")
     else:
-        room = parallel.total_memory()
+        _, room = parallel.memory_of_device()
         print(
             f"rehearsed an update at {lengths}: at most {max(peaks) / 1e9:.1f} GB of tensors "
             f"in {room / 1e9:.1f} GB of a GPU's memory"

@@ -183,19 +183,9 @@ def take_peak_memory() -> int:
     return peak
 
 
-def total_memory() -> int:
-    """Return the size of the GPU's memory."""
-    if DEVICE.type == "cpu":
-        return 0
-    return torch.cuda.mem_get_info()[1]
-
-
-def used_memory() -> int:
-    """Return how much of the GPU's memory is in use, by whomever."""
-    if DEVICE.type == "cpu":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+def memory_of_device() -> tuple[int, int]:
+    """Return how much of the GPU's memory is free, whoever uses the rest, and its size."""
+    return (0, 0) if DEVICE.type == "cpu" else torch.cuda.mem_get_info()
 
 
 # ---- Sharding
