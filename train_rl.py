@@ -34,7 +34,7 @@ import dense
 import flow as fl
 import rlfr
 import rollout
-from engines import awake, check_engine, make_engine
+from engines import awake, check_engine, check_probes, make_engine, sample_probes
 from evals import HeldOut, load_sets
 from infra import batching, fingerprints, lora, memory, parallel
 from infra.batching import group_order
@@ -334,13 +334,6 @@ def tensors_of(models: Models) -> list[Tensor]:
     if models.reference:
         tensors += models.reference.parameters()
     return tensors
-
-
-@torch.no_grad()
-def check_probes(policy: Policy, probes: list[rollout.Episode], model: str) -> None:
-    """Raise ValueError if the policy's log-probs are not the engine's, see sample_probes()."""
-    batch = batching.collate(probes)
-    rollout.check_log_probs(probes, policy(batch).logp[batch.response_mask], model)
 
 
 def ways_to_sample(config: Config) -> dict[str, rollout.Sampling]:
@@ -747,9 +740,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
     # ---- Does the engine sample from the model that is trained?
     with awake(engine, weights, host_copy):
-        probes = rollout.sample_probes(
-            engine, config.problems.max_prompt_tokens, sampling.max_tokens
-        )
+        probes = sample_probes(engine, config.problems.max_prompt_tokens, sampling.max_tokens)
     check_probes(policy, probes, model.path)
 
     # ---- Before the first step
