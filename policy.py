@@ -124,8 +124,7 @@ class Policy(nn.Module):
         latents: dict[int, Tensor] = {}
         hooks = self.add_taps(batch, set(taps), last_tap, latents)
         try:
-            predicts = batch.targets.roll(-1, dims=1)  # the position before a token predicts it
-            states = self.run_decoder(batch, predicts)  # (M, D)
+            states = self.run_decoder(batch, batch.before)  # (M, D)
         except LastTap:
             return PolicyOutput(None, None, [latents[index] for index in taps])
         finally:
@@ -172,7 +171,7 @@ class Policy(nn.Module):
         return [tap(index) for index in taps]
 
     def run_decoder(self, batch: batching.Batch, wanted: Tensor) -> Tensor:
-        """Return the last hidden states (M, D) at the M positions that are wanted, (B, S) bool.
+        """Return the last hidden states (M, D) at the M positions that are wanted, (M,) of B*S.
 
         The tokens of all rows are packed into one, so that padding costs nothing but in attention,
         where the family allows it, see find_attention; else the rows are padded on the right.
@@ -182,13 +181,15 @@ class Policy(nn.Module):
         body = self.model.get_decoder() if self.tower is None else self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
         if not self.packs:
-            return body(input_ids=batch.input_ids, **inputs).last_hidden_state[wanted]
+            output = body(input_ids=batch.input_ids, **inputs)
+            return batching.take(output.last_hidden_state.flatten(0, 1), wanted)
         packing = batch.packing
+        source = batching.take(packing.source.flatten(), wanted)
         inputs["packing"] = packing
         packed_ids = packing.pack(batch.input_ids)[None]  # (1, n)
         if self.tower is None:
             output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
-            return batching.take(output.last_hidden_state[0], packing.source[wanted])
+            return batching.take(output.last_hidden_state[0], source)
 
         # A placeholder in a prompt stands for a part of an image; one in a response is a word like
         # others. Its embedding is that word's; as an id the body gets 0.
@@ -215,7 +216,7 @@ class Policy(nn.Module):
                 output = body(**inputs)
         finally:
             hook.remove()
-        return batching.take(output.last_hidden_state[0], packing.source[wanted])
+        return batching.take(output.last_hidden_state[0], source)
 
     @torch.no_grad()
     def tower_features(self, images: Sequence[vision.Image]) -> Tensor:
@@ -331,7 +332,7 @@ def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
     """Say in which way a policy differs from the model's own forward; None if it does not."""
     batch = batching.collate([batching.Row(*row) for row in families.example_rows(policy.model)])
     try:
-        states = policy.run_decoder(batch, batch.attention_mask)
+        states = policy.run_decoder(batch, batching.places_of(batch.attention_mask))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a family's code may raise anything where it gets what it never got

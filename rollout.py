@@ -7,6 +7,7 @@ Tokens are never rewritten: a response that ran out of room keeps its last token
 """
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -76,7 +77,7 @@ class Episode:
     prompt_ids: list[int]
     response_ids: list[int]  # with EOS if it came
     # the sampler's log-prob of each token, at the temperature; of one that was not sampled: anything
-    logp: list[float]
+    logp: Sequence[float]
     finish_reason: Literal["stop", "length"]
     text: str  # the response without special tokens
     images: tuple[vision.Image, ...] = ()  # of the prompt
@@ -146,6 +147,10 @@ def generate_on_all_ranks(
     shares = balanced_shares(expected_tokens, n_engines)
     my_share = shares[dist.get_rank() // engine.n_ranks]
     episodes = engine.generate([requests[i] for i in my_share], sampling)
+    for (
+        episode
+    ) in episodes:  # every rank reads all: an array is read as one piece, not by the token
+        episode.logp = array("f", episode.logp)
     gathered = gather_objects(episodes)
     by_request: dict[int, list[Episode]] = {}
     for share, sampled in zip(shares, gathered[:: engine.n_ranks], strict=True):

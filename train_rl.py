@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -373,8 +374,8 @@ class Experience:
         is_token = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
         mask = batching.only_sampled(is_token, episodes)
         sampled_logp = torch.zeros(mask.shape, device=device)
-        all_logp = [logp for episode in episodes for logp in episode.logp]
-        sampled_logp[is_token] = torch.tensor(all_logp, device=device)
+        all_logp = np.concatenate([episode.logp for episode in episodes])
+        sampled_logp[is_token] = torch.from_numpy(all_logp).to(device, torch.float32)
         sampled_logp.masked_fill_(~mask, 0.0)
         reward = [episode.verdict.reward for episode in episodes]
         correct = [episode.verdict.correct for episode in episodes]
@@ -421,7 +422,8 @@ def score(
     episodes = batching.encode_images(policy.image_encoder, episodes, token_budget)
     experience = Experience.before_scoring(episodes, max(1, len(layers)))
     for indices, batch in my_micro_batches(episodes, token_budget, "score"):
-        cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
+        places = parallel.send(torch.tensor(indices))
+        cells = (places, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
             output = policy(batch, temperature, layers)
             experience.old_logp[cells] = output.logp
@@ -549,7 +551,8 @@ def update_policy(
         chosen = [experience.episodes[i] for i in mini_batch]
         for indices, batch in my_micro_batches(chosen, config.compute.tokens_per_gpu, "update"):
             mask = batch.response_mask
-            cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            places = parallel.send(mini_batch[indices])
+            cells = (places, slice(mask.shape[1]))  # of the micro-batch in (B, T)
             old_logp = experience.old_logp[cells]
             output = models.policy(batch, temperature)
             loss, is_clipped = rlfr.policy_loss(

@@ -342,6 +342,7 @@ def compute_figures(
     for field in fields(batch):
         value = getattr(batch, field.name)
         tensors[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    tensors["packing"] = batching.Packing(*[part.to(device) for part in batch.packing])
     batch = batching.Batch(**tensors)
     taps = tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]

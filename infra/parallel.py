@@ -163,6 +163,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def send(tensor: Tensor) -> Tensor:
+    """Copy a tensor from host memory to the device; the host does not wait for what runs there."""
+    if DEVICE.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(DEVICE, non_blocking=True)
+
+
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Return every rank's rows (n, ...), on all ranks; counts holds each rank's n."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])

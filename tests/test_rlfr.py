@@ -64,7 +64,7 @@ def test_padding_needs_no_mask(family):
     policy = tiny_policy(family)
     batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch, is_token)
+    states = policy.run_decoder(batch, batching.places_of(is_token))
     masked = plain_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
@@ -77,7 +77,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
     plain = plain_model(family)
     batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch, is_token)
+    states = policy.run_decoder(batch, batching.places_of(is_token))
     masked = plain.base_model(batch.input_ids, attention_mask=is_token)
     weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
     (states * weight).sum().backward()

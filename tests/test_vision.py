@@ -177,7 +177,7 @@ def test_packed_rows_have_the_states_of_padded_ones(family):
         chosen.append(row._replace(response_ids=words))
     batch = batching.collate(chosen)
     is_token = batch.attention_mask
-    states = Policy(tiny_vlm(family)).run_decoder(batch, is_token)
+    states = Policy(tiny_vlm(family)).run_decoder(batch, batching.places_of(is_token))
     images = [image for row in chosen for image in row.images]
     masked = tiny_vlm(family).base_model(
         batch.input_ids, attention_mask=is_token, **inputs_of_images(batch.input_ids, images)

@@ -126,6 +126,18 @@ def test_compiled_parts_give_the_same(folders):
     assert difference.mean() < 0.02
 
 
+def test_no_step_of_a_micro_batch_waits_for_the_gpu(folders):
+    """tests/test_rlfr.py shows it on a CPU, on tensors without numbers."""
+    policy = load_policy(folders[0]).to(parallel.DEVICE, torch.bfloat16)
+    rows = [batching.Row([1] * 20, [2] * 300), batching.Row([1] * 20, [4] * 100)]
+    policy(batching.collate(rows)).logp.sum().backward()  # the first calls set kernels up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy(batching.collate(rows)).logp.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- vLLM
 
 
