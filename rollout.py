@@ -35,7 +35,9 @@ class EngineSettings:
     # vllm, torch, or a Python file with make_engine(), see docs/turns.md; auto: vLLM on a GPU where
     # it is installed, else torch
     engine: str = "auto"
-    max_sequences: BatchSize = 256  # Responses sampled at a time by an engine; bounds its KV cache
+    # Responses sampled at a time by an engine, which bounds its KV cache; by default 256, or what
+    # vLLM takes on a large GPU, 1024
+    max_sequences: BatchSize | None = None
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
     cache_share: OpenFraction = 0.5
     tensor_parallel: PositiveInt = 1  # Ranks that share a vLLM engine

@@ -67,6 +67,7 @@ def figures_of_depth(
     config = with_defaults(command.Config(), **published_settings(model))
     # the benchmark's 128 episodes, no two with one prompt, in one optimiser step
     record = {"prompts": 128, "group_size": 1, "prompt_tokens": 128, "response_tokens": 516}
+    record["max_sequences"] = 256
     config = change(config, flow="new", compile="on" if compiled else "off", **record | values)
     with Trace() as trace:
         models = trial.make_models(config, model)
