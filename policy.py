@@ -349,22 +349,22 @@ def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
 
 
 def load_policy(
-    path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none"
+    path: str, trust_remote_code: bool = False, recompute: int = 0, freeze: Freeze = "none"
 ) -> Policy:
     """Load a Hugging Face decoder to host memory, in the dtype that it is stored in.
 
-    checkpointing: recompute activations in the backward
+    recompute: of how many layers, from the first on, the backward computes the activations again
     freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
     Raises ValueError as as_policy() does.
     """
     model = vision.load_model(path, "auto", trust_remote_code)
-    policy = as_policy(model, checkpointing, freeze)
+    policy = as_policy(model, recompute, freeze)
     policy.fingerprint = fingerprints.of_weights(model)
     return policy
 
 
 def as_policy(
-    model: nn.Module, checkpointing: bool, freeze: Freeze, attention: str | None = None
+    model: nn.Module, recompute: int, freeze: Freeze, attention: str | None = None
 ) -> Policy:
     """Make a policy of a Hugging Face decoder; the arguments are those of load_policy() and Policy.
 
@@ -378,9 +378,12 @@ def as_policy(
                 f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: "
                 "edit its config.json"
             )
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train(), attention)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the last layers keep theirs: they are gone when the first ones are computed again
+        for layer in policy.layers[recompute:]:
+            layer.gradient_checkpointing = False
     if not policy.packs and is_first():
         print(f"{path}: rows are padded, as its layers would differ if they were packed")
     if freeze == "vision" and policy.tower is not None:

@@ -126,8 +126,9 @@ class RecordSettings:
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Recompute activations; by default where keeping them takes too much memory
-    gradient_checkpointing: bool | None = None
+    # Decoder layers, from the first on, whose activations the backward computes again; 0: none; by
+    # default as few as the memory allows
+    recompute_layers: NonNegativeInt | None = None
     # Keep weights and optimisers in host memory, while the engine samples or always
     offload: Literal["never", "sampling", "always"] = "never"
 
@@ -222,15 +223,13 @@ def resolve(config: Config) -> tuple[Config, Model]:
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
     config = fill_in(config, model)
-    if config.compute.gradient_checkpointing is None:
+    if config.compute.recompute_layers is None:
         _, room = parallel.memory_of_device()
         room = min(parallel.gather_objects(room))
-        recompute = memory.recomputes_activations(config, model, dist.get_world_size(), room)
-        config = with_defaults(config, gradient_checkpointing=recompute)
+        n_layers = memory.layers_to_recompute(config, model, dist.get_world_size(), room)
+        config = with_defaults(config, recompute_layers=n_layers)
         if is_first():
-            print(
-                f"activations are {'recomputed' if recompute else 'kept'} (gradient_checkpointing)"
-            )
+            print(f"activations of {n_layers} layers are computed again (recompute_layers)")
     rank = config.optimisation.lora_rank
     if rank and model.processor is not None and config.optimisation.freeze == "none":
         raise ValueError(
@@ -260,7 +259,7 @@ def make_policy(config: Config, model: Model, load: Callable = load_policy) -> P
     policy = load(
         model.path,
         config.loading.trust_remote_code,
-        config.compute.gradient_checkpointing,
+        config.compute.recompute_layers,
         settings.freeze,
     )
     if settings.lora_rank:

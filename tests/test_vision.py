@@ -615,7 +615,7 @@ def test_two_ranks_follow_one_process_and_resume(config, train_once, tmp_path, f
 
 
 @pytest.mark.parametrize(
-    "options", [{"offload": "always"}, {"gradient_checkpointing": True, "offload": "sampling"}]
+    "options", [{"offload": "always"}, {"recompute_layers": 2, "offload": "sampling"}]
 )
 def test_where_weights_and_activations_live_changes_nothing(config, train_once, tmp_path, options):
     config = change(config, freeze="none", folder=str(tmp_path / "other"))

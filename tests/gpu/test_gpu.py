@@ -247,7 +247,7 @@ def check_steps(folder: str) -> None:
         {"compile": "off"},
         {"compile": "on"},
         {"offload": "sampling"},
-        {"offload": "always", "gradient_checkpointing": True},
+        {"offload": "always", "recompute_layers": 2},
     ],
     ids=str,
 )
