@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infra import batching, families, fingerprints, lora, vision
+from infra import batching, families, fingerprints, lora, parallel, vision
 from infra.attention import PACKED
-from infra.logprobs import TokenLogProbs
+from infra.logprobs import CHUNK_WORK, Scaling, TokenLogProbs
 from infra.parallel import DEVICE, is_first
 
 Freeze = Literal["none", "vision"]
@@ -65,6 +65,7 @@ class Policy(nn.Module):
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.chunk_work = CHUNK_WORK
         self.takes_features = False  # images come as features: no forward runs the tower
         self.fingerprint: str | None = None  # of the weights that it was loaded with
 
@@ -98,6 +99,11 @@ class Policy(nn.Module):
         Not the layers themselves, whose hooks return latents and end a forward.
         """
         return [part for layer in self.layers for part in layer.children()]
+
+    def compile_parts(self, when: Literal["auto", "on", "off"]) -> None:
+        """Compile the parts of the layers, and what is done with a chunk of logits."""
+        parallel.compile_forward(self.layer_parts(), when)
+        self.chunk_work = tuple(parallel.compiled(work, when) for work in CHUNK_WORK)
 
     def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield Hugging Face's name and the whole tensor of each weight, adapters merged into them.
@@ -143,8 +149,9 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return log-prob and entropy (M,) of sampled tokens from the states (M, D) before each."""
         weight = self.model.get_output_embeddings().weight
-        tokens = batch.input_ids[batch.targets]  # (M,)
-        return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
+        tokens = batching.take(batch.input_ids.flatten(), batch.before + 1)  # (M,)
+        scaling = Scaling(temperature, self.softcap)
+        return TokenLogProbs.apply(hidden, weight, tokens, scaling, self.chunk_work)
 
     def add_taps(
         self,

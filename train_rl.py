@@ -264,7 +264,7 @@ def make_policy(config: Config, model: Model, load: Callable = load_policy) -> P
     )
     if settings.lora_rank:
         lora.add_adapters(policy.model, policy.layers, settings.lora_rank, config.seed)
-    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
+    policy.compile_parts(config.compute.compile)
     dtype = parallel.compute_dtype(config.loading.dtype)
     parallel.shard(
         policy, policy.blocks, dtype, config.compute.always_offloads, methods=["tower_features"]

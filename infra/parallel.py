@@ -205,15 +205,17 @@ def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
     return torch.float32
 
 
-def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "off"]) -> None:
-    """Compile the forward of each module in place; `auto` does so only on a GPU.
-
-    On a CPU nothing is gained by it. Modules of one class share what is compiled.
-    """
+def compiled(function: Callable, when: Literal["auto", "on", "off"]) -> Callable:
+    """Return a function compiled, or as it is; `auto` compiles only on a GPU."""
     if when == "off" or (when == "auto" and DEVICE.type != "cuda"):
-        return
+        return function
+    return torch.compile(function, dynamic=True)
+
+
+def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "off"]) -> None:
+    """Compile the forward of each module in place; modules of one class share what is compiled."""
     for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=True)
+        module.forward = compiled(module.forward, when)
 
 
 def shard(

@@ -116,7 +116,7 @@ def test_attention_runs_in_a_fused_causal_kernel(folders):
 def test_compiled_parts_give_the_same(folders):
     plain = sharded(folders[0])
     compiled = load_policy(folders[0])
-    parallel.compile_forward(compiled.layer_parts(), "on")
+    compiled.compile_parts("on")
     parallel.shard(compiled, compiled.layers, torch.bfloat16)
     batch = batching.collate([batching.Row([1] * 20, [2] * 300), batching.Row([3] * 10, [4] * 100)])
     with torch.no_grad():
