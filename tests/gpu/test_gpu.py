@@ -195,6 +195,15 @@ def test_greedy_tokens_follow_a_sync(engine, other_engine, folders, prompts):
 
 
 @needs_vllm
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_a_prompt_of_text_alone_after_a_sleep():
+    """Of Qwen3-VL, which keeps image vectors in tensors that are no buffers; in a process of its own."""
+    file = str(ROOT / "tests" / "with_torchvision.py")
+    command = [sys.executable, "-m", "pytest", "-q", file, "-k", "after_a_sleep and qwen3_vl"]
+    subprocess.run(command, check=True, timeout=900)
+
+
+@needs_vllm
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
     policy = sharded(folders[0])
