@@ -147,15 +147,29 @@ def collate(rows: Sequence[Row]) -> Batch:
     is_token = position[: max(response_lengths)] < n_response  # (B, T)
     response_mask = only_sampled(is_token, rows)
     first_row = first_rows(rows)
-    packing = find_packing(attention_mask, in_response, torch.tensor(first_row))
-    images_once = [row.images for i, row in enumerate(rows) if first_row[i] == i]
+    masks = (attention_mask, in_response, targets, response_mask)
+    batch = make_batch(input_ids, *masks, first_row=torch.tensor(first_row))
+    batch.images = list(chain(*(row.images for row in rows)))
+    images_once = (row.images for i, row in enumerate(rows) if first_row[i] == i)
+    batch.images_once = list(chain(*images_once))
+    return batch
+
+
+def make_batch(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    in_response: Tensor,
+    targets: Tensor,
+    response_mask: Tensor,
+    first_row: Tensor,
+) -> Batch:
+    """Make a batch of what its rows are, as in Batch, without images; first_row as of first_rows()."""
+    packing = find_packing(attention_mask, in_response, first_row)
     return Batch(
         *map(send, (input_ids, attention_mask, in_response, targets, response_mask)),
         before=send(places_of(targets) - 1),
         cells=send(places_of(response_mask)),
         packing=Packing(*map(send, packing)),
-        images=list(chain(*(row.images for row in rows))),
-        images_once=list(chain(*images_once)),
     )
 
 

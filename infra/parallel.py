@@ -165,7 +165,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def send(tensor: Tensor) -> Tensor:
     """Copy a tensor from host memory to the device; the host does not wait for what runs there."""
-    if DEVICE.type == "cuda":
+    if DEVICE.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(DEVICE, non_blocking=True)
 
