@@ -184,7 +184,7 @@ def train_ours(
         "--shaping": "flow" if flow else "none",
         "--engine": "torch",
         "--dtype": "float32",
-        "--recompute-layers": 0,
+        "--gradient-checkpointing": False,
         "--save-every": 0,
         "--log-rollouts": 0,
         "--seed": settings.seed,
