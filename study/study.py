@@ -90,6 +90,7 @@ from methods import (
 from referee import write_verdict
 from trial import try_rewards
 from tuning import read_chosen
+from worlds import toy
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -187,8 +188,9 @@ class Study:
 def find_worlds(study: Study) -> list[worlds.World]:
     """Return the world of each base, made if need be: the one named, and others of its kind.
 
-    Worlds as they are named are shared by all studies; one with changed settings is the study's own.
-    They are made with one thread, as each of a run: with another number the weights are others.
+    Worlds as they are named are shared by all studies; one with changed settings is the study's own,
+    with their base model where only its expert solutions are others. They are made with one thread,
+    as each of a run: with another number the weights are others.
     """
     name, _, changes = study.world.partition(":")
     if name not in worlds.WORLDS:
@@ -198,10 +200,16 @@ def find_worlds(study: Study) -> list[worlds.World]:
     found = []
     for base in range(study.bases):
         seed = named.seed + base
-        folder = f"{named.folder}-seed-{seed}" if base else named.folder
-        if changes:
-            folder = f"{study.folder}/worlds/{base}"
-        found.append(worlds.make(replace(named, folder=folder, seed=seed)))
+        plain = worlds.WORLDS[name]
+        folder = f"{plain.folder}-seed-{seed}" if seed else plain.folder
+        shared = replace(plain, folder=folder, seed=seed)
+        own = replace(named, folder=f"{study.folder}/worlds/{base}", seed=seed)
+        if not changes:
+            found.append(worlds.make(shared))
+        elif name in toy.WORLDS and read_changes(changes).keys() <= toy.OF_EXPERTS:
+            found.append(toy.make(own, like=worlds.make(shared)))
+        else:
+            found.append(worlds.make(own))
     return found
 
 

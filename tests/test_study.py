@@ -224,6 +224,34 @@ def test_a_changed_world_is_in_the_studys_folder_with_a_seed_for_each_base(tmp_p
     assert study.find_worlds(asked) == worlds
 
 
+def test_a_world_of_other_experts_has_the_base_model_that_is_there(tmp_path, monkeypatch):
+    """It would be the same if it was made anew, and so are all problems but those of the experts."""
+    sizes = {
+        "steps": 2,
+        "batch_size": 8,
+        "hidden_size": 32,
+        "n_train": 16,
+        "n_test": 8,
+        "n_expert": 8,
+    }
+    plain = change(toy.WORLDS["toy-beyond"], folder=str(tmp_path / "plain"), **sizes)
+    monkeypatch.setitem(toy.WORLDS, "toy-beyond", plain)
+    monkeypatch.setitem(study.worlds.WORLDS, "toy-beyond", plain)
+    changes = {"n_expert": 6, "expert_wrong": 0.5}
+    anew = toy.make(change(plain, folder=str(tmp_path / "anew"), seed=1, **changes))
+    named = "toy-beyond:n_expert=6,expert_wrong=0.5"
+    asked = study.Study(world=named, bases=2, folder=str(tmp_path / "study"))
+    _, made = study.find_worlds(asked)
+    assert Path(made.folder) == tmp_path / "study" / "worlds" / "1"
+    for name in ("train.jsonl", "test.jsonl", "expert.jsonl", "world.json"):
+        assert Path(made.path(name)).read_text() == Path(anew.path(name)).read_text()
+    assert study.hash_of_base(made) == study.hash_of_base(anew)
+    monkeypatch.setattr(toy, "make_base", None)  # made once, and then copied
+    changed = change(asked, world="toy-beyond:n_expert=5", folder=str(tmp_path / "other"))
+    for base, world in enumerate(study.find_worlds(changed)):
+        assert study.hash_of_base(world) == study.hash_of_base(study.find_worlds(asked)[base])
+
+
 def test_preparations_come_before_what_needs_them():
     preparations, runs_of_seed = study.plan(study.Study(arms=("hasty-flow", "logprob"), seeds=2))
     names = [job.name for job in preparations]

@@ -47,6 +47,7 @@ import io
 import json
 import random
 import re
+import shutil
 import string
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -160,6 +161,7 @@ PRESETS = {  # script -> value of --model -> flag -> value
 }
 
 Habit = Literal["hasty", "idling", "repeating"]
+OF_EXPERTS = {"n_expert", "expert_shortest", "expert_longest", "expert_wrong"}
 # Settings of World that came later: where one has its default, world.json lacks it, as it did before
 LATER = ("habit_share", "skill", "expert_shortest", "expert_longest", "expert_wrong")
 
@@ -591,26 +593,30 @@ def check(world: World) -> None:
         )
 
 
-def make(world: World = World()) -> World:
+def make(world: World = World(), like: World | None = None) -> World:
     """Make the world unless its folder has it.
+
+    like: A world that is there and differs in expert solutions alone: its base model is copied.
 
     Raises:
         ValueError: if the folder holds something else, or a size is not possible.
     """
     check(world)
-    make_once(world.folder, settings_of(world), partial(write_world, world))
+    make_once(world.folder, settings_of(world), partial(write_world, world, like))
     return world
 
 
-def write_world(world: World, folder: Path) -> None:
+def write_world(world: World, like: World | None, folder: Path) -> None:
     """Write problems, expert solutions and the base model into a folder."""
     rng = random.Random(f"problems {world.seed}")
     train, test, expert = make_problems(world, rng)
-    parts = make_base(world, forbidden=set(test))
+    parts = [] if like else make_base(world, forbidden=set(test))
     folder.mkdir()
     write_problems(world, train, folder / "train.jsonl", rng)
     write_problems(world, test, folder / "test.jsonl", rng)
     write_problems(world, expert, folder / "expert.jsonl", rng, world.expert_wrong)
+    if like:
+        shutil.copytree(like.path("model"), folder / "model")
     for part in parts:
         part.save_pretrained(folder / "model")
 
