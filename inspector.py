@@ -25,7 +25,7 @@ import tyro
 
 import rollout
 import train_rl
-from engines import awake, make_engine
+from engines import awake, check_probes, make_engine, sample_probes
 from infra import errors, parallel
 from infra.data import Problem, load_problems
 from infra.models import LoadingSettings, Model, find_model
@@ -106,8 +106,8 @@ def sample_and_score(
         engine, grader, problems, lengths, settings=config.sampling, seed=config.seed
     )
     with awake(engine, partial(models.policy.whole_weights, dtype)):
-        probes = rollout.sample_probes(engine, longest_prompt, max_tokens)
-        train_rl.check_probes(models.policy, probes, model.path)
+        probes = sample_probes(engine, longest_prompt, max_tokens)
+        check_probes(models.policy, probes, model.path)
         episodes, _ = sampler.roll_out(0)
     sampler.verify(episodes)
     token_budget = config.compute.tokens_per_gpu

@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infra import batching, families, fingerprints, lora, vision
+from infra import batching, families, fingerprints, lora, parallel, vision
 from infra.attention import PACKED
-from infra.logprobs import TokenLogProbs
+from infra.logprobs import CHUNK_WORK, Scaling, TokenLogProbs
 from infra.parallel import DEVICE, is_first
 
 Freeze = Literal["none", "vision"]
@@ -65,6 +65,7 @@ class Policy(nn.Module):
         text_config = model.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.chunk_work = CHUNK_WORK
         self.takes_features = False  # images come as features: no forward runs the tower
         self.fingerprint: str | None = None  # of the weights that it was loaded with
 
@@ -99,6 +100,11 @@ class Policy(nn.Module):
         """
         return [part for layer in self.layers for part in layer.children()]
 
+    def compile_parts(self, when: Literal["auto", "on", "off"]) -> None:
+        """Compile the parts of the layers, and what is done with a chunk of logits."""
+        parallel.compile_forward(self.layer_parts(), when)
+        self.chunk_work = tuple(parallel.compiled(work, when) for work in CHUNK_WORK)
+
     def whole_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield Hugging Face's name and the whole tensor of each weight, adapters merged into them.
 
@@ -124,8 +130,7 @@ class Policy(nn.Module):
         latents: dict[int, Tensor] = {}
         hooks = self.add_taps(batch, set(taps), last_tap, latents)
         try:
-            predicts = batch.targets.roll(-1, dims=1)  # the position before a token predicts it
-            states = self.run_decoder(batch, predicts)  # (M, D)
+            states = self.run_decoder(batch, batch.before)  # (M, D)
         except LastTap:
             return PolicyOutput(None, None, [latents[index] for index in taps])
         finally:
@@ -144,8 +149,9 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return log-prob and entropy (M,) of sampled tokens from the states (M, D) before each."""
         weight = self.model.get_output_embeddings().weight
-        tokens = batch.input_ids[batch.targets]  # (M,)
-        return TokenLogProbs.apply(hidden, weight, tokens, temperature, self.softcap)
+        tokens = batching.take(batch.input_ids.flatten(), batch.before + 1)  # (M,)
+        scaling = Scaling(temperature, self.softcap)
+        return TokenLogProbs.apply(hidden, weight, tokens, scaling, self.chunk_work)
 
     def add_taps(
         self,
@@ -172,7 +178,7 @@ class Policy(nn.Module):
         return [tap(index) for index in taps]
 
     def run_decoder(self, batch: batching.Batch, wanted: Tensor) -> Tensor:
-        """Return the last hidden states (M, D) at the M positions that are wanted, (B, S) bool.
+        """Return the last hidden states (M, D) at the M positions that are wanted, (M,) of B*S.
 
         The tokens of all rows are packed into one, so that padding costs nothing but in attention,
         where the family allows it, see find_attention; else the rows are padded on the right.
@@ -182,13 +188,15 @@ class Policy(nn.Module):
         body = self.model.get_decoder() if self.tower is None else self.model.base_model
         inputs = {"attention_mask": None, "use_cache": False}
         if not self.packs:
-            return body(input_ids=batch.input_ids, **inputs).last_hidden_state[wanted]
+            output = body(input_ids=batch.input_ids, **inputs)
+            return batching.take(output.last_hidden_state.flatten(0, 1), wanted)
         packing = batch.packing
+        source = batching.take(packing.source.flatten(), wanted)
         inputs["packing"] = packing
         packed_ids = packing.pack(batch.input_ids)[None]  # (1, n)
         if self.tower is None:
             output = body(input_ids=packed_ids, position_ids=packing.positions()[None], **inputs)
-            return batching.take(output.last_hidden_state[0], packing.source[wanted])
+            return batching.take(output.last_hidden_state[0], source)
 
         # A placeholder in a prompt stands for a part of an image; one in a response is a word like
         # others. Its embedding is that word's; as an id the body gets 0.
@@ -215,7 +223,7 @@ class Policy(nn.Module):
                 output = body(**inputs)
         finally:
             hook.remove()
-        return batching.take(output.last_hidden_state[0], packing.source[wanted])
+        return batching.take(output.last_hidden_state[0], source)
 
     @torch.no_grad()
     def tower_features(self, images: Sequence[vision.Image]) -> Tensor:
@@ -331,7 +339,7 @@ def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
     """Say in which way a policy differs from the model's own forward; None if it does not."""
     batch = batching.collate([batching.Row(*row) for row in families.example_rows(policy.model)])
     try:
-        states = policy.run_decoder(batch, batch.attention_mask)
+        states = policy.run_decoder(batch, batching.places_of(batch.attention_mask))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a family's code may raise anything where it gets what it never got
@@ -348,22 +356,22 @@ def find_difference(policy: "Policy", own: families.OwnScores) -> str | None:
 
 
 def load_policy(
-    path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none"
+    path: str, trust_remote_code: bool = False, recompute: int = 0, freeze: Freeze = "none"
 ) -> Policy:
     """Load a Hugging Face decoder to host memory, in the dtype that it is stored in.
 
-    checkpointing: recompute activations in the backward
+    recompute: of how many layers, from the first on, the backward computes the activations again
     freeze: what does not learn; "vision" is the vision tower, which sees images beforehand then
     Raises ValueError as as_policy() does.
     """
     model = vision.load_model(path, "auto", trust_remote_code)
-    policy = as_policy(model, checkpointing, freeze)
+    policy = as_policy(model, recompute, freeze)
     policy.fingerprint = fingerprints.of_weights(model)
     return policy
 
 
 def as_policy(
-    model: nn.Module, checkpointing: bool, freeze: Freeze, attention: str | None = None
+    model: nn.Module, recompute: int, freeze: Freeze, attention: str | None = None
 ) -> Policy:
     """Make a policy of a Hugging Face decoder; the arguments are those of load_policy() and Policy.
 
@@ -377,9 +385,12 @@ def as_policy(
                 f"{path} sets {name}; expected 0, as log-probs under dropout do not repeat: "
                 "edit its config.json"
             )
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.train(), attention)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the last layers keep theirs: they are gone when the first ones are computed again
+        for layer in policy.layers[recompute:]:
+            layer.gradient_checkpointing = False
     if not policy.packs and is_first():
         print(f"{path}: rows are padded, as its layers would differ if they were packed")
     if freeze == "vision" and policy.tower is not None:

@@ -6,9 +6,11 @@ Tokens are never rewritten: a response that ran out of room keeps its last token
 (The official code writes EOS over that token, and the response can then score as finished.)
 """
 
+import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -17,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import rlfr
-from infra import batching, vision
+from infra import vision
 from infra.batching import keyed_seed, passes
 from infra.data import Problem
 from infra.models import StopTokens
-from infra.parallel import fork_rng, gather_objects, sum_over_ranks
+from infra.parallel import gather_objects, sum_over_ranks
 from infra.ranges import BatchSize, NonNegativeInt, OpenFraction, PositiveInt, Temperature
 from rewards import Grader, Verdict
 
@@ -33,7 +35,9 @@ class EngineSettings:
     # vllm, torch, or a Python file with make_engine(), see docs/turns.md; auto: vLLM on a GPU where
     # it is installed, else torch
     engine: str = "auto"
-    max_sequences: BatchSize = 256  # Responses sampled at a time by an engine; bounds its KV cache
+    # Responses sampled at a time by an engine, which bounds its KV cache; by default 256, or what
+    # vLLM takes on a large GPU, 1024
+    max_sequences: BatchSize | None = None
     # Largest share of a GPU's free memory for vLLM's KV cache; its weights need some of the rest
     cache_share: OpenFraction = 0.5
     tensor_parallel: PositiveInt = 1  # Ranks that share a vLLM engine
@@ -75,7 +79,7 @@ class Episode:
     prompt_ids: list[int]
     response_ids: list[int]  # with EOS if it came
     # the sampler's log-prob of each token, at the temperature; of one that was not sampled: anything
-    logp: list[float]
+    logp: Sequence[float]
     finish_reason: Literal["stop", "length"]
     text: str  # the response without special tokens
     images: tuple[vision.Image, ...] = ()  # of the prompt
@@ -131,44 +135,6 @@ class Engine(Protocol):
         """Free the accelerator; the weights are lost."""
 
 
-PROBES = ("1 + 1 =", "Let x be", "Find all n.")  # short texts that any model continues
-LARGEST_DIFFERENCE = 0.1  # of log-probs; in bfloat16 the mean is about 0.01
-
-
-def sample_probes(engine: Engine, max_prompt_tokens: int, max_tokens: int) -> list[Episode]:
-    """Sample a few short texts greedily, for check_log_probs; all ranks together."""
-    requests = []
-    for text in PROBES:
-        ids = engine.tokenizer(text)["input_ids"][:max_prompt_tokens]
-        requests.append(Request(ids, seed=0))
-    with fork_rng():  # an engine may draw from the global generator
-        return engine.generate(requests, Sampling(temperature=0.0, max_tokens=min(16, max_tokens)))
-
-
-def check_log_probs(probes: Sequence[Episode], logp: Tensor, model: str) -> None:
-    """Raise ValueError if an engine's log-probs are not those of the trainer; all ranks together.
-
-    Both have the same weights. They differ where the two do not compute the same model, where a
-    weight did not arrive, or where the engine lost a part of its state while it slept.
-
-    Args:
-        probes: what sample_probes() returned.
-        logp: the trainer's log-probs of the tokens that were sampled, one after the other, (M,).
-        model: its name.
-    """
-    sampled_logp = []
-    for episode in probes:
-        sampled_logp += compress(episode.logp, batching.sampled_flags(episode))
-    difference = (torch.tensor(sampled_logp) - logp.cpu()).abs().mean().item()
-    largest = torch.tensor(gather_objects(difference)).max().item()
-    if not largest <= LARGEST_DIFFERENCE:  # or it is not a number
-        raise ValueError(
-            f"{model}: the engine's log-probs differ from the trainer's by {largest:.2f} in the "
-            f"mean, more than {LARGEST_DIFFERENCE}: with the same weights it samples from another "
-            "model than is trained; take another --engine, or another version of vLLM"
-        )
-
-
 def generate_on_all_ranks(
     engine: Engine,
     requests: Sequence[Request],
@@ -183,6 +149,10 @@ def generate_on_all_ranks(
     shares = balanced_shares(expected_tokens, n_engines)
     my_share = shares[dist.get_rank() // engine.n_ranks]
     episodes = engine.generate([requests[i] for i in my_share], sampling)
+    for (
+        episode
+    ) in episodes:  # every rank reads all: an array is read as one piece, not by the token
+        episode.logp = array("f", episode.logp)
     gathered = gather_objects(episodes)
     by_request: dict[int, list[Episode]] = {}
     for share, sampled in zip(shares, gathered[:: engine.n_ranks], strict=True):
@@ -218,21 +188,12 @@ def grade_on_all_ranks(
 
     Episodes are the same number in a row for each problem. All ranks must call this together.
     """
-    rank = dist.get_rank()
-    n_ranks = dist.get_world_size()
     group_size = len(episodes) // len(problems)
-    my_problems = range(rank, len(problems), n_ranks)
-    my_episodes = []
-    for i in my_problems:
-        my_episodes += episodes[i * group_size : (i + 1) * group_size]
-    verdicts = grader.grade_all([problems[i] for i in my_problems], my_episodes)
-    gathered = gather_objects(verdicts)
-    ordered = []
-    for i in range(len(problems)):
-        graded = gathered[i % n_ranks]
-        start = i // n_ranks * group_size
-        ordered += graded[start : start + group_size]
-    return ordered
+    share = math.ceil(len(problems) / dist.get_world_size())
+    start = dist.get_rank() * share
+    my_episodes = episodes[start * group_size : (start + share) * group_size]
+    verdicts = grader.grade_all(problems[start : start + share], my_episodes)
+    return list(chain(*gather_objects(verdicts)))
 
 
 # ---- The phases of a step: problems in, graded episodes out

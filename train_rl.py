@@ -24,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,7 +35,7 @@ import dense
 import flow as fl
 import rlfr
 import rollout
-from engines import awake, check_engine, make_engine
+from engines import awake, check_engine, check_probes, make_engine, sample_probes
 from evals import HeldOut, load_sets
 from infra import batching, fingerprints, lora, memory, parallel
 from infra.batching import group_order
@@ -125,8 +126,9 @@ class RecordSettings:
 class TrainingComputeSettings(ComputeSettings):
     """How the work is cut to fit the memory, and what is compiled."""
 
-    # Recompute activations; by default where keeping them takes too much memory
-    gradient_checkpointing: bool | None = None
+    # Decoder layers, from the first on, whose activations the backward computes again; 0: none; by
+    # default as few as the memory allows
+    recompute_layers: NonNegativeInt | None = None
     # Keep weights and optimisers in host memory, while the engine samples or always
     offload: Literal["never", "sampling", "always"] = "never"
 
@@ -221,14 +223,13 @@ def resolve(config: Config) -> tuple[Config, Model]:
         if is_first():
             print(f"no --data given: taking the published problems, {data}")
     config = fill_in(config, model)
-    if config.compute.gradient_checkpointing is None:
-        room = min(parallel.gather_objects(parallel.total_memory()))
-        recompute = memory.recomputes_activations(config, model, dist.get_world_size(), room)
-        config = with_defaults(config, gradient_checkpointing=recompute)
+    if config.compute.recompute_layers is None:
+        _, room = parallel.memory_of_device()
+        room = min(parallel.gather_objects(room))
+        n_layers = memory.layers_to_recompute(config, model, dist.get_world_size(), room)
+        config = with_defaults(config, recompute_layers=n_layers)
         if is_first():
-            print(
-                f"activations are {'recomputed' if recompute else 'kept'} (gradient_checkpointing)"
-            )
+            print(f"activations of {n_layers} layers are computed again (recompute_layers)")
     rank = config.optimisation.lora_rank
     if rank and model.processor is not None and config.optimisation.freeze == "none":
         raise ValueError(
@@ -258,12 +259,12 @@ def make_policy(config: Config, model: Model, load: Callable = load_policy) -> P
     policy = load(
         model.path,
         config.loading.trust_remote_code,
-        config.compute.gradient_checkpointing,
+        config.compute.recompute_layers,
         settings.freeze,
     )
     if settings.lora_rank:
         lora.add_adapters(policy.model, policy.layers, settings.lora_rank, config.seed)
-    parallel.compile_forward(policy.layer_parts(), config.compute.compile)
+    policy.compile_parts(config.compute.compile)
     dtype = parallel.compute_dtype(config.loading.dtype)
     parallel.shard(
         policy, policy.blocks, dtype, config.compute.always_offloads, methods=["tower_features"]
@@ -335,13 +336,6 @@ def tensors_of(models: Models) -> list[Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def check_probes(policy: Policy, probes: list[rollout.Episode], model: str) -> None:
-    """Raise ValueError if the policy's log-probs are not the engine's, see sample_probes()."""
-    batch = batching.collate(probes)
-    rollout.check_log_probs(probes, policy(batch).logp[batch.response_mask], model)
-
-
 def ways_to_sample(config: Config) -> dict[str, rollout.Sampling]:
     """Return how held-out problems are sampled, by name."""
     n = config.evaluation.eval_samples
@@ -379,8 +373,8 @@ class Experience:
         is_token = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
         mask = batching.only_sampled(is_token, episodes)
         sampled_logp = torch.zeros(mask.shape, device=device)
-        all_logp = [logp for episode in episodes for logp in episode.logp]
-        sampled_logp[is_token] = torch.tensor(all_logp, device=device)
+        all_logp = np.concatenate([episode.logp for episode in episodes])
+        sampled_logp[is_token] = torch.from_numpy(all_logp).to(device, torch.float32)
         sampled_logp.masked_fill_(~mask, 0.0)
         reward = [episode.verdict.reward for episode in episodes]
         correct = [episode.verdict.correct for episode in episodes]
@@ -427,7 +421,8 @@ def score(
     episodes = batching.encode_images(policy.image_encoder, episodes, token_budget)
     experience = Experience.before_scoring(episodes, max(1, len(layers)))
     for indices, batch in my_micro_batches(episodes, token_budget, "score"):
-        cells = (indices, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
+        places = parallel.send(torch.tensor(indices))
+        cells = (places, slice(batch.response_mask.shape[1]))  # of the micro-batch in (B, T)
         with torch.no_grad():
             output = policy(batch, temperature, layers)
             experience.old_logp[cells] = output.logp
@@ -555,7 +550,8 @@ def update_policy(
         chosen = [experience.episodes[i] for i in mini_batch]
         for indices, batch in my_micro_batches(chosen, config.compute.tokens_per_gpu, "update"):
             mask = batch.response_mask
-            cells = (mini_batch[indices], slice(mask.shape[1]))  # of the micro-batch in (B, T)
+            places = parallel.send(mini_batch[indices])
+            cells = (places, slice(mask.shape[1]))  # of the micro-batch in (B, T)
             old_logp = experience.old_logp[cells]
             output = models.policy(batch, temperature)
             loss, is_clipped = rlfr.policy_loss(
@@ -746,9 +742,7 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
     # ---- Does the engine sample from the model that is trained?
     with awake(engine, weights, host_copy):
-        probes = rollout.sample_probes(
-            engine, config.problems.max_prompt_tokens, sampling.max_tokens
-        )
+        probes = sample_probes(engine, config.problems.max_prompt_tokens, sampling.max_tokens)
     check_probes(policy, probes, model.path)
 
     # ---- Before the first step

@@ -50,6 +50,7 @@ import train_rl
 from common import keep, machine
 from infra import batching, parallel
 from infra.errors import first_line
+from infra.logprobs import CHUNK_WORK
 from infra.metrics import read_metrics
 from infra.runs import leave
 from infra.settings import change
@@ -342,6 +343,7 @@ def compute_figures(
     for field in fields(batch):
         value = getattr(batch, field.name)
         tensors[field.name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    tensors["packing"] = batching.Packing(*[part.to(device) for part in batch.packing])
     batch = batching.Batch(**tensors)
     taps = tap_layers(policy.n_layers, flow.config.percentiles)
     depths = [tap / policy.n_layers for tap in taps]
@@ -469,12 +471,12 @@ def checkpointing(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def compiled(trainer: Trainer) -> Iterator[None]:
-    """Compile the parts of the decoder's layers."""
-    parts = trainer.policy.layer_parts()
-    parallel.compile_forward(parts, "on")
+    """Compile the parts of the decoder's layers, and what is done with a chunk of logits."""
+    trainer.policy.compile_parts("on")
     yield
-    for part in parts:
+    for part in trainer.policy.layer_parts():
         del part.forward  # the class's own is left
+    trainer.policy.chunk_work = CHUNK_WORK
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from common import compare
-from infra.logprobs import TokenLogProbs
+from infra.logprobs import Scaling, TokenLogProbs
 from infra.parallel import DEVICE
 
 CHUNKS = "chunks (ours)"
@@ -55,7 +55,7 @@ def prepare(settings: Settings, variant: str):
 
     def work():
         if variant == CHUNKS:
-            logp, entropy = TokenLogProbs.apply(hidden, weight, targets, 1.0, None)
+            logp, entropy = TokenLogProbs.apply(hidden, weight, targets, Scaling(1.0))
         else:
             logp, entropy = full_logits(hidden, weight, targets)
         loss = logp.sum() + 0.1 * entropy.sum()

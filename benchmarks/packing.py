@@ -85,7 +85,9 @@ def prepare(settings: Settings, variant: str):
             if variant == SHARED:
                 yield batch
             else:  # as if no two rows had the same prompt
-                yield replace(batch, first_row=torch.arange(len(batch.first_row), device=DEVICE))
+                masks = (batch.attention_mask, batch.in_response)
+                no_two = torch.arange(len(batch.input_ids), device=DEVICE)
+                yield replace(batch, packing=batching.find_packing(*masks, first_row=no_two))
 
     def work() -> None:
         for batch in micro_batches():

@@ -184,7 +184,7 @@ def train_ours(
         "--shaping": "flow" if flow else "none",
         "--engine": "torch",
         "--dtype": "float32",
-        "--gradient-checkpointing": False,
+        "--recompute-layers": 0,
         "--save-every": 0,
         "--log-rollouts": 0,
         "--seed": settings.seed,

@@ -20,6 +20,7 @@ import rollout
 import train_rl
 from infra import parallel
 from infra.data import Problem, load_problems
+from infra.models import Model
 from infra.runs import launch
 from plan import advice
 from worlds import PRESETS
@@ -65,7 +66,7 @@ def main(config: train_rl.Config) -> None:
         for chosen in (filled, shortest_first):
             update(models, fill_micro_batches(chosen, config), config)
     except torch.OutOfMemoryError as error:
-        raise MemoryError(what_to_lower(config)) from error
+        raise MemoryError(what_to_lower(config, model)) from error
     peaks = parallel.gather_objects(parallel.take_peak_memory())
     if not parallel.is_first():
         return
@@ -73,7 +74,7 @@ def main(config: train_rl.Config) -> None:
     if parallel.DEVICE.type == "cpu":
         print(f"rehearsed an update at {lengths}; there is no GPU whose memory could be measured")
     else:
-        room = parallel.total_memory()
+        _, room = parallel.memory_of_device()
         print(
             f"rehearsed an update at {lengths}: at most {max(peaks) / 1e9:.1f} GB of tensors "
             f"in {room / 1e9:.1f} GB of a GPU's memory"
@@ -110,11 +111,12 @@ def fill_micro_batches(problems: Sequence, config) -> list:
     return list(problems[:n_episodes])
 
 
-def what_to_lower(config) -> str:
+def what_to_lower(config, model: Model) -> str:
     """Return the message for an update that does not fit into a GPU's memory."""
+    ways = advice.for_update(config, model.text_config.num_hidden_layers)
     return (
         "the largest update that these settings allow does not fit into the GPU's memory; "
-        f"any of these helps: {'; '.join(advice.for_update(config))}"
+        f"any of these helps: {'; '.join(ways)}"
     )
 
 

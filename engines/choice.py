@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from engines.torch_engine import TorchEngine
-from engines.vllm_engine import VllmEngine
+from engines.vllm_engine import FEW_SEQUENCES, VllmEngine
 from infra.files import import_file
 from infra.models import Model
 from infra.parallel import is_first
@@ -53,7 +53,7 @@ def make_engine(
         print("vLLM starts, which takes one to four minutes", flush=True)
     began = time.perf_counter()
     if kind == "torch":
-        sizes = (settings.max_sequences, device, dtype)
+        sizes = (settings.max_sequences or FEW_SEQUENCES, device, dtype)
         engine = TorchEngine(model, *sizes, settings.stop_tokens)
     elif kind == "vllm":
         engine = VllmEngine(model, settings, capacity, device, dtype, can_sleep)

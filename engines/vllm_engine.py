@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
@@ -17,6 +18,8 @@ from infra import vision
 from infra.models import Model
 from infra.parallel import DEVICE, is_first
 from rollout import Capacity, EngineSettings, Episode, Request, Sampling
+
+FEW_SEQUENCES = 256  # sampled at a time by default, but on a large GPU
 
 
 class VllmEngine:
@@ -47,6 +50,8 @@ class VllmEngine:
 
         if device.type == "cpu":
             vllm_setup.keep_weights_unpacked()
+        if settings.max_sequences is None:
+            settings = replace(settings, max_sequences=sequences_on(device))
         self.path = model.path
         self.tokenizer = model.tokenizer
         self.n_ranks = settings.tensor_parallel
@@ -155,6 +160,7 @@ class VllmEngine:
             max_tokens=sampling.room(request),
             stop_token_ids=self.end_tokens,
             logprobs=0,  # only that of the sampled token
+            flat_logprobs=True,  # in lists, not in an object for each token
             detokenize=False,
         )
 
@@ -171,7 +177,8 @@ class VllmEngine:
     def to_episode(self, request: Request, output) -> Episode:
         """Return the episode of one of vLLM's outputs."""
         ids = list(output.token_ids)
-        logp = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
+        assert output.logprobs.token_ids == ids, "vLLM gave log-probs of other tokens"
+        logp = output.logprobs.logprobs
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Episode(request.prompt_ids, ids, logp, output.finish_reason, text)
 
@@ -201,6 +208,19 @@ def free_memory(device: torch.device) -> float:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free
+
+
+def usual_sequences(gpu: str, memory: float) -> int:
+    """Return how many sequences vLLM 0.32 samples at a time by default on a GPU of some bytes."""
+    return 1024 if memory >= 70 * 2**30 and "A100" not in gpu else FEW_SEQUENCES
+
+
+def sequences_on(device: torch.device) -> int:
+    """Return how many sequences vLLM samples at a time by default on a device."""
+    if device.type == "cpu":
+        return FEW_SEQUENCES
+    properties = torch.cuda.get_device_properties(device)
+    return usual_sequences(properties.name, properties.total_memory)
 
 
 def cache_bytes(

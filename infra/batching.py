@@ -11,14 +11,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from infra import vision
-from infra.parallel import DEVICE, gather_rows
+from infra.parallel import DEVICE, gather_rows, send
 
 
 # ---- Batches
@@ -56,21 +59,11 @@ class Batch:
     in_response: Tensor  # (B, S) bool, positions of response tokens, whoever wrote them
     targets: Tensor  # (B, S) bool, positions of response tokens that the policy sampled
     response_mask: Tensor  # (B, T) bool, the same tokens by their place in the response
-    first_row: Tensor  # (B,) the first row that has the same prompt
+    before: Tensor  # (M,) of B*S, the position before each sampled token, which predicts it
+    cells: Tensor  # (M,) of B*T, where response_mask is true
+    packing: "Packing"
     images: Sequence[vision.Image] = ()  # of all rows, in order
-    images_once: Sequence[vision.Image] = ()  # of first rows
-
-    @cached_property
-    def packing(self) -> "Packing":
-        """Where the tokens are; prompts that rows share are packed once."""
-        rows = torch.arange(len(self.first_row), device=self.first_row.device)
-        has_own_prompt = (self.first_row == rows)[:, None]  # (B, 1)
-        is_packed = self.attention_mask & (has_own_prompt | self.in_response)
-        place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
-        source = torch.where(is_packed, place, place[self.first_row])
-        source = source.masked_fill(~self.attention_mask, 0)
-        places = is_packed.flatten().nonzero().squeeze(1)
-        return Packing(places, source)
+    images_once: Sequence[vision.Image] = ()  # of first rows, see first_rows()
 
     @cached_property
     def image_inputs(self) -> vision.ImageInputs:
@@ -79,9 +72,9 @@ class Batch:
 
     def unflatten(self, values: Tensor) -> Tensor:
         """Spread values of sampled tokens (M, …) into (B, T, …), zero elsewhere."""
-        out = values.new_zeros(*self.response_mask.shape, *values.shape[1:])
-        out[self.response_mask] = values
-        return out
+        out = values.new_zeros(self.response_mask.numel(), *values.shape[1:])
+        out = out.index_copy(0, self.cells, values)
+        return out.unflatten(0, self.response_mask.shape)
 
 
 class Packing(NamedTuple):
@@ -108,49 +101,82 @@ class Packing(NamedTuple):
         return self.places % self.source.shape[1]
 
 
+def find_packing(attention_mask: Tensor, in_response: Tensor, first_row: Tensor) -> Packing:
+    """Find out where the tokens of a batch are; prompts that rows share are packed once.
+
+    attention_mask, in_response: (B, S), as of a Batch; first_row: (B,), see first_rows()
+    """
+    rows = torch.arange(len(first_row), device=first_row.device)
+    has_own_prompt = (first_row == rows)[:, None]  # (B, 1)
+    is_packed = attention_mask & (has_own_prompt | in_response)
+    place = is_packed.flatten().cumsum(0).view_as(is_packed) - 1  # among the packed tokens
+    source = torch.where(is_packed, place, place[first_row])
+    return Packing(places_of(is_packed), source.masked_fill(~attention_mask, 0))
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """Return where a mask is true, among all of its values. On a GPU the host has to wait for it."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 def take(tensor: Tensor, indices: Tensor) -> Tensor:
     """Return tensor[indices] for indices of any shape, by index_select, which is faster."""
     return tensor.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Make a batch of episodes; each must have a prompt token and a sampled response token."""
+    """Make a batch of episodes; each must have a prompt token and a sampled response token.
+
+    The host knows all lengths. So it finds all places, and no step of a micro-batch on a GPU has to
+    wait for one.
+    """
     prompt_lengths = [len(row.prompt_ids) for row in rows]
     response_lengths = [len(row.response_ids) for row in rows]
     assert min(prompt_lengths) > 0, "an episode needs a prompt token"
     assert min(response_lengths) > 0, "an episode needs a response token"
+    # by way of numpy, which reads lists several times as fast
+    token_ids = [np.array([*row.prompt_ids, *row.response_ids]) for row in rows]
+    input_ids = pad_sequence(list(map(torch.from_numpy, token_ids)), batch_first=True)  # (B, S)
 
-    token_ids = []
-    images = []
-    images_once = []
-    first_rows: dict[tuple, int] = {}
-    first_row = []
-    for i, row in enumerate(rows):
-        token_ids.append([*row.prompt_ids, *row.response_ids])
-        images.extend(row.images)
-        first_row.append(first_rows.setdefault(prompt_key(row), i))
-        if first_row[i] == i:
-            images_once.extend(row.images)
-    width = max(len(ids) for ids in token_ids)  # S
-    padded_ids = [ids + [0] * (width - len(ids)) for ids in token_ids]
-    input_ids = torch.tensor(padded_ids, device=DEVICE)
-
-    start = torch.tensor(prompt_lengths, device=DEVICE)[:, None]  # (B, 1)
-    n_response = torch.tensor(response_lengths, device=DEVICE)[:, None]  # (B, 1)
-    position = torch.arange(width, device=DEVICE)  # (S,)
+    start = torch.tensor(prompt_lengths)[:, None]  # (B, 1)
+    n_response = torch.tensor(response_lengths)[:, None]  # (B, 1)
+    position = torch.arange(input_ids.shape[1])  # (S,)
     attention_mask = position < start + n_response
     in_response = attention_mask & (position >= start)
+    targets = only_sampled(in_response, rows)
     is_token = position[: max(response_lengths)] < n_response  # (B, T)
+    response_mask = only_sampled(is_token, rows)
+    first_row = first_rows(rows)
+    masks = (attention_mask, in_response, targets, response_mask)
+    batch = make_batch(input_ids, *masks, first_row=torch.tensor(first_row))
+    batch.images = list(chain(*(row.images for row in rows)))
+    images_once = (row.images for i, row in enumerate(rows) if first_row[i] == i)
+    batch.images_once = list(chain(*images_once))
+    return batch
+
+
+def make_batch(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    in_response: Tensor,
+    targets: Tensor,
+    response_mask: Tensor,
+    first_row: Tensor,
+) -> Batch:
+    """Make a batch of what its rows are, as in Batch, without images; first_row as of first_rows()."""
+    packing = find_packing(attention_mask, in_response, first_row)
     return Batch(
-        input_ids,
-        attention_mask,
-        in_response,
-        targets=only_sampled(in_response, rows),
-        response_mask=only_sampled(is_token, rows),
-        first_row=torch.tensor(first_row, device=DEVICE),
-        images=images,
-        images_once=images_once,
+        *map(send, (input_ids, attention_mask, in_response, targets, response_mask)),
+        before=send(places_of(targets) - 1),
+        cells=send(places_of(response_mask)),
+        packing=Packing(*map(send, packing)),
     )
+
+
+def first_rows(rows: Sequence[Row]) -> list[int]:
+    """Return for each row the first one that has the same prompt."""
+    first: dict[tuple, int] = {}
+    return [first.setdefault(prompt_key(row), i) for i, row in enumerate(rows)]
 
 
 def only_sampled(is_token: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -35,25 +35,17 @@ def published_settings(model: Model) -> dict[str, object]:
     The reward of language models is that of the paper's page.
     """
     is_large = model.n_parameters > 5e9
-    settings = {
+    has_vision = vision.takes_images(model.config)
+    return {
         "flow_blocks": 6 if is_large else 4,
+        "noise_repeats": 2 if is_large and not has_vision else 4,
         "max_prompt_tokens": 3000,
+        "max_tokens": 3072 if is_large and has_vision else 1024,
+        "cutoff": 16384 if has_vision else 8192,
+        "problem_column": "prompt" if has_vision else "problem",
+        "reward": ("vlm", "tags=0.5") if has_vision else ("binary",),
+        "freeze": "vision" if has_vision else "none",
     }
-    if vision.takes_images(model.config):
-        settings["noise_repeats"] = 4
-        settings["cutoff"] = 16384
-        settings["max_tokens"] = 3072 if is_large else 1024
-        settings["problem_column"] = "prompt"
-        settings["reward"] = ("vlm", "tags=0.5")
-        settings["freeze"] = "vision"
-    else:
-        settings["noise_repeats"] = 2 if is_large else 4
-        settings["cutoff"] = 8192
-        settings["max_tokens"] = 1024
-        settings["problem_column"] = "problem"
-        settings["reward"] = ("binary",)
-        settings["freeze"] = "none"
-    return settings
 
 
 def choose_template(template: str, model: Model) -> str:

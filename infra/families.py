@@ -5,8 +5,7 @@ softcap; recurrent states; convolutions. A list of names would be out of date wi
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,12 +55,16 @@ def in_small(model: nn.Module, device: torch.device) -> nn.Module:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     of_words = {id(table.weight) for table in tables}
     weights = {}
-    with first_layers(model.get_decoder(), n_until_all_kinds(model)):
+    decoder, layers = model.get_decoder(), model.get_decoder().layers
+    decoder.layers = layers[: n_until_all_kinds(model)]
+    try:
         for weight in model.parameters():
             values = weight.detach()[:WORDS] if id(weight) in of_words else weight.detach()
             values = values.to(device, torch.float32)
             weights[id(weight)] = nn.Parameter(values, requires_grad=False)
         small = copy.deepcopy(model, weights)
+    finally:
+        decoder.layers = layers
     small.get_input_embeddings().padding_idx = None  # it may be among the words that are left out
     shorten_windows(small.get_decoder())
     return small.to(device).float().eval()  # buffers, too
@@ -76,17 +79,6 @@ def n_until_all_kinds(model: nn.Module) -> int:
         shapes = tuple((name, weight.shape) for name, weight in layer.named_parameters())
         kinds.append((kind, shapes))
     return 1 + max(kinds.index(kind) for kind in set(kinds))
-
-
-@contextmanager
-def first_layers(decoder: nn.Module, n: int) -> Iterator[None]:
-    """Let a decoder have its first n layers alone."""
-    layers = decoder.layers
-    decoder.layers = layers[:n]
-    try:
-        yield
-    finally:
-        decoder.layers = layers
 
 
 def shorten_windows(decoder: nn.Module) -> None:

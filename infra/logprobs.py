@@ -5,6 +5,7 @@ M is the number of response tokens of a batch, V the size of the vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,68 @@ CHUNK_LOGITS = CHUNK_LOGITS_OF_GPU if DEVICE.type == "cuda" else 2**23
 KEPT_LOGITS = 96 * 2**20
 
 
+class Scaling(NamedTuple):
+    """How z comes of logits a: z = a/temperature, or c * tanh(a/c)/temperature with a softcap c."""
+
+    temperature: float
+    softcap: float | None = None  # of the model (Gemma 2)
+
+
+class OfRows(NamedTuple):
+    """What the backward of a chunk needs of each row, (M,) float32."""
+
+    lse: Tensor  # logsumexp over the vocabulary
+    entropy: Tensor
+    g_logp: Tensor  # gradient by the log-prob
+    g_entropy: Tensor
+    g_target: Tensor  # g_logp of rows whose target is in the chunk, 0 elsewhere
+
+
+# ---- What is done with a chunk of logits; on a GPU this is compiled, as it reads them a dozen times
+def chunk_figures(logits: Tensor, place: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z at the place of the target, logsumexp of z, and mean z by the chunk's distribution.
+
+    logits: (M, chunk); place and each result: (M,)
+    """
+    z = scale(logits, scaling)
+    lse = z.logsumexp(dim=-1)
+    p = (z - lse[:, None]).exp_()
+    return z.gather(1, place[:, None]).squeeze(1), lse, torch.linalg.vecdot(p, z)
+
+
+def chunk_gradient(logits: Tensor, place: Tensor, rows: OfRows, scaling: Scaling) -> Tensor:
+    """Return the gradient by logits (M, chunk), as TokenLogProbs derives it.
+
+    All steps are in place, because a chunk is large.
+    """
+    lse, entropy, g_logp, g_entropy, g_target = (values[:, None] for values in rows)  # (M, 1)
+    z = scale(logits, scaling)
+    slope = 1 / scaling.temperature  # dz/da
+    if scaling.softcap is not None:
+        slope = slope * (1 - (z * (scaling.temperature / scaling.softcap)).square())
+    log_p = z.sub_(lse)
+    d_z = log_p.exp()  # p
+    d_z.mul_(log_p.add_(entropy).mul_(-g_entropy).sub_(g_logp))
+    d_z.scatter_add_(1, place[:, None], g_target)
+    return d_z.mul_(slope).to(logits.dtype)
+
+
+CHUNK_WORK = (chunk_figures, chunk_gradient)
+
+
+def scale(logits: Tensor, scaling: Scaling) -> Tensor:
+    """Return the scaled logits z in float32, in memory of their own."""
+    logits = logits.float()
+    if scaling.softcap is not None:
+        logits = scaling.softcap * torch.tanh(logits / scaling.softcap)
+    return logits / scaling.temperature
+
+
 class TokenLogProbs(torch.autograd.Function):
     """log pi(target) and entropy of each row of hidden states; logits are made a few words at a time.
 
-    apply(hidden (M, D), weight (V, D), targets (M,), temperature, softcap or None)
-    -> logp (M,), entropy (M,), both float32.
+    apply(hidden (M, D), weight (V, D), targets (M,), scaling) -> logp (M,), entropy (M,), in float32
+    A last argument may hold CHUNK_WORK, compiled.
 
     The vocabulary is cut into chunks, not the rows: so each word of the head gets its gradient by one
     product. The backward makes the logits again, but for the first KEPT_LOGITS, which the forward
@@ -36,29 +94,29 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap):
+    def forward(ctx, hidden, weight, targets, scaling, chunk_work=CHUNK_WORK):
+        figures, ctx.gradient = chunk_work
         z_target = torch.zeros(len(hidden), device=hidden.device)
-        lse_of_chunks = []  # logsumexp of the scaled logits
-        mean_of_chunks = []  # mean logits, by the distribution within the chunk
+        lse_of_chunks = []
+        mean_of_chunks = []
         kept = []  # logits of the first chunks
         may_keep = KEPT_LOGITS if ctx.needs_input_grad[0] else 0
         for words in vocabulary_chunks(len(hidden), len(weight)):
-            z = scaled_logits(hidden, weight[words], temperature, softcap)  # (M, chunk)
+            logits = hidden @ weight[words].T  # (M, chunk)
             place, is_here = find_targets(targets, words)
-            z_target += z.gather(1, place[:, None]).squeeze(1) * is_here
-            chunk_lse = z.logsumexp(dim=-1)
-            lse_of_chunks.append(chunk_lse)
-            mean_of_chunks.append(mean_logit(z, chunk_lse))
-            may_keep -= z.numel()
+            z_place, lse, mean = figures(logits, place, scaling)
+            z_target += z_place * is_here
+            lse_of_chunks.append(lse)
+            mean_of_chunks.append(mean)
+            may_keep -= logits.numel()
             if may_keep >= 0:
-                kept.append(z)
+                kept.append(logits)
         lse_of_chunks = torch.stack(lse_of_chunks)  # (n_chunks, M)
         lse = lse_of_chunks.logsumexp(dim=0)
         p_of_chunks = (lse_of_chunks - lse).exp()
         entropy = lse - (p_of_chunks * torch.stack(mean_of_chunks)).sum(dim=0)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, *kept)
-        ctx.temperature = temperature
-        ctx.softcap = softcap
+        ctx.scaling = scaling
         return z_target - lse, entropy
 
     @staticmethod
@@ -67,21 +125,10 @@ class TokenLogProbs(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # summed over the chunks
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for i, words in enumerate(vocabulary_chunks(len(hidden), len(weight))):
-            if i < len(kept):
-                z = kept[i].clone()  # it is overwritten below, and a second backward may come
-            else:
-                z = scaled_logits(hidden, weight[words], ctx.temperature, ctx.softcap)
-            slope = scaling_slope(z, ctx.temperature, ctx.softcap)
+            logits = kept[i] if i < len(kept) else hidden @ weight[words].T
             place, is_here = find_targets(targets, words)
-            d_logits = gradient_by_logits(
-                z,
-                lse[:, None],
-                entropy[:, None],
-                g_logp[:, None],
-                g_entropy[:, None],
-            )
-            d_logits.scatter_add_(1, place[:, None], (g_logp * is_here)[:, None])
-            d_logits = d_logits.mul_(slope).to(hidden.dtype)  # (M, chunk)
+            rows = OfRows(lse, entropy, g_logp, g_entropy, g_logp * is_here)
+            d_logits = ctx.gradient(logits, place, rows, ctx.scaling)  # (M, chunk)
             d_hidden += d_logits @ weight[words]
             if d_weight is not None:
                 torch.mm(d_logits.T, hidden, out=d_weight[words])
@@ -99,46 +146,3 @@ def find_targets(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """Return the place of each target (M,) among the words, 0 if it is elsewhere; and if it is here."""
     is_here = (targets >= words.start) & (targets < words.stop)
     return torch.where(is_here, targets - words.start, 0), is_here
-
-
-def scaled_logits(
-    hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None
-) -> Tensor:
-    """Return z = a/temperature with logits a = hidden @ weight.T, in float32.
-
-    A model with a softcap c (Gemma 2) has logits c * tanh(a/c).
-    """
-    logits = (hidden @ weight.T).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits / temperature
-
-
-def scaling_slope(z: Tensor, temperature: float, softcap: float | None) -> Tensor | float:
-    """Return dz/da of scaled_logits: 1/temperature, times 1 - tanh(a/c)^2 with a softcap c."""
-    if softcap is None:
-        return 1 / temperature
-    tanh = z * (temperature / softcap)
-    return (1 - tanh.square()) / temperature
-
-
-def mean_logit(z: Tensor, lse: Tensor) -> Tensor:
-    """Return sum_j p_j * z_j of each row, with p = exp(z - lse) its distribution."""
-    p = (z - lse[:, None]).exp_()
-    return torch.linalg.vecdot(p, z)
-
-
-def gradient_by_logits(
-    z: Tensor, lse: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor
-) -> Tensor:
-    """Return p * (-g_H * (log p + H) - g_logp), (M, chunk), as TokenLogProbs derives it.
-
-    z (M, chunk) is overwritten and all steps are in place, because a chunk of logits is large; the
-    others are (M, 1).
-    """
-    log_p = z.sub_(lse)
-    d_z = log_p.exp()  # p
-    factor = log_p.add_(entropy)
-    factor.mul_(-g_entropy)
-    factor.sub_(g_logp)
-    return d_z.mul_(factor)

@@ -1,4 +1,4 @@
-"""The memory of an update, by arithmetic: whether a GPU has room for all activations."""
+"""The memory of an update, by arithmetic: of how many layers a GPU has room for the activations."""
 
 from infra import logprobs
 from infra.defaults import published_settings
@@ -24,7 +24,7 @@ def layer_bytes(text_config) -> int:
 
 
 def update_bytes(
-    text_config, n_parameters: int, n_tokens: int, n_ranks: int, recompute: bool
+    text_config, n_parameters: int, n_tokens: int, n_ranks: int, n_recomputed: int
 ) -> float:
     """Return the most that an update holds of a GPU's memory, in bytes, of a plain decoder.
 
@@ -32,28 +32,29 @@ def update_bytes(
 
     n_parameters: of all that learns, the flow included
     n_tokens: of a micro-batch
-    recompute: whether a layer keeps its input alone
+    n_recomputed: of the layers, how many keep their inputs alone
     """
     states = 16 * n_parameters / n_ranks  # float32: weights, gradients and two moments
     # the last chunk's logits and their gradient (4 + 2), this one's before and after scaling (4 + 4)
     logits = 14 * logprobs.CHUNK_LOGITS
     head = 4 * text_config.vocab_size * text_config.hidden_size  # gathered (2), its gradient (2)
-    per_layer = 2 * text_config.hidden_size if recompute else layer_bytes(text_config)
-    activations = n_tokens * text_config.num_hidden_layers * per_layer
-    return states + logits + head + activations
+    n_kept = text_config.num_hidden_layers - n_recomputed
+    of_token = n_recomputed * 2 * text_config.hidden_size + n_kept * layer_bytes(text_config)
+    return states + logits + head + n_tokens * of_token
 
 
-def recomputes_activations(config, model: Model, n_ranks: int, room: int) -> bool:
-    """Return whether the backward recomputes activations, because keeping them takes too much.
+def layers_to_recompute(config, model: Model, n_ranks: int, room: int) -> int:
+    """Return of how many layers the backward computes the activations again: as few as fit.
 
     room is the size of a GPU's memory, in bytes, of which a fifth is left to the sleeping engine, to
     what is gathered and to fragments. Without a GPU, and where the arithmetic does not hold, models
-    above 1B parameters recompute.
+    above 1B parameters recompute all.
     """
     text_config = model.text_config
+    n_layers = text_config.num_hidden_layers
     is_plain = text_config.model_type in PLAIN_DECODERS and not config.optimisation.lora_rank
     if room == 0 or not is_plain:
-        return model.n_parameters > 1e9
+        return n_layers if model.n_parameters > 1e9 else 0
     dim = text_config.hidden_size
     n_parameters = model.n_parameters
     if not text_config.tie_word_embeddings:
@@ -65,5 +66,8 @@ def recomputes_activations(config, model: Model, n_ranks: int, room: int) -> boo
         n_parameters = 0  # they are in host memory
     longest = config.problems.max_prompt_tokens + config.sampling.max_tokens
     n_tokens = max(config.compute.tokens_per_gpu, longest)  # a single row may exceed the budget
-    kept = update_bytes(text_config, n_parameters, n_tokens, n_ranks, recompute=False)
-    return kept > 0.8 * room
+    for n_recomputed in range(n_layers):
+        taken = update_bytes(text_config, n_parameters, n_tokens, n_ranks, n_recomputed)
+        if taken <= 0.8 * room:
+            return n_recomputed
+    return n_layers

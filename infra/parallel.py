@@ -163,6 +163,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def send(tensor: Tensor) -> Tensor:
+    """Copy a tensor from host memory to the device; the host does not wait for what runs there."""
+    if DEVICE.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(DEVICE, non_blocking=True)
+
+
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Return every rank's rows (n, ...), on all ranks; counts holds each rank's n."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -183,19 +190,9 @@ def take_peak_memory() -> int:
     return peak
 
 
-def total_memory() -> int:
-    """Return the size of the GPU's memory."""
-    if DEVICE.type == "cpu":
-        return 0
-    return torch.cuda.mem_get_info()[1]
-
-
-def used_memory() -> int:
-    """Return how much of the GPU's memory is in use, by whomever."""
-    if DEVICE.type == "cpu":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+def memory_of_device() -> tuple[int, int]:
+    """Return how much of the GPU's memory is free, whoever uses the rest, and its size."""
+    return (0, 0) if DEVICE.type == "cpu" else torch.cuda.mem_get_info()
 
 
 # ---- Sharding
@@ -208,15 +205,17 @@ def compute_dtype(name: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
     return torch.float32
 
 
-def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "off"]) -> None:
-    """Compile the forward of each module in place; `auto` does so only on a GPU.
-
-    On a CPU nothing is gained by it. Modules of one class share what is compiled.
-    """
+def compiled(function: Callable, when: Literal["auto", "on", "off"]) -> Callable:
+    """Return a function compiled, or as it is; `auto` compiles only on a GPU."""
     if when == "off" or (when == "auto" and DEVICE.type != "cuda"):
-        return
+        return function
+    return torch.compile(function, dynamic=True)
+
+
+def compile_forward(modules: Iterable[nn.Module], when: Literal["auto", "on", "off"]) -> None:
+    """Compile the forward of each module in place; modules of one class share what is compiled."""
     for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=True)
+        module.forward = compiled(module.forward, when)
 
 
 def shard(

@@ -192,41 +192,25 @@ def end_work() -> None:
 
 
 # ---- A run's folder
-# Settings that cannot change when a run is resumed, and why; all others act from there on
-OF_THE_MODEL = "the checkpoint holds the weights of that model"
+# Settings that cannot change when a run is resumed, by the reason; all others act from there on
 OF_THE_DATA = "the checkpoint's place in the data would mean other problems"
-OF_THE_SOLUTIONS = "the flow has learnt from those that it would be tested on"
-OF_THE_PROMPTS = "the policy has learnt from other prompts"
 OF_THE_WEIGHTS = "the checkpoint holds other weights and optimisers than that needs"
-OF_THE_RANDOMNESS = "order, sampling and noise follow from it"
-FIXED_AT_START = {
-    "model": OF_THE_MODEL,
-    "trust_remote_code": OF_THE_MODEL,
-    "data": OF_THE_DATA,
-    "subset": OF_THE_DATA,
-    "problem_column": OF_THE_DATA,
-    "answer_column": OF_THE_DATA,
-    "solution_column": OF_THE_DATA,
-    "drop_empty": OF_THE_DATA,
-    "images_column": OF_THE_DATA,
-    "batch_size": OF_THE_DATA,
-    "held_out": OF_THE_SOLUTIONS,
-    "cutoff": "the flow has learnt from solutions that were cut there",
-    "template": OF_THE_PROMPTS,
-    "max_pixels": OF_THE_PROMPTS,
-    "shaping": OF_THE_WEIGHTS,
-    "dense": OF_THE_WEIGHTS,
-    "flow": OF_THE_WEIGHTS,
-    "freeze": OF_THE_WEIGHTS,
-    "lora_rank": OF_THE_WEIGHTS,
-    "contexts": OF_THE_WEIGHTS,
-    "percentiles": OF_THE_WEIGHTS,
-    "shift": OF_THE_WEIGHTS,
-    "flow_blocks": OF_THE_WEIGHTS,
-    "standardise": OF_THE_WEIGHTS,
-    "calibrate_at": OF_THE_WEIGHTS,
-    "seed": OF_THE_RANDOMNESS,
+REASONS = {
+    "the checkpoint holds the weights of that model": ("model", "trust_remote_code"),
+    OF_THE_DATA: (
+        *("data", "subset", "problem_column", "answer_column", "solution_column"),
+        *("drop_empty", "images_column", "batch_size"),
+    ),
+    "the flow has learnt from those that it would be tested on": ("held_out",),
+    "the flow has learnt from solutions that were cut there": ("cutoff",),
+    "the policy has learnt from other prompts": ("template", "max_pixels"),
+    OF_THE_WEIGHTS: (
+        *("shaping", "dense", "flow", "freeze", "lora_rank", "contexts", "percentiles"),
+        *("shift", "flow_blocks", "standardise", "calibrate_at"),
+    ),
+    "order, sampling and noise follow from it": ("seed",),
 }
+FIXED_AT_START = {name: reason for reason, names in REASONS.items() for name in names}
 # Settings of which it is fixed whether they are 0: the flow has an optimiser, or none
 FIXED_IF_ZERO = {"flow_lr": OF_THE_WEIGHTS}
 
@@ -445,7 +429,7 @@ class Run:
         load_state_dict(). metrics.jsonl is cut back to the step of the checkpoint.
         """
         self.folder = on_first(self.claim_folder)
-        newest = on_first(self.newest_checkpoint)
+        newest = on_first(lambda: next(reversed(whole_checkpoints(self.folder)), None))
         note_how_to_go_on(f"go on with --resume {self.folder}")
         if newest:
             check_checkpoint(self.folder, newest)
@@ -456,11 +440,6 @@ class Run:
             self.saved_step = step_of(newest)
         kind = self.config.run.track if is_first() else "none"
         self.tracker = Tracker(kind, self.folder, asdict(self.config))
-
-    def newest_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint of the folder; None if there is none."""
-        found = whole_checkpoints(self.folder)
-        return found[-1] if found else None
 
     def prepare_folder(self, newest: Path | None) -> None:
         """Make the folder, or clear it of what a dead run left after its newest checkpoint."""
@@ -663,7 +642,8 @@ class Stopwatch:
 
     def note_memory(self) -> None:
         """Note all that is in use of the GPU's memory at the end of a rollout, by the engine, too."""
-        self.used_in_roll_out = parallel.used_memory()
+        free, total = parallel.memory_of_device()
+        self.used_in_roll_out = total - free
 
     def lap(self, phase: str) -> None:
         """End a phase, which began where the last one ended, when the GPU has done its work."""

@@ -321,6 +321,9 @@ def upgraded(
         stored["offload"] = "sampling" if stored["offload"] else "never"
     if always:
         stored["offload"] = "always"
+    recomputes = stored.pop("gradient_checkpointing", None)
+    if recomputes is not None:
+        stored["recompute_layers"] = 10**6 if recomputes else 0  # all that there are
     if stored.pop("freeze_flow", False):
         stored["flow_lr"] = 0.0
     if "clip_low" in stored or "clip_high" in stored:

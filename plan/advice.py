@@ -1,15 +1,15 @@
 """What to lower where a step does not fit into a GPU's memory."""
 
 
-def for_update(config) -> list[str]:
-    """Return the ways to an update that takes less memory, as flags."""
+def for_update(config, n_layers: int) -> list[str]:
+    """Return the ways to an update of a model of n_layers that takes less memory, as flags."""
     ways = [
         f"a lower --tokens-per-gpu (now {config.compute.tokens_per_gpu})",
         f"a lower --max-tokens (now {config.sampling.max_tokens})",
         f"a lower --max-prompt-tokens (now {config.problems.max_prompt_tokens})",
     ]
-    if not config.compute.gradient_checkpointing:
-        ways.append("--gradient-checkpointing True")
+    if config.compute.recompute_layers < n_layers:
+        ways.append(f"a larger --recompute-layers (now {config.compute.recompute_layers})")
     return ways + for_weights(config)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 import train_rl
+from engines.vllm_engine import usual_sequences
 from infra import lora, memory
 from infra.defaults import published_settings
 from infra.models import LoadingSettings, Model, short_name
@@ -59,7 +60,7 @@ def main(config: Config) -> None:
     phases = estimate.learning_phases(config, held, traced, n_held)
     roll_out = estimate.roll_out_phase(config, model, n_parameters, n_held, machine)
     print_head(config, model, n_parameters, n_dense, machine)
-    print_memory(config, held, roll_out, phases, machine)
+    print_memory(config, model, held, roll_out, phases=phases, machine=machine)
     if isinstance(roll_out, Phase):
         times = estimate.times_of_step(config, model, n_parameters, traced, roll_out.cache, machine)
         print_times(config, traced, times, machine)
@@ -84,12 +85,10 @@ def resolve(config: Config, machine: Machine) -> tuple[Config, Model]:
     start_ranks(machine.n_gpus)
     train_rl.check(config)
     train_rl.check_lengths(config, model)
-    if config.compute.gradient_checkpointing is None:
-        recompute = memory.recomputes_activations(
-            config, model, machine.n_gpus, int(machine.gpu.memory)
-        )
-        config = with_defaults(config, gradient_checkpointing=recompute)
-    return config, model
+    room = int(machine.gpu.memory)
+    config = with_defaults(config, max_sequences=usual_sequences(machine.name, room))
+    n_layers = memory.layers_to_recompute(config, model, machine.n_gpus, room)
+    return with_defaults(config, recompute_layers=n_layers), model
 
 
 def largest_shape(config: Config) -> trial.Shape:
@@ -124,10 +123,9 @@ def print_head(
     learns = "all weights learn"
     if config.optimisation.lora_rank:
         learns = f"adapters of rank {config.optimisation.lora_rank} learn"
-    kept = "recomputed" if config.compute.gradient_checkpointing else "kept"
     print(
-        f"{short_name(model.path)}, {n_parameters / 1e9:.2f}B weights{dense}; {learns}; activations "
-        f"are {kept}\n{machine.n_gpus} x {machine.name} of {machine.gpu.memory / 1e9:.0f} GB; "
+        f"{short_name(model.path)}, {n_parameters / 1e9:.2f}B weights{dense}; {learns}; "
+        f"{config.compute.recompute_layers} layers recompute activations\n{machine.n_gpus} x {machine.name} of {machine.gpu.memory / 1e9:.0f} GB; "
         f"micro-batches of {config.compute.tokens_per_gpu} tokens, rows of at most "
         f"{config.problems.max_prompt_tokens} + {config.sampling.max_tokens}"
     )
@@ -135,6 +133,7 @@ def print_head(
 
 def print_memory(
     config: Config,
+    model: Model,
     held: trial.Held,
     roll_out: Phase | str,
     phases: list[Phase],
@@ -161,17 +160,18 @@ def print_memory(
     for phase in phases:
         if phase.total > room:
             print(
-                f"{phase.name}: any of these helps: {'; '.join(what_to_lower(config, phase, machine))}"
+                f"{phase.name}: any of these helps: "
+                f"{'; '.join(what_to_lower(config, model, phase, machine))}"
             )
 
 
-def what_to_lower(config: Config, phase: Phase, machine: Machine) -> list[str]:
+def what_to_lower(config: Config, model: Model, phase: Phase, machine: Machine) -> list[str]:
     """Return the settings by which a phase takes less."""
     if phase.name == "roll out":
         return advice.for_rollout(config, machine.n_gpus)
     if phase.trainer + BESIDE > machine.gpu.memory:
         return advice.for_weights(config)
-    return advice.for_update(config)
+    return advice.for_update(config, model.text_config.num_hidden_layers)
 
 
 def print_times(

@@ -29,7 +29,7 @@ def find_model(name: str, trust_remote_code: bool) -> Model:
 
 
 def empty_policy(
-    path: str, trust_remote_code: bool = False, checkpointing: bool = False, freeze: Freeze = "none"
+    path: str, trust_remote_code: bool = False, recompute: int = 0, freeze: Freeze = "none"
 ) -> Policy:
     """Make what load_policy() loads, of the configuration alone, in bfloat16.
 
@@ -40,7 +40,7 @@ def empty_policy(
     attention = model.get_decoder().config._attn_implementation
     if families.can_pack(model) or vision.takes_images(config):
         attention = PACKED
-    return as_policy(model, checkpointing, freeze, attention)
+    return as_policy(model, recompute, freeze, attention)
 
 
 def make_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:

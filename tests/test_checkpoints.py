@@ -216,7 +216,7 @@ MAY_CHANGE = {
     *("flow_lr", "flow_soft", "flow_entropy_quantile", "flow_times", "noise_repeats"),
     *("eval_data", "eval_every", "eval_samples", "log_rollouts"),
     *("engine", "max_sequences", "cache_share", "tensor_parallel", "stop_tokens"),
-    *("tokens_per_gpu", "compile", "gradient_checkpointing", "offload"),
+    *("tokens_per_gpu", "compile", "recompute_layers", "offload"),
     *("dtype", "save_every", "keep", "export_every", "track"),
 }
 

@@ -101,6 +101,14 @@ def test_settings_of_an_earlier_version(write, parse):
     assert config == change(train_rl.Config(), model="Qwen2.5-7B", clip=(0.2, 0.28), flow_lr=0.0)
 
 
+@pytest.mark.parametrize(("recomputes", "n_layers"), [(True, 10**6), (False, 0), (None, None)])
+def test_a_switch_of_an_earlier_version_means_all_layers_or_none(
+    write, parse, recomputes, n_layers
+):
+    file = write({"gradient_checkpointing": recomputes})
+    assert parse("--config", file).compute.recompute_layers == n_layers
+
+
 # ---- Whose files
 @pytest.mark.parametrize("config_class", [train_rl.Config, train_flow.Config])
 def test_the_settings_of_a_run(tmp_path, parse, config_class):

@@ -228,9 +228,9 @@ def test_vllm_on_two_ranks(config, tmp_path, tensor_parallel):
     "options",
     [
         {"offload": "always"},
-        {"offload": "sampling", "gradient_checkpointing": True},
+        {"offload": "sampling", "recompute_layers": 2},
         {"compile": "on"},
-        {"compile": "on", "gradient_checkpointing": True},
+        {"compile": "on", "recompute_layers": 2},
     ],
     ids=str,
 )

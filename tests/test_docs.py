@@ -122,7 +122,9 @@ def test_links_lead_somewhere():
                 assert anchor in anchors(target), f"{page.relative_to(ROOT)}: {link}"
 
 
-@pytest.mark.parametrize("name", ["infra", "benchmarks", "study", "plan", "worlds", "course"])
+@pytest.mark.parametrize(
+    "name", ["infra", "engines", "benchmarks", "study", "plan", "worlds", "course"]
+)
 def test_the_page_of_a_folder_names_each_of_its_files(name):
     folder = ROOT / name
     page = (folder / "README.md").read_text()

@@ -298,7 +298,7 @@ def test_compiled_and_recomputed_it_is_the_same(config, batch, monkeypatch):
     """With the adapters on and off: what is traced is run, without code made for it."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     results = []
-    for options in ({}, {"compile": "on", "gradient_checkpointing": True}):
+    for options in ({}, {"compile": "on", "recompute_layers": 2}):
         policy = train_rl.make_policy(
             change(config, freeze="none", **options), find_model_in(config.model)
         )
@@ -390,7 +390,7 @@ def test_what_does_not_fit_names_the_settings_to_lower(config, tmp_path, monkeyp
         rehearse.main(change(config, folder=str(tmp_path / "run")))
     for setting in ("--tokens-per-gpu (now 300)", "--max-tokens (now 16)", "--lora-rank (now 4)"):
         assert f"a lower {setting}" in str(caught.value)
-    assert "--gradient-checkpointing True" in str(caught.value)
+    assert "a larger --recompute-layers (now 0)" in str(caught.value)
 
 
 # ---- Memory

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import flow as fl
 import rlfr
 from infra import batching
-from infra.logprobs import TokenLogProbs
+from infra.logprobs import Scaling, TokenLogProbs
 from policy import tap_layers
 from rewards import Grader
 
@@ -287,7 +287,7 @@ def test_vi_kl_and_log_probs():
     logits = x["in.logits"].flatten(0, 1)
     head = torch.eye(logits.shape[1])  # the hidden states are the logits
     labels = x["in.labels"].flatten()
-    logp, entropy = TokenLogProbs.apply(logits, head, labels, 1.0, None)
+    logp, entropy = TokenLogProbs.apply(logits, head, labels, Scaling(1.0))
     near(logp.view_as(x["out.log_probs_from_logits"]), x["out.log_probs_from_logits"])
     near(entropy.view_as(x["out.entropy_from_logits"]), x["out.entropy_from_logits"])
 

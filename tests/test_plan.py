@@ -67,6 +67,7 @@ def figures_of_depth(
     config = with_defaults(command.Config(), **published_settings(model))
     # the benchmark's 128 episodes, no two with one prompt, in one optimiser step
     record = {"prompts": 128, "group_size": 1, "prompt_tokens": 128, "response_tokens": 516}
+    record["max_sequences"] = 256
     config = change(config, flow="new", compile="on" if compiled else "off", **record | values)
     with Trace() as trace:
         models = trial.make_models(config, model)
@@ -81,13 +82,11 @@ def figures_of_depth(
 LARGEST = trial.Shape(n_rows=14, n_prompt=128, n_response=1024)  # micro-batch of the benchmark
 
 
-@pytest.mark.parametrize(
-    ("recompute", "gigabytes", "seconds"), [(True, 32, 3.74), (False, 76, 3.11)]
-)
+@pytest.mark.parametrize(("recompute", "gigabytes", "seconds"), [(DEPTH, 32, 3.74), (0, 76, 3.11)])
 def test_an_update_is_what_an_h100_measured(ranks, tmp_path, recompute, gigabytes, seconds):
     """The seconds of the second case are no input: the rates are those of the first."""
     ranks(1)
-    options = {"gradient_checkpointing": recompute, "compiled": False}
+    options = {"recompute_layers": recompute, "compiled": False}
     found = figures("Qwen/Qwen2.5-Math-1.5B", LARGEST, tmp_path, **options)
     assert found.peak_of_update / 1e9 == pytest.approx(gigabytes, rel=0.1)
     assert found.update == pytest.approx(seconds, rel=0.1)
@@ -97,7 +96,7 @@ def test_an_update_is_what_an_h100_measured(ranks, tmp_path, recompute, gigabyte
 def test_a_7b_model_on_eight_gpus(ranks, tmp_path):
     """By hand: 16 bytes a weight over eight ranks; activations, logits and gathered layers on top."""
     ranks(8)
-    found = figures("Qwen/Qwen2.5-Math-7B", LARGEST, tmp_path, 8, gradient_checkpointing=True)
+    found = figures("Qwen/Qwen2.5-Math-7B", LARGEST, tmp_path, 8, recompute_layers=DEPTH)
     assert found.held / 1e9 == pytest.approx(16.2, rel=0.02)
     assert found.peak_of_update / 1e9 == pytest.approx(35, rel=0.15)
 
@@ -109,7 +108,7 @@ def test_a_trace_does_the_operations_of_a_real_run(ranks, tmp_path):
     Qwen2Config(**sizes, **heads).save_pretrained(tmp_path)
     model = command.find_model(str(tmp_path), trust_remote_code=False)
     config = with_defaults(command.Config(), **published_settings(model))
-    config = change(config, flow="new", gradient_checkpointing=True)
+    config = change(config, flow="new", recompute_layers=3)
     shape = trial.Shape(n_rows=3, n_prompt=5, n_response=7)
     ranks(1)
     with Trace() as trace:
@@ -145,14 +144,18 @@ def test_the_command_prints_a_plan(tmp_path):
 
 def test_what_to_lower():
     machine = gpus.find_machine("8xH100")
-    config = change(command.Config(), gradient_checkpointing=True)
+    config = change(command.Config(), recompute_layers=14)
     work = estimate.Phase("update", trainer=40e9, work=50e9, engine=0, cache=0)
     weights = estimate.Phase("update", trainer=90e9, work=1e9, engine=0, cache=0)
     cache = estimate.Phase("roll out", trainer=40e9, work=0, engine=20e9, cache=30e9)
-    lower = [
-        " ".join(command.what_to_lower(config, each, machine)) for each in (work, weights, cache)
-    ]
+    model = Model("", CONFIGS["Qwen/Qwen2.5-Math-7B"], 7e9, tokenizer=None)
+    lower = []
+    for each in (work, weights, cache):
+        lower.append(" ".join(command.what_to_lower(config, model, each, machine)))
+    config = change(config, recompute_layers=DEPTH)
+    assert "--recompute-layers" not in str(command.what_to_lower(config, model, work, machine))
     assert "--tokens-per-gpu (now 16384)" in lower[0] and "--lora-rank 32" in lower[0]
+    assert "a larger --recompute-layers (now 14)" in lower[0]
     assert "--tokens-per-gpu" not in lower[1] and "--offload always" in lower[1]
     assert "--cache-share (now 0.5)" in lower[2] and "--tensor-parallel 2" in lower[2]
 

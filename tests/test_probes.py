@@ -10,6 +10,7 @@ import inspector
 import rollout
 import train_rl
 from engines.choice import make_engine
+from engines.probes import check_log_probs, check_probes, sample_probes
 from engines.torch_engine import TorchEngine
 
 MESSAGE = r"/model: the engine's log-probs differ from the trainer's by \d+\.\d\d in the mean"
@@ -41,10 +42,10 @@ def test_so_does_the_inspector(config, disturbed):
 
 def test_probes_fit_into_the_shortest_settings(world, policy):
     engine = torch_engine(world.path("model"))
-    probes = rollout.sample_probes(engine, max_prompt_tokens=2, max_tokens=3)
+    probes = sample_probes(engine, max_prompt_tokens=2, max_tokens=3)
     assert [len(probe.prompt_ids) for probe in probes] == [2] * len(probes)
     assert all(1 <= len(probe.response_ids) <= 3 for probe in probes)
-    train_rl.check_probes(policy, probes, "model")
+    check_probes(policy, probes, "model")
 
 
 @pytest.mark.parametrize("difference", [0.2, -0.2, float("nan")])
@@ -52,9 +53,9 @@ def test_a_difference_of_log_probs(world, difference):
     problem = problems_in(world.path("test.jsonl"))[0]
     probe = rollout.Episode(problem.prompt_ids, [1, 2], [-1.0, -2.0], "stop", "")
     logp = torch.tensor([-1.01, -1.99])
-    rollout.check_log_probs([probe], logp, "model")
+    check_log_probs([probe], logp, "model")
     with pytest.raises(ValueError, match="model: the engine's log-probs differ"):
-        rollout.check_log_probs([probe], logp + difference, "model")
+        check_log_probs([probe], logp + difference, "model")
 
 
 def test_an_engine_that_takes_minutes_says_so_first(world, monkeypatch, capsys):

@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers as hf
 from conftest import FAMILIES, PLAIN_FAMILIES, TINY, plain_model, score_and_learn, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import flow as fl
 import rlfr
 from infra import batching, families, memory, parallel
 from infra.attention import attend
 from infra.batching import group_order
-from infra.logprobs import CHUNK_LOGITS, TokenLogProbs
+from infra.logprobs import CHUNK_LOGITS, CHUNK_WORK, Scaling, TokenLogProbs
 from policy import Policy, find_attention, load_policy, tap_layers
 
 EPISODES = [
@@ -64,7 +66,7 @@ def test_padding_needs_no_mask(family):
     policy = tiny_policy(family)
     batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch, is_token)
+    states = policy.run_decoder(batch, batching.places_of(is_token))
     masked = plain_model(family).base_model(batch.input_ids, attention_mask=is_token)
     expected = masked.last_hidden_state[is_token]
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
@@ -77,7 +79,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(family):
     plain = plain_model(family)
     batch = batching.collate(EPISODES)
     is_token = batch.attention_mask
-    states = policy.run_decoder(batch, is_token)
+    states = policy.run_decoder(batch, batching.places_of(is_token))
     masked = plain.base_model(batch.input_ids, attention_mask=is_token)
     weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
     (states * weight).sum().backward()
@@ -355,14 +357,43 @@ def test_compiled_parts_of_layers_give_the_same():
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         expected = policy(batch, taps=[1, 2])
-        parallel.compile_forward(policy.layer_parts(), "on")
+        policy.compile_parts("on")
         got = policy(batch, taps=[1, 2])
         short = policy(batch, taps=[1, 2], latents_only=True)
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    )  # attention, feed-forward, norm
+    # attention, feed-forward, norm, a chunk of logits
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(short.latents, got.latents, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_compiled_chunk_of_logits_gives_the_same(softcap):
+    """Log-probs, entropies and both gradients; the code is the compiler's own, made for this machine."""
+    torch.manual_seed(0)
+    inputs = (torch.randn(8, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True))
+    targets = torch.randint(13, (8,))
+    found = []
+    for chunk_work in (CHUNK_WORK, [parallel.compiled(work, "on") for work in CHUNK_WORK]):
+        scores = TokenLogProbs.apply(*inputs, targets, Scaling(0.7, softcap), chunk_work)
+        gradients = torch.autograd.grad(scores, inputs, (torch.arange(8.0), torch.ones(8)))
+        found.append((*scores, *gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_no_step_of_a_micro_batch_waits_for_a_number(family):
+    """Regression: on a GPU the host had to wait for what runs there, as often as a mask chose tokens.
+
+    Tensors without numbers have none to wait for: there torch raises.
+    """
+    policy = tiny_policy(family)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = vars(batching.collate(PROMPTS_SHARED))
+    batch = batching.Batch(**tree_map_only(torch.Tensor, mode.from_tensor, tensors))
+    with mode:
+        output = policy(batch, 0.7, taps=[1])
+        (output.logp + output.entropy).sum().backward()
+    assert output.logp.shape == batch.response_mask.shape
 
 
 def test_taps_may_coincide():
@@ -389,7 +420,7 @@ def test_log_probs_and_their_gradient_without_logits(softcap, n_kept_chunks, mon
     log_p = (logits / 0.7).log_softmax(dim=-1)
     logp = log_p.gather(1, targets[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(dim=1)
-    got = TokenLogProbs.apply(hidden, weight, targets, 0.7, softcap)
+    got = TokenLogProbs.apply(hidden, weight, targets, Scaling(0.7, softcap))
     torch.testing.assert_close(got, (logp, entropy), rtol=1e-5, atol=1e-5)
 
     inputs = (hidden, weight)

@@ -164,8 +164,9 @@ def test_a_family_whose_rows_cannot_be_packed_is_trained(config, world, tmp_path
     assert min(change_of) > 0, "a weight has learnt nothing"
 
 
-def test_gradient_checkpointing_changes_nothing(config, train_once):
-    train_rl.main(change(config, gradient_checkpointing=True))
+@pytest.mark.parametrize("n_layers", [1, 10**6])
+def test_activations_that_are_computed_again_change_nothing(config, train_once, n_layers):
+    train_rl.main(change(config, recompute_layers=n_layers))
     for off, on in zip(figures(train_once(config)), figures(config.folder), strict=True):
         assert off == pytest.approx(on, rel=1e-4, abs=1e-6)
 

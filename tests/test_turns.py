@@ -27,6 +27,7 @@ import flow as fl
 import rlfr
 import rollout
 import train_rl
+from engines.probes import check_log_probs
 from infra import batching, record, vision
 from infra.settings import change
 from policy import Policy, tap_layers
@@ -301,9 +302,9 @@ def test_a_step_skips_what_was_not_sampled(world, flow_folder, tmp_path):
 def test_probes_compare_what_was_sampled():
     probe = rollout.Episode([1], [2, 3, 4], [-1.0, 99.0, -2.0], "stop", "")
     probe = replace(probe, sampled=[True, False, True])
-    rollout.check_log_probs([probe], torch.tensor([-1.0, -2.0]), "model")
+    check_log_probs([probe], torch.tensor([-1.0, -2.0]), "model")
     with pytest.raises(ValueError, match="the engine's log-probs differ"):
-        rollout.check_log_probs([probe], torch.tensor([-1.0, -3.0]), "model")
+        check_log_probs([probe], torch.tensor([-1.0, -3.0]), "model")
 
 
 # ---- The calculator of docs/turns.md

@@ -177,7 +177,7 @@ def test_packed_rows_have_the_states_of_padded_ones(family):
         chosen.append(row._replace(response_ids=words))
     batch = batching.collate(chosen)
     is_token = batch.attention_mask
-    states = Policy(tiny_vlm(family)).run_decoder(batch, is_token)
+    states = Policy(tiny_vlm(family)).run_decoder(batch, batching.places_of(is_token))
     images = [image for row in chosen for image in row.images]
     masked = tiny_vlm(family).base_model(
         batch.input_ids, attention_mask=is_token, **inputs_of_images(batch.input_ids, images)
@@ -615,7 +615,7 @@ def test_two_ranks_follow_one_process_and_resume(config, train_once, tmp_path, f
 
 
 @pytest.mark.parametrize(
-    "options", [{"offload": "always"}, {"gradient_checkpointing": True, "offload": "sampling"}]
+    "options", [{"offload": "always"}, {"recompute_layers": 2, "offload": "sampling"}]
 )
 def test_where_weights_and_activations_live_changes_nothing(config, train_once, tmp_path, options):
     config = change(config, freeze="none", folder=str(tmp_path / "other"))

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 import rollout
 import train_rl
 from engines.common import end_tokens
+from engines.vllm_engine import usual_sequences
 from infra import batching, parallel
 from infra.settings import change
 from policy import load_policy
@@ -256,6 +257,22 @@ def test_what_vllm_ignores_is_an_error(engine, learner, monkeypatch):
         with pytest.raises(RuntimeError, match="cannot reset its prefix cache"):
             sync(engine, learner)
     sync(engine, learner)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gibibytes"),
+    [("NVIDIA H100 80GB HBM3", 79.1), ("NVIDIA A100-SXM4-80GB", 79.3), ("NVIDIA L4", 22.5)],
+)
+def test_sequences_at_a_time_are_vllms_own_default(monkeypatch, gpu, gibibytes):
+    from vllm.engine import arg_utils
+    from vllm.usage.usage_lib import UsageContext
+
+    memory = int(gibibytes * 2**30)
+    here = {"get_device_total_memory": memory, "get_device_name": gpu, "is_cpu": False}
+    for name, value in here.items():
+        monkeypatch.setattr(arg_utils.current_platform, name, lambda *_, value=value: value)
+    _, sequences = arg_utils.EngineArgs.get_batch_defaults(1)
+    assert usual_sequences(gpu, memory) == sequences[UsageContext.LLM_CLASS]
 
 
 class HostMemory:

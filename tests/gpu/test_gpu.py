@@ -116,7 +116,7 @@ def test_attention_runs_in_a_fused_causal_kernel(folders):
 def test_compiled_parts_give_the_same(folders):
     plain = sharded(folders[0])
     compiled = load_policy(folders[0])
-    parallel.compile_forward(compiled.layer_parts(), "on")
+    compiled.compile_parts("on")
     parallel.shard(compiled, compiled.layers, torch.bfloat16)
     batch = batching.collate([batching.Row([1] * 20, [2] * 300), batching.Row([3] * 10, [4] * 100)])
     with torch.no_grad():
@@ -124,6 +124,18 @@ def test_compiled_parts_give_the_same(folders):
         difference = (compiled(batch).logp - expected).abs()
     print(f"mean {difference.mean():.4f}, max {difference.max():.3f} of {expected.abs().max():.1f}")
     assert difference.mean() < 0.02
+
+
+def test_no_step_of_a_micro_batch_waits_for_the_gpu(folders):
+    """tests/test_rlfr.py shows it on a CPU, on tensors without numbers."""
+    policy = load_policy(folders[0]).to(parallel.DEVICE, torch.bfloat16)
+    rows = [batching.Row([1] * 20, [2] * 300), batching.Row([1] * 20, [4] * 100)]
+    policy(batching.collate(rows)).logp.sum().backward()  # the first calls set kernels up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        policy(batching.collate(rows)).logp.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- vLLM
@@ -183,6 +195,15 @@ def test_greedy_tokens_follow_a_sync(engine, other_engine, folders, prompts):
 
 
 @needs_vllm
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_a_prompt_of_text_alone_after_a_sleep():
+    """Of Qwen3-VL, which keeps image vectors in tensors that are no buffers; in a process of its own."""
+    file = str(ROOT / "tests" / "with_torchvision.py")
+    command = [sys.executable, "-m", "pytest", "-q", file, "-k", "after_a_sleep and qwen3_vl"]
+    subprocess.run(command, check=True, timeout=900)
+
+
+@needs_vllm
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_in_bfloat16(engine, folders, prompts, temperature):
     policy = sharded(folders[0])
@@ -235,7 +256,7 @@ def check_steps(folder: str) -> None:
         {"compile": "off"},
         {"compile": "on"},
         {"offload": "sampling"},
-        {"offload": "always", "gradient_checkpointing": True},
+        {"offload": "always", "recompute_layers": 2},
     ],
     ids=str,
 )
