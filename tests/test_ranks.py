@@ -69,7 +69,8 @@ from infra import parallel
 
 parallel.start()
 runs.listen()
-print("rank", dist.get_rank(), "is", os.getpid(), flush=True)
+# in one write: the ranks share a pipe, where print() may write word by word
+os.write(1, f"rank {dist.get_rank()} is {os.getpid()}\\n".encode())
 while dist.get_rank() == 1:
     time.sleep(0.05)
 parallel.on_first(lambda: None)
