@@ -222,11 +222,9 @@ WORLDS = {
     ),
 }
 WORLDS["toy-form"] = replace(
-    WORLDS["toy-sparse"], folder="runs/toy-form", steps=800, skill=0.75, habit_share=0.7
+    WORLDS["toy-sparse"], folder="runs/toy-form", steps=800, skill=0.75, habit_share=0.8
 )
-WORLDS["toy-content"] = replace(
-    WORLDS["toy-form"], folder="runs/toy-content", habit="repeating", habit_share=0.8
-)
+WORLDS["toy-content"] = replace(WORLDS["toy-form"], folder="runs/toy-content", habit="repeating")
 WORLDS["toy-beyond"] = replace(
     WORLDS["toy-content"], folder="runs/toy-beyond", expert_shortest=3, expert_longest=5
 )
