@@ -49,7 +49,7 @@ def integrand(x: float, s: float, t: Tensor) -> Tensor:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Return the correlation of the ranks of two figures of the same tokens."""
+    """Return the correlation of the ranks of two measures of the same tokens."""
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()])
     return torch.corrcoef(ranks.double())[0, 1].item()
 
@@ -72,24 +72,23 @@ def print_bound() -> None:
 def print_dimensions() -> None:
     """Print what a dimension of spread s adds to the sum over dimensions."""
     weight = 0.8 / (1 - 0.8) ** 3  # of a squared distance of x̂_1, by (1)
-    print("spread   weight/true   3 spreads away   expert   best x̂_1 misses   s/10 off it adds")
-    for s in (0.25, 1.0, 2.2, 2.9, 7.4, 35.0):
+    print("spread   3 spreads away   expert   s/10 off")
+    for s in (1.0, 2.0, 7.1, 35.0):
         away = (integrand(3 * s, s, AT) - integrand(0.0, s, AT)).item()  # true: 9/2
         expert = integrand(s, s, AT).item()  # the mean over experts, as x² has the mean s²
-        missed = (expert / weight) ** 0.5
-        added = weight * (s / 10) ** 2
-        print(f"{s:6}{away / 4.5:14.3f}{away:17.3f}{expert:9.2f}{missed:19.2f}{added:19.2f}")
+        print(f"{s:6}{away:17.3f}{expert:9.2f}{weight * (s / 10) ** 2:11.2f}")
 
 
 def print_mistakes(distance: Tensor, generator: torch.Generator) -> None:
     """Rank tokens by a score with mistakes, in 100 dimensions of spread 1 and some wide ones."""
     print("wide dimensions   s/10, same for all tokens   s/10, varying   s/50, varying")
-    for n_wide, wide in ((0, 1.0), (1, 7.4), (10, 7.4), (1, 35.0)):
+    for n_wide, wide in ((0, 1.0), (1, 7.1), (10, 7.1), (1, 35.0)):
         s = torch.tensor([1.0] * 100 + [wide] * n_wide)
         z = distance * torch.randn(N_TOKENS, len(s), generator=generator)  # latents in spreads
         same = torch.randn(1, len(s), generator=generator)
         varying = torch.randn(N_TOKENS, len(s), generator=generator)
-        line = f"{n_wide:5} of {wide:4}   "
+        line = f"{n_wide} of spread {wide:4}" if n_wide else "none"
+        line = f"{line:18}"
         for width, mistake in ((25, same * s / 10), (13, varying * s / 10), (13, varying * s / 50)):
             score = mean_error(best(s, mistake), z * s, AT)
             line += f"   {rank_correlation(score, surprise(z)):{width}.2f}"
@@ -103,7 +102,7 @@ def print_draws(distance: Tensor, generator: torch.Generator) -> None:
     twenty = [k / 20 + 0.025 for k in range(20)]
     kinds = (([0.8], 1), ([0.8], 8), ([0.8], 160), (twenty, 8))
     print("spread   1 time, 1 draw   1 time, 8 draws   1 time, 160 draws   20 times, 8 draws")
-    for s in (1.0, 2.2, 7.4):
+    for s in (1.0, 2.0, 7.1):
         line = f"{s:6}"
         for times, n_draws in kinds:
             score = torch.zeros(N_TOKENS)
@@ -116,19 +115,29 @@ def print_draws(distance: Tensor, generator: torch.Generator) -> None:
 
 
 # ---- The likelihood of what?
-def print_drift() -> None:
-    """Print what was measured in the world `toy`; the figures are those of docs/evidence.md."""
+def with_interval(values: list[float]) -> str:
+    """Format an estimate and the ends of its 95 % interval."""
+    estimate, low, high = (f"{value:.2f}" for value in values)
+    return f"{estimate:>5} ({low} – {high})"
+
+
+def print_measured() -> None:
+    """Print what was measured in the world `toy`; docs/evidence.md shows it, too."""
     toy = json.loads((ROOT / "study" / "signal.json").read_text())["worlds"]["toy"]
-    published = dict(world="toy", context="previous", is_standardised=False, amount=1)
-    fit = next(fit for fit in toy["fits"] if published.items() <= fit.items())
-    at_08 = next(row for row in fit["times"] if row["time"] == 0.8)
-    print("AUC for wrong steps, score:", *at_08["steps"]["score"])
-    print("AUC for wrong steps, -log-prob:", *toy["baselines"]["-log-prob"]["steps"])
-    for point in toy["drift"]:
-        if point["flow"] == "offline":
-            print(
-                f"step {point['step']:2}, excess of complete responses:", *point["excess complete"]
-            )
+    print("AUC for wrong steps")
+    for amount, length in ((1, "four"), (5, "twenty")):
+        fitted = dict(context="previous", is_standardised=False, amount=amount)
+        fit = next(fit for fit in toy["fits"] if fitted.items() <= fit.items())
+        at_08 = next(row for row in fit["times"] if row["time"] == 0.8)
+        line = f"score, flow of {length} epochs"
+        print(f"    {line:30}{with_interval(at_08['steps']['score'])}")
+    print(f"    {'-log-prob':30}{with_interval(toy['baselines']['-log-prob']['steps'])}")
+    steps = {point["step"] for point in toy["drift"]}
+    print(f"{'excess after step':33}", *(f"{step:5}{'':16}" for step in sorted(steps)))
+    for flow in ("offline", "updated"):
+        points = (point for point in toy["drift"] if point["flow"] == flow)
+        cells = (f"{with_interval(point['excess complete']):21}" for point in points)
+        print(f"    {f'{flow} flow':29}", *cells)
 
 
 # ---- From the policy gradient to token returns
@@ -167,7 +176,7 @@ def main() -> None:
         print_dimensions,
         lambda: print_mistakes(distance, generator),
         lambda: print_draws(distance, generator),
-        print_drift,
+        print_measured,
         print_credit,
         lambda: print_length(generator),
     ):

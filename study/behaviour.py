@@ -7,14 +7,15 @@ It reads rollouts/step-N.jsonl and metrics.jsonl. Early is the first third of th
 late is the last third.
 
     tokens     those with the lowest and the highest sum of flow reward, early and late: how often,
-               which share is rewarded, their mean reward and deviation; the same by kind of token
+               which share has a flow reward, their mean reward and deviation; the same by kind of
+               token
     outcome    can the mean deviation of a response tell wrong from right? AUC (0.5: it cannot) with
                95 % bootstrap intervals over groups, beside those of length, entropy and -log-prob;
                and within groups, where the problem is the same
     place      mean deviation along a response, of right and of wrong ones
-    training   deviation of right and of wrong responses, share of tokens rewarded, and the flow's
-               loss on fresh rollouts, before it learns from them: where it rises, policy and flow
-               drift apart
+    training   deviation of right and of wrong responses, share of tokens with a flow reward, and
+               the flow's loss on fresh rollouts, before it learns from them: where it rises, policy
+               and flow drift apart
 """
 
 import repository  # noqa: F401
@@ -236,7 +237,14 @@ def token_table(counts: Sequence[TokenCount], total: float, show: Callable[[str]
                 number(count.deviation),
             ]
         )
-    head = ["", "count", "rewarded", "mean flow reward", "of all flow reward", "deviation"]
+    head = [
+        "",
+        "count",
+        "share with a flow reward",
+        "mean flow reward",
+        "of all flow reward",
+        "deviation",
+    ]
     return table(head, rows)
 
 
@@ -270,7 +278,7 @@ def describe_outcomes(periods: dict[str, list[dict]]) -> str:
                     estimate(within_groups(responses, name)),
                 ]
             )
-    return table(["", "figure", "right / not right", "AUC", "AUC within groups"], rows)
+    return table(["", "measure", "right / wrong", "AUC", "AUC within groups"], rows)
 
 
 # ---- Pictures
@@ -399,9 +407,9 @@ def make_page(settings: Settings, periods: dict[str, list[dict]], pictures: dict
     parts.append(f"![tokens]({pictures['tokens']})\n")
     parts.append(
         "## Deviation against correctness\n\n"
-        "AUC is the chance that the figure of a response that is not right is the larger one; 0.5 "
-        "says nothing. Intervals are 95 % bootstrap intervals over groups. Within groups, responses "
-        "to the same problem are compared.\n\n"
+        "AUC is the probability that a wrong response has the larger value of the named measure than "
+        "a right one; 0.5 is chance. Intervals are 95 % bootstrap intervals over groups. Within "
+        "groups, responses to the same problem are compared.\n\n"
         f"{describe_outcomes(periods)}\n\n![outcomes]({pictures['outcomes']})\n"
     )
     parts.append(f"## Along a response\n\n![places]({pictures['places']})\n")

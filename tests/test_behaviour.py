@@ -103,6 +103,8 @@ def test_the_page_of_a_run(config, tmp_path, monkeypatch, capsys):
     assert f"`python study/behaviour.py {config.folder}` counted this" in text
     assert "## Tokens, early, steps 1 to 1" in text and "## Tokens, late, steps 3 to 3" in text
     assert text.count("| deviation | ") == 2
+    assert text.count("| count | share with a flow reward | mean flow reward |") == 6
+    assert "| measure | right / wrong | AUC |" in text
     for subject in ("tokens", "outcomes", "places", "training"):
         picture = f"behaviour-{subject}.png"
         assert f"({picture})" in text and page.with_name(picture).stat().st_size > 1000
