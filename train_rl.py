@@ -307,10 +307,12 @@ def make_models(
     if config.shaping not in ("none", "entropy"):
         own = dense.as_values(config.dense_reward.dense)
         dense_reward = dense.make(config.shaping, own, host)
-        if config.flow and not isinstance(dense_reward, dense.FlowReward) and is_first():
-            print(f"--flow {config.flow} has no part in {config.shaping}, which is no FlowReward")
         dtype = parallel.compute_dtype(config.loading.dtype)
         dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.always_offloads)
+    if config.flow and not isinstance(dense_reward, dense.FlowReward) and is_first():
+        print(
+            f"--flow {config.flow} has no part in --shaping {config.shaping}, which reads no flow"
+        )
     reference = None
     if config.optimisation.kl_coef or (dense_reward and dense_reward.reads_first):
         reference = make_reference(host.policy, config, model, load)
