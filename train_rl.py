@@ -505,6 +505,7 @@ def try_dense(models: Models, episodes: Sequence[rollout.Episode], config: Confi
         print(f"trying {config.shaping} on {len(episodes)} stand-ins for responses")
     with dense.without_trace(reward):
         seen = score(models, episodes, 0, sampling.temperature, config.compute.tokens_per_gpu)
+        dense.own_figures(reward)
         if not dense.counts(settings, 0):
             return
         dense.token_rewards(reward, seen.score, seen.scored, settings, sampling.group_size)
@@ -596,7 +597,7 @@ def update_dense(models: Models, clip_norm: float) -> dict[str, float]:
     if not models.dense:
         return {}
     name = models.dense.name
-    metrics = {f"{name}/{figure}": value for figure, value in models.dense.figures().items()}
+    metrics = dense.own_figures(models.dense)
     if name in models.learners:
         metrics |= models.dense.update(models.learners[name], clip_norm)
     return metrics
