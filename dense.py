@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
 
@@ -31,7 +32,7 @@ import rlfr
 from infra import batching, kinds, parallel
 from infra.defaults import published_settings
 from infra.exports import export_module
-from infra.files import import_file
+from infra.files import import_file, shown
 from infra.models import Model
 from infra.ranges import (
     Fraction,
@@ -462,24 +463,37 @@ def as_values(pairs: Sequence[str]) -> dict[str, str]:
 def prepare(reward: DenseReward, n_layers: int, dtype: torch.dtype, cpu_offload: bool) -> None:
     """Find the layers of a reward's taps, and shard its module over the ranks.
 
-    Raises ValueError unless all taps are fractions of the depth.
+    Errors as of check_attributes.
     """
-    is_sequence = isinstance(reward.taps, Sequence)
-    if not is_sequence or not all(0 <= tap <= 1 for tap in reward.taps):
-        raise ValueError(
-            f"{reward.name}: taps={reward.taps}; expected fractions of the depth in [0, 1]"
-        )
-    if reward.learns and reward.module is None:
-        raise ValueError(
-            f"{reward.name}: learns = True, and no module; set self.module, or learns = False"
-        )
-    if type(reward).score is DenseReward.score:
-        raise ValueError(f"{reward.name}: its class Reward has no method score(part); write one")
+    check_attributes(reward)
     reward.layers = tap_layers(n_layers, reward.taps)
     reward.is_prepared = True
     if reward.module is not None and any(True for _ in reward.module.parameters()):
         kept_in = dtype if reward.takes_dtype else torch.float32
         parallel.shard(reward.module, (), kept_in, cpu_offload)
+
+
+def check_attributes(reward: DenseReward) -> None:
+    """Raise ValueError for what a reward has, or lacks, that cannot work."""
+    taps, clamp = reward.taps, reward.clamp
+    if not are_numbers(taps) or not all(0 <= tap <= 1 for tap in taps):
+        raise ValueError(f"{reward.name}: taps={taps}; expected fractions of the depth in [0, 1]")
+    is_interval = are_numbers(clamp) and len(clamp) == 2 and clamp[0] < clamp[1]
+    if clamp is not None and not is_interval:
+        raise ValueError(f"{reward.name}: clamp={clamp}; expected two numbers, the lower one first")
+    if reward.learns and reward.module is None:
+        raise ValueError(
+            f"{reward.name}: learns = True, and no module; set self.module, or learns = False"
+        )
+    if reward.learns and not (are_numbers([reward.lr]) and 0 <= reward.lr < torch.inf):
+        raise ValueError(f"{reward.name}: lr={reward.lr}; expected a finite number, 0 or more")
+    if type(reward).score is DenseReward.score:
+        raise ValueError(f"{reward.name}: its class Reward has no method score(part); write one")
+
+
+def are_numbers(values: object) -> bool:
+    """Return whether something is a sequence of numbers."""
+    return isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
 
 
 def kept(reward: DenseReward | None) -> dict[str, parallel.Kept]:
@@ -575,6 +589,8 @@ def token_rewards(
     score: (B, T), mean over taps; mask: (B, T) bool, tokens that have one
     """
     shaped = reward.shape(score, mask)
+    if not torch.is_tensor(shaped):
+        raise ValueError(f"{reward.name}: shape() returned {type(shaped).__name__}, no tensor")
     if shaped.shape != mask.shape or not shaped[mask].isfinite().all():
         raise ValueError(
             f"{reward.name}: shape() returned a tensor {tuple(shaped.shape)}; expected finite rewards "
@@ -622,6 +638,17 @@ def credit(
 
 
 # ---- Figures
+def own_figures(reward: DenseReward) -> dict[str, float]:
+    """Return the figures that a reward has of its own, by their names in a run; ValueError if none."""
+    figures = reward.figures()
+    if not isinstance(figures, dict) or not are_numbers([*figures.values()]):
+        raise ValueError(
+            f"{reward.name}: figures() returned {shown(figures)}; expected a dict of numbers, "
+            "tensors as .item()"
+        )
+    return {f"{reward.name}/{figure}": float(value) for figure, value in figures.items()}
+
+
 def metrics(
     name: str,
     score: Tensor,

@@ -31,11 +31,9 @@ import infra.waiting  # noqa: F401
 
 # isort: split
 import inspect
-import os
 import runpy
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, SupportsFloat
@@ -50,8 +48,7 @@ from grading import (
     obeys_official_rules,
     tag_format,
 )
-from infra.errors import in_short
-from infra.files import import_file
+from infra.files import blamed_on, import_file
 from infra.watch import PATIENCE, Watch
 
 Kind = Literal["right", "wrong", "no answer", "cut", "timeout"]
@@ -244,41 +241,12 @@ def load_reward(path: str, watch: Watch) -> Callable[[Response, Kind], Score]:
             f"reward {path!r}: neither {', '.join(PARTS)} nor a Python file that defines "
             f"{EXPECTED_SIGNATURE}"
         )
-    with blamed_on(path, "at its import"), watch.over(f"{path}, at its import"):
+    with watch.over(f"{path}, at its import"):
         function = getattr(import_file(path), "reward", None)
     if not inspect.isfunction(function):
         raise ValueError(f"{path} defines no function reward; expected {EXPECTED_SIGNATURE}")
     n_arguments = count_arguments(path, function)
     return score_by(path, lambda *arguments: function(*arguments[:n_arguments]), watch)
-
-
-@contextmanager
-def blamed_on(path: str, occasion: str) -> Iterator[None]:
-    """Make whatever a user's file raises a ValueError that names the file and its line.
-
-    sys.exit() counts as an error, too: it would end the run as if that were complete.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        line = line_in(path, error)
-        place = f"{path}, line {line}" if line else path
-        raise ValueError(
-            f"{place}: {type(error).__name__}: {in_short(error)} ({occasion})"
-        ) from error
-
-
-def line_in(path: str, error: BaseException) -> int | None:
-    """Return the line of a file where an error came from, None if it came from elsewhere."""
-    if isinstance(error, SyntaxError) and error.filename and is_same(path, error.filename):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if is_same(path, frame.filename)]
-    return lines[-1] if lines else None
-
-
-def is_same(path: str, other: str) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def count_arguments(path: str, function: Callable) -> int:

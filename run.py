@@ -27,7 +27,7 @@ from infra.exports import export_adapter, export_policy, write_weights
 from infra.files import check_free, folder_written_whole, need_keys, read_json, read_text
 from infra.models import LoadingSettings, Model, find_model
 from infra.parallel import start
-from infra.settings import stored_settings, upgraded
+from infra.settings import check_each_kind, kinds_of, stored_settings, upgraded
 from infra.verl import write_problems
 
 FIELDS_OF_MODEL = ("model", *runs.FIELDS_OF_LOADING)  # settings that find_initial_model reads
@@ -63,8 +63,9 @@ def export_checkpoint(
     state = {}
     is_rl_run = "shaping" in stored
     if is_rl_run:
-        need_keys([stored], folder / "config.json", [*FIELDS_OF_MODEL])
-        model, policy, dtype = load_initial_policy(stored, trust_remote_code)
+        file = folder / "config.json"
+        need_keys([stored], file, [*FIELDS_OF_MODEL])
+        model, policy, dtype = load_initial_policy(stored, file, trust_remote_code)
         state["policy"] = {"module": parallel.without_frozen(policy.state_dict(), policy)}
     flow = empty_flow(folder / "flow.json", checkpoint, dense_name)
     if flow:
@@ -118,10 +119,12 @@ def check_trust(run: str, stored: dict[str, object], trust_remote_code: bool) ->
         )
 
 
-def find_initial_model(stored: dict[str, object], trust_remote_code: bool) -> Model:
-    """Find the model that a run began with, by the settings of the run."""
+def find_initial_model(stored: dict[str, object], file: Path, trust_remote_code: bool) -> Model:
+    """Find the model that a run began with, by the settings of the run, which a file has."""
     from worlds import WORLDS
 
+    of_model = {field: stored[field] for field in FIELDS_OF_MODEL}
+    check_each_kind(of_model, {"model": str} | kinds_of(LoadingSettings()), file)
     name = stored["model"]
     if name in WORLDS:
         name = WORLDS[name].path("model")
@@ -129,14 +132,14 @@ def find_initial_model(stored: dict[str, object], trust_remote_code: bool) -> Mo
     return find_model(name, LoadingSettings(**values, trust_remote_code=trust_remote_code))
 
 
-def load_initial_policy(stored: dict[str, object], trust_remote_code: bool) -> tuple:
+def load_initial_policy(stored: dict[str, object], file: Path, trust_remote_code: bool) -> tuple:
     """Return the model, the policy and the compute dtype that an RL run began with.
 
-    stored: the settings of the run
+    stored: the settings of the run, which the file has
     """
     from policy import load_policy
 
-    model = find_initial_model(stored, trust_remote_code)
+    model = find_initial_model(stored, file, trust_remote_code)
     dtype = parallel.compute_dtype(stored["dtype"])
     freeze = stored.get("freeze", "none")
     policy = load_policy(model.path, trust_remote_code, freeze=freeze)
@@ -225,8 +228,9 @@ def load_problems_of(
             f"{run} has no data with problems and answers; expected the folder of a run of train_rl.py"
         )
     names = [field.name for field in fields(ProblemSettings)]
-    need_keys([stored], Path(run, "config.json"), [*FIELDS_OF_MODEL, *names])
-    model = find_initial_model(stored, trust_remote_code)
+    file = Path(run, "config.json")
+    need_keys([stored], file, [*FIELDS_OF_MODEL, *names])
+    model = find_initial_model(stored, file, trust_remote_code)
     settings = ProblemSettings(**{name: stored[name] for name in names})
     problems = load_problems(stored["data"], settings, model)
     noted = Path(run, runs.DATA_FILE)

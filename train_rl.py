@@ -307,10 +307,12 @@ def make_models(
     if config.shaping not in ("none", "entropy"):
         own = dense.as_values(config.dense_reward.dense)
         dense_reward = dense.make(config.shaping, own, host)
-        if config.flow and not isinstance(dense_reward, dense.FlowReward) and is_first():
-            print(f"--flow {config.flow} has no part in {config.shaping}, which is no FlowReward")
         dtype = parallel.compute_dtype(config.loading.dtype)
         dense.prepare(dense_reward, host.policy.n_layers, dtype, config.compute.always_offloads)
+    if config.flow and not isinstance(dense_reward, dense.FlowReward) and is_first():
+        print(
+            f"--flow {config.flow} has no part in --shaping {config.shaping}, which reads no flow"
+        )
     reference = None
     if config.optimisation.kl_coef or (dense_reward and dense_reward.reads_first):
         reference = make_reference(host.policy, config, model, load)
@@ -503,6 +505,7 @@ def try_dense(models: Models, episodes: Sequence[rollout.Episode], config: Confi
         print(f"trying {config.shaping} on {len(episodes)} stand-ins for responses")
     with dense.without_trace(reward):
         seen = score(models, episodes, 0, sampling.temperature, config.compute.tokens_per_gpu)
+        dense.own_figures(reward)
         if not dense.counts(settings, 0):
             return
         dense.token_rewards(reward, seen.score, seen.scored, settings, sampling.group_size)
@@ -594,7 +597,7 @@ def update_dense(models: Models, clip_norm: float) -> dict[str, float]:
     if not models.dense:
         return {}
     name = models.dense.name
-    metrics = {f"{name}/{figure}": value for figure, value in models.dense.figures().items()}
+    metrics = dense.own_figures(models.dense)
     if name in models.learners:
         metrics |= models.dense.update(models.learners[name], clip_norm)
     return metrics

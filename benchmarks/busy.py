@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import peers
 from common import keep, machine
-from infra import parallel, waiting
+from infra import errors, parallel, waiting
 from worlds import find_world
 
 TRL = peers.TRL
@@ -205,4 +205,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

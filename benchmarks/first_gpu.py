@@ -28,6 +28,8 @@ import torch
 import tyro
 
 from common import machine
+from infra import errors
+from infra.files import need_keys, read_json
 from infra.metrics import read_metrics
 
 PYTHON = shlex.quote(sys.executable)
@@ -116,13 +118,20 @@ class Settings:
 
 def compare(runs: tuple[str, str]) -> None:
     """Raise ValueError unless the figures of two runs' first steps are equal to 1e-4."""
-    one, other = (read_metrics(Path(run) / "metrics.jsonl")[0] for run in runs)
+    one, other = (first_step(Path(run) / "metrics.jsonl") for run in runs)
     for name in FIGURES_OF_RANKS:
         print(f"{name:20}{one[name]:14.6g}{other[name]:14.6g}")
         if not math.isclose(one[name], other[name], rel_tol=1e-4, abs_tol=1e-7):
             raise ValueError(
                 f"{name} of step 1: {one[name]} on {runs[0]}, {other[name]} on {runs[1]}"
             )
+
+
+def first_step(file: Path) -> dict[str, float]:
+    """Return the figures of a run's first step; ValueError if those that are compared are not there."""
+    first, *_ = read_metrics(file) or [{}]
+    need_keys([first], file, [*FIGURES_OF_RANKS])
+    return first
 
 
 def run_check(check: Check, log: Path) -> dict:
@@ -164,7 +173,8 @@ def main(settings: Settings) -> int:
     file = folder / "results.json"
     results = {"machine": machine(), "checks": {}}
     if file.exists():
-        results = json.loads(file.read_text())
+        results = read_json(file, "the results of checks")
+        need_keys([results], file, ["checks"])
     for name in chosen:
         check = checks[name]
         known = results["checks"].get(name)
@@ -184,4 +194,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings)))
+    errors.run(lambda: sys.exit(main(tyro.cli(Settings))))

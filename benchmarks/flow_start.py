@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import flow as fl
 import train_flow
 from common import compare
-from infra import batching, parallel
+from infra import batching, errors, parallel
 from policy import Policy, tap_layers
 
 OURS = "early exit, responses (ours)"
@@ -106,4 +106,4 @@ def prepare(settings: Settings, variant: str):
 
 if __name__ == "__main__":
     title = "an offline start"
-    compare(title, prepare, tyro.cli(Settings), [OURS, OFFICIAL])
+    errors.run(lambda: compare(title, prepare, tyro.cli(Settings), [OURS, OFFICIAL]))

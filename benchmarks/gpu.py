@@ -49,7 +49,7 @@ import rollout
 import train_rl
 from common import keep, machine
 from infra import batching, parallel
-from infra.errors import first_line
+from infra.errors import first_line, run
 from infra.logprobs import CHUNK_WORK
 from infra.metrics import read_metrics
 from infra.runs import leave
@@ -782,15 +782,23 @@ def main(settings: Settings) -> dict:
     # vLLM, where it is loaded, switches it off for the trainer, too
     torch.backends.cuda.enable_cudnn_sdp(False)
     parallel.start()
-    shape = SHAPES[settings.shape or "1.5B"]
+    name = settings.shape or "1.5B"
+    if name not in SHAPES:
+        raise ValueError(f"--shape {name}: expected one of {', '.join(SHAPES)}")
+    shape = SHAPES[name]
     if settings.layers:
         shape = shape._replace(layers=settings.layers)
     return PARTS[settings.part](settings, shape)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Do what the command line asks for, and end the process."""
     figures = main(tyro.cli(Settings))
     failed = [name for name, job in figures.get("jobs", {}).items() if "error" in job]
     if failed:
         print(f"failed: {', '.join(failed)}")
     leave(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run(command)

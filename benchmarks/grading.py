@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import tyro
 
 from common import compare
+from infra import errors
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def report(pairs: list, verdicts: list[bool]) -> None:
     print(f"{len(pairs)} pairs, {n_errors} errors ({n_errors / len(pairs):.2%})")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the pairs once before any is graded, and compare."""
     settings = tyro.cli(Settings, config=(tyro.conf.PositionalRequiredArgs,))
+    load_pairs(settings)
     compare("verify answers", prepare, settings, ["ours", "plain math-verify"])
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from common import compare
+from infra import errors
 from infra.logprobs import Scaling, TokenLogProbs
 from infra.parallel import DEVICE
 
@@ -68,4 +69,4 @@ def prepare(settings: Settings, variant: str):
 
 if __name__ == "__main__":
     title = "log-probs and entropies, forward and backward"
-    compare(title, prepare, tyro.cli(Settings), [CHUNKS, FULL])
+    errors.run(lambda: compare(title, prepare, tyro.cli(Settings), [CHUNKS, FULL]))

@@ -20,7 +20,7 @@ import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from common import compare
-from infra import batching
+from infra import batching, errors
 from infra.parallel import DEVICE
 from policy import Policy
 
@@ -101,4 +101,4 @@ def prepare(settings: Settings, variant: str):
 
 if __name__ == "__main__":
     title = "scoring and update of a step's episodes"
-    compare(title, prepare, tyro.cli(Settings), [SHARED, PACKED, PADDED])
+    errors.run(lambda: compare(title, prepare, tyro.cli(Settings), [SHARED, PACKED, PADDED]))

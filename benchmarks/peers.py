@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from common import keep, machine
 from engines.common import end_tokens
-from infra import parallel, waiting
+from infra import errors, parallel, waiting
 from infra.batching import passes
 from infra.data import Problem, ProblemSettings, apply_template, load_problems
 from infra.models import LoadingSettings, Model, find_model
@@ -373,4 +373,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

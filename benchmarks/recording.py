@@ -20,6 +20,7 @@ import tyro
 
 import train_rl
 from common import keep, machine
+from infra import errors
 from infra.metrics import read_metrics
 from infra.settings import change
 from worlds import toy
@@ -85,4 +86,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

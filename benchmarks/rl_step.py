@@ -48,7 +48,7 @@ import rollout
 import train_rl
 from common import keep, machine, median_of, run_child
 from engines.torch_engine import TorchEngine
-from infra import parallel
+from infra import errors, parallel
 from infra.models import find_model
 from infra.settings import change
 from policy import load_policy
@@ -371,4 +371,4 @@ def main(settings: Settings) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

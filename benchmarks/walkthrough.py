@@ -29,7 +29,7 @@ import train_flow
 import train_rl
 from common import code, number, put_tables, relink, table
 from engines.torch_engine import TorchEngine
-from infra import batching, parallel
+from infra import batching, errors, parallel
 from infra.data import Problem, load_problems
 from infra.defaults import published_settings
 from infra.models import Model
@@ -369,4 +369,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings)))
+    errors.run(lambda: sys.exit(main(tyro.cli(Settings))))

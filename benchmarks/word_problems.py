@@ -10,13 +10,19 @@ And template.txt, a prompt in the format of ChatML with three examples: without 
 parameters, sampled at temperature 1, tells stories of its own.
 """
 
+import repository  # noqa: F401
+
+# isort: split
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
+
+from infra import errors
+from infra.ranges import BatchSize, Range, Seed, check_values
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Ines", "Jack")
 THINGS = ("apples", "books", "coins", "eggs", "flowers", "marbles", "pencils", "stickers")
@@ -84,11 +90,12 @@ class Settings:
     """How many problems, and where."""
 
     folder: str = "runs/words"  # Folder for the files
-    n_train: int = 2000  # Training problems
-    n_test: int = 128  # Held-out problems
-    n_solutions: int = 1000  # Problems with solutions
-    largest: int = 12  # Largest number in a sum or difference
-    seed: int = 0  # Seed of the problems
+    n_train: BatchSize = 2000  # Training problems
+    n_test: BatchSize = 128  # Held-out problems
+    n_solutions: BatchSize = 1000  # Problems with solutions
+    # Largest number in a sum or difference
+    largest: Annotated[int, Range(3, 10**6)] = 12
+    seed: Seed = 0  # Seed of the problems
 
 
 def draw_numbers(sign: str, largest: int, rng: random.Random) -> tuple[int, int, int]:
@@ -157,6 +164,7 @@ def write(file: Path, problems: list[dict[str, str]], columns: tuple[str, ...]) 
 
 def main(settings: Settings) -> None:
     """Write the three files of problems, and the template."""
+    check_values(settings)
     problems = make_problems(settings)
     end_of_test = settings.n_test
     end_of_train = end_of_test + settings.n_train
@@ -170,4 +178,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

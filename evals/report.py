@@ -23,7 +23,7 @@ from latex2mathml.converter import Converter
 
 from evals.figures import group_by, ks_to_show, percent, read_samples
 from infra import errors
-from infra.files import read_json
+from infra.files import read_json, shown
 from pages.page import escape, fill, make_page, options, pack, write_page
 
 FOLDER = Path(__file__).parent
@@ -310,13 +310,20 @@ def write_report(folder: Path) -> Path:
     """Write report.html next to samples.jsonl and summary.json, and return its path.
 
     Raises:
-        ValueError: one of the two is missing.
+        ValueError: one of the two is missing, or holds something else.
     """
     samples = read_samples(folder)
     summary_file = folder / "summary.json"
     if not summary_file.is_file():
         raise ValueError(f"{summary_file} does not exist; expected the folder of an evaluation")
-    page = make_report(samples, read_json(summary_file, "the summary of an evaluation"))
+    summary = read_json(summary_file, "the summary of an evaluation")
+    for name in ("sets", "config", "versions"):
+        if not isinstance(summary.get(name), dict):
+            raise ValueError(
+                f"{summary_file}: {name} is {shown(summary.get(name))}; expected the summary of an "
+                "evaluation, in which it is an object"
+            )
+    page = make_report(samples, summary)
     return write_page(folder / "report.html", page)
 
 

@@ -12,10 +12,13 @@ import re
 import reprlib
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+from infra.errors import in_short
 
 UNFINISHED = ".writing"  # ends the name of what is not whole yet
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -278,9 +281,39 @@ SHORT.maxstring = SHORT.maxother = 80
 
 # ---- Code of users
 def import_file(path: str) -> ModuleType:
-    """Import a Python file that is in no package."""
+    """Import a Python file that is in no package; ValueError names the line at which it fails."""
     spec = importlib.util.spec_from_file_location(f"file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with blamed_on(path, "at its import"):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def blamed_on(path: str, occasion: str) -> Iterator[None]:
+    """Make whatever a user's file raises a ValueError that names the file and its line.
+
+    sys.exit() counts as an error, too: it would end the run as if that were complete.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        line = line_in(path, error)
+        place = f"{path}, line {line}" if line else path
+        raise ValueError(
+            f"{place}: {type(error).__name__}: {in_short(error)} ({occasion})"
+        ) from error
+
+
+def line_in(path: str, error: BaseException) -> int | None:
+    """Return the line of a file where an error came from, None if it came from elsewhere."""
+    if isinstance(error, SyntaxError) and error.filename and is_same(path, error.filename):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if is_same(path, frame.filename)]
+    return lines[-1] if lines else None
+
+
+def is_same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,7 +58,7 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
             config = parse_config(config_class, presets)
             listen()
             children.follow_parent(received)
-            main(config)
+            run_to_its_end(main, config)
             dist.destroy_process_group()
         except (SystemExit, Stop):  # --help, or a flag that does not exist; a signal
             raise
@@ -67,6 +68,18 @@ def launch(main: Callable, config_class: type, presets: dict[str, dict]) -> None
     except Stop:  # perhaps amid an error: the signal has ended another rank, too
         end_by_signal()
     leave(0)
+
+
+def run_to_its_end(main: Callable, config) -> None:
+    """Run a script's main; RuntimeError if a user's file ends it by sys.exit(), as if it were complete."""
+    try:
+        main(config)
+    except SystemExit as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise RuntimeError(
+            f"{last.filename}, line {last.lineno}: sys.exit() would end the run as if it were "
+            "complete; raise an error instead"
+        ) from error
 
 
 def report_error(error: BaseException, recorder, in_full: bool) -> None:

@@ -154,6 +154,7 @@ def start_of_run(folder: str, config_class: type) -> Start:
             f"--resume {folder}: that run has settings of another script or version "
             f"({some_of(foreign)}); resume with the one that began it"
         )
+    check_each_kind(values, kinds_of(config_class()), Path(folder, "config.json"))
     whose = f"The defaults shown are the settings of the run {folder}."
     return Start(values, f"--resume {folder}: that run", whose)
 
@@ -187,16 +188,21 @@ def settings_of_file(path: str, config_class: type) -> dict[str, object]:
             f"{path} has {some_of(unknown)}: expected settings of {config_class.script}.py, which "
             "--help lists (_ for -); correct the name, or take it out"
         )
-    for name, value in values.items():
-        if not is_of_kind(value, kinds[name]):
-            raise ValueError(
-                f"{path} has {name}={shown(value)}: expected {describe(kinds[name])}; change it there"
-            )
+    check_each_kind(values, kinds, path)
     try:
         check_values(change(config_class(), **values))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; change it there") from error
     return values
+
+
+def check_each_kind(values: dict[str, object], kinds: dict[str, object], file: str | Path) -> None:
+    """Raise ValueError for a value that a file has and that is not of its setting's kind."""
+    for name, value in values.items():
+        if not is_of_kind(as_tuple(value), kinds[name]):
+            raise ValueError(
+                f"{file} has {name}={shown(value)}: expected {describe(kinds[name])}; change it there"
+            )
 
 
 def kinds_of(settings) -> dict[str, object]:

@@ -15,13 +15,16 @@ prime-rl alone gives values of tokens, and their ids, whose texts are known to t
 others, and without a tokenizer, words stand for tokens.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
+import pyarrow
 import pyarrow.parquet
 
+from infra.errors import in_short
 from infra.files import need_file, read_json_lines
 from infra.record import mean
 from pages.describe import shorten, token_texts
@@ -110,12 +113,15 @@ def read_prime_rl(episode: dict) -> Iterator[Rollout]:
 
 
 def last_branch(nodes: Sequence[dict]) -> list[dict]:
-    """Return the nodes from the root to the last one: each names its parent."""
+    """Return the nodes from the root to the last one: each names its parent, which stands before it."""
     path: list[dict] = []
     place = len(nodes) - 1
     while nodes and place is not None:
         path.append(nodes[place])
-        place = nodes[place].get("parent")
+        parent = nodes[place].get("parent")
+        if parent is not None and not 0 <= parent < place:
+            raise ValueError(f"node {place} has the parent {parent}, which is none before it")
+        place = parent
     return path[::-1]
 
 
@@ -182,7 +188,7 @@ def read_files(paths: Sequence[str], tokenizer=None) -> dict[int, list[dict]]:
 def read_file(path: str) -> Iterator[Rollout]:
     """Yield the rollouts of a file, by the reader whose columns it has."""
     if need_file(path, KIND).suffix == ".parquet":
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = read_parquet(path)
     else:
         rows = read_json_lines(path, KIND)
     for number, row in enumerate(rows, 1):
@@ -197,12 +203,26 @@ def read_file(path: str) -> Iterator[Rollout]:
             raise ValueError(f"{path}, row {number}: {error!r}; expected {KIND}") from error
 
 
+def read_parquet(path: str) -> list[dict]:
+    """Return the rows of a Parquet file; ValueError if it is none."""
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not Parquet ({in_short(error)}); expected {KIND}") from error
+
+
 def check(rollout: Rollout) -> None:
     """Raise TypeError for a rollout whose parts are of another kind than they should be."""
     if not isinstance(rollout.prompt, str) or not isinstance(rollout.response, str):
         raise TypeError("expected texts as prompt and response")
-    if not isinstance(rollout.step, int) or not isinstance(rollout.reward, Real):
-        raise TypeError("expected a whole number as step and a number as reward")
+    is_step = isinstance(rollout.step, int) and 0 <= rollout.step <= 10**9
+    if not is_step or not isinstance(rollout.reward, Real) or not math.isfinite(rollout.reward):
+        raise TypeError("expected a whole number as step and a finite number as reward")
+    numbers = [rollout.advantage, *rollout.logp, *rollout.advantages]
+    if not all(number is None or isinstance(number, Real) for number in numbers):
+        raise TypeError("expected numbers as advantages and log-probs")
+    if not all(isinstance(token, int) and 0 <= token <= 10**9 for token in rollout.token_ids):
+        raise TypeError("expected whole numbers as ids of tokens")
 
 
 def with_words(rollout: Rollout, n: int) -> Rollout:

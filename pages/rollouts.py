@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from infra import record
+from infra.files import need_keys, shown
 from infra.metrics import read_metrics
 from pages.falls import find_lowest, say_falls
 from pages.page import FOLDER, escape, fill, make_page, pack, write_page
@@ -36,6 +37,7 @@ OF_A_RESPONSE = (
     "ratio",
     "dense_score",
 )
+OF_EACH_TOKEN = ("tokens", "token_ids", "logp", "entropy", "dense_reward", "advantage", "ratio")
 MEASURED = ("dense_reward", "logp", "entropy", "ratio", "outcome")  # if they are known
 
 
@@ -45,11 +47,29 @@ def inspect_run(folder: str | Path) -> Path:
     steps = {}
     for step, path in record.need_files(folder).items():
         steps[step] = record.read(path)
+        check_records(steps[step], path)
     metrics: list[dict[str, float]] = []
     if (folder / "metrics.jsonl").is_file():
         metrics = read_metrics(folder / "metrics.jsonl")
     title = f"Rollouts of {folder.resolve().name}"
     return write_rollouts_page(folder / "rollouts.html", title, steps, metrics)
+
+
+def check_records(records: list[dict], path: Path) -> None:
+    """Raise ValueError for a record of which a part is missing, or of another kind."""
+    need_keys(records, path, [*OF_THE_GROUP, *OF_A_RESPONSE])
+    for number, one in enumerate(records, 1):
+        if not isinstance(one["group"], int):
+            raise ValueError(
+                f"{path}, object {number}: group is {shown(one['group'])}; expected a number"
+            )
+        for name in OF_EACH_TOKEN:
+            values = one[name]
+            if not isinstance(values, list) or len(values) != len(one["tokens"]):
+                raise ValueError(
+                    f"{path}, object {number}: {name} is {shown(values)}; expected a list with a "
+                    "value for each token"
+                )
 
 
 def write_rollouts_page(

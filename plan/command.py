@@ -81,7 +81,8 @@ def resolve(config: Config, machine: Machine) -> tuple[Config, Model]:
         print(f"--shaping {config.shaping}: a file's reward is left out of the plan")
         config = change(config, shaping="none", dense=())
     # any flow has these shapes, and vLLM need not be here
-    config = change(config, flow="new", flow_scope="response", engine="auto")
+    flow = "new" if config.shaping == "flow" else None
+    config = change(config, flow=flow, flow_scope="response", engine="auto")
     start_ranks(machine.n_gpus)
     train_rl.check(config)
     train_rl.check_lengths(config, model)

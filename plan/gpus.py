@@ -9,6 +9,7 @@ REACHED = 785 / 989
 # Bytes that no tensor of the trainer is: CUDA and NCCL, what the engine keeps asleep, fragments
 BESIDE = 4e9  # assumed
 GPUS_OF_NODE = 8  # assumed
+MOST_GPUS = 1024  # that a plan takes
 BETWEEN_NODES = 40e9  # bytes a second of a GPU, of 50 that a 400 Gb/s card has; assumed
 
 
@@ -50,10 +51,10 @@ class Machine(NamedTuple):
 def find_machine(text: str) -> Machine:
     """Return the machine of a text such as 8xH100; ValueError if there is none."""
     match = re.fullmatch(r"(\d+)x(.+)", text)
-    if not match or match[2] not in GPUS or not 1 <= int(match[1]) <= 1024:
+    if not match or match[2] not in GPUS or not 1 <= int(match[1]) <= MOST_GPUS:
         raise ValueError(
-            f"--on {text}: expected a number and a kind of GPU, such as 8xH100; the kinds are "
-            f"{', '.join(GPUS)}"
+            f"--on {text}: expected a number from 1 to {MOST_GPUS:,} and a kind of GPU, such as "
+            f"8xH100; the kinds are {', '.join(GPUS)}"
         )
     return Machine(int(match[1]), match[2])
 

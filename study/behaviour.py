@@ -35,7 +35,7 @@ import tyro
 from common import code, number, table
 from evidence import BLUE, ORANGE, STYLE, plt, save
 from flow_signal import auc, resampling_weights
-from infra import record
+from infra import errors, record
 from infra.metrics import read_metrics
 from pages.falls import find_falls
 from repository import ROOT
@@ -445,4 +445,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

@@ -48,6 +48,7 @@ import flow_signal
 import referee
 from common import put_tables, relink, table
 from figures import FIRST_TUNING_SEED, merge, read_study
+from infra import errors
 from measures import (
     LEVELS,
     WINDOW,
@@ -647,4 +648,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Settings)))
+    errors.run(lambda: sys.exit(main(tyro.cli(Settings))))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import worlds
 from infra import record
-from infra.files import written_whole
+from infra.files import need_keys, read_json, written_whole
 from infra.metrics import read_metrics
 from measures import auc
 from methods import ARMS
@@ -21,6 +21,11 @@ SERIES = ("correct", "reward", "length", "entropy", "truncated", "varied_groups"
 SERIES_OF_TRIALS = ("correct", "length")  # of runs on seeds that nobody reports
 N_DIGITS = 4  # of each, after the point
 
+
+# What files of a study hold, for an error
+OF_ALL = "what the runs of a study have in common"
+OF_THE_PLAN = "what a study registered"
+OF_A_JOB = "what a study notes of a run or of a preparation"
 
 FIRST_TUNING_SEED = 100  # from here on settings are chosen, and nothing is reported
 
@@ -32,16 +37,17 @@ def collect(folder: str) -> dict:
     if not common.exists():
         raise ValueError(f"{folder} holds no study; expected the --folder of one")
     plan = Path(folder, "registered.json")
-    registered = {"registered": json.loads(plan.read_text())} if plan.exists() else {}
+    registered = {"registered": read_json(plan, OF_THE_PLAN)} if plan.exists() else {}
     runs = []
     for record_file in Path(folder).glob("*/seed-*.json"):
         runs.append(read_run(record_file))
-    return {**json.loads(common.read_text()), **registered, "runs": in_order(runs)}
+    return {**read_json(common, OF_ALL), **registered, "runs": in_order(runs)}
 
 
 def read_run(record_file: Path) -> dict:
     """Return the figures of a run: what the study noted of it, and its series."""
-    record = json.loads(record_file.read_text())
+    record = read_json(record_file, OF_A_JOB)
+    need_keys([record], record_file, ["arm", "seed", "status", "settings"])
     folder = record_file.with_suffix("")
     steps = read_steps(folder / "metrics.jsonl")
     kept = ("arm", "seed", "base", "beside", "status", "error", "settings", "script", "versions")
@@ -69,7 +75,7 @@ def preparing_seconds(needs: Sequence[str], study: Path) -> int:
         folder = study / "prepared" / f"base-{base}" if base else study / "prepared"
         file = folder / f"{name}.json"
         if needed not in seconds and file.exists():
-            of_job = json.loads(file.read_text())
+            of_job = read_json(file, OF_A_JOB)
             seconds[needed] = of_job.get("seconds", 0)
             waiting += of_job.get("needs", ())
     return sum(seconds.values())
@@ -143,7 +149,7 @@ def read_series(steps: Sequence[dict]) -> dict[str, list[float | None]]:
 def read_evaluations(file: Path) -> dict[str, dict[str, float]]:
     """Return the accuracies on held-out problems, before and after, and pass@k."""
     accuracies: dict[str, dict[str, float]] = {}
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary = read_json(file, "the evaluations of a run") if file.exists() else {}
     for when, sets in summary.items():
         (kinds,) = sets.values()
         accuracies[when] = {
@@ -248,9 +254,11 @@ def progress(run: dict) -> tuple[bool, int]:
 
 def read_study(file: str | Path) -> dict:
     """Read a file of figures; ValueError if it is none."""
-    study = json.loads(Path(file).read_text())
-    if "runs" not in study:
+    study = read_json(file, "a file that study/study.py wrote")
+    runs = study.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ValueError(f"{file} holds no runs; expected a file that study/study.py wrote")
+    need_keys(runs, Path(file), ["arm", "seed", "status", "script", "settings", "series"])
     return study
 
 

@@ -42,7 +42,8 @@ from engines.torch_engine import TorchEngine
 from infra import batching, parallel
 from infra.batching import keyed_seed
 from infra.data import ProblemSettings, load_problems
-from infra.files import written_whole
+from infra.errors import run
+from infra.files import need_keys, read_json, written_whole
 from infra.models import LoadingSettings, find_model
 from infra.rows import read_rows
 from infra.settings import change
@@ -601,9 +602,10 @@ def run_rl(world: str, n_steps: int, flow: Path, folder: Path) -> None:
 # ---- Tables
 def tables(path: str | Path) -> str:
     """Return the tables of a file of figures as Markdown; also of study/text_signal.py's."""
-    result = json.loads(Path(path).read_text())
+    result = read_json(path, "what was measured of scores")
     if "text" in result:
         return text_tables(result["text"])
+    need_keys([result], Path(path), ["worlds"])
     parts = []
     for world, found in result["worlds"].items():
         if found:  # it may not have been measured yet
@@ -807,4 +809,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    run(lambda: main(tyro.cli(Settings)))

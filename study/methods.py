@@ -21,8 +21,9 @@ from pathlib import Path
 import train_rl
 from dense import DenseReward, FlowReward, as_values
 from infra.files import import_file
-from infra.kinds import as_tuple
-from infra.settings import flatten
+from infra.kinds import as_tuple, describe, from_text, is_of_kind
+from infra.ranges import check_values
+from infra.settings import change, kinds_of
 from repository import ROOT
 
 REWARDS = ROOT / "study" / "rewards"
@@ -426,11 +427,11 @@ def read_changes(text: str) -> dict[str, object]:
     """Read SETTING=VALUE,SETTING=VALUE,… where a VALUE may be several with commas between them."""
     changed: dict[str, object] = {}
     setting = ""
-    for change in filter(None, text.split(",")):
-        name, equals, value = change.partition("=")
+    for one in filter(None, text.split(",")):
+        name, equals, value = one.partition("=")
         if not equals and setting:  # one more value of the setting before
             before = changed[setting]
-            changed[setting] = (*(before if isinstance(before, tuple) else (before,)), change)
+            changed[setting] = (*(before if isinstance(before, tuple) else (before,)), one)
             continue
         setting = name
         changed[setting] = {"True": True, "False": False}.get(value, value)
@@ -438,10 +439,28 @@ def read_changes(text: str) -> dict[str, object]:
 
 
 def check_settings(settings: dict[str, object], whose: str) -> None:
-    """Raise ValueError for a name that is no setting of train_rl.py."""
-    unknown = sorted(settings.keys() - flatten(train_rl.Config()).keys())
+    """Raise ValueError for a name that is no setting of train_rl.py, or a value that it does not take."""
+    kinds = kinds_of(train_rl.Config())
+    unknown = sorted(settings.keys() - kinds.keys())
     if unknown:
         raise ValueError(f"{whose}: {unknown} are no settings of train_rl.py")
+    for name, value in settings.items():
+        if "{" in str(value):  # a placeholder stands for it
+            continue
+        meant = value_of(value, kinds[name])
+        if not is_of_kind(meant, kinds[name]):
+            raise ValueError(f"{whose}: {name}={value}: expected {describe(kinds[name])}")
+        try:
+            check_values(change(train_rl.Config(), **{name: meant}))
+        except ValueError as error:
+            raise ValueError(f"{whose}: {error}") from error
+
+
+def value_of(value: object, kind: object) -> object:
+    """Return what a value stands for that is a text, or several texts, of the command line."""
+    values = value if isinstance(value, tuple) else (value,)
+    meant = tuple(from_text(one, kind) if isinstance(one, str) else one for one in values)
+    return meant[0] if len(meant) == 1 and not is_of_kind(meant, kind) else meant
 
 
 def make_catalogue(rewards: Sequence[FileReward] = ()) -> Catalogue:

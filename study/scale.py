@@ -28,8 +28,12 @@ SPREAD = 0.5
 
 
 def main(config: train_rl.Config) -> None:
-    """Write the coefficient. ValueError if the reward says the same of all tokens."""
+    """Write the coefficient. ValueError if there is no reward, or it says the same of all tokens."""
     parallel.start()
+    if config.shaping in ("none", "entropy"):
+        raise ValueError(f"--shaping {config.shaping}: expected a dense reward, flow or FILE.py")
+    if config.folder is None:
+        raise ValueError("--folder is not given; expected a folder for coefficient.txt")
     folder = Path(config.folder)
     config, model = train_rl.resolve(change(config, folder=None, dense_coef=1.0))
     problems = load_problems(config.data, config.problems, model)

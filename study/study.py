@@ -61,6 +61,9 @@ import tuning
 import worlds
 from figures import (
     FIRST_TUNING_SEED,
+    OF_A_JOB,
+    OF_ALL,
+    OF_THE_PLAN,
     check_equal,
     extend,
     merge,
@@ -69,7 +72,7 @@ from figures import (
     write_study,
 )
 from infra import errors
-from infra.files import remove, write_json, written_whole
+from infra.files import need_keys, read_json, remove, write_json, written_whole
 from infra.kinds import check_kinds, from_text
 from infra.ranges import NonNegativeInt, PositiveInt, check_values
 from measures import MOST_FLIPPED
@@ -293,11 +296,12 @@ class Job:
         """Return what is known of the job, an empty dict if it has never begun."""
         if not self.record_file.exists():
             return {}
-        return json.loads(self.record_file.read_text())
+        return read_json(self.record_file, OF_A_JOB)
 
     def check(self) -> None:
         """Raise ValueError if the folder holds a job with other settings."""
         stored = self.record()
+        need_keys([stored] if stored else [], self.record_file, ["script", "settings"])
         asked = json.loads(json.dumps({"script": self.script, "settings": self.settings}))
         for key, value in asked.items():
             if stored and stored[key] != value:
@@ -632,7 +636,7 @@ def describe(study: Study, bases: Sequence[worlds.World]) -> dict:
     """Return what all runs of a study have in common; figures of others are not compared."""
     first, *others = [hash_of_base(world) for world in bases]
     common = {
-        "world": json.loads(Path(bases[0].path("world.json")).read_text()),
+        "world": read_json(bases[0].path("world.json"), "the settings of an embedded world"),
         "base": first,
         "settings": preset("train_rl", study),
         "flow": preset("train_flow", study),
@@ -676,7 +680,7 @@ def begin(study: Study, bases: Sequence[worlds.World]) -> None:
         if known.get("registered") and not chosen.exists():  # it goes on from another machine's
             write_json(chosen, known["registered"]["tuned"])
     if file.exists():
-        check_equal(json.loads(file.read_text()), common, str(file))
+        check_equal(read_json(file, OF_ALL), common, str(file))
         return
     for base, world in enumerate(bases):
         problems = Path(world.path("test.jsonl")).read_text().splitlines(keepends=True)
@@ -717,7 +721,7 @@ def registered(study: Study) -> dict:
     """Return what was registered here, or in the JSON file, before; an empty dict if nothing was."""
     file = Path(study.folder, "registered.json")
     if file.exists():
-        return json.loads(file.read_text())
+        return read_json(file, OF_THE_PLAN)
     if study.json_file.exists():
         return read_study(study.json_file).get("registered", {})
     return {}
@@ -770,6 +774,8 @@ def show_verdict(study: Study) -> None:
 def check(study: Study) -> None:
     """Raise ValueError for settings that cannot work."""
     check_values(study)
+    if study.arms == ():
+        raise ValueError("--arms is empty; name some, or leave it out for all of them")
     if study.quick and not study.reward:
         raise ValueError("quick: expected --reward FILE.py, whose first answer it is")
     if study.tune and not study.reward:

@@ -48,7 +48,7 @@ from flow_signal import (
     tables,
     write_untrained,
 )
-from infra import batching, parallel
+from infra import batching, errors, parallel
 from infra.data import DataSettings, load_rows, make_prompts, solution_end
 from infra.models import LoadingSettings, Model, find_model
 from infra.settings import change
@@ -279,4 +279,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    errors.run(lambda: main(tyro.cli(Settings)))

@@ -8,7 +8,6 @@ A control or variant takes the choice of what it is of: NAME-shuffled, and what 
 of NAME. Rewards that know nothing (`noise`, `length`) have nothing chosen.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from common import table
 from figures import FIRST_TUNING_SEED
+from infra.files import read_json
 from measures import has_escaped, last_accuracy, number
 from methods import Catalogue, read_changes
 
@@ -143,4 +143,4 @@ def tuning_table(figures: dict, chosen: Mapping[str, str]) -> str:
 def read_chosen(folder: str | Path) -> dict[str, str]:
     """Return the changes of settings that a study has chosen, none if it has not tuned."""
     file = Path(folder, "chosen.json")
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file, "settings that a study has chosen") if file.exists() else {}

@@ -371,6 +371,28 @@ BAD = {
         "    def shape(self, score, mask):\n        return score / 0\n",
         "expected finite rewards",
     ),
+    "shaped to nothing": (
+        "    def score(self, part):\n        return part.output.logp\n"
+        "    def shape(self, score, mask):\n        pass\n",
+        r"bad: shape\(\) returned NoneType, no tensor",
+    ),
+    "no figures": (
+        "    def score(self, part):\n        return part.output.logp\n"
+        "    def figures(self):\n        pass\n",
+        r"bad: figures\(\) returned None; expected a dict of numbers",
+    ),
+    "a tensor as a figure": (
+        "    def score(self, part):\n        return part.output.logp\n"
+        "    def figures(self):\n        return {'a': torch.zeros(())}\n",
+        r"bad: figures\(\) returned {'a': tensor\(0.\)}; expected a dict of numbers",
+    ),
+    "one bound": ("    clamp = 1\n", "bad: clamp=1; expected two numbers, the lower one first"),
+    "bounds": ("    clamp = (1, 0)\n", r"bad: clamp=\(1, 0\); expected two numbers, the lower one"),
+    "rate": (
+        "    learns = True\n    lr = float('nan')\n    module = torch.nn.Linear(1, 1)\n",
+        "bad: lr=nan; expected a finite number, 0 or more",
+    ),
+    "text": ("    taps = 'ab'\n", "taps=ab; expected fractions of the depth"),
     "one tap": ("    taps = 0.5\n", "taps=0.5; expected fractions of the depth"),
     "depth": ("    taps = (2.0,)\n", r"taps=\(2.0,\); expected fractions of the depth"),
     "method": ("    pass\n", "has no method score"),
@@ -441,10 +463,11 @@ def test_a_run_is_as_without_the_trial_of_its_reward(world, tmp_path, monkeypatc
     assert tried == untried and tried[0]["stateful/score"] > 3
 
 
-def test_a_flow_that_no_reward_reads_is_named(world, flow_folder, tmp_path, capsys):
-    file = FOLDER / "self_certainty.py"
-    train_rl.main(run_of(world, tmp_path / "run", file, steps=1, flow=flow_folder))
-    assert f"--flow {flow_folder} has no part in {file}" in capsys.readouterr().out
+@pytest.mark.parametrize("shaping", [str(FOLDER / "self_certainty.py"), "none", "entropy"])
+def test_a_flow_that_no_reward_reads_is_named(shaping, world, flow_folder, tmp_path, capsys):
+    train_rl.main(run_of(world, tmp_path / "run", shaping, steps=1, flow=flow_folder))
+    said = f"--flow {flow_folder} has no part in --shaping {shaping}, which reads no flow\n"
+    assert said in capsys.readouterr().out
 
 
 def test_an_excess_has_the_shape_of_its_values():
@@ -475,6 +498,8 @@ def test_an_excess_has_the_shape_of_its_values():
         ),
         ("{ridge}", ("experts={data}", "held_out=48"), "48 of 48 solutions in"),
         ("{empty}", (), "defines no class Reward"),
+        ("{torn}", (), r"torn.py, line 2: SyntaxError: .* \(at its import\)"),
+        ("{leaving}", (), r"leaving.py, line 3: SystemExit: .* \(at its import\)"),
         ("{policy}", (), "the reward would be called policy, as other figures of a run are"),
         ("{dotted}", (), "expected a Python file with a name such as my_reward.py"),
     ],
@@ -487,10 +512,14 @@ def test_bad_settings_of_a_file_are_named(shaping, own, words, world, tmp_path):
         "empty": tmp_path / "e.py",
         "policy": tmp_path / "policy.py",
         "dotted": tmp_path / "a.b.py",
+        "torn": tmp_path / "torn.py",
+        "leaving": tmp_path / "leaving.py",
     }
     places["empty"].write_text("")
     places["policy"].write_text("")
     places["dotted"].write_text("")
+    places["torn"].write_text("import dense\nclass Reward(:\n")
+    places["leaving"].write_text("import sys\n\nsys.exit()\n")
     own = tuple(text.format(**places) for text in own)
     with pytest.raises(ValueError, match=words):
         train_rl.main(run_of(world, tmp_path / "run", shaping.format(**places), own))

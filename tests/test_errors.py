@@ -1,5 +1,6 @@
 """An error of input is one line on every command; a bug, or any error with --traceback, is more."""
 
+import re
 import runpy
 import signal
 import sys
@@ -22,7 +23,17 @@ COMMANDS = {
     "run.py report": ("nowhere",),
     "rewards.py": ("nowhere.jsonl",),
     "evals/report.py": ("nowhere",),
+    "benchmarks/first_gpu.py": ("--checks", "nothing"),
+    "benchmarks/grading.py": ("nowhere.jsonl",),
+    "benchmarks/word_problems.py": ("--folder", "file"),
+    "study/behaviour.py": ("nowhere",),
 }
+# Those that a command starts, and those of the course, which print what they teach
+NO_COMMANDS = (
+    *("benchmarks/peer_trl.py", "grading/worker.py", "infra/watch.py"),
+    *("course/exercises/bug.py", "course/exercises/fall.py", "course/exercises/solutions/bug.py"),
+    *("course/nano.py", "course/theory.py"),
+)
 
 
 @pytest.fixture
@@ -30,6 +41,8 @@ def command(monkeypatch, tmp_path, capfd):
     """Run a command in this process, in a folder with one file; return its code and stderr."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr("infra.runs.leave", sys.exit)  # os._exit would end the tests
+    for folder in ("benchmarks", "study"):  # of the scripts there, which import each other
+        monkeypatch.syspath_prepend(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
 
@@ -57,6 +70,38 @@ def test_an_error_of_input_is_one_line(command, name):
 def test_the_traceback_that_is_asked_for(command, name):
     code, said = command(name, *COMMANDS[name], "--traceback")
     assert code == 1 and "Traceback (most recent call last)" in said
+
+
+def test_every_command_shows_its_errors_so():
+    commands = {}
+    for file in ROOT.rglob("*.py"):
+        name = file.relative_to(ROOT)
+        text = file.read_text()
+        if (
+            not {"tests", "runs", ".venv"} & set(name.parts)
+            and 'if __name__ == "__main__":' in text
+        ):
+            commands[str(name)] = text
+    for name, text in commands.items():
+        is_shown = re.search(r"^    (errors\.)?run\(|^    launch\(", text, re.MULTILINE)
+        assert is_shown or name in (*NO_COMMANDS, "rewards.py", "run.py"), name
+    assert set(NO_COMMANDS) <= commands.keys()
+
+
+def test_an_exit_of_a_users_file_is_an_error(command, tmp_path, world):
+    """A reward that calls sys.exit() ended the run with code 0, as if it were complete."""
+    file = tmp_path / "leaving.py"
+    file.write_text(
+        "from dense import DenseReward\n\nclass Reward(DenseReward):\n"
+        "    def score(self, part):\n        raise SystemExit\n"
+    )
+    flags = ("--model", world.path("model"), "--data", world.path("train.jsonl"))
+    flags += ("--template", "none", "--steps", "1", "--folder", str(tmp_path / "run"))
+    code, said = command("train_rl.py", *flags, "--shaping", str(file))
+    assert code == 1 and said.splitlines()[-1] == (
+        f"error: {file}, line 5: sys.exit() would end the run as if it were complete; raise an error "
+        "instead"
+    )
 
 
 def test_a_flag_that_does_not_exist_is_told_by_the_parser(command):

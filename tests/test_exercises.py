@@ -137,8 +137,21 @@ def test_a_file_that_cannot_be_imported(tmp_path):
     attempt.write_text("import torch\nratio = torch.ones(2) @ torch.ones(3)\n")
     passed, printed = grade(5, attempt)
     assert not passed
-    assert "cannot be imported: RuntimeError" in printed
-    assert "line 2: ratio" in printed
+    assert f"cannot be imported: {attempt}, line 2: RuntimeError: " in printed
+
+
+@pytest.mark.parametrize("place", ["at its import", "in a function"])
+def test_a_file_that_ends_the_process_is_not_passed(place, tmp_path):
+    """The check ended with code 0, as if the exercise were passed."""
+    text = check.file_of(1, solution=True).read_text()
+    if place == "at its import":
+        text += "raise SystemExit\n"
+    else:
+        text = text.replace('"""\n    ', '"""\n    raise SystemExit\n    ')
+    attempt = tmp_path / "interpolate.py"
+    attempt.write_text(text)
+    passed, printed = grade(1, attempt)
+    assert not passed and "SystemExit" in printed.partition("not yet: ")[2]
 
 
 def test_the_command_of_a_blank():

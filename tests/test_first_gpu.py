@@ -60,6 +60,17 @@ def test_runs_are_compared(tmp_path):
         first_gpu.main(first_gpu.Settings(compare=(one, other)))
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_results_and_figures_that_are_none(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match="results.json.*expected"):
+        first_gpu.main(first_gpu.Settings(folder=str(tmp_path)))
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="metrics.jsonl.*expected"):
+        first_gpu.main(first_gpu.Settings(compare=(str(tmp_path), str(tmp_path))))
+
+
 def test_a_check_that_fails_is_reported_and_is_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     door = tmp_path / "door"

@@ -1,6 +1,7 @@
 """Rollouts of TRL, verl and prime-rl: rows as they write them, the records, and the page."""
 
 import json
+import math
 import sys
 
 import pandas
@@ -153,6 +154,11 @@ def test_prime_rl_with_a_tool(tmp_path, merging_tokenizer):
         assert None not in one[name][:-n_tool], name
 
 
+def with_node(**parts) -> dict:
+    """An episode of prime-rl with one node."""
+    return {"traces": [{"nodes": [{"message": {"content": "x"}, "sampled": True, **parts}]}]}
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -160,12 +166,41 @@ def test_prime_rl_with_a_tool(tmp_path, merging_tokenizer):
         ({**VERL[0], "output": 5}, "row 1: TypeError.*expected rollouts of TRL"),
         ({"traces": [{"nodes": [{}]}]}, "no response; expected rollouts"),
         ({"traces": 5}, "row 1: TypeError.*expected rollouts"),
+        ({**VERL[0], "score": math.nan}, "row 1: TypeError.*a finite number as reward"),
+        ({**VERL[0], "step": -1}, "row 1: TypeError.*a whole number as step"),
+        ({**VERL[0], "step": 10**30}, "row 1: TypeError.*a whole number as step"),
+        (
+            with_node(parent=0),
+            "row 1: ValueError.*node 0 has the parent 0, which is none before it",
+        ),
+        (
+            with_node(parent=3),
+            "row 1: ValueError.*node 0 has the parent 3, which is none before it",
+        ),
+        (with_node(token_ids=["1"], mask=[True]), "row 1: TypeError.*whole numbers as ids of"),
+        (with_node(token_ids=[1], mask=[True], logprobs=["x"]), "row 1: TypeError.*log-probs"),
     ],
 )
 def test_what_is_no_rollout_is_named(tmp_path, row, words):
     path = write_lines(tmp_path / "a.jsonl", [row])
     with pytest.raises(ValueError, match=words):
         read_files([path])
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PAR1" * 9])
+def test_a_parquet_file_that_is_none(tmp_path, content):
+    path = tmp_path / "completions_00005.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="00005.parquet is not Parquet .*; expected rollouts of"):
+        read_files([str(path)])
+
+
+def test_a_parquet_file_that_is_torn(tmp_path):
+    path = tmp_path / "completions_00005.parquet"
+    pandas.DataFrame(TRL).to_parquet(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="00005.parquet is not Parquet"):
+        read_files([str(path)])
 
 
 def test_files_that_are_not_there(tmp_path):

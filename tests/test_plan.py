@@ -163,7 +163,10 @@ def test_what_to_lower():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--on", "8xH1000"], "--on 8xH1000: expected a number and a kind of GPU, such as 8xH100"),
+        (
+            ["--on", "8xH1000"],
+            "--on 8xH1000: expected a number from 1 to 1,024 and a kind of GPU, such as 8xH100",
+        ),
         (["--model", "toy"], "--model toy: the embedded world runs on a CPU"),
         (["--model", "Qwen2.5-7B"], "put the model's config.json into a folder"),
     ],

@@ -1,13 +1,21 @@
 """Files of runs and evaluations that are torn, empty or of another kind: one sentence each."""
 
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
+import run
+import train_rl
+from evals import report
 from evals.compare import compare
 from infra import record, runs
 from infra.metrics import read_metrics
-from infra.settings import stored_settings
+from infra.settings import change, parse_config, stored_settings
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run
 
@@ -81,6 +89,43 @@ def test_rollouts_that_are_wrong(tmp_path, content):
         inspect_run(run)
 
 
+RECORDED = ROOT / "course" / "exercises" / "recorded" / "rollouts" / "step-1.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("problem", ..., "expected one with problem"),
+        ("logp", ..., "expected one with logp"),
+        ("tokens", None, "tokens is None; expected a list"),
+        ("tokens", "x", "tokens is 'x'; expected a list"),
+        ("logp", [0.5], r"logp is \[0.5\]; expected a list with a value for each token"),
+        ("group", [], r"group is \[\]; expected a number"),
+    ],
+)
+def test_a_rollout_of_which_a_part_is_wrong(tmp_path, name, value, words):
+    one = json.loads(RECORDED.read_text().splitlines()[0])
+    one[name] = value
+    if value is ...:
+        del one[name]
+    run = make_run(tmp_path / "run", **{"rollouts/step-1.jsonl": json.dumps(one).encode() + b"\n"})
+    with pytest.raises(ValueError, match=f"step-1.jsonl, object 1: {words}"):
+        inspect_run(run)
+    assert not (run / "rollouts.html").exists()
+
+
+@pytest.mark.parametrize("name", ["sets", "config", "versions"])
+@pytest.mark.parametrize("value", [..., None, [], "x"])
+def test_a_summary_of_which_a_part_is_wrong(tmp_path, name, value):
+    summary = {"sets": {}, "config": {"model": "toy"}, "versions": {}, name: value}
+    if value is ...:
+        del summary[name]
+    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=f"summary.json: {name} is .*expected the summary of"):
+        report.write_report(tmp_path)
+
+
 @pytest.mark.parametrize("content", [*WRONG, b"{}"])
 def test_samples_that_are_wrong(tmp_path, content):
     (tmp_path / "samples.jsonl").write_bytes(content + b"\n")
@@ -93,3 +138,34 @@ def test_settings_of_a_resumed_run_that_are_none(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="config.json: .*expected the settings of a run"):
         stored_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lr", "fast", "lr='fast': expected a number"),
+        ("prompts", [4], r"prompts=\[4\]: expected a whole number"),
+        ("model", None, "model=None: expected a text"),
+        ("clip", [0.2], r"clip=\[0.2\]: expected a list of 2, each a number"),
+    ],
+)
+def test_a_setting_of_a_resumed_run_of_another_kind(tmp_path, monkeypatch, name, value, words):
+    settings = asdict(change(train_rl.Config(), **{name: value}))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", "--resume", str(tmp_path)])
+    with pytest.raises(ValueError, match=f"config.json has {words}"):
+        parse_config(train_rl.Config, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model", None, "model=None: expected a text"),
+        ("dtype", 5, "dtype=5: expected one of auto, bfloat16, float32"),
+        ("max_pixels", "many", "max_pixels='many': expected a whole number or null"),
+    ],
+)
+def test_a_setting_of_an_exported_run_of_another_kind(name, value, words):
+    stored = {"model": "toy", "dtype": "auto", "max_pixels": None, name: value}
+    with pytest.raises(ValueError, match=f"config.json has {words}"):
+        run.find_initial_model(stored, Path("config.json"), trust_remote_code=False)

@@ -27,6 +27,7 @@ import figures
 import hasty
 import measures
 import methods
+import scale
 import sft
 import study
 import train_flow
@@ -554,3 +555,65 @@ def test_figures_that_some_steps_lack(tmp_path):
         "flow/reward_wrong": [-0.1235, -0.2],
         "flow/reward_right": [None, -0.1],
     }
+
+
+# ---- Settings that are changed
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("lr=fast", "lr=fast: expected a number"),
+        ("lr=-1", "--lr=-1: expected a number above 0"),
+        ("dense_coef=nan", "--dense-coef=nan: expected a number from"),
+        ("prompts=2.5", "prompts=2.5: expected a whole number"),
+        ("dense_on=words", "dense_on=words: expected one of token, response"),
+        ("clip=0.2", "clip=0.2: expected a list of 2, each a number"),
+    ],
+)
+def test_values_that_no_run_takes_are_refused_before_a_world_is_made(changes, words):
+    with pytest.raises(ValueError, match=f"arm 'rlvr:{changes}': {words}"):
+        methods.make_catalogue().find(f"rlvr:{changes}")
+
+
+def test_no_arms_are_none():
+    with pytest.raises(ValueError, match="--arms is empty"):
+        study.main(study.Study(arms=()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    ["lr=1e-4,prompts=8", "clip=0.2,0.3", "reward_times=0.5", "flow_top_k=None", "reward=binary"],
+)
+def test_values_that_runs_take(changes):
+    methods.make_catalogue().find(f"rlvr:{changes}")
+
+
+def test_a_coefficient_needs_a_reward_and_a_folder():
+    with pytest.raises(ValueError, match="--shaping none: expected a dense reward"):
+        scale.main(change(train_rl.Config(), shaping="none", folder="coefficient"))
+    with pytest.raises(ValueError, match="--folder is not given"):
+        scale.main(train_rl.Config())
+
+
+# ---- Files that are torn, or of another kind
+@pytest.mark.parametrize("content", ["", "{", "[]", "5"])
+@pytest.mark.parametrize("name", ["common.json", "registered.json", "rlvr/seed-0.json"])
+def test_a_folder_of_a_study_whose_json_is_wrong(tmp_path, name, content):
+    (tmp_path / "rlvr").mkdir()
+    (tmp_path / "common.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}.* expected"):
+        study.main(study.Study(folder=str(tmp_path), collect=True))
+    assert not (tmp_path / "study.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"runs": [5]}', '{"runs": [{}]}'])
+def test_a_file_of_figures_that_is_none(tmp_path, content):
+    """It is named, and what the study's own file holds stays."""
+    other = tmp_path / "other.json"
+    other.write_text(content)
+    own = tmp_path / "study.json"
+    shutil.copy(ROOT / "study" / "toy-study.json", own)
+    before = own.read_bytes()
+    with pytest.raises(ValueError, match=r"other.json.* expected"):
+        study.main(study.Study(folder=str(tmp_path), merge=(str(other),)))
+    assert own.read_bytes() == before

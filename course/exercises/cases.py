@@ -41,7 +41,7 @@ def judge(case: Case, student: ModuleType) -> list[str]:
         got = case.answer()
     except NotImplementedError as error:
         return [f"{place_of(error, student)} is still blank: write it, then run this again"]
-    except Exception as error:  # whatever the student's code raises
+    except (Exception, SystemExit) as error:  # whatever the student's code raises
         complaint = (
             f"{case.asks}: {place_of(error, student)} raised {type(error).__name__}: {error}"
         )
@@ -73,7 +73,7 @@ def hint_for_answer(case: Case, got: object) -> list[str]:
     return []
 
 
-def hint_for_error(case: Case, error: Exception) -> list[str]:
+def hint_for_error(case: Case, error: BaseException) -> list[str]:
     """Return the hint of the first known mistake that raises such an error as a line, or no line."""
     for mistake in case.mistakes:
         if isinstance(mistake.answer, type) and isinstance(error, mistake.answer):

@@ -19,7 +19,6 @@ import infra.waiting  # noqa: F401
 
 # isort: split
 import argparse
-import traceback
 from importlib import import_module
 from types import ModuleType
 
@@ -81,11 +80,8 @@ def load(file: Path) -> ModuleType | None:
     """Import a student's file; None if it cannot be, after saying why."""
     try:
         return import_file(str(file))
-    except Exception as error:  # whatever the student's code raises
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"not yet: the file cannot be imported: {type(error).__name__}: {error}")
-        if last.filename == str(file):
-            print(f"  line {last.lineno}: {last.line}")
+    except ValueError as error:  # whatever the student's code raises
+        print(f"not yet: the file cannot be imported: {error}")
         return None
 
 
