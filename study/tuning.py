@@ -22,7 +22,7 @@ from methods import Catalogue, read_changes
 N_SEEDS = 2  # of each candidate, on as many base models where there are more
 SHARE_OF_STEPS = 0.5  # of a reported run's; by then most runs that leave a habit have left it
 N_CANDIDATES = 6
-RATES = ("", "lr=2.5e-5", "lr=5e-5", "lr=1e-4", "lr=4e-4", "lr=8e-4")
+RATES = ("", "lr=2.5e-5", "lr=5e-5", "lr=1e-4", "lr=3e-4", "lr=8e-4")
 CANDIDATES = {  # arm -> changes of its settings, as in NAME:SETTING=VALUE; "" changes nothing
     "rlvr": RATES,
     "entropy": ("", "alpha=0.05", "alpha=0.1", "alpha=0.2", "alpha=0.8", "alpha=1.6"),

@@ -125,6 +125,8 @@ TRAIN_RL_SPARSE = {
     "lr": 2e-4,
     "max_tokens": 80,
 }
+# A perfect reward needs more than 100 steps at the lower rate, and RLVR fails at both
+TRAIN_RL_REPEATING = {**TRAIN_RL_SPARSE, "lr": 4e-4}
 # The published figures of drawn problems come from a longer training and a shorter offline start
 TRAIN_RL_IMAGES = {**TRAIN_RL, "prompts": 16, "group_size": 8, "lr": 3e-4, "steps": 140}
 TRAIN_FLOW = {
@@ -145,12 +147,15 @@ EVALUATE = {
 TRAIN_FLOW_LONGER = {**TRAIN_FLOW, "epochs": 12}
 # One block tells wrong responses from right ones as well as two do, in seven tenths of the operations
 TRAIN_FLOW_SMALL = {**TRAIN_FLOW_LONGER, "flow_blocks": 1}
-SPARSE = ("toy-sparse", "toy-form", "toy-content", "toy-beyond")
+IDLING = ("toy-sparse", "toy-form")
+REPEATING = ("toy-content", "toy-beyond")
+SPARSE = IDLING + REPEATING
 PRESETS = {  # script -> value of --model -> flag -> value
     "train_rl": {
         "toy": TRAIN_RL,
         "toy-vl": TRAIN_RL_IMAGES,
-        **dict.fromkeys(SPARSE, TRAIN_RL_SPARSE),
+        **dict.fromkeys(IDLING, TRAIN_RL_SPARSE),
+        **dict.fromkeys(REPEATING, TRAIN_RL_REPEATING),
     },
     "train_flow": {
         "toy": TRAIN_FLOW_SMALL,
