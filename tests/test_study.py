@@ -563,7 +563,7 @@ def test_figures_that_some_steps_lack(tmp_path):
     [
         ("lr=fast", "lr=fast: expected a number"),
         ("lr=-1", "--lr=-1: expected a number above 0"),
-        ("dense_coef=nan", "--dense-coef=nan: expected a number from"),
+        ("dense_coef=nan", "dense_coef=nan: expected a number"),
         ("prompts=2.5", "prompts=2.5: expected a whole number"),
         ("dense_on=words", "dense_on=words: expected one of token, response"),
         ("clip=0.2", "clip=0.2: expected a list of 2, each a number"),
