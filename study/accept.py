@@ -360,9 +360,11 @@ def tables(world: str, found: dict) -> str:
             estimates = [of_base[name][kind] if name in of_base else None for of_base in scorers]
             row.append(", ".join(map(as_text, estimates)))
         rows.append(row)
-    by_scorer = table(("scorer", "AUC, wrong steps", "AUC, incomplete responses"), rows)
     verdict = {True: "accepted", False: "not accepted", None: "undecided, runs are missing"}
-    return f"**{world}**: {verdict[found['accepted']]}\n\n{by_base}\n\n{by_scorer}\n"
+    parts = [f"**{world}**: {verdict[found['accepted']]}", by_base]
+    if rows:
+        parts.append(table(("scorer", "AUC, wrong steps", "AUC, incomplete responses"), rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def as_text(estimate: Sequence[float] | None) -> str:
