@@ -69,13 +69,9 @@ def sample_and_inspect(config: Config) -> None:
     advantage, reward, _ = train_rl.shape_advantage(experience, models.dense, config, 0)
     if parallel.is_first():
         shaped = {"advantage": advantage, "dense_reward": reward}
+        n_groups = config.sampling.prompts
         records = train_rl.describe_rollouts(
-            models,
-            experience,
-            shaped,
-            config=config,
-            n_groups=config.sampling.prompts,
-            tokenizer=model.tokenizer,
+            models, experience, shaped, config, model.tokenizer, n_groups
         )
         run.log_rollouts(1, records)
         print(f"open {inspect_run(run.folder)}")

@@ -2,7 +2,8 @@
 
     python run.py export runs/NAME [--step N]     weights of a checkpoint, for other programs
     python run.py problems runs/NAME              problems, for verl
-    python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ
+    python run.py report runs/A [runs/B …]        a page of curves, and of settings that differ; of one
+                                                  run that of its rollouts, too
     python run.py plan --on 8xH100 --model NAME   what a run would take, before it: see plan/command.py
 
 What a run's folder holds stands in infra/runs.py.
@@ -249,12 +250,16 @@ def load_problems_of(
 def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) -> None:
     """Write a page of curves of one run or several, with the settings that differ.
 
+    In the folder of one run it leads to rollouts.html, which is written as well if there are rollouts.
+
     Args:
         runs: Run folders
         out: File for the page; by default report.html in the folder of one run, or beside several
     """
+    from infra import record
     from pages.curves import write_run_report
     from pages.page import check_place
+    from pages.rollouts import inspect_run
 
     if not runs:
         raise ValueError("no run; expected one run folder or several")
@@ -262,7 +267,10 @@ def report(runs: tyro.conf.Positional[tuple[str, ...]], out: str | None = None) 
         check_place(Path(out))
     paths = [Path(run) for run in runs]
     beside = paths[0] if len(paths) == 1 else paths[0].parent
-    print(f"open {write_run_report(paths, Path(out or beside / 'report.html'))}")
+    page = Path(out or beside / "report.html")
+    if page.parent == paths[0] and record.find_files(paths[0]):
+        inspect_run(paths[0])
+    print(f"open {write_run_report(paths, page)}")
 
 
 # ---- python run.py plan --on 8xH100 --model NAME

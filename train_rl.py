@@ -635,8 +635,8 @@ def describe_rollouts(
     experience: Experience,
     shaped: dict[str, Tensor],
     config: Config,
-    n_groups: int,
     tokenizer: PreTrainedTokenizerBase,
+    n_groups: int,
 ) -> list[dict]:
     """Return the record of a step's first groups, out of the tensors of the step.
 
@@ -813,18 +813,10 @@ def main(config: Config, update: Callable[..., dict[str, float]] = update_policy
 
         # ---- 7. Log, evaluate, save
         progress |= {"step": step + 1, "cursor": cursor}
-        n_groups = recording.groups_due(step, experience.reward)
-        if n_groups:
-            shaped = {"advantage": advantage, "dense_reward": dense_reward}
-            records = describe_rollouts(
-                models,
-                experience,
-                shaped,
-                config=config,
-                n_groups=n_groups,
-                tokenizer=engine.tokenizer,
-            )
-            run.log_rollouts(step + 1, records)
+        shaped = {"advantage": advantage, "dense_reward": dense_reward}
+        describe = partial(describe_rollouts, models, experience, shaped, config, engine.tokenizer)
+        for recorded_step, records in recording.due(step, experience.reward, describe):
+            run.log_rollouts(recorded_step, records)
         clock.lap("record")
         metrics |= step_metrics(experience, config) | sampler.metrics()
         if held_out.is_due(step + 1, config.evaluation.eval_every):

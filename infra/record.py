@@ -20,7 +20,7 @@ that the policy did not sample, such as a tool's result, has no numbers at all. 
 versions say `flow_reward` and `deviation` and have no `outcome`, and are read as well.
 
 A token takes about 100 bytes. A file of a training holds at most N_GROUPS * group_size * max_tokens of them;
-that of a step at which the reward fell holds all groups of the step.
+that of a step at which the reward fell, and of the one before, holds all groups of the step.
 """
 
 import re

@@ -32,7 +32,7 @@ function moveTo(step) {
   document.getElementById('at').hidden = false;
 }
 
-const pageOf = step => `rollouts.html#step=${nearest(recorded, step)}`;
+const pageOf = step => `rollouts.html#step=${step}`;  // which shows the nearest one that it has, and says so
 
 for (const figure of figures) {
   const {first, last} = charts[figure.dataset.chart];

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -716,21 +715,17 @@ def about(runs: Sequence[RunFiles], recorded: Sequence[int]) -> str:
     html = ""
     for run in runs:
         n_steps = run.metrics[-1]["step"]
-        html += f"<p>{n_steps} steps in {escape(str(run.folder))}."
+        folder = escape(str(run.folder))
+        html += f"<p>{n_steps} steps in {folder}."
         if recorded:
             html += (
                 f" Its responses, token by token: <a href={ROLLOUTS}>{ROLLOUTS}</a>; a click on a "
                 "chart, or Enter, opens those of the nearest recorded step."
             )
-        html += f" {say_falls(run.metrics, partial(step_link, recorded=recorded))}</p>"
+        elif record.find_files(run.folder):
+            html += f" <code>python inspector.py {folder}</code> makes a page of its responses."
+        html += f" {say_falls(run.metrics, recorded, ROLLOUTS)}</p>"
     return html
-
-
-def step_link(step: int, recorded: Sequence[int]) -> str:
-    """Lay out a step, as a link to its responses where they are recorded."""
-    if step not in recorded:
-        return str(step)
-    return f"<a href={ROLLOUTS}#step={step}>{step}</a>"
 
 
 def legend(runs: Sequence[RunFiles]) -> str:

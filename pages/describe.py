@@ -4,7 +4,8 @@ infra/record.py says what a record has, and reads and counts them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,32 +28,47 @@ class DensePart(NamedTuple):
     scores: Sequence[Tensor]  # (B, T) for each of them, or one of no tap; NaN where there is none
 
 
-class Recording(NamedTuple):
+@dataclass
+class Recording:
     """Which steps of a run are written, and how much of each."""
 
     every: int  # steps between those that are written in any case; 0: none is
     total_steps: int
     sampling: Any  # settings with the prompts of a step, group_size and max_tokens
     folder: Path  # of the run
+    previous: Callable[[int], list[dict]] | None = (
+        None  # of the step before, until it is written whole
+    )
 
     def is_regular(self, step: int) -> bool:
         """Return whether a step is written whatever its reward: each so many steps, and the last."""
         return step % self.every == 0 or step + 1 == self.total_steps
 
-    def groups_due(self, step: int, reward: Tensor) -> int:
-        """Return how many groups of a step the first rank writes: all where the mean reward fell.
+    def due(
+        self, step: int, reward: Tensor, describe: Callable[[int], list[dict]]
+    ) -> Iterator[tuple[int, list[dict]]]:
+        """Yield the steps that the first rank writes after a step, counted from 1, and their records.
+
+        Where the mean reward fell these are the step and the one before it, whole, to be compared. The
+        tensors of the step before are kept for that: (B, T) each, none of the size of the model. A run
+        that goes on has none of them in its first step.
 
         reward: (B,) of the step's episodes. Those of the steps before are read from metrics.jsonl,
             which a run that goes on still has.
+        describe: returns the records of the step's first groups, as many as are asked for
         """
         if not self.every or not is_first():
-            return 0
+            return
         before = last_values(self.folder / "metrics.jsonl", "reward", N_BEFORE)
         if is_fall(reward.mean().item(), before):
-            return self.sampling.prompts
+            if self.previous:
+                yield step, self.previous(self.sampling.prompts)
+            yield step + 1, describe(self.sampling.prompts)
+            self.previous = None
+            return
         if self.is_regular(step):
-            return self.regular_groups()
-        return 0
+            yield step + 1, describe(self.regular_groups())
+        self.previous = describe
 
     def regular_groups(self) -> int:
         """Return how many groups of a step are written whose reward has not fallen."""
@@ -67,7 +83,7 @@ class Recording(NamedTuple):
         return (
             f"rollouts of {n_files} steps go to {record.FOLDER}/, {n_episodes} episodes each: at "
             f"most about {largest:.1f} MB a step, {n_files * largest:.0f} MB in all, and "
-            f"{whole:.1f} MB for each step at which the reward falls"
+            f"{whole:.1f} MB for each step at which the reward falls and the one before"
         )
 
     def size_of(self, n_episodes: int) -> float:

@@ -3,25 +3,29 @@
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 FALL = 0.15  # of a step's mean reward below that of the steps before it: the step is written whole
 LEAST = 0.01  # that a page speaks of, where there is no such step
-N_BEFORE = 10  # steps that it is compared with
+WINDOWS = (3, 10)  # numbers of steps before, with whose means it is compared
+N_BEFORE = max(WINDOWS)
 
 
 def depth(reward: float, before: Sequence[float]) -> float:
-    """Return by how much a step's mean reward lies below the mean of the last ones.
+    """Return by how much a step's mean reward lies below the mean of the last few, or of more of them.
 
-    before: the mean rewards of earlier steps; with fewer than N_BEFORE of them nothing has fallen
+    The larger number counts. A sudden fall while the reward still rises is one beside the last few
+    steps alone; one that takes several steps is one beside more of them.
+
+    before: the mean rewards of earlier steps; where there are too few of them nothing has fallen
     """
-    last = before[-N_BEFORE:]
-    return sum(last) / N_BEFORE - reward if len(last) == N_BEFORE else -math.inf
+    means = [sum(before[-n:]) / n for n in WINDOWS if len(before) >= n]
+    return max(means, default=-math.inf) - reward
 
 
 def is_fall(reward: float, before: Sequence[float]) -> bool:
-    """Return whether a step's mean reward lies more than FALL below the mean of the last ones."""
+    """Return whether a step's mean reward lies more than FALL below that of the steps before it."""
     return depth(reward, before) > FALL
 
 
@@ -50,26 +54,47 @@ def find_lowest(metrics: Sequence[dict[str, float]]) -> list[int]:
     return find_falls(metrics) or [deepest]
 
 
-def say_falls(metrics: Sequence[dict[str, float]], link: Callable[[int], str]) -> str:
-    """Say at which steps the reward fell, or at which it fell most; link(step) names a step."""
+def say_falls(metrics: Sequence[dict[str, float]], recorded: Collection[int], page: str) -> str:
+    """Say at which steps the reward fell, or at which it fell most, and what to compare with.
+
+    recorded: steps whose responses a reader can open; each that is named is a link to `page`
+    """
     steps = find_lowest(metrics)
     if not steps:
         return ""
-    below = f"below the mean of the {N_BEFORE} steps before"
     rewards = {line["step"]: line["reward"] for line in metrics if "reward" in line}
-    best = max(
-        (step for step in rewards if step < steps[0]), key=lambda step: (rewards[step], step)
-    )
-    had = f"The best step before was {best}, with {rewards[best]:.2f}."
+
+    def name(step: int) -> str:
+        """Lay out a step and its reward."""
+        link = f"<a href={page}#step={step}>{step}</a>" if step in recorded else str(step)
+        return f"{link} ({rewards[step]:.2f})"
+
+    earlier = [step for step in rewards if step < steps[0]]
+    best = max(earlier, key=lambda step: (rewards[step], step))
+    said = f" The best step before was {name(best)}."
+    compared = max((step for step in earlier if step in recorded), default=best)
+    if compared != best:
+        said += f" The last recorded step before is {name(compared)}."
+    below = f"below the mean of the {' or of the '.join(map(str, WINDOWS))} steps before it"
     if find_falls(metrics):
-        named = ", ".join(f"{link(step)} ({rewards[step]:.2f})" for step in steps)
-        return f"<b>The reward fell</b> by more than {FALL} {below} at step {named}. {had}"
-    step = steps[0]
-    by = find_depths(metrics)[step]
-    return (
-        f"<b>The reward fell most</b> at step {link(step)}: {rewards[step]:.2f}, "
-        f"which is {by:.2f} {below}. {had}"
-    )
+        named = ", ".join(" to ".join(map(name, ends)) for ends in find_spans(steps))
+        return (
+            f"<b>The reward fell</b> at step {named}: the mean reward of such a step lies more than "
+            f"{FALL} {below}.{said}"
+        )
+    by = find_depths(metrics)[steps[0]]
+    return f"<b>The reward fell most</b> at step {name(steps[0])}: {by:.2f} {below}.{said}"
+
+
+def find_spans(steps: Sequence[int]) -> list[list[int]]:
+    """Return the first and the last of steps that follow each other; one step where none follows."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and step == spans[-1][-1] + 1:
+            spans[-1][1:] = [step]
+        else:
+            spans.append([step])
+    return spans
 
 
 def last_values(path: Path, name: str, n: int) -> list[float]:

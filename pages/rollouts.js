@@ -1,6 +1,11 @@
 const LONG = 3000;  // tokens of a response that are added at a time
 const ROWS = 12;  // of the table of tokens, at a time
 const ANSWERS = 5;  // of a problem, the most frequent ones
+const CAUSES = 6;  // of a step, likewise
+const EXAMPLES = 3;  // of each, likewise
+const END = null;  // where a right response has no further token
+const BEFORE = 4;  // tokens that are shown before a place
+const PARTS = 4;  // into which lengths are divided
 const $ = id => document.getElementById(id);
 const form = document.forms[0];
 const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in rollouts.py
@@ -40,26 +45,40 @@ function mean(numbers) {
 }
 
 // Add to a response what is not in the file: the mean over taps of its scores, what its advantage
-// has beyond that of the outcome, and where it leaves what is right.
+// has beyond that of the outcome, and where it leaves what is right and what stands there.
 function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
   response.beyond = response.advantage.map(x => x === null ? null : x - response.outcome);
-  response.leaves = response.correct ? null : leavingPlace(response, group);
+  const {place, instead} = response.correct ? {} : leaving(response, group);
+  response.leaves = place < response.tokens.length ? place : null;
+  response.instead = instead;
   response.left = nRight(group) ? 'the right ones' : 'the solution';
 }
 
 const nRight = group => group.responses.filter(r => r.correct).length;
 
-// The place of the first token that no right response has after the same tokens; null if there is
-// none: a right one begins with all of this one. Where no response is right, the solution of the
-// data stands for them, if the policy writes as such solutions do.
-function leavingPlace(response, group) {
+// The place of the first token that no right response has after the same tokens, the end if a right one
+// begins with all of this one; and what right ones have there, by frequency. Where no response is
+// right, the solution of the data stands for them, if the policy writes as such solutions do.
+function leaving(response, group) {
   const right = group.responses.filter(r => r.correct);
-  if (!right.length && !(group.solution && writesSolutions())) return null;
-  const place = right.length
-    ? Math.max(...right.map(r => commonLength(response.tokens, r.tokens)))
-    : lengthWithin(response.tokens, group.solution);
-  return place < response.tokens.length ? place : null;
+  if (right.length) {
+    const common = right.map(r => commonLength(response.tokens, r.tokens));
+    const place = Math.max(...common);
+    return {place, instead: tally(right.filter((_, i) => common[i] === place).map(r => r.tokens[place] ?? END))};
+  }
+  if (!group.solution || !writesSolutions()) return {};
+  const place = lengthWithin(response.tokens, group.solution);
+  const from = response.tokens.slice(0, place).join('').length;
+  const text = group.solution.slice(from, from + response.tokens[place]?.length);  // it has no tokens
+  return {place, instead: [[text || END, 1]]};
+}
+
+// Each different text with how often it is there, the most frequent first.
+function tally(texts) {
+  const counts = new Map();
+  for (const text of texts) counts.set(text, (counts.get(text) ?? 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1]);
 }
 
 // Whether some right response of the step is the solution of its problem, word for word.
@@ -114,6 +133,7 @@ function row(cells, tag = 'td') {
 // A token as it stands in a table: what would not be seen has a sign, or its number in Unicode.
 const codePoint = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}`;
 function visible(text) {
+  if (text === END) return 'the end';
   if (text === '') return '◌';
   return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/[\p{Cc}\p{Cf}\p{Cs}]/gu, codePoint)
     .replace(/^ +| +$/g, s => '␣'.repeat(s.length));
@@ -171,11 +191,18 @@ function tokens(response, from) {
     token.place = from + i;
     if (token.place === response.leaves) {
       token.classList.add('leaves');
-      token.title = `Here it leaves ${response.left}`;
+      token.title = `Here it leaves ${response.left}: there ${said(response.instead)} is written`;
     }
     token.tabIndex = from + i ? -1 : 0;
     return token;
   });
+}
+
+// Texts by frequency, the first ones of them.
+function said(counted) {
+  const all = counted.reduce((sum, [, n]) => sum + n, 0);
+  const named = counted.slice(0, EXAMPLES).map(([text, n]) => visible(text) + (n < all ? ` (${n} of ${all})` : ''));
+  return named.join(', ') + (counted.length > EXAMPLES ? ', …' : '');
 }
 
 function card(response) {
@@ -191,7 +218,10 @@ function card(response) {
     const sum = sumOf(response);
     facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);
   }
-  if (response.leaves !== null) facts.push(`leaves ${response.left} at token ${response.leaves + 1}`);
+  if (response.leaves !== null) {
+    facts.push(`leaves ${response.left} at token ${response.leaves + 1}: `
+      + `${visible(response.tokens[response.leaves])} for ${said(response.instead)}`);
+  }
   const head = element('h2', [
     element('span', `sample ${response.sample}`), badge,
     element('span', response.extracted ?? 'no answer'), element('small', facts.join(' · ')),
@@ -234,14 +264,9 @@ const folded = (title, text) =>
 
 // Which answers the responses to a problem give, how often, and whether the outcome tells them apart.
 function answers(group) {
-  const counts = new Map();
-  for (const {extracted} of group.responses) {
-    const answer = extracted || 'none';
-    counts.set(answer, (counts.get(answer) ?? 0) + 1);
-  }
-  const sorted = [...counts].sort((a, b) => b[1] - a[1]).slice(0, ANSWERS);
-  const others = counts.size > ANSWERS ? `, ${counts.size - ANSWERS} others` : '';
-  const given = sorted.map(([answer, n]) => `${visible(answer)} (${n} of ${group.responses.length})`);
+  const counts = tally(group.responses.map(r => r.extracted || 'none'));
+  const others = counts.length > ANSWERS ? `, ${counts.length - ANSWERS} others` : '';
+  const given = counts.slice(0, ANSWERS).map(([answer, n]) => `${visible(answer)} (${n} of ${group.responses.length})`);
   const isEqual = new Set(group.responses.map(r => r.reward)).size === 1;
   const teaches = isEqual && (data.dense || data.known.includes('outcome'))  // of a run of ours
     ? ' All rewards are equal, so that the outcome gives no advantage here.' : '';
@@ -259,6 +284,68 @@ function passes(response) {
   const verdict = form.verdict.value;
   return (!verdict || (verdict === 'right') === response.correct)
     && (marked === null || response.tokens.includes(marked));
+}
+
+// ---- Causes
+// Where the wrong responses of the step leave what is right: what they write, for what, and how often.
+function findCauses() {
+  const causes = new Map();
+  for (const group of groups)
+    for (const response of group.responses) {
+      const place = response.leaves;
+      if (place === null) continue;
+      const written = response.tokens[place];
+      const [[instead]] = response.instead;
+      const key = JSON.stringify([written, instead]);
+      if (!causes.has(key)) causes.set(key, {written, instead, responses: [], groups: new Set(), after: []});
+      const cause = causes.get(key);
+      cause.responses.push(response);
+      cause.groups.add(group);
+      cause.after.push(response.tokens.slice(Math.max(0, place - BEFORE), place).join(''));
+    }
+  return [...causes.values()].sort((a, b) => b.responses.length - a.responses.length);
+}
+
+function causeTable() {
+  const causes = findCauses();
+  const wrong = responses().filter(r => !r.correct);
+  const edges = edgesOf(wrong);
+  const parts = [element('h2', 'Where wrong responses leave right ones, this step')];
+  const sees = data.dense ? ` The last column counts the responses in which the ${REWARD} penalises it.` : '';
+  const compared = edges.length
+    ? `${edges.length} leave the right ones, or the solution where none is right, at a token that can be named. `
+      + `It is the first difference, which need not be the mistake.${sees}`
+    : 'none leaves a right one that it could be compared with.';
+  parts.push(element('p', `Problems: ${groups.length}. Responses: ${responses().length}. `
+    + `Not right: ${wrong.length}; of these ${compared}`));
+  const heads = ['after', 'wrong', 'right', 'responses', 'problems', ...data.dense ? ['penalised'] : []];
+  const table = element('table', [row(heads, 'th')]);
+  for (const cause of causes.slice(0, CAUSES)) {
+    const button = element('button', visible(cause.written));
+    button.type = 'button';
+    button.title = `Show the first response that writes ${visible(cause.written)} for ${visible(cause.instead)}`;
+    button.onclick = () => showCause(cause);
+    const cells = [visible(cause.instead), cause.responses.length, cause.groups.size];
+    if (data.dense) cells.push(nPenalised(edgesOf(cause.responses)));
+    const after = tally(cause.after);
+    const lines = after.slice(0, EXAMPLES).map(([text, n]) => visible(text) + (after.length > 1 ? ` (${n})` : ''));
+    const made = row([lines.join('\n'), '', ...cells]);
+    made.children[1].append(button);
+    table.append(made);
+  }
+  if (causes.length) parts.push(element('div', [table], 'wide'));
+  if (causes.length > CAUSES) parts.push(element('small', `${causes.length - CAUSES} others are less frequent.`));
+  $('causes').replaceChildren(...parts);
+}
+
+// Show the problem of a cause's first response, and its values at the place.
+function showCause({responses: [first], groups: [group]}) {
+  form.group.selectedIndex = groups.indexOf(group);
+  form.verdict.value = '';
+  marked = null;
+  view();
+  const text = [...document.querySelectorAll('.text[data-sample]')].find(t => t.response === first);
+  text.children[first.leaves]?.focus();
 }
 
 // ---- Tables
@@ -306,6 +393,27 @@ function verdict() {
       + `responses leave what is right: ${percent(edges)}, and of all tokens ${percent(all)}.`;
   }
   return said;
+}
+
+// How many responses are right by the length of the problem, and by their own, in parts of about equal size.
+function lengths() {
+  const table = [row(['', 'right', 'not right'], 'th')];
+  const all = groups.flatMap(group => group.responses.map(response => ({group, response})));
+  const add = (name, unit, lengthOf) => {
+    const sorted = all.map(one => [lengthOf(one), one.response.correct]).sort((a, b) => a[0] - b[0]);
+    const ends = Array.from({length: PARTS}, (_, i) => sorted[Math.ceil((i + 1) * sorted.length / PARTS) - 1][0]);
+    let from = -Infinity;
+    for (const to of new Set(ends)) {
+      const part = sorted.filter(([n]) => from < n && n <= to);
+      const right = part.filter(([, correct]) => correct).length;
+      const range = part[0][0] < to ? `${part[0][0]} to ${to}` : to;
+      table.push(row([`${name} of ${range} ${unit}`, right, part.length - right]));
+      from = to;
+    }
+  };
+  add('problem', 'characters', ({group}) => group.question.length);
+  add('response', 'tokens', ({response}) => response.tokens.length);
+  $('lengths').replaceChildren(...table);
 }
 
 // Count the tokens of the step that the policy sampled by their text.
@@ -398,7 +506,6 @@ function view() {
   const shown = group.responses.filter(passes);
   $('list').replaceChildren(...shown.map(card));
   $('count').value = `${shown.length} of ${group.responses.length} responses shown · ${nRight(group)} right`;
-  outcomes();
   tokenTable();
   paint();
   mark();
@@ -411,31 +518,45 @@ async function step() {
   if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
   groups = unpacked;
   for (const group of groups) for (const response of group.responses) prepare(response, group);
-  const kept = problemToShow(chosen.step);
   form.group.replaceChildren(...groups.map(group =>
     element('option', `${group.problem} (${nRight(group)} of ${group.responses.length} right)`)));
-  form.group.selectedIndex = Math.min(kept, groups.length - 1);
-  $('now').value = `${chosen.step} of ${data.steps.at(-1).step}`;
+  form.group.selectedIndex = problemToShow();
+  const reward = chosen.reward === null ? '' : ` · reward ${chosen.reward.toFixed(2)}`;
+  $('now').value = `${chosen.step} of ${data.steps.at(-1).step}${reward}`;
   history.replaceState(null, '', `#step=${chosen.step}`);
   rows = ROWS;
+  causeTable();
+  outcomes();
+  lengths();
   view();
 }
 
-// The problem that a step begins with: where the reward fell, the one with the fewest right responses;
-// elsewhere the one that the reader has chosen, or at first one with right and wrong responses.
-function problemToShow(number) {
-  const shares = groups.map(group => nRight(group) / group.responses.length);
-  if (data.falls.includes(number)) return shares.indexOf(Math.min(...shares));
-  if (form.group.options.length) return form.group.selectedIndex;
-  return Math.max(0, shares.findIndex(share => share > 0 && share < 1));
+// The problem that a step begins with: one whose responses leave what is right in the way that is most frequent in
+// the step, if any does; among these one with right and wrong responses, the most of that way, the most wrong ones.
+function problemToShow() {
+  const [{responses: frequent} = {responses: []}] = findCauses();
+  const worth = ({responses}) => {
+    const n = responses.filter(r => frequent.includes(r)).length;
+    const wrong = responses.filter(r => !r.correct).length;
+    return [n > 0, 0 < wrong && wrong < responses.length, n, wrong];
+  };
+  const worths = groups.map(worth);
+  const isMore = (a, b) => { const k = a.findIndex((x, i) => x !== b[i]); return k >= 0 && a[k] > b[k]; };
+  return worths.reduce((best, one, i) => isMore(one, worths[best]) ? i : best, 0);
 }
 
-// Show the recorded step nearest to that of the address, #step=N.
+// Show the step of the address, #step=N, or the nearest one that is here, and say so; without an address the first
+// at which the reward fell.
 function stepOfAddress() {
-  const [, wanted] = location.hash.match(/^#step=(\d+)$/) ?? [];
+  const fall = data.falls.find(fall => data.steps.some(({step}) => step === fall));
+  const [, wanted = fall] = location.hash.match(/^#step=(\d+)$/) ?? [];
+  $('nearest').hidden = true;
   if (wanted === undefined) return;
   const away = data.steps.map(({step}) => Math.abs(step - wanted));
   form.step.value = away.indexOf(Math.min(...away));
+  const {step} = data.steps[form.step.value];
+  $('nearest').hidden = step === Number(wanted);
+  $('nearest').textContent = `Step ${wanted} is not on this page. This is step ${step}, the nearest that is.`;
 }
 
 for (const [i, of] of MEASURES.entries()) {
@@ -447,8 +568,10 @@ form.oninput = event => {
   if (event.target.name === 'colour') {
     measure = MEASURES.find(of => of.name === form.colour.value);
     paint();
-  } else if (event.target.name === 'step') step();
-  else view();
+  } else if (event.target.name === 'step') {
+    $('nearest').hidden = true;
+    step();
+  } else view();
 };
 form.onsubmit = event => event.preventDefault();
 $('counts').oninput = tokenTable;

@@ -6,8 +6,8 @@ and are unpacked when the reader comes to the step.
 """
 
 import json
-from collections.abc import Container, Iterator, Sequence
-from functools import partial
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from infra import record
@@ -38,6 +38,9 @@ OF_A_RESPONSE = (
     "dense_score",
 )
 OF_EACH_TOKEN = ("tokens", "token_ids", "logp", "entropy", "dense_reward", "advantage", "ratio")
+# A problem of the worlds of worlds/toy.py, and what such a problem does not say itself
+CHAIN = re.compile(r"\d( [-+*]\d)+>|(<image>)?sum>")
+OF_CHAINS = "Problems are calculated from left to right, modulo 10: 6+7=3."
 MEASURED = ("dense_reward", "logp", "entropy", "ratio", "outcome")  # if they are known
 
 
@@ -83,25 +86,31 @@ def write_rollouts_page(
 
     Where they do not fit, later groups of each step are left out, and then steps; the page says so.
 
-    metrics: the figures of each step, which say where the reward fell; these steps are left out last,
-        have a link each and begin with the problem that has the fewest right responses
+    metrics: the figures of each step, which say where the reward fell; these steps and the ones before
+        them are left out last
     """
     falls = find_lowest(metrics)
+    rewards = {line["step"]: line.get("reward") for line in metrics}
     first = next(iter(steps.values()))[0]
     packed = {step: list(pack_groups(records)) for step, records in steps.items()}
-    chosen = choose(packed, falls, max_bytes)
+    wanted = {step for fall in falls for step in (fall - 1, fall)}
+    chosen = choose(packed, wanted, max_bytes)
     known = ["advantage", *(name for name in MEASURED if any_number(first[name]))]
     data = {
         "dense": first["dense"],
         "taps": first["taps"],
         "known": known,
         "falls": falls,
-        "steps": [{"step": step, "groups": groups} for step, groups in chosen.items()],
+        "steps": [
+            {"step": step, "reward": rewards.get(step), "groups": groups}
+            for step, groups in chosen.items()
+        ],
     }
+    of_chains = OF_CHAINS if CHAIN.fullmatch(first["question"]) else ""
     body = fill(
         FOLDER / "rollouts.html",
-        about=escape(describe(packed, chosen)),
-        falls=say_falls(metrics, partial(step_link, chosen=chosen)),
+        about=escape(f"{describe(packed, chosen)} {of_chains}"),
+        falls=say_falls(metrics, chosen, ""),
         last=str(len(chosen) - 1),
     )
     page = make_page(title, body, data, FOLDER / "rollouts.css", FOLDER / "rollouts.js")
@@ -127,17 +136,12 @@ def any_number(value: object) -> bool:
     return value is not None
 
 
-def step_link(step: int, chosen: Container[int]) -> str:
-    """Lay out a step, as a link where the page has it."""
-    return f"<a href=#step={step}>{step}</a>" if step in chosen else str(step)
-
-
 def choose(
-    packed: dict[int, list[str]], falls: Sequence[int], max_bytes: float
+    packed: dict[int, list[str]], wanted: Collection[int], max_bytes: float
 ) -> dict[int, list[str]]:
     """Return as many packed groups as fit: fewer of each step first, then fewer steps.
 
-    The first and the last step stay, and those of a fall, with a group each, whatever their size.
+    The first and the last step stay, and wanted ones, with a group each, whatever their size.
     """
     n_groups = max(len(groups) for groups in packed.values())
     chosen = packed
@@ -149,7 +153,7 @@ def choose(
     while n_steps > 2 and size_of(chosen) > max_bytes:
         n_steps -= 1
         kept = {steps[round(i * (len(steps) - 1) / (n_steps - 1))] for i in range(n_steps)}
-        kept.update(falls)
+        kept.update(wanted)
         chosen = {step: packed[step][:1] for step in steps if step in kept}
     return chosen
 
@@ -161,11 +165,16 @@ def size_of(packed: dict[int, list[str]]) -> int:
 
 def describe(packed: dict[int, list[str]], chosen: dict[int, list[str]]) -> str:
     """Return a sentence on what the page shows of what there is."""
-    n_groups = max(len(groups) for groups in packed.values())
-    n_chosen = max(len(groups) for groups in chosen.values())
+    n_groups, n_chosen = map(count_groups, (packed, chosen))
     if packed == chosen:
-        return f"Recorded steps: {len(packed)}, groups of each: {n_groups}."
+        return f"Recorded steps: {len(packed)}; problems in each: {n_groups}."
     return (
-        f"Recorded steps: {len(packed)}, of which {len(chosen)} are here; groups of each: "
+        f"Recorded steps: {len(packed)}, of which {len(chosen)} are here; problems in each: "
         f"{n_groups}, of which {n_chosen} are here. The others would make this page too large."
     )
+
+
+def count_groups(packed: dict[int, list[str]]) -> str:
+    """Say how many groups a step has: "4", or "4 to 16" where steps differ."""
+    sizes = [len(groups) for groups in packed.values()]
+    return " to ".join(str(size) for size in sorted({min(sizes), max(sizes)}))

@@ -379,9 +379,10 @@ def draw_training(metrics: Sequence[dict]) -> plt.Figure:
 def split_periods(run: str) -> dict[str, list[dict]]:
     """Return the records of the first and of the last third of the recorded steps."""
     files = record.need_files(run)
-    # a step at which the reward fell is not recorded for its number: it is no sample of the run
+    # a step at which the reward fell, and the one before, are not recorded for their numbers: they are
+    # no sample of the run
     falls = find_falls(read_metrics(Path(run, "metrics.jsonl")))
-    steps = [step for step in files if step not in falls]
+    steps = [step for step in files if step not in falls and step + 1 not in falls]
     size = max(1, len(steps) // 3)
     periods = {}
     for name, chosen in (("early", steps[:size]), ("late", steps[-size:])):

@@ -29,6 +29,8 @@ class Browser:
         self.url = f"{url}/session"
         session = self.call("", {"capabilities": {"alwaysMatch": capabilities}})
         self.url += "/" + session["sessionId"]
+        # a window that is not in front has no focus, and says nothing when an element gets it
+        self.cdp("Emulation.setFocusEmulationEnabled", {"enabled": True})
 
     def call(self, path: str, body: dict | None, method: str = "POST"):
         data = None if body is None else json.dumps(body).encode()

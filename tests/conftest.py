@@ -200,9 +200,9 @@ def seen(monkeypatch) -> list[tuple[train_rl.Experience, torch.Tensor, torch.Ten
     calls = []
     describe = train_rl.describe_rollouts
 
-    def spy(models, experience, shaped, **options):
+    def spy(models, experience, shaped, *rest):
         calls.append((experience, shaped["advantage"], shaped["dense_reward"]))
-        return describe(models, experience, shaped, **options)
+        return describe(models, experience, shaped, *rest)
 
     monkeypatch.setattr(train_rl, "describe_rollouts", spy)
     return calls

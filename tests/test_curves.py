@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from test_inspector import one_record
 
 import train_rl
 from infra.settings import change
-from pages import of_a_run
+from pages import of_a_run, write_report
 from pages.curves import (
     Scale,
     line_of,
@@ -151,28 +152,52 @@ def test_the_deviation_has_the_level_of_experts(tmp_path, flow_folder):
     assert chart["level"] == 0 and not chart["is_log"]
 
 
+def write_rollouts(folder: Path, steps: list[int], text: str = "") -> Path:
+    """Write rollouts of some steps into a run's folder, which it returns."""
+    (folder / "rollouts").mkdir()
+    for step in steps:
+        (folder / "rollouts" / f"step-{step}.jsonl").write_text(text)
+    return folder
+
+
 def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
-    lines = [{"reward": 0.5}] * 10 + [{"reward": 0.3}, {"reward": 0.5}, {"reward": 0.25}]
+    lines = [{"reward": x} for x in [0.5] * 8 + [0.6, 0.5, 0.3, 0.25, 0.5, 0.25]]
     folder = write_figures(tmp_path / "a", lines)
     page = write_run_report([folder], folder / "report.html").read_text()
     assert (
-        "<b>The reward fell</b> by more than 0.15" in page
-        and "at step 11 (0.30), 13 (0.25). The best step before was 10, with 0.50." in page
+        "<b>The reward fell</b> at step 11 (0.30) to 12 (0.25), 14 (0.25): the mean reward of such a "
+        "step lies more than 0.15 below the mean of the 3 or of the 10 steps before it. "
+        "The best step before was 9 (0.60).</p>" in page
     )
-    (folder / "rollouts").mkdir()
-    (folder / "rollouts" / "step-13.jsonl").write_text("")
+    write_rollouts(folder, [1, 10, 14])
     (folder / "rollouts.html").write_text("")
     page = write_run_report([folder], folder / "report.html").read_text()
-    assert "at step 11 (0.30), <a href=rollouts.html#step=13>13</a> (0.25)." in page
+    assert "12 (0.25), <a href=rollouts.html#step=14>14</a> (0.25):" in page
+    assert "The last recorded step before is <a href=rollouts.html#step=10>10</a> (0.50)." in page
 
 
 def test_where_nothing_is_a_fall_the_deepest_step_is_named(tmp_path):
     lines = [{"reward": 0.5}] * 10 + [{"reward": 0.45}, {"reward": 0.375}, {"reward": 0.5}]
     page = write_run_report([write_figures(tmp_path / "a", lines)], tmp_path / "report.html")
     assert (
-        "<b>The reward fell most</b> at step 12: 0.38, which is 0.12 below the mean of the 10 steps "
-        "before. The best step before was 10, with 0.50." in page.read_text()
+        "<b>The reward fell most</b> at step 12 (0.38): 0.12 below the mean of the 3 or of the 10 steps before it. The best step before was 10 (0.50)."
+        in page.read_text()
     )
+
+
+def test_a_report_makes_the_page_that_it_leads_to(tmp_path, capsys):
+    """Beside a page elsewhere, and before a run ends, there is none: the command is named."""
+    folder = write_rollouts(write_run(tmp_path / "a"), [1], json.dumps(one_record(0, 0, ["x"])))
+    command = f"<code>python inspector.py {folder}</code> makes a page of its responses."
+    write_report(folder)
+    assert command in (folder / "report.html").read_text()
+    report((str(folder),), str(tmp_path / "elsewhere.html"))
+    assert command in (tmp_path / "elsewhere.html").read_text()
+    assert not (folder / "rollouts.html").exists()
+    report((str(folder),))
+    page = (folder / "report.html").read_text()
+    assert "<a href=rollouts.html>rollouts.html</a>" in page and command not in page
+    assert "Rollouts of a" in (folder / "rollouts.html").read_text()
 
 
 def test_long_runs_are_averaged(tmp_path):
@@ -281,10 +306,9 @@ def test_values_are_read_off_the_charts(browser, tmp_path):
 @pytest.mark.browser
 @pytest.mark.parametrize("how", ["key", "click", "link"])
 def test_a_chart_leads_to_the_nearest_recorded_step(browser, tmp_path, how):
+    """The link says which; the page of rollouts gets the step that was pointed at, and says so, too."""
     folder = write_figures(tmp_path / "a", [{"reward": 0.01 * step} for step in range(30)])
-    (folder / "rollouts").mkdir()
-    for step in (1, 11, 21):
-        (folder / "rollouts" / f"step-{step}.jsonl").write_text("")
+    write_rollouts(folder, [1, 11, 21])
     (folder / "rollouts.html").write_text("<title>Rollouts</title>")
     browser.open(
         write_run_report([folder], folder / "report.html"), "document.querySelector('svg')"
@@ -304,7 +328,7 @@ def test_a_chart_leads_to_the_nearest_recorded_step(browser, tmp_path, how):
         x = box[0] + box[2] * (50 + 300 * 25 / 29) / 360  # step 26
         event = f"new PointerEvent('click', {{clientX: {x}, clientY: {box[1] + 9}}})"
         browser.js(f"document.querySelector('svg').dispatchEvent({event})")
-    browser.wait("document.title === 'Rollouts' && location.hash === '#step=21'")
+    browser.wait("document.title === 'Rollouts' && location.hash === '#step=26'")
 
 
 @pytest.mark.browser

@@ -18,6 +18,7 @@ from infra.settings import change
 from pages import describe
 from pages.curves import write_run_report
 from pages.rollouts import inspect_run, write_rollouts_page
+from worlds import toy
 
 MEASURES = ("flow reward", "deviation", "tap 1 (layer 1)", "tap 2 (layer 2)", "log-prob")
 MEASURES += ("entropy", "advantage", "advantage − outcome", "ratio")
@@ -82,7 +83,7 @@ def test_the_page_is_one_file_that_asks_nobody(tmp_path):
     assert "<title>Rollouts of a &amp; b</title>" in page
     assert page.count("<script") == 2
     assert not re.search("https?:", page)
-    assert "Recorded steps: 1, groups of each: 2." in page
+    assert "Recorded steps: 1; problems in each: 2." in page
 
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path):
@@ -91,10 +92,31 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path):
     whole = write(tmp_path, steps).stat().st_size
     empty = write(tmp_path, steps, 0).stat().st_size
     page = write(tmp_path, steps, 0).read_text()
-    assert "Recorded steps: 5, of which 2 are here; groups of each: 2, of which 1 are" in page
+    assert "Recorded steps: 5, of which 2 are here; problems in each: 2, of which 1 are" in page
     assert '"step": 1,' in page and '"step": 41,' in page and '"step": 11,' not in page
     page = write(tmp_path, steps, (whole - empty) * 0.65).read_text()
-    assert "Recorded steps: 5, of which 5 are here; groups of each: 2, of which 1 are" in page
+    assert "Recorded steps: 5, of which 5 are here; problems in each: 2, of which 1 are" in page
+
+
+def test_steps_of_several_sizes_are_counted(tmp_path):
+    """Regression: the largest number of problems was said of each step."""
+    steps = {1: some_records()[:3], 11: some_records(), 21: some_records()[:3]}
+    page = write(tmp_path, steps).read_text()
+    assert "Recorded steps: 3; problems in each: 1 to 2." in page
+
+
+@pytest.mark.parametrize(
+    ("question", "is_said"),
+    [
+        (toy.make_problem(random.Random(0)), True),
+        (f"<image>{toy.QUESTION}", True),
+        ("What is 7 +5?", False),
+    ],
+)
+def test_the_page_says_what_the_arithmetic_of_an_embedded_world_is(tmp_path, question, is_said):
+    page = write(tmp_path, {1: [one_record(0, 0, ["a"], question=question)]}).read_text()
+    said = "Problems are calculated from left to right, modulo 10: 6+7=3."
+    assert (said in page) == is_said
 
 
 def falling(n_steps: int, rewards: dict[int, float]) -> list[dict[str, float]]:
@@ -107,26 +129,28 @@ def falling(n_steps: int, rewards: dict[int, float]) -> list[dict[str, float]]:
     [
         (
             0.3,
-            "<b>The reward fell</b> by more than 0.15 below the mean of the 10 steps before at step {} (0.30).",
+            "<b>The reward fell</b> at step {} (0.30): the mean reward of such a step lies more than 0.15 "
+            "below the mean of the 3 or of the 10 steps before it.",
         ),
         (
             0.38,
-            "<b>The reward fell most</b> at step {}: 0.38, which is 0.12 below the mean of the 10 steps before.",
+            "<b>The reward fell most</b> at step {} (0.38): 0.12 below the mean of the 3 or of the 10 steps before it.",
         ),
     ],
 )
 def test_a_step_at_which_the_reward_fell_stays(tmp_path, reward, said):
-    """Also where it fell by less than makes a fall: the deepest one is named."""
-    steps = {step: some_records() for step in (1, 11, 17, 21, 31, 41)}
+    """With the one before. Also where it fell by less than makes a fall: the deepest one is named."""
+    steps = {step: some_records() for step in (1, 11, 16, 17, 21, 31, 41)}
     metrics = falling(41, {17: reward})
     page = write_rollouts_page(tmp_path / "page.html", "a", steps, metrics, max_bytes=0)
     kept = re.findall(r'"step": (\d+),', page.read_text())
-    assert kept == ["1", "17", "41"]
+    assert kept == ["1", "16", "17", "41"]
     assert said.format("<a href=#step=17>17</a>") in page.read_text()
+    assert "The best step before was <a href=#step=16>16</a> (0.50)." in page.read_text()
 
 
 def test_a_run_that_never_fell_says_nothing_of_it(tmp_path):
-    for metrics in ([], falling(9, {9: 0.0}), falling(30, {}), falling(30, {20: 0.495})):
+    for metrics in ([], falling(3, {3: 0.0}), falling(30, {}), falling(30, {20: 0.495})):
         page = write_rollouts_page(tmp_path / "page.html", "a", {1: some_records()}, metrics)
         assert "The reward fell" not in page.read_text()
 
@@ -146,7 +170,7 @@ def test_a_page_of_long_responses_is_small(tmp_path):
         deviation = [numbers(), numbers(), numbers()]
         records.append(one_record(0, sample, words, dense_score=deviation, **values))
     page = write(tmp_path, {1: records})
-    assert "Recorded steps: 1, groups of each: 1." in page.read_text(), "nothing is left out"
+    assert "Recorded steps: 1; problems in each: 1." in page.read_text(), "nothing is left out"
     assert page.stat().st_size < 3e6
 
 
@@ -343,8 +367,109 @@ def test_the_place_where_a_wrong_response_leaves_the_right_ones(browser, tmp_pat
     browser.open(write(tmp_path, {1: records}), READY)
     marked = "[...document.querySelectorAll('.leaves')].map(t => [t.textContent, t.place])"
     assert browser.js(marked) == [["?", 1], ["x", 0]]
-    assert "leaves the right ones at token 2" in shown(browser)[2]
+    assert "leaves the right ones at token 2: ? for b" in shown(browser)[2]
+    assert "leaves the right ones at token 1: x for a" in shown(browser)[3]
     assert "leaves" not in shown(browser)[4]
+    titles = browser.js("[...document.querySelectorAll('.leaves')].map(t => t.title)")
+    assert titles == [f"Here it leaves the right ones: there {x} is written" for x in "ba"]
+
+
+@pytest.mark.browser
+def test_what_several_right_responses_have_at_that_place(browser, tmp_path):
+    """By frequency, of those that have the same tokens before."""
+    records = []
+    for sample, text in enumerate(["ab!", "ac!", "ab.", "ad", "ae", "a", "x"]):
+        records.append(one_record(0, sample, list(text), correct=True))
+    records.append(one_record(0, 7, list("az"), correct=False))
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert (
+        "leaves the right ones at token 2: z for b (2 of 6), c (1 of 6), d (1 of 6), …"
+        in (shown(browser)[7])
+    )
+
+
+def causes(browser) -> list[list[str]]:
+    return table(browser, "causes")
+
+
+@pytest.mark.browser
+def test_the_causes_of_a_step_are_summed(browser, tmp_path):
+    """Over all its problems, the most frequent one first; the page opens on a problem that has it."""
+
+    def spelled(group: int, sample: int, text: str, **changes) -> dict:
+        rewards = {"dense_reward": [0.0] * len(text)} | changes
+        return one_record(group, sample, list(text), correct=text.endswith("=0"), **rewards)
+
+    records = [
+        spelled(0, 0, "6-6=0"),
+        spelled(0, 1, "6+6=2"),
+        spelled(1, 0, "6-6=0"),
+        spelled(1, 1, "6-6=9", dense_reward=[0.0] * 4 + [-0.1]),
+        spelled(1, 2, "6-6=9!"),
+        # in the same way, more often, where nothing is right: there the solution stands for it
+        *(spelled(2, sample, "5-5=9", solution="5-5=0") for sample in range(3)),
+        spelled(3, 0, "1-1=0", solution="1-1=0"),
+        spelled(3, 1, "1-1"),  # it ends amid the right one
+        spelled(3, 2, "1-1=0, so"),
+    ]
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert causes(browser) == [
+        ["5-5= (3)\n6-6= (2)", "9", "0", "5", "2", "1"],
+        ["6", "+", "-", "1", "1", "0"],
+        ["-1=0", ",", "the end", "1", "1", "0"],
+    ]
+    said = browser.js("document.querySelector('#causes p').textContent")
+    assert said.startswith(
+        "Problems: 4. Responses: 11. Not right: 8; of these 7 leave the right ones,"
+    )
+    assert browser.js("document.querySelector('#problem h2').textContent").startswith("Problem p1")
+    browser.js("document.querySelectorAll('#causes button')[1].click()")
+    assert browser.js("document.querySelector('#problem h2').textContent").startswith("Problem p0")
+    assert facts(browser)["token"] == "+" and facts(browser)["place"] == "2 of 5, sample 1"
+    assert browser.log("browser") == []
+
+
+@pytest.mark.browser
+def test_causes_beyond_the_most_frequent_are_counted(browser, tmp_path):
+    records = [one_record(0, 0, ["a"], correct=True)]
+    records += [one_record(0, 1 + i, [x], correct=False) for i, x in enumerate("bcdefghi")]
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert len(causes(browser)) == 6
+    text = "document.getElementById('causes').textContent"
+    assert "2 others are less frequent." in browser.js(text)
+
+
+@pytest.mark.browser
+def test_a_step_without_anything_to_compare_says_so(browser, tmp_path):
+    records = [one_record(0, sample, ["a"], correct=False) for sample in range(2)]
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert browser.js("document.querySelector('#causes p').textContent") == (
+        "Problems: 1. Responses: 2. Not right: 2; of these none leaves a right one that it could be "
+        "compared with."
+    )
+    assert causes(browser) == []
+
+
+@pytest.mark.browser
+def test_right_responses_are_counted_by_length(browser, tmp_path):
+    """Of the problem and of the response, in four parts, fewer where lengths are equal."""
+    records = []
+    for group, n in enumerate((1, 2, 3, 4, 5)):
+        for sample in range(2):
+            question = "q" * (5 if group < 2 else 9)
+            is_right = sample == 0 or group < 2
+            records.append(
+                one_record(group, sample, ["a"] * n, question=question, correct=is_right)
+            )
+    browser.open(write(tmp_path, {1: records}), READY)
+    assert table(browser, "lengths") == [
+        ["problem of 5 characters", "4", "0"],
+        ["problem of 9 characters", "3", "3"],
+        ["response of 1 to 2 tokens", "4", "0"],
+        ["response of 3 tokens", "1", "1"],
+        ["response of 4 tokens", "1", "1"],
+        ["response of 5 tokens", "1", "1"],
+    ]
 
 
 def solved(sample: int, text: str, answer: str = "4", **changes) -> dict:
@@ -368,7 +493,11 @@ def test_the_place_where_a_response_leaves_the_solution(browser, tmp_path, write
         records.append(solved(0, "It is 4") | {"group": 1})
     browser.open(write(tmp_path, {1: records}), READY)
     browser.set_plain("group", browser.js("document.forms[0].group.options[0].value"))
-    expected = [["+", 7, "Here it leaves the solution"]] * 2 if writes_solutions else []
+    expected = (
+        [["+", 7, "Here it leaves the solution: there * is written"]] * 2
+        if writes_solutions
+        else []
+    )
     assert browser.js(MARKED) == expected
     said = browser.js("document.querySelector('#problem p').textContent")
     assert said.startswith(
@@ -378,21 +507,25 @@ def test_the_place_where_a_response_leaves_the_solution(browser, tmp_path, write
 
 
 @pytest.mark.browser
-def test_a_step_of_a_fall_begins_with_the_problem_that_has_the_fewest_right(browser, tmp_path):
-    """A step elsewhere begins with one that has right and wrong responses."""
-    all_right, mixed, none = ([1, 1], [1, 0], [0, 0])
+def test_a_page_opens_on_a_fall_and_on_a_problem_that_shows_something(browser, tmp_path):
+    """On one with right and wrong responses; regression: on one with the fewest right ones."""
+    all_right, few_wrong, many_wrong, none = ([1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0])
     records = []
-    for group, outcomes in enumerate((all_right, mixed, none)):
+    for group, outcomes in enumerate((all_right, few_wrong, many_wrong, none)):
         for sample, is_right in enumerate(outcomes):
-            records.append(one_record(group, sample, ["a"], correct=bool(is_right)))
+            text = ["a"] if is_right else ["b"]
+            records.append(one_record(group, sample, text, correct=bool(is_right)))
     page = tmp_path / "rollouts.html"
-    write_rollouts_page(page, "Rollouts", {1: records, 15: records}, falling(15, {15: 0.0}))
+    steps = {1: records[:6], 14: records, 15: records[3:6]}
+    write_rollouts_page(page, "Rollouts", steps, falling(15, {14: 0.0}))
     browser.open(page, READY)
+    now = "document.getElementById('now').value === '{}'"
     shown_problem = "document.querySelector('#problem h2').textContent.slice(0, 10)"
-    assert browser.js(shown_problem) == "Problem p1"
-    browser.set_plain("step", "1")
-    browser.wait("document.getElementById('now').value === '15 of 15'")
+    assert browser.js(now.format("14 of 15 · reward 0.00"))
     assert browser.js(shown_problem) == "Problem p2"
+    browser.set_plain("step", "0")
+    browser.wait(now.format("1 of 15 · reward 0.50"))
+    assert browser.js(shown_problem) == "Problem p1"
 
 
 @pytest.mark.browser
@@ -423,7 +556,9 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
     inspect_run(run)
     browser.open(write_run_report([run], run / "report.html"), "document.querySelector('svg')")
     link = "document.querySelector('b + a')"
-    assert "The reward fell most" in browser.js("document.querySelector('p').textContent")
+    said = browser.js("document.querySelector('p').textContent")
+    assert "The reward fell at step 14 (0.60):" in said, "regression: it fell most, but not enough"
+    assert "The best step before was 13 (0.89)." in said
     assert browser.js(f"{link}.textContent") == "14"
     browser.js(f"{link}.click()")
     browser.wait(READY)
@@ -434,6 +569,7 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
     assert "6+5=1,1*2=2,2+7=9" in problem, "the solution"
     places = [place for text, place, _ in browser.js(MARKED) if text == "+"]
     assert len(places) == 7, "1+2=3, where the problem says *2"
+    assert causes(browser)[0] == ["=1,1", "+", "*", "7", "1", "0"]
     for sample in (0, 1):
         text = browser.js(f"document.querySelectorAll('.text[data-sample]')[{sample}].textContent")
         assert text[places[0] - 1 :].startswith("1+2=3,3+7=0")
@@ -444,21 +580,29 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
 
 @pytest.mark.browser
 def test_the_address_names_a_step(browser, tmp_path):
-    """The nearest recorded one is shown; a link and the slider change both."""
+    """The nearest one that is here is shown, which the page says; a link and the slider change both."""
     steps = {step: [one_record(0, 0, [f"s{step}"], step=step)] for step in (1, 11, 21)}
     page = tmp_path / "rollouts.html"
     write_rollouts_page(page, "Rollouts", steps, falling(21, {11: 0.0, 15: 0.0}))
     shows = "document.querySelector('article .t')?.textContent === '{}'"
-    browser.open(page, shows.format("s1"))
+    said = "document.querySelector('#nearest:not([hidden])')?.textContent"
+    browser.open(page, shows.format("s11"))
     links = "[...document.querySelectorAll('p a')].map(a => a.textContent)"
-    assert browser.js(links) == ["11"], "of the falls that are recorded"
-    browser.js("document.querySelector('p a').click()")
-    browser.wait(shows.format("s11"))
+    assert browser.js(links) == ["11", "1"], (
+        "the fall that is recorded, and the last step before it"
+    )
+    browser.js("document.querySelectorAll('p a')[1].click()")
+    browser.wait(shows.format("s1"))
+    assert browser.js(said) is None
     browser.js("location.hash = '#step=17'")
     browser.wait(shows.format("s21"))
     browser.wait("location.hash === '#step=21'")
+    assert browser.js(said) == (
+        "Step 17 is not on this page. This is step 21, the nearest that is."
+    )
     browser.set_plain("step", "0")
     browser.wait("location.hash === '#step=1'")
+    assert browser.js(said) is None
     assert browser.log("browser") == []
 
 

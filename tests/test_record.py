@@ -119,12 +119,26 @@ def test_resuming_removes_the_rollouts_of_lost_steps(config):
 SIZES = SimpleNamespace(prompts=6, group_size=8, max_tokens=100)
 
 
+def steps_due(recording: Recording, step: int, reward: torch.Tensor) -> dict[int, list[dict]]:
+    """Return what is written after a step: by step its groups, which the step and their number name."""
+
+    def describe(n_groups: int) -> list[dict]:
+        return [{"of": step + 1, "groups": n_groups}]
+
+    return dict(recording.due(step, reward, describe))
+
+
 def test_which_steps_are_written(tmp_path):
     for every, expected in ((10, [1, 11, 21, 24]), (0, [])):
         recording = Recording(every, 24, SIZES, tmp_path)
-        due = [recording.groups_due(step, torch.zeros(2)) for step in range(24)]
-        assert [step + 1 for step in range(24) if due[step]] == expected
-        assert set(due) <= {0, record.N_GROUPS}
+        written = {}
+        for step in range(24):
+            written |= steps_due(recording, step, torch.zeros(2))
+        assert written == {step: [{"of": step, "groups": record.N_GROUPS}] for step in expected}
+
+
+# It rises to 0.91, falls at 11, comes back and falls at 16
+RISING = [0.47, 0.52, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.86, 0.91, 0.66, 0.75, 0.8, 0.78, 0.8, 0.38]
 
 
 @pytest.mark.parametrize(
@@ -132,28 +146,54 @@ def test_which_steps_are_written(tmp_path):
     [
         ([0.5] * 10 + [0.34], [11]),
         ([0.5] * 10 + [0.36], []),
-        ([0.5] * 9 + [0.0], []),  # with too few before
-        ([0.0] * 5 + [0.5] * 10 + [0.34, 0.36], [16]),  # the last ten count
+        ([0.5] * 2 + [0.0], []),  # with too few before
+        ([0.5, 0.5, 0.8] + [0.5] * 7, []),  # one high step is none to compare with
+        (RISING, [11, 16]),  # regression: the mean of ten steps was low, and named 16 alone
+        ([0.62] * 5 + [0.5] * 10 + [0.36, 0.33], [17]),  # the last ten count
         ([1.0] * 10 + [0.0] * 12, [*range(11, 20)]),  # a fall that lasts is the mean after nine
     ],
 )
 def test_a_step_at_which_the_reward_fell_is_written_whole(tmp_path, rewards, falls):
+    """And the one before, to be compared."""
     metrics = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
     assert falls_of.find_falls(metrics) == falls
     recording = Recording(1000, 1000, SIZES, tmp_path)
-    found = []
+    written = {}
     for step, line in enumerate(metrics):
         reward = torch.tensor([line["reward"] - 0.01, line["reward"] + 0.01])
-        if recording.groups_due(step, reward) == SIZES.prompts:
-            found.append(step + 1)
+        written |= steps_due(recording, step, reward)
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-    assert found == falls
+    whole = {step for fall in falls for step in (fall - 1, fall)}
+    expected = {step: [{"of": step, "groups": SIZES.prompts}] for step in whole}
+    assert written == {1: [{"of": 1, "groups": record.N_GROUPS}], **expected}
+
+
+def test_no_step_of_the_default_runs_is_a_fall():
+    """They rise to 0.9 and stay there: study/default-run.json."""
+    runs = json.loads((ROOT / "study" / "default-run.json").read_text())["runs"]
+    assert len(runs) == 8
+    for run in runs:
+        lines = [{"step": i, "reward": x} for i, x in enumerate(run["series"]["reward"], 1)]
+        assert falls_of.find_falls(lines) == [], run["seed"]
+
+
+def test_the_step_before_a_fall_is_that_step(config, monkeypatch):
+    """Its records, written a step later, are those that it would have got at once."""
+    monkeypatch.setattr(record, "N_GROUPS", 4)
+    train_rl.main(change(config, steps=4, log_rollouts=1))
+    at_once = record.need_files(config.folder)[2].read_bytes()
+    monkeypatch.setattr("pages.describe.is_fall", lambda reward, before: len(before) == 2)
+    later = change(config, steps=4, log_rollouts=100, folder=config.folder + "-later")
+    train_rl.main(later)
+    files = record.need_files(later.folder)
+    assert list(files) == [1, 2, 3, 4]
+    assert files[2].read_bytes() == at_once
 
 
 def test_a_resumed_run_knows_the_rewards_before(config, monkeypatch):
     """A fall right after the checkpoint is written whole, as in the run that was not stopped."""
-    monkeypatch.setattr("pages.falls.N_BEFORE", 2)
+    monkeypatch.setattr("pages.falls.WINDOWS", (2,))
     monkeypatch.setattr("pages.describe.N_BEFORE", 2)
     monkeypatch.setattr("pages.falls.FALL", -2.0)  # each step with two before it counts as a fall
     monkeypatch.setattr(record, "N_GROUPS", 1)
@@ -162,7 +202,7 @@ def test_a_resumed_run_knows_the_rewards_before(config, monkeypatch):
     train_rl.main(config)
     files = record.need_files(folder)
     groups = {step: {one["group"] for one in record.read(file)} for step, file in files.items()}
-    assert {step: len(each) for step, each in groups.items()} == {1: 1, 3: 4, 4: 4}
+    assert {step: len(each) for step, each in groups.items()} == {1: 1, 2: 4, 3: 4, 4: 4}
     assert falls_of.find_falls(read_metrics(folder / "metrics.jsonl")) == [3, 4]
     written = {step: file.read_bytes() for step, file in files.items()}
     for lost in ("checkpoints/step-4", "policy", "flow"):

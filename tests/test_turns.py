@@ -265,7 +265,7 @@ def run_step(config: train_rl.Config, world, logp_of_tools: float):
     metrics |= train_rl.update_policy(models, experience, advantage, config, step=0, lr=1e-3)
     metrics |= train_rl.step_metrics(experience, config)
     shaped = {"advantage": advantage, "dense_reward": reward}
-    records = train_rl.describe_rollouts(models, experience, shaped, config, 2, model.tokenizer)
+    records = train_rl.describe_rollouts(models, experience, shaped, config, model.tokenizer, 2)
     return experience, shaped, metrics, records
 
 
