@@ -316,7 +316,7 @@ function causeTable() {
     ? `${edges.length} leave the right ones, or the solution where none is right, at a token that can be named. `
       + `It is the first difference, which need not be the mistake.${sees}`
     : 'none leaves a right one that it could be compared with.';
-  parts.push(element('p', `Problems: ${groups.length}. Responses: ${responses().length}. `
+  parts.push(element('p', `Recorded problems: ${groups.length}. Their responses: ${responses().length}. `
     + `Not right: ${wrong.length}; of these ${compared}`));
   const heads = ['after', 'wrong', 'right', 'responses', 'problems', ...data.dense ? ['penalised'] : []];
   const table = element('table', [row(heads, 'th')]);
@@ -334,7 +334,7 @@ function causeTable() {
     table.append(made);
   }
   if (causes.length) parts.push(element('div', [table], 'wide'));
-  if (causes.length > CAUSES) parts.push(element('small', `${causes.length - CAUSES} others are less frequent.`));
+  if (causes.length > CAUSES) parts.push(element('small', `Not shown: ${causes.length - CAUSES} others, none of them more frequent.`));
   $('causes').replaceChildren(...parts);
 }
 

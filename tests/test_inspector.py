@@ -420,7 +420,7 @@ def test_the_causes_of_a_step_are_summed(browser, tmp_path):
     ]
     said = browser.js("document.querySelector('#causes p').textContent")
     assert said.startswith(
-        "Problems: 4. Responses: 11. Not right: 8; of these 7 leave the right ones,"
+        "Recorded problems: 4. Their responses: 11. Not right: 8; of these 7 leave the right ones,"
     )
     assert browser.js("document.querySelector('#problem h2').textContent").startswith("Problem p1")
     browser.js("document.querySelectorAll('#causes button')[1].click()")
@@ -436,7 +436,7 @@ def test_causes_beyond_the_most_frequent_are_counted(browser, tmp_path):
     browser.open(write(tmp_path, {1: records}), READY)
     assert len(causes(browser)) == 6
     text = "document.getElementById('causes').textContent"
-    assert "2 others are less frequent." in browser.js(text)
+    assert "Not shown: 2 others, none of them more frequent." in browser.js(text)
 
 
 @pytest.mark.browser
@@ -444,7 +444,7 @@ def test_a_step_without_anything_to_compare_says_so(browser, tmp_path):
     records = [one_record(0, sample, ["a"], correct=False) for sample in range(2)]
     browser.open(write(tmp_path, {1: records}), READY)
     assert browser.js("document.querySelector('#causes p').textContent") == (
-        "Problems: 1. Responses: 2. Not right: 2; of these none leaves a right one that it could be "
+        "Recorded problems: 1. Their responses: 2. Not right: 2; of these none leaves a right one that it could be "
         "compared with."
     )
     assert causes(browser) == []
