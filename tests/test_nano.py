@@ -319,7 +319,7 @@ def test_the_notebook_runs(world, monkeypatch, capsys):
     assert printed.count("held-out problems") == 2 and "step   1" in printed
     assert len(figures) == 3
     (page,) = [each.data for each in shown if "<iframe" in each.data]
-    assert "Recorded steps: 1, groups of each: 2." in page
+    assert "Recorded steps: 1; problems in each: 2." in page
 
 
 def test_the_notebook_is_its_source_and_small():
