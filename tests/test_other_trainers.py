@@ -223,7 +223,10 @@ def test_the_page_of_several_steps(browser, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"open {page}\n"
     browser.open(page, "document.querySelector('article .t')")
     titles = browser.js("[...document.querySelectorAll('article h2')].map(h => h.textContent)")
-    assert titles[1] == "sample 1wrong3reward −1 · 3 tokens · leaves the right ones at token 1: 3 for 2"
+    assert (
+        titles[1]
+        == "sample 1wrong3reward −1 · 3 tokens · leaves the right ones at token 1: 3 for 2"
+    )
     colours = browser.js("[...document.querySelectorAll('#colours input')].map(i => i.value)")
     assert colours == ["advantage"]
     assert browser.js("document.forms[0].step.max") == "1"
