@@ -19,9 +19,9 @@ which are right, and `--reward binary study/rewards/process_reward.py` rewards t
 Three worlds of the same arithmetic are made to decide what a dense reward is worth;
 study/accept.py measures whether they can:
 
-`toy-form` is the sparse world with a firmer skill and a stronger habit. A perfect reward then solves
-it from every base model, which an outcome reward seldom does. An idle step shows in its form, `+0`,
-which no expert writes.
+`toy-form` is the sparse world with a firmer skill and a stronger habit, so that a perfect reward may
+solve it from every base model, and an outcome reward may not; this has not been measured yet. An idle
+step shows in its form, `+0`, which no expert writes.
 
 `toy-content` has a habit that shows in no form. In a long problem a step mostly repeats the operation
 of the step before, in place of the problem's own: `7+5=2,2+5=7,7*3=1`. Each such step is written and
