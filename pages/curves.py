@@ -406,7 +406,8 @@ def ranking_charts(runs: Sequence[RunFiles]) -> list[Chart]:
                 n_above = sum(difference > 0 for _, difference in points)
                 chart.says = (
                     f"The {name} reward of right responses is above that of wrong ones in "
-                    f"{n_above} of {len(points)} steps that have both."
+                    f"{n_above} of {len(points)} steps that have both: means of all responses of a "
+                    "step. A step's page compares them problem by problem."
                 )
                 charts.append(chart)
     return charts

@@ -2,29 +2,37 @@ const LONG = 3000;  // tokens of a response that are added at a time
 const ROWS = 12;  // of the table of tokens, at a time
 const ANSWERS = 5;  // of a problem, the most frequent ones
 const CAUSES = 6;  // of a step, likewise
-const EXAMPLES = 3;  // of each, likewise
+const EXAMPLES = 3;  // of what right responses have at a place, likewise
 const END = null;  // where a right response has no further token
-const BEFORE = 4;  // tokens that are shown before a place
+const AROUND = 4;  // tokens that are shown on either side of a place
 const PARTS = 4;  // into which lengths are divided
 const $ = id => document.getElementById(id);
 const form = document.forms[0];
 const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in rollouts.py
 
-// What a token can be coloured by. Signed measures have two hues, around their centre.
+// What a token can be coloured by, and what that means. Signed measures have two hues, around their centre.
 const REWARD = `${data.dense} reward`;
 const SCORE = data.dense === 'flow' ? 'deviation' : `${data.dense} score`;
+const SCORED = data.dense === 'flow'
+  ? "the flow's error on the token's hidden state: the larger, the less it is like an expert's"
+  : `what ${data.dense} says of the token, before that is made a reward`;
 const DENSE = [
-  {name: REWARD, key: 'dense_reward', signed: true, centre: 0},
-  {name: SCORE, key: 'mean_score'},
-  ...data.taps.map((layer, i) => ({name: `tap ${i + 1} (layer ${layer})`, tap: i})),
+  {name: REWARD, key: 'dense_reward', signed: true, centre: 0,
+    means: `what ${data.dense === 'flow' ? 'the flow' : data.dense} gives each token, beside the reward of the answer; below 0 it is a penalty`},
+  {name: SCORE, key: 'mean_score', means: SCORED + (data.taps.length > 1 ? '; a mean over layers, the taps' : '')},
+  ...data.taps.map((layer, i) => ({name: `tap ${i + 1} (layer ${layer})`, tap: i,
+    means: `${SCORED}; from the outputs of layer ${layer} alone`})),
 ];
 const MEASURES = [
   ...data.dense ? DENSE : [],
-  {name: 'log-prob', key: 'logp', falling: true},
-  {name: 'entropy', key: 'entropy'},
-  {name: 'advantage', key: 'advantage', signed: true, centre: 0},
-  {name: 'advantage − outcome', key: 'beyond', signed: true, centre: 0, from: 'outcome'},
-  {name: 'ratio', key: 'ratio', signed: true, centre: 1},
+  {name: 'log-prob', key: 'logp', falling: true, means: 'logarithm of the probability that the policy gave the token'},
+  {name: 'entropy', key: 'entropy', means: 'how open the choice of the token was: 0 where only one could follow'},
+  {name: 'advantage', key: 'advantage', signed: true, centre: 0,
+    means: 'above 0 the update makes the token more likely, below 0 less'},
+  {name: 'advantage − outcome', key: 'beyond', signed: true, centre: 0, from: 'outcome',
+    means: 'what the dense reward adds to the advantage of a right or wrong answer'},
+  {name: 'ratio', key: 'ratio', signed: true, centre: 1,
+    means: "the trainer's probability of the token over that of the engine that sampled it"},
 ].filter(of => !of.key || of.key === 'mean_score' || data.known.includes(of.from ?? of.key));
 
 let groups = [];  // of the step that is shown: a problem with its responses each
@@ -49,29 +57,42 @@ function mean(numbers) {
 function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
   response.beyond = response.advantage.map(x => x === null ? null : x - response.outcome);
-  const {place, instead} = response.correct ? {} : leaving(response, group);
+  const {place, instead, right} = response.correct ? {} : leaving(response, group);
   response.leaves = place < response.tokens.length ? place : null;
   response.instead = instead;
+  response.right = right;
   response.left = nRight(group) ? 'the right ones' : 'the solution';
 }
 
 const nRight = group => group.responses.filter(r => r.correct).length;
 
 // The place of the first token that no right response has after the same tokens, the end if a right one
-// begins with all of this one; and what right ones have there, by frequency. Where no response is
-// right, the solution of the data stands for them, if the policy writes as such solutions do.
+// begins with all of this one; what right ones have there, by frequency; and how one of the most frequent
+// goes on. Where no response is right, the solution of the data stands for them, if the policy writes as
+// such solutions do.
 function leaving(response, group) {
   const right = group.responses.filter(r => r.correct);
   if (right.length) {
     const common = right.map(r => commonLength(response.tokens, r.tokens));
     const place = Math.max(...common);
-    return {place, instead: tally(right.filter((_, i) => common[i] === place).map(r => r.tokens[place] ?? END))};
+    const nearest = right.filter((_, i) => common[i] === place);
+    const instead = tally(nearest.map(r => r.tokens[place] ?? END));
+    const {tokens} = nearest.find(r => (r.tokens[place] ?? END) === instead[0][0]);
+    return {place, instead, right: around(tokens, place)};
   }
   if (!group.solution || !writesSolutions()) return {};
   const place = lengthWithin(response.tokens, group.solution);
   const from = response.tokens.slice(0, place).join('').length;
-  const text = group.solution.slice(from, from + response.tokens[place]?.length);  // it has no tokens
-  return {place, instead: [[text || END, 1]]};
+  const [before, here = '', after] = around(response.tokens, place);
+  const to = from + here.length;  // it has no tokens: as many characters stand for them
+  const text = group.solution.slice(from, to) || END;
+  return {place, instead: [[text, 1]], right: [before, text, group.solution.slice(to, to + after.length)]};
+}
+
+// The token at a place, and the texts of those before and after it.
+function around(tokens, place) {
+  const before = tokens.slice(Math.max(0, place - AROUND), place).join('');
+  return [before, tokens[place] ?? END, tokens.slice(place + 1, place + 1 + AROUND).join('')];
 }
 
 // Each different text with how often it is there, the most frequent first.
@@ -135,8 +156,12 @@ const codePoint = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart
 function visible(text) {
   if (text === END) return 'the end';
   if (text === '') return '◌';
-  return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/[\p{Cc}\p{Cf}\p{Cs}]/gu, codePoint)
-    .replace(/^ +| +$/g, s => '␣'.repeat(s.length));
+  return inLine(text).replace(/^ +| +$/g, s => '␣'.repeat(s.length));
+}
+
+// A text on one line, likewise.
+function inLine(text) {
+  return text.replace(/\n/g, '↵').replace(/\t/g, '⇥').replace(/[\p{Cc}\p{Cf}\p{Cs}]/gu, codePoint);
 }
 
 // A token as it stands in a response, between its neighbours.
@@ -182,6 +207,7 @@ function paint() {
   $('low').textContent = show(ends[0], 3);
   $('high').textContent = show(ends[1], 3);
   $('ramp').className = measure.signed ? 'signed' : 'only';
+  $('means').textContent = `${measure.name}: ${measure.means}`;
 }
 
 // ---- Responses
@@ -270,14 +296,14 @@ function answers(group) {
   const isEqual = new Set(group.responses.map(r => r.reward)).size === 1;
   const teaches = isEqual && (data.dense || data.known.includes('outcome'))  // of a run of ours
     ? ' All rewards are equal, so that the outcome gives no advantage here.' : '';
-  const edges = edgesOf(group.responses);
-  const sees = data.dense && edges.length
-    ? ` The ${REWARD} penalises ${nPenalised(edges)} of ${edges.length} tokens with a red edge.` : '';
+  const atLeaving = rewardsAtLeaving(group.responses);
+  const sees = data.dense && atLeaving.length
+    ? ` The ${REWARD} penalises ${nPenalised(atLeaving)} of ${atLeaving.length} tokens in a red box.` : '';
   return `Answers given: ${given.join(', ')}${others}.${teaches}${sees}`;
 }
 
 // The dense rewards at which wrong responses leave what is right, and how many of rewards are penalties.
-const edgesOf = those => those.filter(r => r.leaves !== null).map(r => r.dense_reward[r.leaves]);
+const rewardsAtLeaving = those => those.filter(r => r.leaves !== null).map(r => r.dense_reward[r.leaves]);
 const nPenalised = rewards => rewards.filter(x => x < 0).length;
 
 function passes(response) {
@@ -297,11 +323,10 @@ function findCauses() {
       const written = response.tokens[place];
       const [[instead]] = response.instead;
       const key = JSON.stringify([written, instead]);
-      if (!causes.has(key)) causes.set(key, {written, instead, responses: [], groups: new Set(), after: []});
+      if (!causes.has(key)) causes.set(key, {responses: [], groups: []});
       const cause = causes.get(key);
       cause.responses.push(response);
-      cause.groups.add(group);
-      cause.after.push(response.tokens.slice(Math.max(0, place - BEFORE), place).join(''));
+      cause.groups.push(group);
     }
   return [...causes.values()].sort((a, b) => b.responses.length - a.responses.length);
 }
@@ -309,43 +334,55 @@ function findCauses() {
 function causeTable() {
   const causes = findCauses();
   const wrong = responses().filter(r => !r.correct);
-  const edges = edgesOf(wrong);
+  const atLeaving = rewardsAtLeaving(wrong);
   const parts = [element('h2', 'Where wrong responses leave right ones, this step')];
   const sees = data.dense ? ` The last column counts the responses in which the ${REWARD} penalises it.` : '';
-  const compared = edges.length
-    ? `${edges.length} leave the right ones, or the solution where none is right, at a token that can be named. `
+  const compared = atLeaving.length
+    ? `${atLeaving.length} leave the right ones, or the solution where none is right, at a token that can be named. `
       + `It is the first difference, which need not be the mistake.${sees}`
     : 'none leaves a right one that it could be compared with.';
   parts.push(element('p', `Recorded problems: ${groups.length}. Their responses: ${responses().length}. `
     + `Not right: ${wrong.length}; of these ${compared}`));
-  const heads = ['after', 'wrong', 'right', 'responses', 'problems', ...data.dense ? ['penalised'] : []];
+  const heads = ['they write', 'right is', 'responses', 'problems', ...data.dense ? ['penalised'] : []];
   const table = element('table', [row(heads, 'th')]);
-  for (const cause of causes.slice(0, CAUSES)) {
-    const button = element('button', visible(cause.written));
-    button.type = 'button';
-    button.title = `Show the first response that writes ${visible(cause.written)} for ${visible(cause.instead)}`;
-    button.onclick = () => showCause(cause);
-    const cells = [visible(cause.instead), cause.responses.length, cause.groups.size];
-    if (data.dense) cells.push(nPenalised(edgesOf(cause.responses)));
-    const after = tally(cause.after);
-    const lines = after.slice(0, EXAMPLES).map(([text, n]) => visible(text) + (after.length > 1 ? ` (${n})` : ''));
-    const made = row([lines.join('\n'), '', ...cells]);
-    made.children[1].append(button);
-    table.append(made);
-  }
+  for (const cause of causes.slice(0, CAUSES)) table.append(causeRow(cause));
   if (causes.length) parts.push(element('div', [table], 'wide'));
   if (causes.length > CAUSES) parts.push(element('small', `Not shown: ${causes.length - CAUSES} others, none of them more frequent.`));
   $('causes').replaceChildren(...parts);
 }
 
-// Show the problem of a cause's first response, and its values at the place.
-function showCause({responses: [first], groups: [group]}) {
+// What wrong responses write, as one of them has it after the most frequent tokens, and what is right there.
+function causeRow({responses, groups: problems}) {
+  const before = responses.map(r => around(r.tokens, r.leaves)[0]);
+  const [[most, n]] = tally(before);
+  const first = before.indexOf(most);
+  const {tokens, leaves, right} = responses[first];
+  const button = element('button', marking(around(tokens, leaves)));
+  button.type = 'button';
+  button.title = 'Show this response';
+  button.onclick = () => showPlace(responses[first], problems[first]);
+  const cells = [responses.length, new Set(problems).size];
+  if (data.dense) cells.push(nPenalised(rewardsAtLeaving(responses)));
+  const made = row(['', '', ...cells]);
+  made.children[0].append(button);
+  if (n < responses.length) made.children[0].append(element('small', `after ${visible(most)} in ${n} of ${responses.length}`));
+  made.children[1].append(...marking(right));
+  return made;
+}
+
+// The token at a place, marked among those around it.
+function marking([before, here, after]) {
+  const gap = here === END && before ? ' ' : '';
+  return [inLine(before) + gap, element('mark', visible(here)), inLine(after)];
+}
+// Show the problem of a response, and the values of the token at which it leaves what is right.
+function showPlace(response, group) {
   form.group.selectedIndex = groups.indexOf(group);
   form.verdict.value = '';
   marked = null;
   view();
-  const text = [...document.querySelectorAll('.text[data-sample]')].find(t => t.response === first);
-  text.children[first.leaves]?.focus();
+  const text = [...document.querySelectorAll('.text[data-sample]')].find(t => t.response === response);
+  text.children[response.leaves]?.focus();
 }
 
 // ---- Tables
@@ -385,12 +422,12 @@ function verdict() {
       + `${REWARD}, summed over their tokens; in ${nPreferred(both, meanOf)} in the mean of their tokens. `;
   }
   const wrong = responses().filter(r => !r.correct);
-  const edges = edgesOf(wrong);
+  const atLeaving = rewardsAtLeaving(wrong);
   const all = responses().flatMap(r => r.dense_reward).filter(x => x !== null);
   const percent = rewards => `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %`;
-  if (edges.length) {
-    said += `The ${REWARD} penalises ${nPenalised(edges)} of the ${edges.length} tokens with a red edge, at which wrong `
-      + `responses leave what is right: ${percent(edges)}, and of all tokens ${percent(all)}.`;
+  if (atLeaving.length) {
+    said += `The ${REWARD} penalises ${nPenalised(atLeaving)} of the ${atLeaving.length} tokens in a red box, at which wrong `
+      + `responses leave what is right: ${percent(atLeaving)}, and of all tokens ${percent(all)}.`;
   }
   return said;
 }
@@ -522,7 +559,8 @@ async function step() {
     element('option', `${group.problem} (${nRight(group)} of ${group.responses.length} right)`)));
   form.group.selectedIndex = problemToShow();
   const reward = chosen.reward === null ? '' : ` · reward ${chosen.reward.toFixed(2)}`;
-  $('now').value = `${chosen.step} of ${data.steps.at(-1).step}${reward}`;
+  const nth = `${Number(form.step.value) + 1} of ${data.steps.length} on this page`;
+  $('now').value = `${chosen.step}${reward} · ${nth}`;
   history.replaceState(null, '', `#step=${chosen.step}`);
   rows = ROWS;
   causeTable();

@@ -349,7 +349,7 @@ def test_step_problem_and_verdict(page):
     page.js("document.forms[0].group.dispatchEvent(new Event('input', {bubbles: true}))")
     assert page.js("document.querySelector('#problem h2').textContent").startswith("Problem p1")
     page.set_plain("step", "1")
-    page.wait("document.getElementById('now').value === '11 of 11'")
+    page.wait("document.getElementById('now').value === '11 · 2 of 2 on this page'")
     page.js(f"{token(0, 0)}.focus()")
     assert number(facts(page)["entropy"]) == 7
     assert page.js("document.forms[0].group.options.length") == 1
@@ -414,9 +414,9 @@ def test_the_causes_of_a_step_are_summed(browser, tmp_path):
     ]
     browser.open(write(tmp_path, {1: records}), READY)
     assert causes(browser) == [
-        ["5-5= (3)\n6-6= (2)", "9", "0", "5", "2", "1"],
-        ["6", "+", "-", "1", "1", "0"],
-        ["-1=0", ",", "the end", "1", "1", "0"],
+        ["5-5=9after 5-5= in 3 of 5", "5-5=0", "5", "2", "1"],
+        ["6+6=2", "6-6=0", "1", "1", "0"],
+        ["-1=0, so", "-1=0 the end", "1", "1", "0"],
     ]
     said = browser.js("document.querySelector('#causes p').textContent")
     assert said.startswith(
@@ -521,10 +521,10 @@ def test_a_page_opens_on_a_fall_and_on_a_problem_that_shows_something(browser, t
     browser.open(page, READY)
     now = "document.getElementById('now').value === '{}'"
     shown_problem = "document.querySelector('#problem h2').textContent.slice(0, 10)"
-    assert browser.js(now.format("14 of 15 · reward 0.00"))
+    assert browser.js(now.format("14 · reward 0.00 · 2 of 3 on this page"))
     assert browser.js(shown_problem) == "Problem p2"
     browser.set_plain("step", "0")
-    browser.wait(now.format("1 of 15 · reward 0.50"))
+    browser.wait(now.format("1 · reward 0.50 · 1 of 3 on this page"))
     assert browser.js(shown_problem) == "Problem p1"
 
 
@@ -544,7 +544,7 @@ def test_the_verdict_on_the_dense_reward(browser, tmp_path):
     assert browser.js("document.getElementById('verdict').textContent") == (
         "In 2 of 2 problems with right and wrong responses the right ones get more flow reward, summed over "
         "their tokens; in 1 in the mean of their tokens. The flow reward penalises 2 of the 3 "
-        "tokens with a red edge, at which wrong responses leave what is right: 67 %, and of all tokens 50 %."
+        "tokens in a red box, at which wrong responses leave what is right: 67 %, and of all tokens 50 %."
     )
 
 
@@ -565,15 +565,15 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
     problem = browser.js("document.getElementById('problem').textContent")
     assert "7 +9 +4 -3 -3 -8 +5 *2 +7>" in problem and "right answer 9" in problem
     assert "Answers given: 0 (7 of 8), 7 (1 of 8). All rewards are equal" in problem
-    assert "The flow reward penalises 1 of 8 tokens with a red edge." in problem
+    assert "The flow reward penalises 1 of 8 tokens in a red box." in problem
     assert "6+5=1,1*2=2,2+7=9" in problem, "the solution"
     places = [place for text, place, _ in browser.js(MARKED) if text == "+"]
     assert len(places) == 7, "1+2=3, where the problem says *2"
-    assert causes(browser)[0] == ["=1,1", "+", "*", "7", "1", "0"]
+    assert causes(browser)[0] == ["=1,1+2=3,", "=1,1*2=2,", "7", "1", "0"]
     for sample in (0, 1):
         text = browser.js(f"document.querySelectorAll('.text[data-sample]')[{sample}].textContent")
         assert text[places[0] - 1 :].startswith("1+2=3,3+7=0")
-    assert "of the 17 tokens with a red edge" in browser.js(
+    assert "of the 17 tokens in a red box" in browser.js(
         "document.getElementById('verdict').textContent"
     )
 
