@@ -177,18 +177,29 @@ def in_order(runs: Sequence[dict]) -> list[dict]:
 def merge(studies: Sequence[dict]) -> dict:
     """Put the runs of several studies together; ValueError if they are not comparable.
 
-    Of a run that is in several of them, the one that came furthest stays, or the first of equals.
+    Of a run that is in several of them, the one that came furthest stays, or the last of equals. The
+    base models of all are numbered anew: another machine makes others, as rounding differs.
     """
-    common = {key: value for key, value in studies[0].items() if key != "runs"}
+    bases = list(dict.fromkeys(base for study in studies for base in bases_of(study)))
+    common = {key: value for key, value in without_bases(studies[0]).items() if key != "runs"}
+    common["base"], *others = bases
+    if others:
+        common["other_bases"] = others
     plans = [study["registered"] for study in studies if "registered" in study]
     if plans:
         common["registered"] = join(plans)
     runs: dict[tuple[str, int], dict] = {}
     settings: dict[tuple[str, bool], dict] = {}
+    base_of_seed: dict[int, int] = {}
     for study in studies:
-        check_equal(study, common, "a study to be merged")
-        for run in study["runs"]:
+        check_equal(without_bases(study), without_bases(common), "a study to be merged")
+        for run in numbered(study, bases):
             key = (run["arm"], run["seed"])
+            if base_of_seed.setdefault(run["seed"], run["base"]) != run["base"]:
+                raise ValueError(
+                    f"seed {run['seed']} was run on two base models, so that its runs are no pairs; "
+                    "leave one file out"
+                )
             is_tuning = (
                 run["seed"] >= FIRST_TUNING_SEED
             )  # with the settings among which one chooses
@@ -198,9 +209,25 @@ def merge(studies: Sequence[dict]) -> dict:
                     f"runs of {run['arm']} differ in settings, {without_seed(run)} and {expected}: "
                     "they are not comparable; leave one file out"
                 )
-            if key not in runs or progress(run) > progress(runs[key]):
+            if key not in runs or progress(run) >= progress(runs[key]):
                 runs[key] = run
     return {**common, "runs": in_order(list(runs.values()))}
+
+
+def bases_of(study: dict) -> list[str]:
+    """Return the hashes of a study's base models, in the order of their numbers."""
+    return [study["base"], *study.get("other_bases", ())]
+
+
+def without_bases(study: dict) -> dict:
+    """Return a study, or what its runs have in common, without its base models."""
+    return {key: value for key, value in study.items() if key not in ("base", "other_bases")}
+
+
+def numbered(study: dict, bases: Sequence[str]) -> list[dict]:
+    """Return a study's runs with the numbers that their base models have among others."""
+    own = bases_of(study)
+    return [{**run, "base": bases.index(own[run.get("base", 0)])} for run in study["runs"]]
 
 
 def extend(stored: dict, asked: dict, n_runs: int, name: str) -> dict:
@@ -276,10 +303,8 @@ def write_study(file: Path, study: dict) -> None:
 
 def update_file(file: Path, folder: str) -> None:
     """Put the figures of the runs in a study's folder into a file; what else it holds stays."""
-    studies = [collect(folder)]
-    if file.exists():
-        studies.append(read_study(file))
-    write_study(file, merge(studies))
+    studies = [read_study(file)] if file.exists() else []
+    write_study(file, merge([*studies, collect(folder)]))
 
 
 def check_equal(stored: dict, asked: dict, name: str) -> None:

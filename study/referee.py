@@ -48,7 +48,7 @@ def write_verdict(figures: dict, folder: Path) -> str:
     registered = figures["registered"]
     runs = reported_runs(figures)
     tables = tables_of(figures)
-    said = "\n".join(sentences(runs, registered))
+    said = "\n".join(sentences(runs))
     path = folder / "verdict.html"
     page = make_page(said, runs, tables, registered)
     with written_whole(path) as temporary:
@@ -234,7 +234,7 @@ def judged(runs: Runs) -> list[str]:
 
 
 # ---- In words
-def sentences(runs: Runs, registered: dict) -> list[str]:
+def sentences(runs: Runs) -> list[str]:
     """Say what came of each reward, and how little the pairs can show."""
     said = []
     for arm in judged(runs):
@@ -249,8 +249,8 @@ def sentences(runs: Runs, registered: dict) -> list[str]:
             f"{np.mean(differences):+.2f} (sign flip p {sign_flip(differences):.4f}; no p of "
             f"{len(own)} pairs is below {2 / 2 ** len(own):.4f})."
         )
-    n_bases = registered["bases"]
-    if n_bases == 1:
+    bases = {run["base"] for seeds in runs.values() for run in seeds.values()}
+    if len(bases) == 1:
         said.append("All runs begin with one base model: of others this says nothing.")
     return said
 

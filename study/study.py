@@ -64,11 +64,13 @@ from figures import (
     OF_A_JOB,
     OF_ALL,
     OF_THE_PLAN,
+    bases_of,
     check_equal,
     extend,
     merge,
     read_study,
     update_file,
+    without_bases,
     write_study,
 )
 from infra import errors
@@ -675,7 +677,8 @@ def begin(study: Study, bases: Sequence[worlds.World]) -> None:
     common = describe(study, bases)
     if study.json_file.exists():
         known = read_study(study.json_file)
-        check_equal(known, common, str(study.json_file))
+        check_equal(without_bases(known), without_bases(common), str(study.json_file))
+        check_bases(study, bases)
         chosen = Path(study.folder, "chosen.json")
         if known.get("registered") and not chosen.exists():  # it goes on from another machine's
             write_json(chosen, known["registered"]["tuned"])
@@ -688,6 +691,27 @@ def begin(study: Study, bases: Sequence[worlds.World]) -> None:
         with written_whole(evaluation) as temporary:
             temporary.write_text("".join(problems[: study.eval_problems]))
     write_json(file, common)
+
+
+def check_bases(study: Study, bases: Sequence[worlds.World]) -> None:
+    """Raise ValueError if a seed that is to be run has runs on another base model in the JSON file.
+
+    Another machine makes other base models, as rounding differs. Its seeds are others, too: runs of a
+    seed are pairs only on one base model.
+    """
+    if not study.json_file.exists():
+        return
+    known = read_study(study.json_file)
+    elsewhere = {run["seed"]: bases_of(known)[run.get("base", 0)] for run in known["runs"]}
+    own = [hash_of_base(world) for world in bases]
+    for run in plan(study)[1]:
+        seed = run.label["seed"]
+        if elsewhere.get(seed, own[run.base]) != own[run.base]:
+            raise ValueError(
+                f"seed {seed} has runs on another base model in {study.json_file}, which this machine "
+                "does not make alike: begin with another --first-seed, or name another --folder and "
+                "--json"
+            )
 
 
 def plan_of(study: Study) -> dict:
@@ -880,6 +904,7 @@ def tune(study: Study, bases: Sequence[worlds.World]) -> bool:
         seeds=tuning.N_SEEDS,
         trial_steps=max(1, round(tuning.SHARE_OF_STEPS * study.n_steps)),
     )
+    check_bases(trial_runs, bases)
     statuses = run_arms(trial_runs, bases)
     if set(statuses.values()) - {"finished"}:
         report(statuses, study)

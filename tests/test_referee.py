@@ -315,6 +315,23 @@ def test_a_study_goes_on_from_its_json_file_alone(judged, tmp_path):
     assert figures.read_study(elsewhere.json_file)["registered"] == known["registered"]
 
 
+def test_a_machine_that_makes_other_base_models_takes_other_seeds(judged, tmp_path):
+    """Runs of a seed are pairs only on one base model; what was begun elsewhere is not run here."""
+    known = figures.read_study(judged.json_file)
+    left = [run for run in known["runs"] if (run["arm"], run["seed"]) != ("rlvr", 0)]
+    known["registered"]["seeds"] = [0, 1]
+    folder = str(tmp_path / "runs")
+    here = change(judged, tune=False, seeds=2, folder=folder, json=str(tmp_path / "study.json"))
+    figures.write_study(here.json_file, {**known, "base": "another machine's", "runs": left})
+    with pytest.raises(ValueError, match="seed 0 has runs on another base model in"):
+        study.main(here)
+    assert study.main(change(here, first_seed=1, seeds=1, arms=("rlvr",))) == 0
+    both = figures.read_study(here.json_file)
+    assert figures.bases_of(both) == ["another machine's", known["base"]]
+    bases = {run["seed"]: run["base"] for run in both["runs"]}
+    assert bases == {0: 0, 1: 1, 100: 0}
+
+
 def test_the_page_of_evidence_has_a_section_for_each_study_that_is_there(
     judged, tmp_path, monkeypatch
 ):
@@ -477,11 +494,13 @@ def test_the_best_of_the_candidates_is_chosen_and_its_controls_follow(tmp_path):
 def test_a_chosen_setting_and_the_default_that_was_tried_are_kept_side_by_side():
     """Regression: after hours of runs their figures could not be put together."""
     tried = {**a_run("rlvr", 100, 0.2), "script": [], "settings": {"lr": 2e-4}}
-    reported = {**a_run("rlvr", 0, 0.2), "script": [], "settings": {"lr": 4e-4}}
-    assert len(figures.merge([{"runs": [tried]}, {"runs": [reported]}])["runs"]) == 2
+    reported = {**a_run("rlvr", 2, 0.2), "script": [], "settings": {"lr": 4e-4}}
+    bases = {"base": "x", "other_bases": ["y"]}
+    here, there = ({**bases, "runs": [run]} for run in (tried, reported))
+    assert len(figures.merge([here, there])["runs"]) == 2
     other = {**a_run("rlvr", 1, 0.2), "script": [], "settings": {"lr": 2e-4}}
     with pytest.raises(ValueError, match="runs of rlvr differ in settings"):
-        figures.merge([{"runs": [reported]}, {"runs": [other]}])
+        figures.merge([there, {**bases, "runs": [other]}])
 
 
 def test_a_number_that_is_read_later_may_be_multiplied(tmp_path):

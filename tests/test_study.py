@@ -132,12 +132,27 @@ def test_studies_are_merged():
         (arm, seed, "finished") for arm, seed in (("rlvr", 0), ("rlvr", 1), ("calibrated", 0))
     ]
     assert figures.merge([merged, here, there]) == merged
-    with pytest.raises(ValueError, match="base=other, expected abc"):
-        figures.merge([here, {**there, "base": "other"}])
     other = a_run("rlvr", 2, 0.1)
     other["settings"]["shaping"] = "flow"
     with pytest.raises(ValueError, match="runs of rlvr differ in settings"):
         figures.merge([here, a_study(other)])
+
+
+def test_studies_of_other_machines_have_other_base_models():
+    """Their runs are numbered anew; a seed has one base model, as its runs are pairs."""
+    here = a_study(a_run("rlvr", 0, 0.1), a_run("process", 0, 0.9))
+    there = {**a_study(a_run("rlvr", 1, 0.3), a_run("rlvr", 2, 0.4)), "base": "x"}
+    there["other_bases"] = ["abc", "y"]
+    there["runs"][0]["base"] = 2
+    there["runs"][1]["base"] = 1
+    merged = figures.merge([here, there])
+    assert figures.bases_of(merged) == ["abc", "x", "y"]
+    bases = {(run["arm"], run["seed"]): run["base"] for run in merged["runs"]}
+    assert bases == {("rlvr", 0): 0, ("process", 0): 0, ("rlvr", 1): 2, ("rlvr", 2): 0}
+    assert figures.merge([merged, there]) == merged
+    other = {**a_study(a_run("calibrated", 0, 0.5)), "base": "x"}
+    with pytest.raises(ValueError, match="seed 0 was run on two base models"):
+        figures.merge([here, other])
 
 
 # ---- Arms
