@@ -28,7 +28,8 @@ function moveTo(step) {
   if (!recorded.length) return;
   const link = document.querySelector('#at a');
   link.href = pageOf(step);
-  link.textContent = `Responses of step ${nearest(recorded, step)}`;
+  const opened = nearest(recorded, step);
+  link.textContent = `Responses of step ${opened}${opened === step ? '' : ', the nearest that is recorded'}`;
   document.getElementById('at').hidden = false;
 }
 

@@ -46,8 +46,8 @@ CHARTS = {
         Kind("Reward", "Mean outcome reward of the step's responses.", ("reward",)),
         Kind("Right answers in training", "Share of the step's responses.", ("correct",)),
         Kind(
-            "Groups with different rewards",
-            "Share of problems with an outcome advantage: responses to the others fare alike.",
+            "Problems with mixed outcomes",
+            "Share of problems whose responses differ in reward: the others have no outcome advantage.",
             ("varied_groups",),
         ),
     ),
@@ -65,7 +65,7 @@ CHARTS = {
     "Flow": (
         Kind(
             "Velocity deviation a token",
-            "How far tokens are from what the flow has learnt, on a logarithmic axis.",
+            "The flow's error on a token's hidden state, on a logarithmic axis: large is unlike experts.",
             tuple(f"flow/score{side}" for side in SIDES),
             is_log=True,
         ),
@@ -401,7 +401,7 @@ def ranking_charts(runs: Sequence[RunFiles]) -> list[Chart]:
                 if right in line and wrong in line:
                     points.append((line["step"], line[right] - line[wrong]))
             if points:
-                title = f"{run_prefix(runs, run)}{name} reward: right less wrong"
+                title = f"{run_prefix(runs, run)}{name} reward of right responses minus that of wrong ones"
                 chart = Chart(title, [line_through(points, "", 0)], 1, run.metrics[-1]["step"])
                 n_above = sum(difference > 0 for _, difference in points)
                 chart.says = (

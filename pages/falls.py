@@ -71,15 +71,16 @@ def say_falls(metrics: Sequence[dict[str, float]], recorded: Collection[int], pa
 
     earlier = [step for step in rewards if step < steps[0]]
     best = max(earlier, key=lambda step: (rewards[step], step))
-    said = f" The best step before was {name(best)}."
+    said = f" The best step before step {steps[0]} was {name(best)}."
     compared = max((step for step in earlier if step in recorded), default=best)
     if compared != best:
         said += f" The last recorded step before is {name(compared)}."
     below = f"below the mean of the {' or of the '.join(map(str, WINDOWS))} steps before it"
     if find_falls(metrics):
         named = ", ".join(" to ".join(map(name, ends)) for ends in find_spans(steps))
+        at = "step" if len(steps) == 1 else "steps"
         return (
-            f"<b>The reward fell</b> at step {named}: the mean reward of such a step lies more than "
+            f"<b>The reward fell</b> at {at} {named}: the mean reward of such a step lies more than "
             f"{FALL} {below}.{said}"
         )
     by = find_depths(metrics)[steps[0]]

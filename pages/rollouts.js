@@ -36,6 +36,7 @@ const MEASURES = [
 ].filter(of => !of.key || of.key === 'mean_score' || data.known.includes(of.from ?? of.key));
 
 let groups = [];  // of the step that is shown: a problem with its responses each
+let hasSolutions = false;  // whether the policy writes as the data's solutions do, in this step
 let measure = MEASURES[0];
 let marked = null;  // the text of the token that the table has picked
 let rows = ROWS;
@@ -61,32 +62,37 @@ function prepare(response, group) {
   response.leaves = place < response.tokens.length ? place : null;
   response.instead = instead;
   response.right = right;
-  response.left = nRight(group) ? 'the right ones' : 'the solution';
 }
 
+const whatIsRight = () => hasSolutions ? 'the solution' : 'the right ones';
 const nRight = group => group.responses.filter(r => r.correct).length;
 
-// The place of the first token that no right response has after the same tokens, the end if a right one
-// begins with all of this one; what right ones have there, by frequency; and how one of the most frequent
-// goes on. Where no response is right, the solution of the data stands for them, if the policy writes as
-// such solutions do.
+// The place of the first token at which a response leaves what is right; what is right there, by frequency; and how
+// that goes on. Solutions of the data are compared with if the policy writes as they do, since a right answer may
+// come from wrong steps; else the right responses to the problem.
 function leaving(response, group) {
+  if (hasSolutions) return group.solution ? leavingSolution(response, group.solution) : {};
   const right = group.responses.filter(r => r.correct);
-  if (right.length) {
-    const common = right.map(r => commonLength(response.tokens, r.tokens));
-    const place = Math.max(...common);
-    const nearest = right.filter((_, i) => common[i] === place);
-    const instead = tally(nearest.map(r => r.tokens[place] ?? END));
-    const {tokens} = nearest.find(r => (r.tokens[place] ?? END) === instead[0][0]);
-    return {place, instead, right: around(tokens, place)};
-  }
-  if (!group.solution || !writesSolutions()) return {};
-  const place = lengthWithin(response.tokens, group.solution);
+  return right.length ? leavingResponses(response, right) : {};
+}
+
+function leavingSolution(response, solution) {
+  const place = lengthWithin(response.tokens, solution);
   const from = response.tokens.slice(0, place).join('').length;
-  const [before, here = '', after] = around(response.tokens, place);
-  const to = from + here.length;  // it has no tokens: as many characters stand for them
-  const text = group.solution.slice(from, to) || END;
-  return {place, instead: [[text, 1]], right: [before, text, group.solution.slice(to, to + after.length)]};
+  const [before, here, after] = around(response.tokens, place);
+  const to = from + (here === END ? 0 : here.length);  // it has no tokens: as many characters stand for them
+  const text = solution.slice(from, to) || END;
+  return {place, instead: [[text, 1]], right: [before, text, solution.slice(to, to + after.length)]};
+}
+
+// Of several right responses those that have the same tokens the longest; the place may be the end.
+function leavingResponses(response, right) {
+  const common = right.map(r => commonLength(response.tokens, r.tokens));
+  const place = Math.max(...common);
+  const nearest = right.filter((_, i) => common[i] === place);
+  const instead = tally(nearest.map(r => r.tokens[place] ?? END));
+  const {tokens} = nearest.find(r => (r.tokens[place] ?? END) === instead[0][0]);
+  return {place, instead, right: around(tokens, place)};
 }
 
 // The token at a place, and the texts of those before and after it.
@@ -217,7 +223,7 @@ function tokens(response, from) {
     token.place = from + i;
     if (token.place === response.leaves) {
       token.classList.add('leaves');
-      token.title = `Here it leaves ${response.left}: there ${said(response.instead)} is written`;
+      token.title = `Here it leaves ${whatIsRight()}: there ${said(response.instead)} is written`;
     }
     token.tabIndex = from + i ? -1 : 0;
     return token;
@@ -234,7 +240,7 @@ function said(counted) {
 function card(response) {
   const badge = element('b', response.verdict, `badge ${response.verdict.replace(/\W/g, '-')}`);
   const parts = Object.entries(response.parts).map(([name, value]) => `${name} ${show(value, 4)}`);
-  const facts = [`reward ${show(response.reward, 4)}`, `${response.tokens.length} tokens`];
+  const facts = [`${data.dense ? 'outcome reward' : 'reward'} ${show(response.reward, 4)}`, `${response.tokens.length} tokens`];
   if (parts.length > 1) facts.push(parts.join(', '));
   if (response.finish_reason === 'length') facts.push('ran out of room');
   const advantage = mean(response.advantage);
@@ -245,7 +251,7 @@ function card(response) {
     facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);
   }
   if (response.leaves !== null) {
-    facts.push(`leaves ${response.left} at token ${response.leaves + 1}: `
+    facts.push(`leaves ${whatIsRight()} at token ${response.leaves + 1}: `
       + `${visible(response.tokens[response.leaves])} for ${said(response.instead)}`);
   }
   const head = element('h2', [
@@ -280,7 +286,7 @@ function problem(group) {
   if (group.images.length) parts.push(element('p', `Images: ${group.images.join(', ')}`, 'images'));
   if (group.solution) {
     parts.push(folded('Solution', group.solution));
-    parts.at(-1).open = !nRight(group);  // there is nothing else to compare with
+    parts.at(-1).open = hasSolutions || !nRight(group);  // it is compared with, or there is nothing else
   }
   $('problem').replaceChildren(...parts, folded('Prompt', group.prompt));
 }
@@ -298,7 +304,7 @@ function answers(group) {
     ? ' All rewards are equal, so that the outcome gives no advantage here.' : '';
   const atLeaving = rewardsAtLeaving(group.responses);
   const sees = data.dense && atLeaving.length
-    ? ` The ${REWARD} penalises ${nPenalised(atLeaving)} of ${atLeaving.length} tokens in a red box.` : '';
+    ? ` The ${REWARD} penalises ${nPenalised(atLeaving)} of ${atLeaving.length} boxed tokens.` : '';
   return `Answers given: ${given.join(', ')}${others}.${teaches}${sees}`;
 }
 
@@ -335,15 +341,15 @@ function causeTable() {
   const causes = findCauses();
   const wrong = responses().filter(r => !r.correct);
   const atLeaving = rewardsAtLeaving(wrong);
-  const parts = [element('h2', 'Where wrong responses leave right ones, this step')];
-  const sees = data.dense ? ` The last column counts the responses in which the ${REWARD} penalises it.` : '';
-  const compared = atLeaving.length
-    ? `${atLeaving.length} leave the right ones, or the solution where none is right, at a token that can be named. `
-      + `It is the first difference, which need not be the mistake.${sees}`
-    : 'none leaves a right one that it could be compared with.';
-  parts.push(element('p', `Recorded problems: ${groups.length}. Their responses: ${responses().length}. `
-    + `Not right: ${wrong.length}; of these ${compared}`));
-  const heads = ['they write', 'right is', 'responses', 'problems', ...data.dense ? ['penalised'] : []];
+  const parts = [element('h2', `Where wrong responses leave ${whatIsRight()}, this step`)];
+  const compared = hasSolutions ? 'the solution of its problem' : 'every right response to its problem';
+  const sees = data.dense ? ` The last column counts the responses in which the ${REWARD} is below 0 there.` : '';
+  const differing = atLeaving.length
+    ? `${atLeaving.length} of these have a first token that differs from ${compared}, which need not be the mistake itself.${sees}`
+    : 'There is nothing that they could be compared with.';
+  parts.push(element('p', `Problems: ${groups.length}. Responses: ${responses().length}, not right: ${wrong.length}. ${differing}`));
+  const has = hasSolutions ? 'the solution has' : 'right ones have';
+  const heads = ['wrong ones have', has, 'responses', 'problems', ...data.dense ? ['penalised'] : []];
   const table = element('table', [row(heads, 'th')]);
   for (const cause of causes.slice(0, CAUSES)) table.append(causeRow(cause));
   if (causes.length) parts.push(element('div', [table], 'wide'));
@@ -365,7 +371,7 @@ function causeRow({responses, groups: problems}) {
   if (data.dense) cells.push(nPenalised(rewardsAtLeaving(responses)));
   const made = row(['', '', ...cells]);
   made.children[0].append(button);
-  if (n < responses.length) made.children[0].append(element('small', `after ${visible(most)} in ${n} of ${responses.length}`));
+  if (n < responses.length) made.children[0].append(element('small', `${n} of these ${responses.length} after ${visible(most)}`));
   made.children[1].append(...marking(right));
   return made;
 }
@@ -418,16 +424,17 @@ function verdict() {
   let said = '';
   const both = groups.filter(group => 0 < nRight(group) && nRight(group) < group.responses.length);
   if (both.length) {
-    said += `In ${nPreferred(both, sumOf)} of ${both.length} problems with right and wrong responses the right ones get more `
-      + `${REWARD}, summed over their tokens; in ${nPreferred(both, meanOf)} in the mean of their tokens. `;
+    said += `Within a problem: the right responses get more ${REWARD} than the wrong ones in ${nPreferred(both, sumOf)} of ${both.length} `
+      + `problems that have both, summed over tokens, and in ${nPreferred(both, meanOf)} as a mean of tokens; half would be chance. `;
   }
   const wrong = responses().filter(r => !r.correct);
   const atLeaving = rewardsAtLeaving(wrong);
-  const all = responses().flatMap(r => r.dense_reward).filter(x => x !== null);
-  const percent = rewards => `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %`;
+  const ofAll = correct => responses().filter(r => r.correct === correct).flatMap(r => r.dense_reward).filter(x => x !== null);
+  const percent = rewards => rewards.length ? `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %` : '–';
   if (atLeaving.length) {
-    said += `The ${REWARD} penalises ${nPenalised(atLeaving)} of the ${atLeaving.length} tokens in a red box, at which wrong `
-      + `responses leave what is right: ${percent(atLeaving)}, and of all tokens ${percent(all)}.`;
+    said += `It penalises ${nPenalised(atLeaving)} of ${atLeaving.length} boxed tokens, at which wrong responses leave `
+      + `${whatIsRight()}: ${percent(atLeaving)}. Of all tokens of wrong responses it penalises ${percent(ofAll(false))}, `
+      + `of right ones ${percent(ofAll(true))}.`;
   }
   return said;
 }
@@ -474,7 +481,7 @@ function count() {
 
 function tokenTable() {
   const entries = count();
-  const table = [row(['token', 'count', 'not 0', 'reward', data.dense ? SCORE : 'score'], 'th')];
+  const table = [row(['token', 'count', 'with a reward', data.dense ? REWARD : 'reward', data.dense ? SCORE : 'score'], 'th')];
   for (const entry of entries.slice(0, rows)) {
     const button = element('button', visible(entry.text));
     button.type = 'button';
@@ -554,6 +561,8 @@ async function step() {
   const unpacked = await Promise.all(chosen.groups.map(unpack));
   if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
   groups = unpacked;
+  hasSolutions = writesSolutions();
+  $('reference').textContent = whatIsRight();
   for (const group of groups) for (const response of group.responses) prepare(response, group);
   form.group.replaceChildren(...groups.map(group =>
     element('option', `${group.problem} (${nRight(group)} of ${group.responses.length} right)`)));

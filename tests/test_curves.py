@@ -128,7 +128,7 @@ def test_does_the_dense_reward_rank_right_above_wrong(tmp_path, name):
     folder = write_figures(tmp_path / "a", lines)
     page = write_run_report([folder], tmp_path / "report.html").read_text()
     row = data_of(page)[0]
-    assert row["title"] == f"{name} reward: right less wrong"
+    assert row["title"] == f"{name} reward of right responses minus that of wrong ones"
     assert row["lines"][0]["values"] == pytest.approx([-0.25, 0.15, 0.05])
     assert f"The {name} reward of right responses is above that of wrong ones in 2 of 3" in page
     assert re.findall(r"<rect class=(\w+)", page) == ["below", "above", "above"]
@@ -140,7 +140,7 @@ def test_the_deviation_has_the_level_of_experts(tmp_path, flow_folder):
     lines = [{"flow/score": score} for score in (40.0, 5.0)]
     folder = write_figures(tmp_path / "a", lines, settings)
     path = tmp_path / "report.html"
-    assert "experts" not in write_run_report([folder], path).read_text(), "it has no flow.json"
+    assert ">experts " not in write_run_report([folder], path).read_text(), "it has no flow.json"
     (folder / "flow.json").write_text(json.dumps({"calibrated_at": [0.5, 0.8]}))
     page = write_run_report([folder], path).read_text()
     (chart,) = data_of(page)
@@ -165,9 +165,9 @@ def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
     folder = write_figures(tmp_path / "a", lines)
     page = write_run_report([folder], folder / "report.html").read_text()
     assert (
-        "<b>The reward fell</b> at step 11 (0.30) to 12 (0.25), 14 (0.25): the mean reward of such a "
+        "<b>The reward fell</b> at steps 11 (0.30) to 12 (0.25), 14 (0.25): the mean reward of such a "
         "step lies more than 0.15 below the mean of the 3 or of the 10 steps before it. "
-        "The best step before was 9 (0.60).</p>" in page
+        "The best step before step 11 was 9 (0.60).</p>" in page
     )
     write_rollouts(folder, [1, 10, 14])
     (folder / "rollouts.html").write_text("")
@@ -180,7 +180,7 @@ def test_where_nothing_is_a_fall_the_deepest_step_is_named(tmp_path):
     lines = [{"reward": 0.5}] * 10 + [{"reward": 0.45}, {"reward": 0.375}, {"reward": 0.5}]
     page = write_run_report([write_figures(tmp_path / "a", lines)], tmp_path / "report.html")
     assert (
-        "<b>The reward fell most</b> at step 12 (0.38): 0.12 below the mean of the 3 or of the 10 steps before it. The best step before was 10 (0.50)."
+        "<b>The reward fell most</b> at step 12 (0.38): 0.12 below the mean of the 3 or of the 10 steps before it. The best step before step 12 was 10 (0.50)."
         in page.read_text()
     )
 
@@ -316,7 +316,9 @@ def test_a_chart_leads_to_the_nearest_recorded_step(browser, tmp_path, how):
     browser.js("document.querySelector('figure svg').focus()")
     for _ in range(4):
         browser.press("\ue012")  # left arrow, from step 30 to 26
-    assert browser.js("document.querySelector('#at a').textContent") == "Responses of step 21"
+    assert browser.js("document.querySelector('#at a').textContent") == (
+        "Responses of step 21, the nearest that is recorded"
+    )
     if how == "key":
         browser.press("\ue007")  # Enter
     elif how == "link":
