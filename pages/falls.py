@@ -67,7 +67,8 @@ def say_falls(metrics: Sequence[dict[str, float]], recorded: Collection[int], pa
     def name(step: int) -> str:
         """Lay out a step and its reward."""
         link = f"<a href={page}#step={step}>{step}</a>" if step in recorded else str(step)
-        return f"{link} ({rewards[step]:.2f})"
+        is_lowest = len(steps) > 1 and step == min(steps, key=rewards.__getitem__)
+        return f"{link} ({rewards[step]:.2f}{', the lowest' if is_lowest else ''})"
 
     earlier = [step for step in rewards if step < steps[0]]
     best = max(earlier, key=lambda step: (rewards[step], step))

@@ -36,6 +36,7 @@ const MEASURES = [
 ].filter(of => !of.key || of.key === 'mean_score' || data.known.includes(of.from ?? of.key));
 
 let groups = [];  // of the step that is shown: a problem with its responses each
+let earlier = null;  // the step before it on this page: its number and groups
 let hasSolutions = false;  // whether the policy writes as the data's solutions do, in this step
 let measure = MEASURES[0];
 let marked = null;  // the text of the token that the table has picked
@@ -48,6 +49,8 @@ async function unpack(text) {
   return JSON.parse(await new Response(stream).text());
 }
 
+const unpackStep = step => Promise.all((step?.groups ?? []).map(unpack));
+
 function mean(numbers) {
   const known = numbers.filter(x => x !== null && x !== undefined);
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
@@ -57,6 +60,7 @@ function mean(numbers) {
 // has beyond that of the outcome, and where it leaves what is right and what stands there.
 function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
+  response.isSolution = hasSolutions && isSolution(response, group);
   response.beyond = response.advantage.map(x => x === null ? null : x - response.outcome);
   const {place, instead, right} = response.correct ? {} : leaving(response, group);
   response.leaves = place < response.tokens.length ? place : null;
@@ -110,9 +114,10 @@ function tally(texts) {
 
 // Whether some right response of the step is the solution of its problem, word for word.
 function writesSolutions() {
-  return groups.some(group => group.solution
-    && group.responses.some(r => r.correct && r.tokens.join('').startsWith(group.solution)));
+  return groups.some(group => group.responses.some(r => r.correct && isSolution(r, group)));
 }
+
+const isSolution = (response, {solution}) => Boolean(solution) && response.tokens.join('').startsWith(solution);
 
 function commonLength(a, b) {
   let n = 0;
@@ -250,6 +255,7 @@ function card(response) {
     const sum = sumOf(response);
     facts.push(`${REWARD} ${show(sum, 3)}, ${show(mean(response.dense_reward), 2)} a token`);
   }
+  if (hasSolutions && response.correct && !response.isSolution) facts.push('a right answer, but not the steps of the solution');
   if (response.leaves !== null) {
     facts.push(`leaves ${whatIsRight()} at token ${response.leaves + 1}: `
       + `${visible(response.tokens[response.leaves])} for ${said(response.instead)}`);
@@ -304,7 +310,7 @@ function answers(group) {
     ? ' All rewards are equal, so that the outcome gives no advantage here.' : '';
   const atLeaving = rewardsAtLeaving(group.responses);
   const sees = data.dense && atLeaving.length
-    ? ` The ${REWARD} penalises ${nPenalised(atLeaving)} of ${atLeaving.length} boxed tokens.` : '';
+    ? ` The ${REWARD} penalises ${nPenalised(atLeaving)} of ${atLeaving.length} framed tokens.` : '';
   return `Answers given: ${given.join(', ')}${others}.${teaches}${sees}`;
 }
 
@@ -342,10 +348,11 @@ function causeTable() {
   const wrong = responses().filter(r => !r.correct);
   const atLeaving = rewardsAtLeaving(wrong);
   const parts = [element('h2', `Where wrong responses leave ${whatIsRight()}, this step`)];
-  const compared = hasSolutions ? 'the solution of its problem' : 'every right response to its problem';
+  const compared = hasSolutions ? 'the solution of their problem' : 'all right responses to their problem';
   const sees = data.dense ? ` The last column counts the responses in which the ${REWARD} is below 0 there.` : '';
   const differing = atLeaving.length
-    ? `${atLeaving.length} of these have a first token that differs from ${compared}, which need not be the mistake itself.${sees}`
+    ? `${atLeaving.length} of these leave ${compared}. Their first token that differs is framed, and counted here; it need not be `
+      + `the mistake itself.${sees}`
     : 'There is nothing that they could be compared with.';
   parts.push(element('p', `Problems: ${groups.length}. Responses: ${responses().length}, not right: ${wrong.length}. ${differing}`));
   const has = hasSolutions ? 'the solution has' : 'right ones have';
@@ -368,10 +375,11 @@ function causeRow({responses, groups: problems}) {
   button.title = 'Show this response';
   button.onclick = () => showPlace(responses[first], problems[first]);
   const cells = [responses.length, new Set(problems).size];
+  const written = visible(tokens[leaves]);
   if (data.dense) cells.push(nPenalised(rewardsAtLeaving(responses)));
   const made = row(['', '', ...cells]);
   made.children[0].append(button);
-  if (n < responses.length) made.children[0].append(element('small', `${n} of these ${responses.length} after ${visible(most)}`));
+  if (n < responses.length) made.children[0].append(element('small', `${written} for ${visible(right[1])} in ${responses.length}, ${n} of them after ${visible(most)}`));
   made.children[1].append(...marking(right));
   return made;
 }
@@ -397,11 +405,13 @@ function outcomes() {
   const sides = [true, false].map(correct => responses().filter(r => r.correct === correct));
   const line = (name, figure) => table.push(row([name, ...sides.map(side => show(figure(side), 4))]));
   line('responses', side => side.length);
+  if (hasSolutions) line('as in the solution', side => side.filter(r => r.isSolution).length);
   line('tokens a response', side => mean(side.map(r => r.dense_reward.filter(x => x !== null).length)));
   const of = key => side => mean(side.flatMap(r => r[key]));
   if (data.dense) {
     line(SCORE, of('mean_score'));
     line(`${REWARD} a response`, side => mean(side.map(sumOf)));
+    line(`${REWARD} a token`, of('dense_reward'));
   }
   line('entropy', of('entropy'));
   line('log-prob', of('logp'));
@@ -430,35 +440,64 @@ function verdict() {
   const wrong = responses().filter(r => !r.correct);
   const atLeaving = rewardsAtLeaving(wrong);
   const ofAll = correct => responses().filter(r => r.correct === correct).flatMap(r => r.dense_reward).filter(x => x !== null);
-  const percent = rewards => rewards.length ? `${(100 * nPenalised(rewards) / rewards.length).toFixed(0)} %` : '–';
+  const share = rewards => percent(rewards.length ? nPenalised(rewards) / rewards.length : null);
   if (atLeaving.length) {
-    said += `It penalises ${nPenalised(atLeaving)} of ${atLeaving.length} boxed tokens, at which wrong responses leave `
-      + `${whatIsRight()}: ${percent(atLeaving)}. Of all tokens of wrong responses it penalises ${percent(ofAll(false))}, `
-      + `of right ones ${percent(ofAll(true))}.`;
+    said += `It penalises ${nPenalised(atLeaving)} of ${atLeaving.length} framed tokens, at which wrong responses leave `
+      + `${whatIsRight()}: ${share(atLeaving)}. Of all tokens of wrong responses it penalises ${share(ofAll(false))}, `
+      + `of right ones ${share(ofAll(true))}. `;
+  }
+  const [most] = tally(responses().flatMap(r => r.tokens.filter((_, k) => r.dense_reward[k] < 0)));
+  if (most) {
+    const all = nPenalised([...ofAll(true), ...ofAll(false)]);
+    said += `Of its penalties ${percent(most[1] / all)} are on ${visible(most[0])}, the most.`;
   }
   return said;
 }
 
-// How many responses are right by the length of the problem, and by their own, in parts of about equal size.
+// How many responses are right by the length of the problem, and by their own, in parts of about equal size; of
+// problems also how many were in the step before, as another step may have harder ones.
 function lengths() {
-  const table = [row(['', 'right', 'not right'], 'th')];
-  const all = groups.flatMap(group => group.responses.map(response => ({group, response})));
-  const add = (name, unit, lengthOf) => {
-    const sorted = all.map(one => [lengthOf(one), one.response.correct]).sort((a, b) => a[0] - b[0]);
-    const ends = Array.from({length: PARTS}, (_, i) => sorted[Math.ceil((i + 1) * sorted.length / PARTS) - 1][0]);
-    let from = -Infinity;
-    for (const to of new Set(ends)) {
-      const part = sorted.filter(([n]) => from < n && n <= to);
-      const right = part.filter(([, correct]) => correct).length;
-      const range = part[0][0] < to ? `${part[0][0]} to ${to}` : to;
-      table.push(row([`${name} of ${range} ${unit}`, right, part.length - right]));
-      from = to;
-    }
-  };
-  add('problem', 'characters', ({group}) => group.question.length);
-  add('response', 'tokens', ({response}) => response.tokens.length);
+  const head = ['', 'right', 'not right', ...earlier ? [`right in step ${earlier.step}`] : []];
+  const table = [row(head, 'th')];
+  const ofProblem = group => group.question.length;
+  let expected = 0;
+  for (const {name, own, isIn} of parts(ofProblem)) {
+    const before = earlier ? responsesIn(earlier.groups, group => isIn(ofProblem(group))) : [];
+    const share = mean(before.map(r => Number(r.correct)));
+    table.push(row([`problem of ${name} characters`, ...counts(own), ...earlier ? [percent(share)] : []]));
+    expected = share === null || expected === null ? null : expected + share * own.length;
+  }
+  for (const {name, own} of parts((_, response) => response.tokens.length))
+    table.push(row([`response of ${name} tokens`, ...counts(own), ...earlier ? [''] : []]));
   $('lengths').replaceChildren(...table);
+  const rightBefore = earlier && mean(earlier.groups.flatMap(g => g.responses).map(r => Number(r.correct)));
+  $('mix').textContent = earlier && expected !== null
+    ? `Right in step ${earlier.step}: ${percent(rightBefore)}, and here ${percent(mean(responses().map(r => Number(r.correct))))}. `
+      + `With its shares for each length of a problem, this step would have ${percent(expected / responses().length)}: `
+      + 'so far the problems that were drawn explain the change, and the rest is the policy.'
+    : '';
 }
+
+// The responses of the step by a length, in PARTS of about equal size, fewer where lengths are equal.
+function parts(lengthOf) {
+  const all = groups.flatMap(group => group.responses.map(response => ({response, n: lengthOf(group, response)})));
+  const sorted = all.sort((a, b) => a.n - b.n);
+  const ends = Array.from({length: PARTS}, (_, i) => sorted[Math.ceil((i + 1) * sorted.length / PARTS) - 1].n);
+  const made = [];
+  let from = -Infinity;
+  for (const to of new Set(ends)) {
+    const least = from;
+    const isIn = n => least < n && n <= to;
+    const own = sorted.filter(({n}) => isIn(n));
+    made.push({name: own[0].n < to ? `${own[0].n} to ${to}` : `${to}`, own: own.map(one => one.response), isIn});
+    from = to;
+  }
+  return made;
+}
+
+const responsesIn = (some, isMeant) => some.filter(isMeant).flatMap(group => group.responses);
+const counts = some => [true, false].map(correct => some.filter(r => r.correct === correct).length);
+const percent = share => share === null ? '–' : `${(100 * share).toFixed(0)} %`;
 
 // Count the tokens of the step that the policy sampled by their text.
 function count() {
@@ -488,8 +527,7 @@ function tokenTable() {
     button.title = JSON.stringify(entry.text);
     button.setAttribute('aria-pressed', entry.text === marked);
     button.onclick = () => choose(entry.text === marked ? null : entry.text);
-    const share = `${(100 * entry.rewarded / entry.n).toFixed(0)} %`;
-    const cells = [entry.n, share, show(entry.sum / entry.n, 3), show(entry.score, 4)];
+    const cells = [entry.n, percent(entry.rewarded / entry.n), show(entry.sum / entry.n, 3), show(entry.score, 4)];
     const made = row(['', ...cells]);
     made.firstChild.append(button);
     table.push(made);
@@ -558,9 +596,11 @@ function view() {
 
 async function step() {
   const chosen = data.steps[form.step.value];
-  const unpacked = await Promise.all(chosen.groups.map(unpack));
+  const before = data.steps[form.step.value - 1];
+  const [unpacked, unpackedBefore] = await Promise.all([chosen, before].map(unpackStep));
   if (chosen !== data.steps[form.step.value]) return;  // the reader has moved on
   groups = unpacked;
+  earlier = before ? {step: before.step, groups: unpackedBefore} : null;
   hasSolutions = writesSolutions();
   $('reference').textContent = whatIsRight();
   for (const group of groups) for (const response of group.responses) prepare(response, group);

@@ -165,14 +165,14 @@ def test_falls_are_named_and_linked_where_they_are_recorded(tmp_path):
     folder = write_figures(tmp_path / "a", lines)
     page = write_run_report([folder], folder / "report.html").read_text()
     assert (
-        "<b>The reward fell</b> at steps 11 (0.30) to 12 (0.25), 14 (0.25): the mean reward of such a "
+        "<b>The reward fell</b> at steps 11 (0.30) to 12 (0.25, the lowest), 14 (0.25): the mean reward of such a "
         "step lies more than 0.15 below the mean of the 3 or of the 10 steps before it. "
         "The best step before step 11 was 9 (0.60).</p>" in page
     )
     write_rollouts(folder, [1, 10, 14])
     (folder / "rollouts.html").write_text("")
     page = write_run_report([folder], folder / "report.html").read_text()
-    assert "12 (0.25), <a href=rollouts.html#step=14>14</a> (0.25):" in page
+    assert "12 (0.25, the lowest), <a href=rollouts.html#step=14>14</a> (0.25):" in page
     assert "The last recorded step before is <a href=rollouts.html#step=10>10</a> (0.50)." in page
 
 

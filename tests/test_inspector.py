@@ -415,14 +415,13 @@ def test_the_causes_of_a_step_are_summed(browser, tmp_path):
     ]
     browser.open(write(tmp_path, {1: records}), READY)
     assert causes(browser) == [
-        ["5-5=93 of these 5 after 5-5=", "5-5=0", "5", "2", "1"],
+        ["5-5=99 for 0 in 5, 3 of them after 5-5=", "5-5=0", "5", "2", "1"],
         ["6+6=2", "6-6=0", "1", "1", "0"],
         ["-1=0, so", "-1=0 the end", "1", "1", "0"],
     ]
     said = browser.js("document.querySelector('#causes p').textContent")
     assert said.startswith(
-        "Problems: 4. Responses: 11, not right: 8. 7 of these have a first token that differs from the "
-        "solution of its problem, which need not be the mistake itself."
+        "Problems: 4. Responses: 11, not right: 8. 7 of these leave the solution of their problem."
     )
     assert browser.js("document.querySelector('#problem h2').textContent").startswith("Problem p1")
     browser.js("document.querySelectorAll('#causes button')[1].click()")
@@ -519,6 +518,33 @@ def test_a_right_answer_that_comes_from_a_wrong_step_is_no_measure(browser, tmp_
     title = "Here it leaves the solution: there 2 is written"
     assert browser.js(MARKED) == [["3", 4, title]]
     assert causes(browser)[0][:2] == ["1+1=3,2*2", "1+1=2,2*2"]
+    assert ["as in the solution", "1", "0"] in table(browser, "outcomes")
+    heads = [text for text in shown(browser) if "a right answer, but not the steps" in text]
+    assert [head[:8] for head in heads] == ["sample 1"]
+
+
+@pytest.mark.browser
+def test_a_step_with_harder_problems_says_what_they_cost(browser, tmp_path):
+    """With the shares of the step before: all of the short ones and a quarter of the long ones."""
+
+    def step(n_short: int, n_right: int) -> list[dict]:
+        records = []
+        for sample in range(8):
+            is_right = sample < n_right
+            group, question = (0, "1+1>") if sample < n_short else (1, "1+1+1+1>")
+            records.append(one_record(group, sample, ["a"], question=question, correct=is_right))
+        return records
+
+    browser.open(write(tmp_path, {1: step(4, 5), 2: step(2, 3)}), READY)
+    mix = "document.getElementById('mix').textContent"
+    assert browser.js(mix) == "", "there is no step before it"
+    browser.set_plain("step", "1")
+    browser.wait(f"{mix} !== ''")
+    assert browser.js(mix) == (
+        "Right in step 1: 63 %, and here 38 %. With its shares for each length of a problem, this step would have "
+        "44 %: so far the problems that were drawn explain the change, and the rest is the policy."
+    )
+    assert table(browser, "lengths")[0] == ["problem of 4 characters", "2", "0", "100 %"]
 
 
 @pytest.mark.browser
@@ -558,9 +584,9 @@ def test_the_verdict_on_the_dense_reward(browser, tmp_path):
     browser.open(write(tmp_path, {1: records}), READY)
     assert browser.js("document.getElementById('verdict').textContent") == (
         "Within a problem: the right responses get more flow reward than the wrong ones in 2 of 2 problems that have "
-        "both, summed over tokens, and in 1 as a mean of tokens; half would be chance. It penalises 2 of 3 boxed "
+        "both, summed over tokens, and in 1 as a mean of tokens; half would be chance. It penalises 2 of 3 framed "
         "tokens, at which wrong responses leave the right ones: 67 %. Of all tokens of wrong responses it penalises "
-        "50 %, of right ones 50 %."
+        "50 %, of right ones 50 %. Of its penalties 29 % are on c, the most."
     )
 
 
@@ -581,7 +607,7 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
     problem = browser.js("document.getElementById('problem').textContent")
     assert "7 +9 +4 -3 -3 -8 +5 *2 +7>" in problem and "right answer 9" in problem
     assert "Answers given: 0 (7 of 8), 7 (1 of 8). All rewards are equal" in problem
-    assert "The flow reward penalises 1 of 8 boxed tokens." in problem
+    assert "The flow reward penalises 1 of 8 framed tokens." in problem
     assert "6+5=1,1*2=2,2+7=9" in problem, "the solution"
     places = [place for text, place, _ in browser.js(MARKED) if text == "+"]
     assert len(places) == 7, "1+2=3, where the problem says *2"
@@ -589,9 +615,7 @@ def test_the_pages_of_the_recorded_run_say_where_and_why_it_fell(browser, tmp_pa
     for sample in (0, 1):
         text = browser.js(f"document.querySelectorAll('.text[data-sample]')[{sample}].textContent")
         assert text[places[0] - 1 :].startswith("1+2=3,3+7=0")
-    assert "of 17 boxed tokens" in browser.js(
-        "document.getElementById('verdict').textContent"
-    )
+    assert "of 17 framed tokens" in browser.js("document.getElementById('verdict').textContent")
 
 
 @pytest.mark.browser
