@@ -14,7 +14,7 @@ const data = JSON.parse($('data').textContent);  // see write_rollouts_page() in
 const REWARD = `${data.dense} reward`;
 const SCORE = data.dense === 'flow' ? 'deviation' : `${data.dense} score`;
 const SCORED = data.dense === 'flow'
-  ? "the flow's error on the token's hidden state: the larger, the less it is like an expert's"
+  ? "the flow's error on the hidden state at the token, once it is read: the larger, the less like an expert's"
   : `what ${data.dense} says of the token, before that is made a reward`;
 const DENSE = [
   {name: REWARD, key: 'dense_reward', signed: true, centre: 0,
@@ -360,7 +360,7 @@ function causeTable() {
   const table = element('table', [row(heads, 'th')]);
   for (const cause of causes.slice(0, CAUSES)) table.append(causeRow(cause));
   if (causes.length) parts.push(element('div', [table], 'wide'));
-  if (causes.length > CAUSES) parts.push(element('small', `Not shown: ${causes.length - CAUSES} others, none of them more frequent.`));
+  if (causes.length > CAUSES) parts.push(element('small', `Not shown: ${causes.length - CAUSES} other differences, none of them more frequent.`));
   $('causes').replaceChildren(...parts);
 }
 
@@ -379,7 +379,7 @@ function causeRow({responses, groups: problems}) {
   if (data.dense) cells.push(nPenalised(rewardsAtLeaving(responses)));
   const made = row(['', '', ...cells]);
   made.children[0].append(button);
-  if (n < responses.length) made.children[0].append(element('small', `${written} for ${visible(right[1])} in ${responses.length}, ${n} of them after ${visible(most)}`));
+  if (n < responses.length) made.children[0].append(element('small', `${written} instead of ${visible(right[1])}: ${responses.length} responses, ${n} of them after ${visible(most)}`));
   made.children[1].append(...marking(right));
   return made;
 }
@@ -474,7 +474,7 @@ function lengths() {
   $('mix').textContent = earlier && expected !== null
     ? `Right in step ${earlier.step}: ${percent(rightBefore)}, and here ${percent(mean(responses().map(r => Number(r.correct))))}. `
       + `With its shares for each length of a problem, this step would have ${percent(expected / responses().length)}: `
-      + 'so far the problems that were drawn explain the change, and the rest is the policy.'
+      + 'so far the lengths of the problems explain the change. The rest is the policy, or harder problems of equal length.'
     : '';
 }
 

@@ -415,7 +415,7 @@ def test_the_causes_of_a_step_are_summed(browser, tmp_path):
     ]
     browser.open(write(tmp_path, {1: records}), READY)
     assert causes(browser) == [
-        ["5-5=99 for 0 in 5, 3 of them after 5-5=", "5-5=0", "5", "2", "1"],
+        ["5-5=99 instead of 0: 5 responses, 3 of them after 5-5=", "5-5=0", "5", "2", "1"],
         ["6+6=2", "6-6=0", "1", "1", "0"],
         ["-1=0, so", "-1=0 the end", "1", "1", "0"],
     ]
@@ -437,7 +437,7 @@ def test_causes_beyond_the_most_frequent_are_counted(browser, tmp_path):
     browser.open(write(tmp_path, {1: records}), READY)
     assert len(causes(browser)) == 6
     text = "document.getElementById('causes').textContent"
-    assert "Not shown: 2 others, none of them more frequent." in browser.js(text)
+    assert "Not shown: 2 other differences, none of them more frequent." in browser.js(text)
 
 
 @pytest.mark.browser
@@ -542,7 +542,7 @@ def test_a_step_with_harder_problems_says_what_they_cost(browser, tmp_path):
     browser.wait(f"{mix} !== ''")
     assert browser.js(mix) == (
         "Right in step 1: 63 %, and here 38 %. With its shares for each length of a problem, this step would have "
-        "44 %: so far the problems that were drawn explain the change, and the rest is the policy."
+        "44 %: so far the lengths of the problems explain the change. The rest is the policy, or harder problems of equal length."
     )
     assert table(browser, "lengths")[0] == ["problem of 4 characters", "2", "0", "100 %"]
 
