@@ -237,10 +237,14 @@ def judged_section(name: str, study: dict) -> str:
     seeds = {seed for of_arm in runs.values() for seed in of_arm}
     n_runs = sum(map(len, runs.values()))
     hours = sum(run["seconds"] for of_arm in runs.values() for run in of_arm.values()) / 3600
+    first, last = study.get("registered", {}).get("seeds", (min(seeds), max(seeds)))
+    left = ""
+    if max(seeds) < last:
+        left = f" Registered are seeds {first} to {last}: the others have not been run."
     parts = [
         f"### The world `{of_world.get('kind', f'toy-{name}')}`",
         f"{n_runs} finished runs of {len(runs)} arms, {study['settings']['steps']} steps each, seeds "
-        f"{min(seeds)} to {max(seeds)} on {len(bases)} base models; {hours:.1f} hours of one core.",
+        f"{min(seeds)} to {max(seeds)} on {len(bases)} base models; {hours:.1f} hours of one core.{left}",
         f"![Training accuracy of every run, a panel an arm, in grey those of {BASELINE}]"
         f"(../study/{name}.png)",
     ]
