@@ -170,8 +170,12 @@ def share_captured(arm: str, runs: Runs) -> float:
 
 
 def auc_cell(runs: Sequence[dict]) -> str:
-    """Return the AUC of the dense reward of tokens for right against wrong steps, as recorded."""
-    steps = list(dict.fromkeys(step for run in runs for step in run.get("auc", ())))
+    """Return the AUC of the dense reward of tokens for right against wrong steps.
+
+    At the steps that all runs have recorded: those at which the reward of one fell are left out.
+    """
+    recorded = [run.get("auc", {}) for run in runs]
+    steps = [step for step in recorded[0] if all(step in of_run for of_run in recorded)]
     means = []
     for step in steps:
         values = [run["auc"][step] for run in runs if run.get("auc", {}).get(step) is not None]

@@ -617,7 +617,11 @@ def last_line(file: Path) -> str:
 def run_all(
     jobs: Sequence[Job], n_at_once: int, paths: Sequence[dict], after_each: Callable[[], None]
 ) -> dict[str, str]:
-    """Run jobs, those that others need before them; return each one's status by its name."""
+    """Run jobs, those that others need before them; return each one's status by its name.
+
+    after_each: called after each job whose status is another than before, and at the end
+    """
+    before = {job.name: job.record().get("status") for job in jobs}
     futures: dict[str, Future] = {}
     statuses: dict[str, str] = {}
     with Processes() as processes, ThreadPoolExecutor(n_at_once) as pool:
@@ -629,7 +633,9 @@ def run_all(
         for future in bar:
             statuses[names[future]] = future.result()
             tqdm.write(f"{statuses[names[future]]}: {names[future]}")
-            after_each()
+            if statuses[names[future]] != before[names[future]]:
+                after_each()
+    after_each()
     return statuses
 
 
