@@ -5,6 +5,7 @@ files of the ranks hold tensors and, as pickles, the values that are no tensors.
 code that these pickles name. Here they can name what a checkpoint needs; anything else is refused.
 """
 
+import enum
 import io
 import pickle
 import zipfile
@@ -49,10 +50,22 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         """Return a class by its name; UnpicklingError if no checkpoint needs it."""
+        if (module, name) == ("builtins", "getattr"):
+            return member_of
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
         return super().find_class(module, name)
+
+
+def member_of(kind: type, name: str) -> enum.Enum:
+    """Return a member of an enumeration; UnpicklingError for an attribute of anything else.
+
+    Python 3.11.0 to 3.11.3 write a member as a call of getattr.
+    """
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it names an attribute {name} that is no member")
+    return kind[name]
 
 
 def damaged(file: Path, reason: str) -> DamagedError:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import BY_LENGTH, figures, small_run
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import metadata as dcp_metadata
 
 import train_flow
 import train_rl
@@ -154,6 +155,25 @@ def test_metadata_names_only_what_a_checkpoint_needs(name):
     module, _, attribute = name.rpartition(".")
     with pytest.raises(pickle.UnpicklingError, match=f"it names {name}, which is not loaded"):
         checkpoints.Unpickler(io.BytesIO()).find_class(module, attribute)
+
+
+def test_a_member_of_an_enumeration_is_read_as_early_pythons_write_it():
+    """Regression: with Python 3.11.2, that of Debian 12, no run could go on."""
+
+    class Member:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    kind = dcp_metadata._MEM_FORMAT_ENCODING
+    written = pickle.dumps(Member(kind, "TORCH_PRESERVE_FORMAT"))
+    assert checkpoints.Unpickler(io.BytesIO(written)).load() is kind.TORCH_PRESERVE_FORMAT
+    for other, name in ((kind, "mro"), (torch.Size, "numel"), (Path, "unlink")):
+        written = pickle.dumps(Member(other, name))
+        with pytest.raises(pickle.UnpicklingError, match=f"an attribute {name} that is no member"):
+            checkpoints.Unpickler(io.BytesIO(written)).load()
 
 
 # ---- Settings by which a run runs code
