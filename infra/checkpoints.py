@@ -59,10 +59,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def member_of(kind: type, name: str) -> enum.Enum:
-    """Return a member of an enumeration; UnpicklingError for an attribute of anything else.
-
-    Python 3.11.0 to 3.11.3 write a member as a call of getattr.
-    """
+    """Return a member of an enumeration, which Python 3.11.0 to 3.11.3 write as a call of getattr."""
     if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
         raise pickle.UnpicklingError(f"it names an attribute {name} that is no member")
     return kind[name]

@@ -56,8 +56,8 @@ function mean(numbers) {
   return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
 }
 
-// Add to a response what is not in the file: the mean over taps of its scores, what its advantage
-// has beyond that of the outcome, and where it leaves what is right and what stands there.
+// Add to a response what is not in the file: the mean over taps of its scores, whether it is the solution, what its
+// advantage has beyond that of the outcome, where it leaves what is right, and what is right there.
 function prepare(response, group) {
   response.mean_score = response.tokens.map((_, k) => mean(response.dense_score.map(d => d[k])));
   response.isSolution = hasSolutions && isSolution(response, group);
@@ -375,11 +375,13 @@ function causeRow({responses, groups: problems}) {
   button.title = 'Show this response';
   button.onclick = () => showPlace(responses[first], problems[first]);
   const cells = [responses.length, new Set(problems).size];
-  const written = visible(tokens[leaves]);
   if (data.dense) cells.push(nPenalised(rewardsAtLeaving(responses)));
   const made = row(['', '', ...cells]);
   made.children[0].append(button);
-  if (n < responses.length) made.children[0].append(element('small', `${written} instead of ${visible(right[1])}: ${responses.length} responses, ${n} of them after ${visible(most)}`));
+  if (n < responses.length) {
+    const which = `${visible(tokens[leaves])} instead of ${visible(right[1])}`;
+    made.children[0].append(element('small', `${which}: ${responses.length} responses, ${n} of them after ${visible(most)}`));
+  }
   made.children[1].append(...marking(right));
   return made;
 }
@@ -389,6 +391,7 @@ function marking([before, here, after]) {
   const gap = here === END && before ? ' ' : '';
   return [inLine(before) + gap, element('mark', visible(here)), inLine(after)];
 }
+
 // Show the problem of a response, and the values of the token at which it leaves what is right.
 function showPlace(response, group) {
   form.group.selectedIndex = groups.indexOf(group);

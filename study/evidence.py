@@ -240,7 +240,7 @@ def judged_section(name: str, study: dict) -> str:
     first, last = study.get("registered", {}).get("seeds", (min(seeds), max(seeds)))
     left = ""
     if max(seeds) < last:
-        left = f" Registered are seeds {first} to {last}: the others have not been run."
+        left = f" Registered are seeds {first} to {last}; not all have been run."
     parts = [
         f"### The world `{of_world.get('kind', f'toy-{name}')}`",
         f"{n_runs} finished runs of {len(runs)} arms, {study['settings']['steps']} steps each, seeds "

@@ -190,12 +190,12 @@ def merge(studies: Sequence[dict]) -> dict:
         common["registered"] = join(plans)
     runs: dict[tuple[str, int], dict] = {}
     settings: dict[tuple[str, bool], dict] = {}
-    base_of_seed: dict[int, int] = {}
+    base_of_pairs: dict[tuple[int, str], int] = {}
     for study in studies:
         check_equal(without_bases(study), without_bases(common), "a study to be merged")
         for run in numbered(study, bases):
             key = (run["arm"], run["seed"])
-            if base_of_seed.setdefault(run["seed"], run["base"]) != run["base"]:
+            if base_of_pairs.setdefault(pairs_of(run), run["base"]) != run["base"]:
                 raise ValueError(
                     f"seed {run['seed']} was run on two base models, so that its runs are no pairs; "
                     "leave one file out"
@@ -222,6 +222,15 @@ def bases_of(study: dict) -> list[str]:
 def without_bases(study: dict) -> dict:
     """Return a study, or what its runs have in common, without its base models."""
     return {key: value for key, value in study.items() if key not in ("base", "other_bases")}
+
+
+def pairs_of(run: dict) -> tuple[int, str]:
+    """Return what is equal for runs that are compared, and therefore need one base model.
+
+    These are the runs of a seed. Of those that choose settings, only an arm's own are compared.
+    """
+    is_tuning = run["seed"] >= FIRST_TUNING_SEED
+    return run["seed"], run["arm"].partition(":")[0] if is_tuning else ""
 
 
 def numbered(study: dict, bases: Sequence[str]) -> list[dict]:

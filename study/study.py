@@ -68,6 +68,7 @@ from figures import (
     check_equal,
     extend,
     merge,
+    pairs_of,
     read_study,
     update_file,
     without_bases,
@@ -708,13 +709,12 @@ def check_bases(study: Study, bases: Sequence[worlds.World]) -> None:
     if not study.json_file.exists():
         return
     known = read_study(study.json_file)
-    elsewhere = {run["seed"]: bases_of(known)[run.get("base", 0)] for run in known["runs"]}
+    elsewhere = {pairs_of(run): bases_of(known)[run.get("base", 0)] for run in known["runs"]}
     own = [hash_of_base(world) for world in bases]
     for run in plan(study)[1]:
-        seed = run.label["seed"]
-        if elsewhere.get(seed, own[run.base]) != own[run.base]:
+        if elsewhere.get(pairs_of(run.label), own[run.base]) != own[run.base]:
             raise ValueError(
-                f"seed {seed} has runs on another base model in {study.json_file}, which this machine "
+                f"seed {run.label['seed']} has runs on another base model in {study.json_file}, which this machine "
                 "does not make alike: begin with another --first-seed, or name another --folder and "
                 "--json"
             )

@@ -150,6 +150,12 @@ def test_studies_of_other_machines_have_other_base_models():
     bases = {(run["arm"], run["seed"]): run["base"] for run in merged["runs"]}
     assert bases == {("rlvr", 0): 0, ("process", 0): 0, ("rlvr", 1): 2, ("rlvr", 2): 0}
     assert figures.merge([merged, there]) == merged
+    tuned = [a_study(a_run("rlvr", 100, 0.3)), a_study(a_run("process:lr=1e-3", 100, 0.3))]
+    assert len(figures.merge([tuned[0], {**tuned[1], "base": "x"}])["runs"]) == 2
+    for arm in ("rlvr", "rlvr:lr=1e-3"):
+        other = {**a_study(a_run(arm, 100, 0.3)), "base": "x"}
+        with pytest.raises(ValueError, match="seed 100 was run on two base models"):
+            figures.merge([tuned[0], other])
     other = {**a_study(a_run("calibrated", 0, 0.5)), "base": "x"}
     with pytest.raises(ValueError, match="seed 0 was run on two base models"):
         figures.merge([here, other])
