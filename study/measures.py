@@ -183,6 +183,11 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
+def p_value(p: float) -> str:
+    """Return a p-value as a text, a tiny one by its leading digit: none is 0."""
+    return f"{p:.4f}" if p >= 1e-4 else f"{p:.0e}"
+
+
 def interval(estimate: Interval) -> str:
     """Return the bounds of an interval as a text."""
     if math.isnan(estimate.low):

@@ -27,6 +27,7 @@ from measures import (
     mcnemar,
     nested,
     number,
+    p_value,
     running_mean,
     sign_flip,
     steps_to,
@@ -156,8 +157,8 @@ def comparison(arm: str, other: str, runs: Runs) -> list[str]:
     differences = [value for group in groups for value in group]
     own, its = pairs(runs, arm, other)
     p_escape = mcnemar([*map(has_escaped, own)], [*map(has_escaped, its)])
-    p = number(sign_flip(differences), 4)
-    return [f"{estimate.value:+.2f}", interval(estimate), p, number(p_escape, 4)]
+    p = p_value(sign_flip(differences))
+    return [f"{estimate.value:+.2f}", interval(estimate), p, p_value(p_escape)]
 
 
 def share_captured(arm: str, runs: Runs) -> float:
@@ -249,9 +250,9 @@ def sentences(runs: Runs) -> list[str]:
         differences = [value for group in by_base(runs, arm, BASELINE) for value in group]
         said.append(
             f"{arm}: {sum(map(has_escaped, own))} of {len(own)} runs escaped, of {BASELINE} "
-            f"{sum(map(has_escaped, others))} (McNemar p {p:.4f}); accuracy "
-            f"{np.mean(differences):+.2f} (sign flip p {sign_flip(differences):.4f}; no p of "
-            f"{len(own)} pairs is below {2 / 2 ** len(own):.4f})."
+            f"{sum(map(has_escaped, others))} (McNemar p {p_value(p)}); accuracy "
+            f"{np.mean(differences):+.2f} (sign flip p {p_value(sign_flip(differences))}; no p of "
+            f"{len(own)} pairs is below {p_value(2 / 2 ** len(own))})."
         )
     bases = {run["base"] for seeds in runs.values() for run in seeds.values()}
     if len(bases) == 1:

@@ -36,6 +36,14 @@ def test_mcnemar():
     assert measures.mcnemar(own + [True], others + [True]) == pytest.approx(14 / 64)
 
 
+@pytest.mark.parametrize(
+    ("p", "text"), [(1.0, "1.0000"), (2 / 2**4, "0.1250"), (2 / 2**16, "3e-05")]
+)
+def test_no_p_is_written_as_0(p, text):
+    """Regression: that of sixteen pairs was 0.0000."""
+    assert measures.p_value(p) == text
+
+
 def test_sign_flip():
     """All signs of the differences are tried."""
     assert measures.sign_flip([0.1, 0.2, 0.3, 0.4]) == pytest.approx(2 / 16)
