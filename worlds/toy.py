@@ -30,7 +30,7 @@ the problem knows that it is wrong.
 
 `toy-beyond` has that habit, too, and expert solutions of 3 to 5 operations alone, while it trains and
 tests on 6 to 8. There the base model is as careful as the experts are, and to imitate them teaches it
-nothing about long problems. A reward that has learnt from them how a step follows from the problem
+little about long problems. A reward that has learnt from them how a step follows from the problem
 would still tell right steps from wrong ones.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
