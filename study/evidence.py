@@ -46,6 +46,7 @@ from matplotlib import pyplot as plt
 import accept
 import flow_signal
 import referee
+import tuning
 from common import put_tables, relink, table
 from figures import FIRST_TUNING_SEED, merge, read_study
 from infra import errors
@@ -75,6 +76,8 @@ PAGE = ROOT / "docs" / "evidence.md"
 BASELINE = "rlvr"
 CEILING = "process"
 N_COLUMNS = 3  # of panels
+RIVALS = ("sft", "sft-rlvr")  # what learns from expert solutions without a dense reward
+NOTHING = "–"  # in a cell of what was not measured
 SHOWN = ("rlvr", "published", "calibrated", "process", "sft")  # where the page begins
 
 
@@ -155,7 +158,7 @@ def measures_row(arm: str, runs: Sequence[dict]) -> list[str]:
         " / ".join(steps),
         number(mean_of_last("length", runs), 1),
         number(mean_of_last("entropy", runs)),
-        number(float(np.mean(after))) if after else "–",
+        number(float(np.mean(after))) if after else NOTHING,
     ]
 
 
@@ -212,7 +215,7 @@ def tuning_table(study: dict) -> str:
         escaped = sum(has_escaped(run["series"]["correct"]) for run in seeds.values())
         cells = [str(len(last)), number(float(np.mean(last))), f"{escaped} of {len(last)}"]
         differences = difference(runs, arm, BASELINE)
-        cells.append(f"{np.mean(differences):+.2f}" if differences else "–")
+        cells.append(f"{np.mean(differences):+.2f}" if differences else NOTHING)
         rows.append([f"`{arm}`", *cells])
     return table(("arm", "seeds", "accuracy", "escaped", f"minus `{BASELINE}`"), rows)
 
@@ -303,29 +306,39 @@ def beyond_section(studies: Sequence[dict]) -> str:
     head = ["arm"]
     for n_expert, wrong in columns:
         head.append(f"{n_expert}, {wrong:.0%} wrong" if wrong else str(n_expert))
-    means, differences = [], []
+    means = []
     for arm in arms:
-        cells = [mean_cell(by_column[column].get(arm, {})) for column in columns]
-        means.append([f"`{arm}`", *cells])
-        if arm != "sft":
-            cells = [beside_sft(arm, by_column[column]) for column in columns]
-            differences.append([f"`{arm}`", *cells])
+        means.append(
+            [f"`{arm}`", *(mean_cell(by_column[column].get(arm, {})) for column in columns)]
+        )
     parts = [
         "### Beyond the experts",
         "In `toy-beyond` experts solve chains of 3 to 5 operations, and the policy trains and is "
         "tested on 6 to 8. By the number of expert solutions: accuracy of the last "
         f"{WINDOW} steps, with 95 % bootstrap intervals over bases and seeds, and runs:",
         table(tuple(head), means),
-        "Minus `sft` on the same seeds, with the exact p of the sign flip:",
-        table(tuple(head), differences),
     ]
+    for rival in RIVALS:
+        rows = []
+        for arm in arms:
+            cells = [beside(rival, arm, by_column[column]) for column in columns]
+            if set(cells) != {NOTHING}:
+                rows.append([f"`{arm}`", *cells])
+        if rows:
+            parts.append(f"Minus `{rival}` on the same seeds, with the exact p of the sign flip:")
+            parts.append(table(tuple(head), rows))
+    for study in studies:
+        if chosen := tuning.chosen_in(study):
+            n_expert = study["world"]["n_expert"]
+            parts.append(f"Chosen with {n_expert} solutions, on seeds from {FIRST_TUNING_SEED} on:")
+            parts.append(tuning.tuning_table(study, chosen))
     return "\n\n".join(parts)
 
 
 def mean_cell(seeds: dict[int, dict]) -> str:
     """Return the mean accuracy of an arm's runs, its interval and their number."""
     if not seeds:
-        return "–"
+        return NOTHING
     by_base: dict[int, list[float]] = {}
     for run in seeds.values():
         by_base.setdefault(run["base"], []).append(last_accuracy(run["series"]["correct"]))
@@ -334,12 +347,12 @@ def mean_cell(seeds: dict[int, dict]) -> str:
     return f"{estimate.value:.2f}{bounds}, {len(seeds)}"
 
 
-def beside_sft(arm: str, runs: Runs) -> str:
-    """Return by how much an arm is better than supervised fine-tuning, and the exact p."""
-    if not difference(runs, arm, "sft"):
-        return "–"
-    minus, _, p, _ = referee.comparison(arm, "sft", runs)
-    return f"{minus} (p {p})"
+def beside(rival: str, arm: str, runs: Runs) -> str:
+    """Return by how much an arm is better than a rival on seeds that both have, and the exact p."""
+    if arm == rival or not difference(runs, arm, rival):
+        return NOTHING
+    minus, bounds, p, _ = referee.comparison(arm, rival, runs)
+    return f"{minus} ({bounds}), p {p}"
 
 
 SETTLED = 30  # steps, after which the default run shall not fall far

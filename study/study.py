@@ -808,8 +808,6 @@ def check(study: Study) -> None:
         raise ValueError("--arms is empty; name some, or leave it out for all of them")
     if study.quick and not study.reward:
         raise ValueError("quick: expected --reward FILE.py, whose first answer it is")
-    if study.tune and not study.reward:
-        raise ValueError("tune: expected --reward FILE.py, beside which the methods are tuned")
     if study.n_seeds < study.bases:
         raise ValueError(
             f"bases={study.bases} with seeds={study.n_seeds}: some bases would have no run; raise "

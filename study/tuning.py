@@ -110,6 +110,12 @@ def choose(figures: dict, tried: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return chosen
 
 
+def chosen_in(figures: dict) -> dict[str, str]:
+    """Return the changes of settings that each method has done best with in the runs of a study."""
+    arms = dict.fromkeys(name.partition(":")[0] for name in by_arm(figures))
+    return choose(figures, {arm: CANDIDATES[arm] for arm in arms if arm in CANDIDATES})
+
+
 def with_changes(arm: str, changes: str) -> str:
     """Return the name of an arm with changed settings."""
     return f"{arm}:{changes}" if changes else arm
