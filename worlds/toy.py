@@ -29,8 +29,8 @@ calculated as experts do, so that neither tokens nor short sequences of them tel
 the problem knows that it is wrong.
 
 `toy-beyond` has that habit, too, and expert solutions of 3 to 5 operations alone, while it trains and
-tests on 6 to 8. There the base model is as careful as the experts are, and to imitate them teaches it
-little about long problems. A reward that has learnt from them how a step follows from the problem
+tests on 6 to 8. On short problems the base model is as careful as the experts are, and to imitate them
+gets it out of the habit in part (docs/evidence.md). A reward that has learnt from them how a step follows from the problem
 would still tell right steps from wrong ones.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
