@@ -300,9 +300,11 @@ def beyond_section(studies: Sequence[dict]) -> str:
         column = (world["n_expert"], world.get("expert_wrong", 0.0))
         by_column[column] = referee.reported_runs(study)
     columns = sorted(by_column, key=lambda column: (column[1], column[0]))
-    arms = list(dict.fromkeys(arm for column in columns for arm in by_column[column]))
-    if not arms:
+    found = dict.fromkeys(arm for column in columns for arm in by_column[column])
+    if not found:
         return ""
+    arms = [arm for arm in ARMS if arm in found]  # in one order, whatever a study ran first
+    arms += [arm for arm in found if arm not in ARMS]
     head = ["arm"]
     for n_expert, wrong in columns:
         head.append(f"{n_expert}, {wrong:.0%} wrong" if wrong else str(n_expert))
