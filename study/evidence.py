@@ -310,9 +310,8 @@ def beyond_section(studies: Sequence[dict]) -> str:
         head.append(f"{n_expert}, {wrong:.0%} wrong" if wrong else str(n_expert))
     means = []
     for arm in arms:
-        means.append(
-            [f"`{arm}`", *(mean_cell(by_column[column].get(arm, {})) for column in columns)]
-        )
+        cells = [mean_cell(by_column[column].get(arm, {})) for column in columns]
+        means.append([f"`{arm}`", *cells])
     parts = [
         "### Beyond the experts",
         "In `toy-beyond` experts solve chains of 3 to 5 operations, and the policy trains and is "

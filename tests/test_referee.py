@@ -447,6 +447,19 @@ def test_every_method_is_tuned_as_much():
             assert (changed.script, changed.settings) != (plain.script, plain.settings), changes
 
 
+def test_methods_are_tuned_without_a_reward_of_a_file(judged, tmp_path, monkeypatch):
+    """And from the JSON file alone, whose runs are not made again."""
+    monkeypatch.setattr(tuning, "CANDIDATES", {"rlvr": ("lr=1e-4", "")})
+    monkeypatch.setattr(tuning, "N_SEEDS", 1)
+    known = figures.read_study(judged.json_file)
+    del known["registered"]
+    file = tmp_path / "study.json"
+    figures.write_study(file, known)
+    asked = change(judged, reward=(), arms=("rlvr",), folder=str(tmp_path / "runs"), json=str(file))
+    assert study.main(asked) == 0
+    assert tuning.read_chosen(asked.folder) == tuning.chosen_in(known) == {"rlvr": "lr=1e-4"}
+
+
 def test_a_control_takes_the_choice_of_what_it_is_of():
     catalogue = methods.make_catalogue([methods.read_reward(str(REWARDS / "mlp.py"))])
 

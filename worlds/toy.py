@@ -30,8 +30,8 @@ the problem knows that it is wrong.
 
 `toy-beyond` has that habit, too, and expert solutions of 3 to 5 operations alone, while it trains and
 tests on 6 to 8. On short problems the base model is as careful as the experts are, and to imitate them
-gets it out of the habit in part (docs/evidence.md). A reward that has learnt from them how a step follows from the problem
-would still tell right steps from wrong ones.
+gets it out of the habit in part (docs/evidence.md). A reward that has learnt from them how a step
+follows from the problem would still tell right steps from wrong ones.
 
 In the image world, `--model toy-vl`, the chain is a sum of digits. Each digit is drawn in a cell of
 28 x 28 pixels, which is one vector of the vision tower, and the text asks `sum>`. The tower first
